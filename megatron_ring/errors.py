@@ -1,0 +1,31 @@
+"""Errors a user can cause. Each message names the value, the rule it breaks and the remedy, in one line.
+
+Entry points turn a RingError into that line on stderr and exit code 2 (see ``megatron_ring.launch.entry``);
+anything else is a bug of ours and keeps its traceback.
+"""
+
+
+class RingError(Exception):
+    """Base of every error that a user, not the code, has to resolve."""
+
+    exit_code = 2
+
+
+class ConfigError(RingError):
+    """A configuration value breaks a rule: raised before any process group exists."""
+
+
+class DataError(RingError):
+    """A corpus, tokenizer or sample file is missing, corrupt or does not fit the model."""
+
+
+class CheckpointError(RingError):
+    """A checkpoint is missing, incomplete, corrupt, or belongs to another model."""
+
+
+class RolloutError(RingError):
+    """A generation engine failed or answered something that cannot be used."""
+
+
+class RewardError(RingError):
+    """A verifier or the code sandbox is missing or misconfigured."""
