@@ -1,0 +1,102 @@
+"""What the model is: Megatron's words for its shape. Hugging Face's words live only in the checkpoint maps."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Family = Literal["bailing_moe", "bailing_moe_v2", "qwen2"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Shape of the model, and how its router is trained.
+
+    Example: ``ModelConfig(num_layers=4, hidden_size=128, num_attention_heads=4, num_query_groups=2, kv_channels=32,
+    vocab_size=2048, num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=64)``.
+    """
+
+    family: Family = "bailing_moe"
+    """Published architecture this is a member of; names the map from and to Hugging Face checkpoints."""
+    num_layers: int = 4
+    """Transformer layers, without multi-token-prediction layers."""
+    hidden_size: int = 128
+    """Width of the residual stream (D)."""
+    ffn_hidden_size: int = 384
+    """Width of the MLP in dense layers; unused where every layer has experts."""
+    num_attention_heads: int = 4
+    """Query heads per layer."""
+    num_query_groups: int = 2
+    """Key/value heads per layer (grouped-query attention)."""
+    kv_channels: int = 32
+    """Width of one attention head."""
+    vocab_size: int = 2048
+    """Vocabulary of the tokenizer the model was made for, before padding."""
+    make_vocab_size_divisible_by: int = 128
+    """The embedding is padded to a multiple of this times the tensor-parallel size, as in Megatron."""
+    max_position_embeddings: int = 4096
+    """Longest sequence the model is meant for, in tokens."""
+    norm_epsilon: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    init_method_std: float = 0.006
+    """Standard deviation of the initial weights."""
+    rotary_base: float = 600000.0
+    """Base (theta) of rotary position embeddings."""
+    rotary_percent: float = 1.0
+    """Share of each head's width that is rotated."""
+    add_qkv_bias: bool = False
+    """Biases on the query, key and value projections (Qwen2)."""
+    qk_layernorm: bool = False
+    """RMSNorm on every query and key head before rotary (BailingMoeV2)."""
+    norm_head: bool = False
+    """Divide each column of the output weight by its norm over the vocabulary (NormHead, BailingMoe)."""
+    num_experts: int = 0
+    """Routed experts per mixture-of-experts layer; 0 makes the model dense."""
+    moe_router_topk: int = 2
+    """Routed experts per token; unused in a dense model."""
+    moe_ffn_hidden_size: int = 64
+    """Width of one routed expert (F)."""
+    moe_shared_expert_intermediate_size: int = 0
+    """Total width of the shared experts, one MLP that every token passes; 0 for none."""
+    first_k_dense_replace: int = 0
+    """The first k layers have a dense MLP of width ffn_hidden_size in place of experts."""
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: over all experts, top-k renormalised to 1. sigmoid: per expert, top-k divided by their sum."""
+    moe_router_num_groups: int = 0
+    """Groups of experts for group-limited routing; 0 for none."""
+    moe_router_group_topk: int = 0
+    """Groups a token may choose experts from; 0 without groups."""
+    moe_router_topk_scaling_factor: float = 1.0
+    """Factor on the routing weights after normalisation."""
+    moe_router_enable_expert_bias: bool = False
+    """Select by score plus a per-expert bias that is moved towards balance without gradients."""
+    mtp_num_layers: int = 0
+    """Multi-token-prediction layers after the last layer (BailingMoeV2; used in training only)."""
+    mtp_loss_scaling_factor: float = 0.1
+    """Weight of the multi-token-prediction loss, averaged over its layers."""
+    moe_router_bias_update_rate: float = 1e-3
+    """Step by which the expert bias moves after each optimizer step."""
+    moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
+    """Precision of router logits and scores."""
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of the balance loss, which is 1 when balanced."""
+    moe_z_loss_coeff: float = 0.0
+    """Weight of the router z-loss (mean squared logsumexp of the logits)."""
+    freeze_moe_router: bool = False
+    """Keep the router's weights (and expert bias) as they are."""
+    moe_router_warmup_iters: int = 0
+    """Steps W of stochastic routing warm-up, logits a*s + (1-a)*(mu + sigma*noise), a = min(step/W, 1); 0 for none."""
+    transformer_impl: Literal["local", "transformer_engine"] = "local"
+    """Where linear layers and attention come from: this package, or NVIDIA Transformer Engine (GPU only)."""
+
+    @property
+    def is_moe(self) -> bool:
+        """True when some layer has routed experts."""
+        return self.num_experts > 0
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers with routed experts, without multi-token-prediction layers."""
+        return self.num_layers - self.first_k_dense_replace if self.is_moe else 0
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """True when layer ``layer`` (from 0) has routed experts. MTP layers do whenever the model does."""
+        return self.is_moe and layer >= self.first_k_dense_replace

@@ -1,0 +1,95 @@
+"""One frozen object for a run: model, layout, training, data, checkpoints and logging."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_ring.config.model import ModelConfig
+from megatron_ring.config.parallel import ParallelConfig
+from megatron_ring.config.train import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """What is read.
+
+    Example: ``DataConfig(data_path=("0.3", "corpus/code", "0.7", "corpus/web"), tokenizer_model="tok.model")``.
+    """
+
+    data_path: tuple[str, ...] = ()
+    """Prefix of a .bin/.idx pair, or a blend: weight, prefix, weight, prefix ..."""
+    split: str = "949,50,1"
+    """Shares of documents for training, validation and test."""
+    tokenizer_type: Literal["sentencepiece", "huggingface"] = "sentencepiece"
+    """sentencepiece: a .model file. huggingface: a tokenizer.json or the folder that holds it."""
+    tokenizer_model: str | None = None
+    """File (or folder) of the tokenizer."""
+    reset_at_document: bool = True
+    """Attention and positions start afresh at each document within a sample."""
+    num_workers: int = 0
+    """Reader threads; 0 reads in the training process."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """What is saved and loaded.
+
+    Example: ``CheckpointConfig(save="runs/a/checkpoints", save_interval=100, keep_last_n=3)``.
+    """
+
+    save: str | None = None
+    """Folder for checkpoints; none saves nothing."""
+    load: str | None = None
+    """Folder to load the latest checkpoint from."""
+    save_interval: int = 0
+    """Steps between checkpoints; 0 saves only at the end."""
+    async_save: bool = False
+    """Write checkpoints beside training, from a snapshot."""
+    keep_last_n: int = 0
+    """Newest checkpoints to keep; 0 keeps all."""
+    finetune: bool = False
+    """Load weights only and start at step 0."""
+    no_load_optim: bool = False
+    """Do not load optimizer state."""
+    no_load_rng: bool = False
+    """Do not load random-number states."""
+    ckpt_format: Literal["torch_dist"] = "torch_dist"
+    """Format of checkpoints: Megatron's sharded torch_dist."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggingConfig:
+    """What is said, and where.
+
+    Example: ``LoggingConfig(log_interval=10, metrics_file="runs/a/metrics.jsonl")``.
+    """
+
+    log_interval: int = 1
+    """Steps between progress lines."""
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard events."""
+    metrics_file: str | None = None
+    """JSONL file with one object per step."""
+    wandb_project: str | None = None
+    """Weights & Biases project."""
+    profile: bool = False
+    """Write a torch trace of the steps profile_step_start to profile_step_end."""
+    profile_step_start: int = 10
+    """First profiled step."""
+    profile_step_end: int = 12
+    """Step before which profiling stops."""
+    peak_tflops: float = 0.0
+    """Peak of one device in TFLOP/s, for model FLOP utilisation; 0 when unknown."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe messages that are shown."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything a run is told. Example: ``RunConfig(train=TrainConfig(lr=1e-3))``."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
