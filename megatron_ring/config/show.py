@@ -1,0 +1,50 @@
+"""A config as text: TOML that loads back to the same config, and a table for people."""
+
+import json
+from typing import Any
+
+from megatron_ring.config.fields import sections, settings
+from megatron_ring.config.run import RunConfig
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Flat name -> value of every setting, in the order of the sections."""
+    return {s.name: getattr(getattr(config, s.section), s.name) for s in settings().values()}
+
+
+def dump_toml(config: RunConfig) -> str:
+    """TOML text, one table per section; loading it gives an equal config. None is written as "none"."""
+    values = flat(config)
+    blocks = []
+    for section in sections():
+        names = [s.name for s in settings().values() if s.section == section]
+        lines = [f"{name} = {_toml(values[name])}" for name in names]
+        blocks.append("\n".join([f"[{section}]", *lines]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def format_config(config: RunConfig) -> str:
+    """A table by section; a star marks what differs from the default."""
+    values = flat(config)
+    width = max(len(name) for name in values)
+    lines: list[str] = []
+    for section in sections():
+        lines += [f"{section}"]
+        for s in settings().values():
+            if s.section == section:
+                mark = " " if values[s.name] == s.default else "*"
+                lines.append(f" {mark} {s.name:<{width}}  {_toml(values[s.name])}")
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    if isinstance(value, str):
+        # TOML forbids a raw DEL, which JSON allows
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
