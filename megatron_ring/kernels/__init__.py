@@ -1,0 +1,22 @@
+"""The workshop: the model's hot loops, each usable alone, on CUDA (Triton) and on the CPU (C++ or torch).
+
+``dispatch`` says which code runs; every op's ``reference.py`` says what it computes.
+"""
+
+from megatron_ring.kernels.expert_mlp import expert_mlp
+from megatron_ring.kernels.grouped_gemm import grouped_gemm
+from megatron_ring.kernels.permute import combine, permute
+from megatron_ring.kernels.routing import RouteIndex, Routing, route, route_index
+from megatron_ring.kernels.token_logprob import token_logprob
+
+__all__ = [
+    "RouteIndex",
+    "Routing",
+    "combine",
+    "expert_mlp",
+    "grouped_gemm",
+    "permute",
+    "route",
+    "route_index",
+    "token_logprob",
+]

@@ -1,0 +1,64 @@
+"""``permute`` and ``combine``: rows into expert order and back, each the other's transpose, without atomics.
+
+Legend: T tokens, D model width, K experts per token, N = T*K sorted rows.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from megatron_ring.kernels.permute import reference
+from megatron_ring.kernels.routing.op import RouteIndex
+
+
+def permute(x_TD: Tensor, index: RouteIndex) -> Tensor:
+    """``x_ND[n] = x[gather[n]]``; rows past ``offsets[-1]`` are zero. Same dtype as x.
+
+    Example, ``index = route_index([[1, 0], [2, 1]], 2)``, whose third slot is dropped::
+
+        x = [[1.], [2.]]  ->  [[1.], [1.], [2.], [0.]]
+
+    Backward sums each token's K row gradients in fp32. Kept for it: the index, nothing of x.
+    """
+    return _Permute.apply(x_TD, index.offsets_E, index.gather_N, index.position_TK)
+
+
+def combine(y_ND: Tensor, index: RouteIndex, weights_TK: Tensor | None = None) -> Tensor:
+    """``out[t] = sum over k of weights[t, k] * y[position[t, k]]`` in fp32, rounded once to y's dtype: [T, D].
+
+    Without weights each counts 1; dropped slots (position -1) add nothing. Example, index as in ``permute``::
+
+        y = [[1.], [10.], [100.], [7.]], weights = [[.5, 2.], [9., .1]]  ->  [[7.], [10.]]
+
+    Kept for backward: the index, the weights, and y only if the weights need a gradient.
+    """
+    return _Combine.apply(y_ND, weights_TK, index.position_TK)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_TD, offsets_E, gather_N, position_TK):
+        ctx.save_for_backward(position_TK)
+        return reference.permute(x_TD, gather_N, offsets_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx_ND):
+        (position_TK,) = ctx.saved_tensors
+        return reference.combine(dx_ND, position_TK, None), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, y_ND, weights_TK, position_TK):
+        keep_y = weights_TK is not None and ctx.needs_input_grad[1]
+        ctx.save_for_backward(position_TK, weights_TK, y_ND if keep_y else None)
+        ctx.num_rows = y_ND.shape[0]
+        return reference.combine(y_ND, position_TK, weights_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout_TD):
+        position_TK, weights_TK, y_ND = ctx.saved_tensors
+        dy_ND, dw_TK = reference.combine_backward(dout_TD, position_TK, weights_TK, y_ND, ctx.num_rows)
+        return dy_ND, dw_TK, None

@@ -1,0 +1,123 @@
+"""``route`` and ``route_index``: scores, top-k, statistics and the sorted order, with one backward.
+
+Legend: T tokens, E experts, K experts per token, N = T*K slots.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_ring.errors import ConfigError
+from megatron_ring.kernels.routing import reference
+
+
+class Routing(NamedTuple):
+    """What the router decided for T tokens.
+
+    Example, two tokens and three experts, top-2, softmax; the second token is padding::
+
+        logits = [[1., 0., 1.], [9., 9., 9.]], valid = [True, False]
+        probs = [[.5, .5], [0., 0.]], experts = [[0, 2], [3, 3]], counts = [1, 0, 1]
+    """
+
+    probs_TK: Tensor
+    """combine weights, fp32 (fp64 for fp64 logits); 0 where dropped"""
+    experts_TK: Tensor
+    """int64 expert ids, best first; E where dropped"""
+    counts_E: Tensor
+    """int64 assignments of valid tokens to each expert"""
+    prob_sum_E: Tensor
+    """sum over valid tokens of their normalised scores: softmax probabilities, or sigmoid scores / their row sum"""
+    z_sum: Tensor
+    """sum over valid tokens of logsumexp(logits)^2, a scalar"""
+
+
+class RouteIndex(NamedTuple):
+    """Where each (token, k) slot lies once the slots are sorted by expert, then token, then k.
+
+    Example, experts_TK = [[1, 0], [2, 1]] of 2 experts (id 2: dropped)::
+
+        offsets = [1, 3], gather = [0, 0, 1, 0], position = [[1, 0], [-1, 2]]
+    """
+
+    offsets_E: Tensor
+    """int32 inclusive cumulative counts: expert i owns sorted rows [offsets[i-1], offsets[i])"""
+    gather_N: Tensor
+    """int64 token of each sorted row; entries past offsets[-1] (dropped slots) are 0 and mean nothing"""
+    position_TK: Tensor
+    """int64 sorted row of each slot; -1 where dropped"""
+
+
+def route(
+    logits_TE: Tensor,
+    *,
+    topk: int,
+    score_function: Literal["softmax", "sigmoid"] = "softmax",
+    expert_bias_E: Tensor | None = None,
+    num_groups: int = 0,
+    group_topk: int = 0,
+    scaling_factor: float = 1.0,
+    valid_T: Tensor | None = None,
+    replay_TK: Tensor | None = None,
+) -> Routing:
+    """Choose K experts per token and weigh them; gradients flow from probs, prob_sum and z_sum into the logits.
+
+    softmax: scores are the softmax over all E, weights the chosen scores renormalised to ``scaling_factor``.
+    sigmoid: weights are the chosen *unbiased* scores / (their sum + 1e-20) * ``scaling_factor``.
+    ``expert_bias_E`` is added for selection only and gets no gradient. With ``num_groups`` only the best
+    ``group_topk`` groups of consecutive experts may be chosen from, a group scoring the sum of its best two.
+    Of equal scores the lowest expert index wins, at every step, on every backend.
+
+    A token with ``valid_T`` False is dropped: its experts are all E, its probs 0, and it enters no statistic.
+    ``replay_TK`` fixes the experts (weights still come from the full scores); ids outside [0, E) are dropped.
+    """
+    _check(logits_TE, topk, score_function, num_groups, group_topk, replay_TK)
+    return Routing(
+        *reference.route(
+            logits_TE,
+            topk,
+            score_function,
+            expert_bias_E,
+            num_groups,
+            group_topk,
+            scaling_factor,
+            valid_T,
+            replay_TK,
+        )
+    )
+
+
+@torch.no_grad()
+def route_index(experts_TK: Tensor, num_experts: int) -> RouteIndex:
+    """Sort the slots by expert, stably, without a host synchronisation; expert ids outside [0, E) are dropped."""
+    return RouteIndex(*reference.route_index(experts_TK, num_experts))
+
+
+def _check(
+    logits_TE: Tensor,
+    topk: int,
+    score_function: str,
+    num_groups: int,
+    group_topk: int,
+    replay_TK: Tensor | None,
+) -> None:
+    num_experts = logits_TE.shape[1]
+    if score_function not in ("softmax", "sigmoid"):
+        raise ConfigError(f"score_function={score_function!r} is not known; use 'softmax' or 'sigmoid'")
+    if not 1 <= topk <= num_experts:
+        raise ConfigError(f"topk={topk} must lie in 1..num_experts={num_experts}")
+    if num_groups:
+        if num_experts % num_groups:
+            raise ConfigError(f"num_groups={num_groups} must divide num_experts={num_experts}")
+        if not 1 <= group_topk <= num_groups:
+            raise ConfigError(f"group_topk={group_topk} must lie in 1..num_groups={num_groups}")
+        if group_topk * (num_experts // num_groups) < topk:
+            raise ConfigError(
+                f"group_topk={group_topk} groups of {num_experts // num_groups} experts hold fewer than topk={topk}; "
+                f"raise group_topk"
+            )
+    if replay_TK is not None and replay_TK.shape != (logits_TE.shape[0], topk):
+        raise ConfigError(
+            f"replay of shape {tuple(replay_TK.shape)} must be [T, topk] = {(logits_TE.shape[0], topk)}"
+        )

@@ -1,0 +1,111 @@
+"""Routing said as maths: differentiable by autograd, any floating dtype, any device.
+
+Legend: T tokens, E experts, K experts per token, N = T*K slots.
+"""
+
+import torch
+from torch import Tensor
+
+# Megatron's guard (moe_utils.topk_routing_with_score_function) against a row of sigmoid scores that are all 0
+SUM_EPSILON = 1e-20
+
+
+def group_mask(selection_TE: Tensor, num_groups: int, group_topk: int) -> Tensor:
+    """True at the experts of each token's best ``group_topk`` groups; a group scores the sum of its best two.
+
+    Experts ``[g * E/num_groups, (g+1) * E/num_groups)`` form group g. Ties: the lowest group wins.
+    """
+    tokens, experts = selection_TE.shape
+    grouped = selection_TE.view(tokens, num_groups, experts // num_groups)
+    group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+    best = top_k(group_scores, group_topk)
+    mask = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
+    return mask.repeat_interleave(experts // num_groups, dim=1)
+
+
+def top_k(scores_TE: Tensor, k: int) -> Tensor:
+    """Indices of the k largest, best first; of equal scores the lowest index (``torch.topk`` promises no order)."""
+    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def select(
+    logits_TE: Tensor,
+    scores_TE: Tensor,
+    topk: int,
+    score_function: str,
+    expert_bias_E: Tensor | None,
+    num_groups: int,
+    group_topk: int,
+) -> Tensor:
+    """The experts each token visits [T, K], best first.
+
+    Selection is by score (+ bias). Softmax without bias or groups selects by the logits themselves, which order
+    alike and cannot tie by underflow.
+    """
+    plain = score_function == "softmax" and expert_bias_E is None and not num_groups
+    selection_TE = logits_TE if plain else scores_TE
+    if expert_bias_E is not None:
+        selection_TE = selection_TE + expert_bias_E.to(selection_TE.dtype)
+    if num_groups:
+        allowed_TE = group_mask(selection_TE, num_groups, group_topk)
+        selection_TE = selection_TE.masked_fill(~allowed_TE, -torch.inf)
+    return top_k(selection_TE, topk)
+
+
+def route(
+    logits_TE: Tensor,
+    topk: int,
+    score_function: str,
+    expert_bias_E: Tensor | None,
+    num_groups: int,
+    group_topk: int,
+    scaling_factor: float,
+    valid_T: Tensor | None,
+    replay_TK: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(probs_TK, experts_TK, counts_E, prob_sum_E, z_sum)``; see ``op.route``."""
+    if logits_TE.element_size() == 2:
+        logits_TE = logits_TE.float()
+    num_experts = logits_TE.shape[1]
+    scores_TE = logits_TE.sigmoid() if score_function == "sigmoid" else logits_TE.softmax(-1)
+    with torch.no_grad():
+        experts_TK = replay_TK
+        if experts_TK is None:
+            experts_TK = select(
+                logits_TE, scores_TE, topk, score_function, expert_bias_E, num_groups, group_topk
+            )
+        kept_TK = (experts_TK >= 0) & (experts_TK < num_experts)
+        if valid_T is not None:
+            kept_TK = kept_TK & valid_T[:, None]
+        experts_TK = torch.where(kept_TK, experts_TK, num_experts)
+        counts_E = torch.bincount(experts_TK.reshape(-1), minlength=num_experts + 1)[:num_experts]
+
+    index_TK = experts_TK.clamp(max=num_experts - 1)
+    if score_function == "sigmoid":
+        chosen_TK = scores_TE.gather(1, index_TK).masked_fill(~kept_TK, 0)
+        probs_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + SUM_EPSILON)
+        normalised_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + SUM_EPSILON)
+    else:
+        # renormalised softmax is the softmax of the chosen logits: no 0/0 however small the chosen scores
+        chosen_TK = logits_TE.gather(1, index_TK).masked_fill(~kept_TK, -torch.inf)
+        nothing_T1 = ~kept_TK.any(-1, keepdim=True)
+        probs_TK = chosen_TK.masked_fill(nothing_T1, 0).softmax(-1).masked_fill(~kept_TK, 0)
+        normalised_TE = scores_TE
+    z_T = logits_TE.logsumexp(-1).square()
+    if valid_T is not None:
+        normalised_TE = normalised_TE.masked_fill(~valid_T[:, None], 0)
+        z_T = z_T.masked_fill(~valid_T, 0)
+    return probs_TK * scaling_factor, experts_TK, counts_E, normalised_TE.sum(0), z_T.sum()
+
+
+def route_index(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``(offsets_E, gather_N, position_TK)``; see ``op.route_index``."""
+    flat_N = experts_TK.reshape(-1)
+    kept_N = (flat_N >= 0) & (flat_N < num_experts)
+    flat_N = torch.where(kept_N, flat_N, num_experts)
+    offsets_E = torch.bincount(flat_N, minlength=num_experts + 1)[:num_experts].cumsum(0).int()
+    order_N = flat_N.argsort(stable=True)
+    slots_N = torch.arange(flat_N.numel(), device=flat_N.device)
+    position_N = torch.empty_like(slots_N).scatter_(0, order_N, slots_N).masked_fill(~kept_N, -1)
+    gather_N = (order_N // max(experts_TK.shape[1], 1)).masked_fill(slots_N >= offsets_E[-1], 0)
+    return offsets_E, gather_N, position_N.view(experts_TK.shape)

@@ -1,0 +1,95 @@
+"""Log-probability and entropy said as maths, in row chunks that bound the memory; any floating dtype.
+
+Legend: T tokens, V vocabulary columns of this rank. With x = logits / temperature and the shard's maximum m, a
+shard is summed up by four numbers per token (``partials``)::
+
+    m = max x,  s = sum exp(x - m),  a = sum (x - m) exp(x - m),  x_target (+inf where another shard has it)
+
+which ``combine`` merges over shards. Centring a on the maximum keeps entropy exact where logits are far from 0.
+"""
+
+import torch
+from torch import Tensor
+
+# elements per chunk: 8 MiB of fp32 scratch
+_CHUNK = 1 << 21
+
+
+def _chunks(logits_TV: Tensor):
+    rows = max(1, _CHUNK // max(1, logits_TV.shape[1]))
+    return [slice(start, start + rows) for start in range(0, logits_TV.shape[0], rows)]
+
+
+def _scaled(logits_tV: Tensor, columns: int, temperature: float) -> Tensor:
+    x_tV = logits_tV[:, :columns]
+    return (x_tV.float() if x_tV.element_size() == 2 else x_tV) / temperature
+
+
+def partials(logits_TV: Tensor, local_T: Tensor, columns: int, temperature: float) -> Tensor:
+    """[T, 4] partial sums of this shard. ``local_T``: column of the target, -1 elsewhere, -2 to skip the row."""
+    wide = torch.promote_types(logits_TV.dtype, torch.float32)
+    out_T4 = torch.zeros(logits_TV.shape[0], 4, dtype=wide, device=logits_TV.device)
+    out_T4[:, 0], out_T4[:, 3] = -torch.inf, torch.inf
+    if not columns:
+        return out_T4
+    for rows in _chunks(logits_TV):
+        x_tV, local_t = _scaled(logits_TV[rows], columns, temperature), local_T[rows]
+        m_t = x_tV.amax(-1)
+        centred_tV = x_tV - m_t.masked_fill(m_t == -torch.inf, 0)[:, None]
+        exp_tV = centred_tV.exp()
+        moment_t = (exp_tV * centred_tV.clamp(min=torch.finfo(wide).min)).sum(-1)
+        target_t = (
+            x_tV.gather(1, local_t.clamp(min=0)[:, None]).squeeze(1).masked_fill(local_t < 0, torch.inf)
+        )
+        merged_t4 = torch.stack([m_t, exp_tV.sum(-1), moment_t, target_t], dim=1)
+        out_T4[rows] = torch.where(local_t[:, None] == -2, out_T4[rows], merged_t4)
+    return out_T4
+
+
+def combine(partials_RT4: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(logp_T, entropy_T, lse_T, found_T)`` from the partials of R shards; 0 where no shard has the target."""
+    m_RT, s_RT, a_RT, target_RT = partials_RT4.unbind(-1)
+    m_T = m_RT.amax(0)
+    shift_RT = (m_RT - m_T).masked_fill(m_RT == -torch.inf, 0)
+    scale_RT = shift_RT.exp().masked_fill(m_RT == -torch.inf, 0)
+    s_T = (scale_RT * s_RT).sum(0)
+    a_T = (scale_RT * (a_RT + shift_RT * s_RT)).sum(0)
+    target_T = target_RT.amin(0)
+    found_T = target_T != torch.inf
+    lse_T = m_T + s_T.log()
+    logp_T = (target_T - lse_T).masked_fill(~found_T, 0)
+    entropy_T = (s_T.log() - a_T / s_T).masked_fill(~found_T, 0)
+    return logp_T, entropy_T, lse_T, found_T
+
+
+def gradient(
+    logits_TV: Tensor,
+    local_T: Tensor,
+    columns: int,
+    temperature: float,
+    lse_T: Tensor,
+    entropy_T: Tensor,
+    dlogp_T: Tensor,
+    dentropy_T: Tensor | None,
+    out_TV: Tensor,
+) -> None:
+    """Write d logits of this shard into ``out_TV`` (which may be the logits themselves).
+
+    ``d x_v = dlogp (1[v = target] - p_v) - dentropy p_v (log p_v + entropy)``, ``d logits = d x / temperature``.
+    Rows with ``local_T`` -2 get zeros.
+    """
+    for rows in _chunks(logits_TV):
+        local_t = local_T[rows]
+        logp_tV = _scaled(logits_TV[rows], columns, temperature) - lse_T[rows, None]
+        p_tV = logp_tV.exp()
+        factor_tV = -dlogp_T[rows, None]
+        if dentropy_T is not None:
+            # where p underflows to 0, log p may be -inf: the product is 0
+            centred_tV = (logp_tV + entropy_T[rows, None]).masked_fill_(p_tV == 0, 0)
+            factor_tV = factor_tV - dentropy_T[rows, None] * centred_tV
+        dx_tV = p_tV * factor_tV
+        mine_t = local_t >= 0
+        dx_tV.scatter_add_(1, local_t.clamp(min=0)[:, None], (dlogp_T[rows] * mine_t)[:, None])
+        dx_tV.masked_fill_(local_t[:, None] == -2, 0)
+        out_TV[rows, :columns] = (dx_tV / temperature).to(out_TV.dtype)
+    out_TV[:, columns:] = 0
