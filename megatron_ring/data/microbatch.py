@@ -1,0 +1,121 @@
+"""The one shape in which tokens reach the model: sequences packed end to end into T slots.
+
+Legend: T token slots of a microbatch (static over a run), S segments (packed sequences).
+
+A microbatch is full of segments: the real ones first, then, where tokens are missing, one last segment of padding.
+Attention is causal inside a segment and never crosses one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+IGNORE = -100
+"""Label of a position that has no target: :func:`~megatron_ring.kernels.token_logprob` answers 0 for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Microbatch:
+    """One microbatch of one data-parallel rank.
+
+    Example: segments of 3 and 2 tokens in T = 6 slots::
+
+        tokens_T      [11, 12, 13, 21, 22, 0]
+        labels_T      [12, 13, -100, 22, -100, -100]
+        loss_mask_T   [1., 1., 0., 1., 0., 0.]
+        positions_T   [0, 1, 2, 0, 1, 0]
+        valid_T       [True, True, True, True, True, False]
+        segment_lengths (3, 2, 1)     # the last one is padding; num_valid 5
+        cu_seqlens    [0, 3, 5, 6]
+
+    ``loss_mask_T`` weighs each position's loss; ``valid_T`` says which slots hold tokens at all (the router's statistics
+    count those, whether or not they carry loss).
+    """
+
+    tokens_T: torch.Tensor
+    labels_T: torch.Tensor
+    loss_mask_T: torch.Tensor
+    positions_T: torch.Tensor
+    valid_T: torch.Tensor
+    cu_seqlens: torch.Tensor
+    segment_lengths: tuple[int, ...]
+    num_valid: int
+
+    @property
+    def num_slots(self) -> int:
+        return self.tokens_T.numel()
+
+    def to(self, device: torch.device) -> Microbatch:
+        """The same microbatch with its tensors on ``device``."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
+
+    def shifted(self, row_T: torch.Tensor, fill: int | float, by: int = 1) -> torch.Tensor:
+        """``row_T`` moved ``by`` places to the left inside every segment; ``fill`` where a segment ends.
+
+        Multi-token prediction at depth ``by`` reads its inputs and targets this way.
+        """
+        out_T = torch.full_like(row_T, fill)
+        if by < self.num_slots:
+            same_T = self.segment_of_T[:-by] == self.segment_of_T[by:]
+            out_T[:-by] = torch.where(same_T, row_T[by:], out_T[:-by])
+        return out_T
+
+    @property
+    def segment_of_T(self) -> torch.Tensor:
+        """Index of the segment each slot belongs to (``int64``)."""
+        lengths_S = self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+        segments_S = torch.arange(lengths_S.numel(), device=lengths_S.device)
+        return torch.repeat_interleave(segments_S, lengths_S.long(), output_size=self.num_slots)
+
+
+def pack_microbatch(
+    sequences: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]],
+    num_slots: int,
+    *,
+    segment_lengths: Sequence[Sequence[int]] | None = None,
+    pad_id: int = 0,
+) -> Microbatch:
+    """Pack (tokens, labels, loss mask) triples end to end and pad to ``num_slots``.
+
+    Args:
+        sequences: one triple per sequence, each of equal length inside the triple.
+        num_slots: T, the static number of slots.
+        segment_lengths: per sequence, its split into attention segments; ``None`` means one each.
+        pad_id: token id in padding slots.
+
+    Raises:
+        ValueError: the sequences do not fit into ``num_slots``.
+    """
+    used = sum(len(tokens) for tokens, _, _ in sequences)
+    if used > num_slots:
+        raise ValueError(f"{used} tokens do not fit into a microbatch of {num_slots} slots")
+    padding = num_slots - used
+    splits = segment_lengths or [(len(tokens),) for tokens, _, _ in sequences]
+    lengths = [n for split in splits for n in split if n > 0] + ([padding] if padding else [])
+
+    def column(index: int, fill: int | float, dtype: torch.dtype) -> torch.Tensor:
+        parts = [torch.as_tensor(sequence[index], dtype=dtype) for sequence in sequences]
+        return torch.cat([*parts, torch.full((padding,), fill, dtype=dtype)])
+
+    lengths_S = torch.tensor(lengths, dtype=torch.int64)
+    ends_S = lengths_S.cumsum(0)
+    starts_T = torch.repeat_interleave(ends_S - lengths_S, lengths_S)
+    loss_mask_T = column(2, 0.0, torch.float32)
+    return Microbatch(
+        tokens_T=column(0, pad_id, torch.int64),
+        labels_T=torch.where(loss_mask_T > 0, column(1, IGNORE, torch.int64), IGNORE),
+        loss_mask_T=loss_mask_T,
+        positions_T=torch.arange(num_slots) - starts_T,
+        valid_T=torch.arange(num_slots) < used,
+        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int32), ends_S.to(torch.int32)]),
+        segment_lengths=tuple(lengths),
+        num_valid=used,
+    )

@@ -1,0 +1,112 @@
+"""Packed causal self-attention.
+
+Legend: T tokens, H query heads, G key/value heads, C channels per head, D model width. ``hidden_T1D`` is Megatron's
+[sequence, batch = 1, hidden]; under sequence parallelism its T is this rank's share and the projections gather and scatter it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor, nn
+
+from megatron_ring.model.packed import PackedInputs, rotate
+
+
+class RingSelfAttention(SelfAttention):
+    """Megatron's projections and head norms around rotary and one packed core attention.
+
+    Upstream's ``forward`` loops over segments on the host for rotary and carries every inference mode; this one is the
+    training path only, with positions given per token.
+    """
+
+    def forward(self, hidden_T1D: Tensor, packed: PackedInputs, rotary_2TR: Tensor) -> Tensor:
+        """Attention output [T, 1, D] of one microbatch."""
+        q, k, v = self.get_query_key_value_tensors(hidden_T1D)
+        q_THC, k_TGC = rotate(q.squeeze(1), rotary_2TR), rotate(k.squeeze(1), rotary_2TR)
+        v_TGC = v.squeeze(1)
+        if self.checkpoint_core_attention and self.training:
+            context = tensor_parallel.checkpoint(
+                lambda *qkv: self._core(*qkv, packed), False, q_THC, k_TGC, v_TGC
+            )
+        else:
+            context = self._core(q_THC, k_TGC, v_TGC, packed)
+        output_T1D, _ = self.linear_proj(context.reshape(context.shape[0], 1, -1))
+        return output_T1D
+
+    def _core(self, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, packed: PackedInputs) -> Tensor:
+        return self.core_attention(
+            q_THC,
+            k_TGC,
+            v_TGC,
+            None,
+            attn_mask_type=AttnMaskType.padding_causal,
+            attention_bias=None,
+            packed_seq_params=packed,
+        )
+
+
+class PackedCoreAttention(nn.Module):
+    """Causal attention inside each segment: variable-length flash attention on CUDA, SDPA per segment on the CPU."""
+
+    def __init__(self, config, layer_number: int, attn_mask_type, attention_type: str, **_ignored: object):
+        super().__init__()
+        self.scale = config.kv_channels**-0.5
+
+    def forward(
+        self,
+        q_THC: Tensor,
+        k_TGC: Tensor,
+        v_TGC: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: PackedInputs,
+        **_ignored: object,
+    ) -> Tensor:
+        """Context [T, H, C]; ``packed_seq_params`` gives the segments."""
+        if q_THC.is_cuda:
+            return _varlen_attention(q_THC, k_TGC, v_TGC, packed_seq_params, self.scale)
+        return _segment_attention(q_THC, k_TGC, v_TGC, packed_seq_params.segment_lengths, self.scale)
+
+
+def _segment_attention(
+    q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, lengths: tuple[int, ...], scale: float
+) -> Tensor:
+    """One SDPA call per run of neighbouring segments of equal length."""
+    repeats = q_THC.shape[1] // k_TGC.shape[1]
+    if repeats > 1:
+        k_TGC, v_TGC = k_TGC.repeat_interleave(repeats, dim=1), v_TGC.repeat_interleave(repeats, dim=1)
+    runs: list[list[int]] = []
+    for length in lengths:
+        if runs and runs[-1][0] == length:
+            runs[-1][1] += 1
+        else:
+            runs.append([length, 1])
+    sizes = [length * count for length, count in runs]
+    outputs = []
+    for (length, count), q, k, v in zip(
+        runs, q_THC.split(sizes), k_TGC.split(sizes), v_TGC.split(sizes), strict=True
+    ):
+        q_BHLC, k_BHLC, v_BHLC = (x.unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+        context = F.scaled_dot_product_attention(q_BHLC, k_BHLC, v_BHLC, is_causal=True, scale=scale)
+        outputs.append(context.transpose(1, 2).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _varlen_attention(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, packed: PackedInputs, scale: float) -> Tensor:
+    """flash-attn where installed, else torch's own variable-length kernel."""
+    cu, longest = packed.cu_seqlens_q, packed.max_seqlen_q
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        from torch.nn.attention.varlen import varlen_attn
+
+        return varlen_attn(
+            q_THC, k_TGC, v_TGC, cu, cu, longest, longest, window_size=(-1, 0), scale=scale, enable_gqa=True
+        )
+    return flash_attn_varlen_func(
+        q_THC, k_TGC, v_TGC, cu, cu, longest, longest, softmax_scale=scale, causal=True
+    )

@@ -1,0 +1,150 @@
+"""Ring, said in Megatron specs: the model and how to build this rank's part of it.
+
+Legend: T token slots, D model width, V vocabulary shard of this tensor rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from megatron_ring.config.model import ModelConfig
+from megatron_ring.config.parallel import ParallelConfig
+from megatron_ring.data.microbatch import Microbatch
+from megatron_ring.model.head import norm_head_scale
+from megatron_ring.model.packed import PackedInputs, rotary_table
+from megatron_ring.model.router import RingRouter
+from megatron_ring.model.spec import block_spec, mtp_spec
+from megatron_ring.model.translate import padded_vocab_size, transformer_config
+from megatron_ring.runtime.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logits:
+    """What the last pipeline stage answers: this tensor rank's columns of the logits.
+
+    ``main_TV`` predicts the next token, ``mtp_TV[d]`` the one ``d + 1`` places further on. Columns from ``vocab_size - vocab_start``
+    on are padding.
+    """
+
+    main_TV: Tensor
+    mtp_TV: tuple[Tensor, ...]
+    vocab_start: int
+    vocab_size: int
+    tp_group: torch.distributed.ProcessGroup
+
+
+class RingModel(GPTModel):
+    """Megatron's GPT model with packed inputs, NormHead and multi-token prediction that also scores."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        config: TransformerConfig,
+        topology: Topology,
+        vp_stage: int | None = None,
+    ):
+        chunk = vp_stage or 0
+        pre_process = topology.is_first_stage and chunk == 0
+        post_process = topology.is_last_stage and chunk == topology.vpp_size - 1
+        first = get_transformer_layer_offset(config, vp_stage, topology.pp_rank)
+        count = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=topology.pp_rank)
+        super().__init__(
+            config=config,
+            transformer_layer_spec=block_spec(model, list(range(first, first + count))),
+            vocab_size=padded_vocab_size(model, parallel),
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="none",
+            mtp_block_spec=mtp_spec(model) if post_process and model.mtp_num_layers else None,
+            pg_collection=topology.groups,
+            vp_stage=vp_stage,
+        )
+        self.model = model
+        self.tp_group = topology.groups.tp
+
+    def forward(self, microbatch: Microbatch, packed: PackedInputs) -> Tensor | Logits:
+        """Hidden states [T, 1, D] for the next stage, or the last stage's :class:`Logits`."""
+        rotary_2TR = rotary_table(
+            microbatch.positions_T, self.model.kv_channels, self.model.rotary_percent, self.model.rotary_base
+        )
+        embedded = self._embed(microbatch.tokens_T, microbatch.positions_T) if self.pre_process else None
+        hidden_T1D = self.decoder(
+            hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary_2TR, packed_seq_params=packed
+        )
+        if not self.post_process:
+            return hidden_T1D
+        mtp_T1D = self._predict_further(microbatch, hidden_T1D, packed, rotary_2TR) if self.mtp_process else []
+        vocab_rows = self.output_layer.output_size_per_partition
+        return Logits(
+            main_TV=self._logits(hidden_T1D),
+            mtp_TV=tuple(self._logits(further) for further in mtp_T1D),
+            vocab_start=vocab_rows * self.tp_group.rank(),
+            vocab_size=self.model.vocab_size,
+            tp_group=self.tp_group,
+        )
+
+    def _embed(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
+        return self.embedding(input_ids=tokens_T[None], position_ids=positions_T[None])
+
+    def _logits(self, hidden_T1D: Tensor) -> Tensor:
+        """[T, V]: gathers the sequence and keeps the vocabulary sharded."""
+        head = self.output_layer
+        if self.model.norm_head:
+            start = head.output_size_per_partition * self.tp_group.rank()
+            real_rows = max(0, min(head.output_size_per_partition, self.model.vocab_size - start))
+            hidden_T1D = norm_head_scale(hidden_T1D, head.weight, real_rows, self.tp_group)
+        logits_T1V, _ = head(hidden_T1D)
+        return logits_T1V.squeeze(1)
+
+    def _predict_further(
+        self, microbatch: Microbatch, hidden_T1D: Tensor, packed: PackedInputs, rotary_2TR: Tensor
+    ) -> list[Tensor]:
+        """Hidden states of each multi-token-prediction depth (DeepSeek-V3's sequential form).
+
+        Upstream's block requires labels and rolls tokens segment by segment on the host.
+        """
+        outputs = []
+        for depth, layer in enumerate(self.mtp.layers, start=1):
+            tokens_T = microbatch.shifted(microbatch.tokens_T, fill=0, by=depth)
+            embedded = self._embed(tokens_T, microbatch.positions_T)
+
+            def advance(hidden, embedded, layer=layer):
+                return layer._proj_and_transformer_layer(
+                    hidden_states=hidden,
+                    decoder_input=embedded,
+                    rotary_pos_emb=rotary_2TR,
+                    packed_seq_params=packed,
+                )
+
+            if self.config.recompute_granularity == "full" and self.training:
+                hidden_T1D = tensor_parallel.checkpoint(advance, False, hidden_T1D, embedded)
+            else:
+                hidden_T1D = advance(hidden_T1D, embedded)
+            outputs.append(hidden_T1D)
+        return outputs
+
+    def routers(self) -> list[RingRouter]:
+        """This chunk's routers in layer order (multi-token-prediction layers last)."""
+        return [module for module in self.modules() if isinstance(module, RingRouter)]
+
+
+def build_model(
+    model: ModelConfig, parallel: ParallelConfig, topology: Topology, device: torch.device
+) -> list[RingModel]:
+    """This rank's model chunks on ``device``, freshly initialised: one, or one per virtual pipeline stage."""
+    config = transformer_config(model, parallel)
+    stages = [None] if topology.vpp_size == 1 else list(range(topology.vpp_size))
+    chunks = [RingModel(model, parallel, config, topology, vp_stage=stage) for stage in stages]
+    return [chunk.to(device) for chunk in chunks]

@@ -1,0 +1,80 @@
+"""What travels through the layers beside the hidden states: the packed batch in Megatron's ``thd`` words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_ring.data.microbatch import Microbatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSignal:
+    """How the router takes part in this step; ``None`` in its place means scoring: no losses, no counting.
+
+    ``loss_scale`` is dp_size / (valid tokens of the whole step): a microbatch's balance loss counts in proportion to its valid
+    tokens, and DDP's averaging over data-parallel ranks is undone. ``warmup`` is a in the stochastic
+    routing warm-up ``a*s + (1-a)*(mu + sigma*noise)`` (1.0 = no noise).
+
+    Example: 2 microbatches on each of 4 ranks, 100 valid tokens each: ``RouterSignal(loss_scale=4 / 800)``.
+    """
+
+    loss_scale: float
+    warmup: float = 1.0
+
+
+@dataclass
+class PackedInputs(PackedSeqParams):
+    """Segments for attention, validity for the router, and, where asked, routes to replay.
+
+    ``routes_LTK`` (``int64``, expert ids per layer, token and rank) replays a recorded routing in every layer.
+    """
+
+    segment_lengths: tuple[int, ...] = ()
+    valid_T: Tensor | None = None
+    num_valid: int = 0
+    router: RouterSignal | None = None
+    routes_LTK: Tensor | None = None
+
+
+def pack_inputs(
+    microbatch: Microbatch, *, router: RouterSignal | None = None, routes_LTK: Tensor | None = None
+) -> PackedInputs:
+    """The microbatch as the layers read it."""
+    longest = max(microbatch.segment_lengths)
+    return PackedInputs(
+        qkv_format="thd",
+        cu_seqlens_q=microbatch.cu_seqlens,
+        cu_seqlens_kv=microbatch.cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        segment_lengths=microbatch.segment_lengths,
+        valid_T=microbatch.valid_T,
+        num_valid=microbatch.num_valid,
+        router=router,
+        routes_LTK=routes_LTK,
+    )
+
+
+def rotary_table(positions_T: Tensor, kv_channels: int, rotary_percent: float, base: float) -> Tensor:
+    """cos and sin of every position's angles, [2, T, R/2] in fp32, R = rotated channels (half-split form)."""
+    rotated = int(kv_channels * rotary_percent)
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=positions_T.device) / rotated
+    angles = positions_T.float()[:, None] * base**-exponents
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x_THC: Tensor, rotary_2TR: Tensor) -> Tensor:
+    """Rotate the first channels of every head by its position's angles; the rest passes (partial rotary).
+
+    Channel i is paired with channel i + R/2 (the half-split, "NeoX" form).
+    """
+    cos_T1R, sin_T1R = rotary_2TR[0].unsqueeze(1), rotary_2TR[1].unsqueeze(1)
+    half = cos_T1R.shape[-1]
+    first, second, rest = x_THC[..., :half].float(), x_THC[..., half : 2 * half].float(), x_THC[..., 2 * half :]
+    turned = torch.cat((first * cos_T1R - second * sin_T1R, second * cos_T1R + first * sin_T1R), dim=-1)
+    turned = turned.to(x_THC.dtype)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

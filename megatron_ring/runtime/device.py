@@ -1,0 +1,75 @@
+"""The device seam: what the rest of the house asks instead of naming CUDA.
+
+Only this file and :mod:`megatron_ring.runtime.megatron_cpu` say ``torch.cuda``.
+"""
+
+import os
+
+import torch
+
+
+def has_cuda() -> bool:
+    """True when tensors live on a CUDA device; ``MEGATRON_RING_DEVICE=cpu`` forces the CPU."""
+    return os.environ.get("MEGATRON_RING_DEVICE", "").lower() != "cpu" and torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: ``cuda:<local rank>`` after :func:`bind`, else ``cpu``."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def bind(local_rank: int) -> torch.device:
+    """Make ``local_rank``'s device the current one and return it."""
+    if has_cuda():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    return device()
+
+
+def collective_backend() -> str:
+    """``nccl`` beside CUDA, ``gloo`` elsewhere."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def synchronize() -> None:
+    """Wait until the device has finished what was queued; returns at once on the CPU."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def seed(value: int) -> None:
+    """Seed torch's generators on the CPU and the device."""
+    torch.manual_seed(value)
+    if has_cuda():
+        torch.cuda.manual_seed(value)
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory use so far: allocator peak on CUDA, resident set on the CPU."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """Generator states of the CPU and, where there is one, the device (``uint8`` tensors)."""
+    state = {"cpu": torch.get_rng_state()}
+    if has_cuda():
+        state["device"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    """Restore what :func:`rng_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if has_cuda() and "device" in state:
+        torch.cuda.set_rng_state(state["device"])
+
+
+def profiler_activities() -> list[torch.profiler.ProfilerActivity]:
+    """What a torch profiler should record here."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if has_cuda():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return activities

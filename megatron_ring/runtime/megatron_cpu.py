@@ -1,0 +1,253 @@
+"""Megatron-Core on a machine without CUDA: host equivalents for the few CUDA names it says.
+
+One context manager, :func:`megatron_on_cpu`, entered by the session when the device is the CPU and undone on exit.
+Every row of :data:`STAND_INS` names the upstream lines it serves (megatron-core 0.16.1) and is dropped when
+upstream asks a device function instead of naming CUDA there. ``hits()`` tells which rows a run has used; a test asserts that training
+uses exactly the rows of the table, so an upgrade that adds or drops a CUDA call is noticed.
+
+No ``TorchFunctionMode`` stays active during a step (it costs about 1 us per torch call): literal ``device="cuda"``
+is answered by giving the few modules that say it a proxy for their ``torch`` name, and the mode is on only
+inside the optimizer constructors that ask for ``Tensor.type()``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CORE = "megatron.core."
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """One CUDA name and what answers for it on the host.
+
+    ``target`` is the module whose attribute ``name`` is replaced; ``serves`` lists upstream ``file:line``.
+    """
+
+    key: str
+    target: str
+    name: str
+    serves: tuple[str, ...]
+    make: Callable[[object, Callable[[], None]], object]
+
+
+_hits: set[str] = set()
+
+
+def hits() -> frozenset[str]:
+    """Keys of the stand-ins used since the last :func:`reset_hits`."""
+    return frozenset(_hits)
+
+
+def reset_hits() -> None:
+    _hits.clear()
+
+
+class _CudaNamesOnHost(TorchFunctionMode):
+    """Answers ``Tensor.type()`` with the CUDA class name and reads "cuda" as "cpu" in factory calls."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+class _TorchProxy:
+    """``torch`` as one upstream module sees it: factories read ``device="cuda"`` as the host."""
+
+    def __init__(self, hit: Callable[[], None]):
+        self._hit = hit
+        for factory in ("zeros", "tensor", "empty", "ones"):
+            setattr(self, factory, self._on_host(getattr(torch, factory)))
+
+    def _on_host(self, factory: Callable) -> Callable:
+        @functools.wraps(factory)
+        def wrapped(*args, **kwargs):
+            if kwargs.get("device") == "cuda":
+                self._hit()
+                kwargs["device"] = "cpu"
+            return factory(*args, **kwargs)
+
+        return wrapped
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+
+def _returns(value: object) -> Callable:
+    def make(_original, hit):
+        def stand_in(*_args, **_kwargs):
+            hit()
+            return value
+
+        return stand_in
+
+    return make
+
+
+def _instead(function: Callable) -> Callable:
+    def make(_original, hit):
+        def stand_in(*args, **kwargs):
+            hit()
+            return function(*args, **kwargs)
+
+        return stand_in
+
+    return make
+
+
+def _torch_proxy(_original, hit):
+    return _TorchProxy(hit)
+
+
+def _under_cuda_names(original, hit):
+    """Run ``original`` (a constructor or a classmethod's function) with CUDA type names on the host."""
+    function = original.__func__ if isinstance(original, classmethod) else original
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        hit()
+        with _CudaNamesOnHost():
+            return function(*args, **kwargs)
+
+    return classmethod(wrapped) if isinstance(original, classmethod) else wrapped
+
+
+def _set_state(state, *_args, **_kwargs):
+    torch.set_rng_state(state)
+
+
+def _get_state(*_args, **_kwargs):
+    return torch.get_rng_state()
+
+
+_HOST = torch.device("cpu")
+
+STAND_INS: tuple[StandIn, ...] = (
+    StandIn(
+        "current_device",
+        "torch.cuda",
+        "current_device",
+        (
+            "tensor_parallel/layers.py:261,552,873,1197",
+            "tensor_parallel/mappings.py:141,148,181,442",
+            "distributed/param_and_grad_buffer.py:783,800,806",
+            "pipeline_parallel/p2p_communication.py:313,321",
+        ),
+        _returns(_HOST),
+    ),
+    StandIn("get_rng_state", "torch.cuda", "get_rng_state", ("tensor_parallel/random.py:235,238",), _instead(_get_state)),
+    StandIn(
+        "manual_seed",
+        "torch.cuda",
+        "manual_seed",
+        ("tensor_parallel/random.py:237,422",),
+        _instead(torch.manual_seed),
+    ),
+    StandIn(
+        "tracker_get_rng_state",
+        _CORE + "tensor_parallel.random",
+        "_get_cuda_rng_state",
+        ("tensor_parallel/random.py:55 (fork, checkpoint)",),
+        _instead(_get_state),
+    ),
+    StandIn(
+        "tracker_set_rng_state",
+        _CORE + "tensor_parallel.random",
+        "_set_cuda_rng_state",
+        ("tensor_parallel/random.py:80 (add, fork, checkpoint)",),
+        _instead(_set_state),
+    ),
+    StandIn(
+        "schedules_literals",
+        _CORE + "pipeline_parallel.schedules",
+        "torch",
+        ("pipeline_parallel/schedules.py:596,983,2138",),
+        _torch_proxy,
+    ),
+    StandIn(
+        "clip_grads_literals",
+        _CORE + "optimizer.clip_grads",
+        "torch",
+        ("optimizer/clip_grads.py:90,103,115,174",),
+        _torch_proxy,
+    ),
+    StandIn(
+        "optimizer_literals",
+        _CORE + "optimizer.optimizer",
+        "torch",
+        ("optimizer/optimizer.py:473,481,485",),
+        _torch_proxy,
+    ),
+    StandIn(
+        "multi_tensor_norm_literals",
+        _CORE + "utils",
+        "torch",
+        ("utils.py:1207 (multi_tensor_l2norm without apex)",),
+        _torch_proxy,
+    ),
+    StandIn(
+        "clip_grads_type_names",
+        _CORE + "optimizer.optimizer",
+        "clip_grad_by_total_norm_fp32",
+        ("optimizer/clip_grads.py:167",),
+        _under_cuda_names,
+    ),
+    StandIn(
+        "distributed_optimizer_type_names",
+        _CORE + "optimizer.distrib_optimizer.DistributedOptimizer",
+        "_build_model_and_main_param_groups",
+        ("optimizer/distrib_optimizer.py:361,420",),
+        _under_cuda_names,
+    ),
+    StandIn(
+        "float16_optimizer_type_names",
+        _CORE + "optimizer.optimizer.Float16OptimizerWithFloat16Params",
+        "__init__",
+        ("optimizer/optimizer.py:671,690",),
+        _under_cuda_names,
+    ),
+)
+
+
+def _resolve(target: str) -> ModuleType | type:
+    try:
+        return importlib.import_module(target)
+    except ModuleNotFoundError:
+        module, _, attribute = target.rpartition(".")
+        return getattr(importlib.import_module(module), attribute)
+
+
+@contextlib.contextmanager
+def megatron_on_cpu() -> Iterator[None]:
+    """Let Megatron-Core run on the host for the length of the ``with`` block.
+
+    Raises ``RuntimeError`` where there is CUDA: there the real names must answer.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError("megatron_on_cpu() replaces CUDA names and must not be entered where CUDA exists")
+    tracker_log = logging.getLogger(_CORE + "tensor_parallel.random")
+    level = tracker_log.level
+    # on the host both generators are the same one, so the tracker's "CPU RNG state changed" always fires
+    tracker_log.setLevel(logging.ERROR)
+    with contextlib.ExitStack() as stack:
+        for row in STAND_INS:
+            owner = _resolve(row.target)
+            original = vars(owner).get(row.name, getattr(owner, row.name))
+            replacement = row.make(original, functools.partial(_hits.add, row.key))
+            stack.enter_context(mock.patch.object(owner, row.name, replacement))
+        try:
+            yield
+        finally:
+            tracker_log.setLevel(level)

@@ -1,0 +1,60 @@
+"""Dated corrections to Megatron-Core that hold on every device.
+
+Each entry names the symptom, the upstream line and when to delete it. The version is checked, so an upgrade
+makes somebody look here again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import megatron.core
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_ring.errors import ConfigError
+
+TESTED_VERSIONS = ("0.16.0", "0.16.1")
+
+
+def _load_given_keys(self: DistributedOptimizer, model_param, tensors) -> None:
+    """2026-11: loading a checkpoint with torch's AdamW raised KeyError 'step'.
+
+    optimizer/distrib_optimizer.py:939 (0.16.1) copies every key of the optimizer state although the sharded state
+    carries no 'step'; load_state_dict (line 825) moreover gives all parameters one shared step tensor, which
+    AdamW then counts up once per parameter. Delete when upstream copies only given keys and clones step.
+    """
+    group_index, group_order = self.model_param_group_index_map[model_param]
+    main_param = self.optimizer.param_groups[group_index]["params"][group_order]
+    state = self.optimizer.state[main_param]
+    if "step" in state:
+        state["step"] = state["step"].clone()
+    destinations = {"param": main_param.data, **state}
+    for key, value in tensors.items():
+        if key != "step":
+            destinations[key].copy_(value)
+
+
+@contextlib.contextmanager
+def megatron_fixes() -> Iterator[None]:
+    """Apply the corrections for the length of the ``with`` block.
+
+    Raises:
+        ConfigError: the installed megatron-core is none of :data:`TESTED_VERSIONS`.
+    """
+    version = megatron.core.__version__
+    if version.split("+")[0] not in TESTED_VERSIONS:
+        raise ConfigError(
+            f"megatron-core {version} is not one of the tested versions {', '.join(TESTED_VERSIONS)}; "
+            "install megatron-core==0.16.1"
+        )
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def load(self, model_param, tensors):
+        if self.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8:
+            return original(self, model_param, tensors)
+        return _load_given_keys(self, model_param, tensors)
+
+    with mock.patch.object(DistributedOptimizer, "_set_main_param_and_optimizer_states", load):
+        yield

@@ -1,0 +1,155 @@
+"""One process of a run, from the first collective to the last: process group, device, layout, seeds, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_ring.config.parallel import ParallelConfig
+from megatron_ring.errors import ConfigError
+from megatron_ring.runtime import device
+from megatron_ring.runtime.topology import Topology, close_topology, distributed_timeout, open_topology
+
+log = logging.getLogger("megatron_ring")
+
+
+def world_size_from_env() -> int:
+    """Processes of this run: torchrun's ``WORLD_SIZE``, 1 without it. No process group needed."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_from_env() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+@dataclass
+class ExitRequest:
+    """Set by SIGTERM or SIGUSR1; the loop saves and leaves after the step that sees it on any rank."""
+
+    signal_number: int | None = None
+
+    @property
+    def wanted(self) -> bool:
+        return self.signal_number is not None
+
+
+@dataclass
+class Session:
+    """What an open run gives its stage.
+
+    Example: ``Session(rank=0, world_size=1, device=device("cpu"), topology=Topology(tp_size=1, ...))``
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    topology: Topology
+    exit_request: ExitRequest = field(default_factory=ExitRequest)
+
+    @property
+    def is_main(self) -> bool:
+        """True on global rank 0."""
+        return self.rank == 0
+
+    @property
+    def is_writer(self) -> bool:
+        """True on the one rank that prints and writes metrics: the last, where the loss is."""
+        return self.rank == self.world_size - 1
+
+    def exit_wanted(self) -> bool:
+        """Collective over the world: did any rank get a signal to save and leave?"""
+        flag = torch.tensor([float(self.exit_request.wanted)], device=self.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+def _init_process_group(parallel: ParallelConfig) -> None:
+    world_size = world_size_from_env()
+    timeout = distributed_timeout(parallel)
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(
+            device.collective_backend(), store=store, rank=0, world_size=1, timeout=timeout
+        )
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE={world_size} but {', '.join(missing)} not set; start the run with torchrun or srun"
+        )
+    if os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1"):
+        # gloo resolves the host name otherwise, which virtual hosts often do not answer
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group(device.collective_backend(), timeout=timeout)
+
+
+@contextlib.contextmanager
+def open_session(parallel: ParallelConfig, seed: int) -> Iterator[Session]:
+    """Open the run on this process and close it whatever happens.
+
+    Collective over the world. On a machine without CUDA the block runs inside
+    :func:`~megatron_ring.runtime.megatron_cpu.megatron_on_cpu`.
+    """
+    with contextlib.ExitStack() as stack:
+        bound = device.bind(int(os.environ.get("LOCAL_RANK", "0")))
+        if not device.has_cuda():
+            from megatron_ring.runtime.megatron_cpu import megatron_on_cpu
+
+            stack.enter_context(megatron_on_cpu())
+        from megatron_ring.runtime.megatron_fixes import megatron_fixes
+
+        stack.enter_context(megatron_fixes())
+        _init_process_group(parallel)
+        stack.callback(torch.distributed.destroy_process_group)
+        topology = open_topology(parallel)
+        stack.callback(close_topology)
+        _seed_everything(seed, topology)
+        session = Session(
+            rank=torch.distributed.get_rank(),
+            world_size=torch.distributed.get_world_size(),
+            device=bound,
+            topology=topology,
+        )
+        stack.enter_context(_signals(session.exit_request))
+        yield session
+
+
+def _seed_everything(seed: int, topology: Topology) -> None:
+    """Megatron's seeding: one stream per pipeline stage, tensor and expert ranks told apart by the tracker."""
+    import random
+
+    import numpy as np
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    stage_seed = seed + 100 * topology.pp_rank
+    random.seed(stage_seed)
+    np.random.seed(stage_seed % 2**32)
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed)
+
+
+@contextlib.contextmanager
+def _signals(request: ExitRequest) -> Iterator[None]:
+    """SIGTERM and SIGUSR1 ask the loop to save and leave; a second signal has its usual effect."""
+
+    def note(number: int, _frame: object) -> None:
+        request.signal_number = number
+        signal.signal(number, previous[number])
+
+    previous = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            previous[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread: the caller owns the signals
+        previous = {}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
