@@ -38,7 +38,9 @@ def products(tensor: Tensor):
     return host
 
 
-def weight_gradient(dy_NF: Tensor, x_ND: Tensor, offsets_e: Tensor, main_grad_eFD: Tensor | None) -> Tensor | None:
+def weight_gradient(
+    dy_NF: Tensor, x_ND: Tensor, offsets_e: Tensor, main_grad_eFD: Tensor | None
+) -> Tensor | None:
     """The weight gradient [e, F, D], or None once it is added into ``main_grad_eFD``."""
     dw_eFD = products(x_ND).grouped_tn(dy_NF, x_ND, offsets_e)
     if main_grad_eFD is None:
@@ -60,5 +62,7 @@ class _GroupedGemm(torch.autograd.Function):
         x_ND, w_eFD, offsets_e = ctx.saved_tensors
         dy_NF = dy_NF.contiguous()
         dx_ND = products(dy_NF).grouped_nn(dy_NF, w_eFD, offsets_e) if ctx.needs_input_grad[0] else None
-        dw_eFD = weight_gradient(dy_NF, x_ND, offsets_e, ctx.main_grad_eFD) if ctx.needs_input_grad[1] else None
+        dw_eFD = (
+            weight_gradient(dy_NF, x_ND, offsets_e, ctx.main_grad_eFD) if ctx.needs_input_grad[1] else None
+        )
         return dx_ND, dw_eFD, None, None
