@@ -1,0 +1,101 @@
+"""The file metrics.jsonl: one JSON object a line, each step once, whole lines whatever happens.
+
+``kind`` says what a record is, ``step`` how many optimizer steps are done:
+
+- ``run``: a start or a resume; time (ISO 8601), world_size and the facts the stage adds
+- ``train``: one step; tokens, seconds, tokens_per_second, mfu where a peak is known, the stage's own values,
+  ``seconds_NAME`` for each phase, wall_seconds (since the first start, without what a killed run lost)
+- ``eval``: a validation after that step
+- ``end``: the run ended by itself
+
+A number that is not finite is null: JSON has no NaN.
+"""
+
+import errno
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_ring.errors import ConfigError, DataError
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """Records of a metrics.jsonl, without a last line that a kill cut short.
+
+    Raises DataError for a file that cannot be read, or a line that is no record.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"metrics file {path}: {error.strerror}; name a run that wrote one") from None
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            if not (isinstance(record["kind"], str) and isinstance(record["step"], int)):
+                raise TypeError
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):
+                break
+            raise DataError(f"{path} line {number} is no metrics record; repair or move the file") from None
+        records.append(record)
+    return records
+
+
+class MetricsFile:
+    """Appends whole lines: a kill cuts short the last at most, a full disk none."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        """Keep what is said about steps up to ``resume_step``; ``wall_seconds`` is the time they took."""
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.wall_seconds = self._keep(resume_step) if path.exists() else 0.0
+            # unbuffered: a line is with the system as soon as it is written
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise self._refusal(error) from None
+
+    def _keep(self, resume_step: int) -> float:
+        if resume_step == 0:
+            os.replace(self._path, f"{self._path}.old")
+            return 0.0
+        kept = [record for record in read_records(self._path) if record["step"] <= resume_step]
+        whole = self._path.with_name(f"{self._path.name}.tmp")
+        try:
+            with whole.open("wb") as file:
+                file.writelines(_line(record) for record in kept)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(whole, self._path)
+        finally:
+            whole.unlink(missing_ok=True)
+        return max((record.get("wall_seconds", 0.0) for record in kept), default=0.0)
+
+    def append(self, record: dict[str, Any]) -> None:
+        line = _line(record)
+        end = self._file.tell()
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.truncate(end)
+            raise self._refusal(error) from None
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _refusal(self, error: OSError) -> ConfigError:
+        return ConfigError(f"metrics file {self._path}: {error.strerror}; make room or set --metrics-file")
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
+    return json.dumps(finite, allow_nan=False).encode() + b"\n"
