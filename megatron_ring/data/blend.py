@@ -1,0 +1,80 @@
+"""Which dataset each sample of a blend comes from: pure functions of the sample's index.
+
+Invariants: after any number n of samples, each dataset has given more than n*weight - 1 and fewer than n*weight + 1;
+and each dataset's samples are taken in order, without gaps.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from megatron_ring.errors import DataError
+
+FINEST = 100_000
+"""Weights that have no common denominator up to this are rounded to multiples of 1/FINEST."""
+
+
+class Blend:
+    """An endless schedule of datasets, in proportion to their weights.
+
+    Example: weights 3/4 and 1/4 repeat datasets ``0 0 1 0``: sample 6 is ``Blend(...).locate(6) == (1, 1)``, the second
+    sample (index 1) of dataset 1.
+    """
+
+    def __init__(self, weights: Sequence[Fraction]) -> None:
+        self._counts = _whole_counts(weights)
+        self._dataset_of, self._index_in_period = _schedule(self._counts)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Dataset of sample ``index``, and the sample's index within that dataset's own samples."""
+        period, place = divmod(index, len(self._dataset_of))
+        dataset = int(self._dataset_of[place])
+        return dataset, period * self._counts[dataset] + int(self._index_in_period[place])
+
+
+def _whole_counts(weights: Sequence[Fraction]) -> list[int]:
+    """Samples of each dataset per period of the schedule."""
+    total = sum(weights, Fraction(0))
+    shares = [weight / total for weight in weights]
+    period = math.lcm(*(share.denominator for share in shares))
+    if period <= FINEST:
+        return [int(share * period) for share in shares]
+    counts = [math.floor(share * FINEST) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i] * FINEST)
+    for i in by_remainder[: FINEST - sum(counts)]:
+        counts[i] += 1
+    if 0 in counts:
+        share = float(shares[counts.index(0)])
+        raise DataError(
+            f"a blend weight is {share:.1e} of the whole, less than 1/{FINEST}; raise it or leave that dataset out"
+        )
+    return counts
+
+
+def _schedule(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """One period: dataset of each place, and how many places the dataset had before.
+
+    Sample j of a dataset with c of P places may stand from floor(j*P/c) on and must stand before ceil((j+1)*P/c): that is
+    the invariant. Giving each place to the sample that must stand soonest meets all of these whenever that is possible
+    (earliest deadline first), and here it is, since the shares sum to 1.
+    """
+    period = sum(counts)
+    dataset_of = np.zeros(period, dtype=np.int32)
+    index_in_period = np.zeros(period, dtype=np.int64)
+    # (place it may stand from, dataset, index): not yet allowed; (place it must stand before, dataset, index): allowed
+    waiting = [(0, dataset, 0) for dataset in range(len(counts))]
+    ready: list[tuple[int, int, int]] = []
+    for place in range(period):
+        while waiting and waiting[0][0] <= place:
+            _, dataset, index = heapq.heappop(waiting)
+            heapq.heappush(ready, (-(-(index + 1) * period // counts[dataset]), dataset, index))
+        _, dataset, index = heapq.heappop(ready)
+        dataset_of[place], index_in_period[place] = dataset, index
+        if index + 1 < counts[dataset]:
+            heapq.heappush(waiting, ((index + 1) * period // counts[dataset], dataset, index + 1))
+    return dataset_of, index_in_period

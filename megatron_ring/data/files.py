@@ -1,0 +1,58 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_ring.errors import DataError
+
+
+@contextmanager
+def written_whole(*targets: str | Path) -> Iterator[tuple[Path, ...]]:
+    """Give a temporary path beside each target; rename all of them, in order, when the block ends without error.
+
+    Name last the target whose presence means "complete": of older files it is removed first, so a kill in the middle
+    leaves a set that readers refuse, never an old index over new data. Parent folders are made.
+
+    Example: ``with written_whole("tok.model") as (path,): path.write_bytes(model)``.
+
+    Raises:
+        DataError: the disk is full, or the folder cannot be made or written; nothing is left behind.
+    """
+    finals = [Path(target) for target in targets]
+    temporary = tuple(final.with_name(f".{final.name}.{os.getpid()}.tmp") for final in finals)
+    try:
+        for final in finals:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            if final.is_dir():
+                raise IsADirectoryError(None, "Is a folder")
+        yield temporary
+        for path in temporary:
+            _flush_to_disk(path)
+        for final in reversed(finals[1:]):
+            final.unlink(missing_ok=True)
+        for path, final in zip(temporary, finals, strict=True):
+            path.replace(final)
+        _flush_to_disk(finals[0].parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        names = " and ".join(str(final) for final in finals)
+        raise DataError(
+            f"cannot write {names}: {reason}; the folder must be writable and have room, choose another or free some"
+        ) from error
+    finally:
+        for path in temporary:
+            if path.parent.is_dir():
+                path.unlink(missing_ok=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

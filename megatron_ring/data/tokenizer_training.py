@@ -1,0 +1,102 @@
+"""Make a sentencepiece BPE tokenizer out of documents."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from megatron_ring.data.chat import CHAT_SYMBOLS
+from megatron_ring.data.files import written_whole
+from megatron_ring.errors import DataError
+
+EOS_PIECE = "<|endoftext|>"
+"""End of sequence, and padding, as in Ling and Ring."""
+
+# unknown, end of sequence, chat symbols and one piece per byte
+_MIN_VOCAB_SIZE = 2 + len(CHAT_SYMBOLS) + 256
+_MAX_CHUNK = 4096
+
+
+def train_tokenizer(
+    documents: Iterable[str], path: str | Path, *, vocab_size: int, split_digits: bool = True, num_threads: int = 1
+) -> int:
+    """Train on documents and write a .model file, whole or not at all. The same input gives the same bytes.
+
+    Text survives encoding and decoding unchanged: no normalisation, all whitespace kept, unseen characters as bytes.
+    Reserved: the end of sequence and the chat symbols of :data:`~megatron_ring.data.chat.CHAT_SYMBOLS`.
+
+    Args:
+        documents: text; read once, but all of it is held in memory.
+        path: of the .model file.
+        vocab_size: tokens wanted.
+        split_digits: each digit is its own token, so that numbers look alike wherever they stand.
+        num_threads: of the trainer.
+
+    Returns:
+        Tokens in the vocabulary.
+
+    Raises:
+        DataError: the text is too little for so many tokens, the vocabulary too small, or the file cannot be written.
+    """
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    if vocab_size < _MIN_VOCAB_SIZE + 1:
+        raise DataError(f"vocab_size={vocab_size} must exceed the {_MIN_VOCAB_SIZE} reserved tokens; try 2048")
+    model = io.BytesIO()
+    with written_whole(path) as (temporary,):
+        try:
+            SentencePieceTrainer.train(
+                sentence_iterator=_chunks(documents),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                split_digits=split_digits,
+                character_coverage=0.9995,
+                # nothing about the text is changed on the way in
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True,
+                max_sentence_length=16 * _MAX_CHUNK,
+                user_defined_symbols=list(CHAT_SYMBOLS),
+                unk_id=0,
+                eos_id=1,
+                bos_id=-1,
+                pad_id=-1,
+                eos_piece=EOS_PIECE,
+                num_threads=num_threads,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise _explained(error, vocab_size) from error
+        temporary.write_bytes(model.getvalue())
+    return SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
+
+
+def _chunks(documents: Iterable[str]) -> Iterator[bytes]:
+    """Documents in pieces of a few kilobytes, cut at line ends where there are any: the trainer drops longer ones."""
+    for document in documents:
+        chunk = ""
+        for line in document.splitlines(keepends=True):
+            if chunk and len(chunk) + len(line) > _MAX_CHUNK:
+                yield chunk.encode("utf-8", "replace")
+                chunk = ""
+            chunk += line
+            while len(chunk) > _MAX_CHUNK:
+                yield chunk[:_MAX_CHUNK].encode("utf-8", "replace")
+                chunk = chunk[_MAX_CHUNK:]
+        if chunk:
+            yield chunk.encode("utf-8", "replace")
+
+
+def _explained(error: RuntimeError, vocab_size: int) -> DataError:
+    reason = " ".join(str(error).split())
+    if "too high" in reason:
+        return DataError(f"vocab_size={vocab_size} is more than the text supports ({reason}); lower it or add text")
+    if "smaller than required_chars" in reason:
+        return DataError(f"vocab_size={vocab_size} does not hold the text's characters ({reason}); raise it")
+    if "sentences_.empty" in reason:
+        return DataError("the input holds no text to train a tokenizer on; check --input")
+    return DataError(f"sentencepiece could not train a tokenizer: {reason}; check the input and vocab_size={vocab_size}")
