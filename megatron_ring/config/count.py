@@ -1,10 +1,10 @@
 """How many parameters, bytes and floating-point operations a model is, from its config alone.
 
-Counting rule. *Total*: every trained tensor of the unpadded model, embedding and output head included (they are
-untied in all three families); the expert bias is not trained by gradients and not counted. *Active per token*: the
-same, with moe_router_topk experts in place of num_experts per MoE layer; embedding and head count in full. This
-rule gives Ring-lite's published figures, 16,801,974,272 and 2,753,153,024. Multi-token-prediction layers are used in
-training only: they are in total, not in active.
+Counting rule. *Total*: every trained tensor of the unpadded model, embedding and output head included (they
+are untied in all three families); the expert bias is not trained by gradients and not counted. *Active per
+token*: the same, with moe_router_topk experts in place of num_experts per MoE layer; embedding and head count
+in full. This rule gives Ring-lite's published figures, 16,801,974,272 and 2,753,153,024.
+Multi-token-prediction layers are used in training only: they are in total, not in active.
 """
 
 from dataclasses import dataclass
@@ -113,9 +113,9 @@ def rank_memory(model: ModelConfig, parallel: ParallelConfig, stage: int, world_
 def flops_per_token(model: ModelConfig, seq_length: int) -> float:
     """Floating-point operations per trained token, forward and backward, without recomputation.
 
-    A multiply-add is 2; the backward pass costs twice the forward. Matmuls count as they are; attention scores and
-    their product with the values count as causal over ``seq_length`` tokens (half of the square). Lookups, norms
-    and activations are left out, as is usual for model FLOP utilisation.
+    A multiply-add is 2; the backward pass costs twice the forward. Matmuls count as they are; attention
+    scores and their product with the values count as causal over ``seq_length`` tokens (half of the square).
+    Lookups, norms and activations are left out, as is usual for model FLOP utilisation.
     """
     attention = 2 * seq_length * model.num_attention_heads * model.kv_channels
     head = 2 * model.hidden_size * model.vocab_size
@@ -133,7 +133,8 @@ def _layer_matmul(model: ModelConfig, layer: int) -> int:
     if not model.is_moe_layer(layer):
         return weights + 3 * d * model.ffn_hidden_size
     shared = 3 * d * model.moe_shared_expert_intermediate_size
-    return weights + d * model.num_experts + shared + 3 * d * model.moe_ffn_hidden_size * model.moe_router_topk
+    experts = 3 * d * model.moe_ffn_hidden_size * model.moe_router_topk
+    return weights + d * model.num_experts + shared + experts
 
 
 def _attention_matmul(model: ModelConfig) -> int:
@@ -142,7 +143,7 @@ def _attention_matmul(model: ModelConfig) -> int:
 
 
 def _layer_dense(model: ModelConfig, layer: int, *, tp: int) -> int:
-    """Parameters of a layer outside its routed experts on one of ``tp`` ranks; norms and router are not split."""
+    """Parameters of a layer outside its experts on one of ``tp`` ranks; norms and router are not split."""
     d = model.hidden_size
     count = _attention_matmul(model) // tp + 2 * d
     if model.add_qkv_bias:

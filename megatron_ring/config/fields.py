@@ -1,7 +1,7 @@
 """Every setting by its flat name: where it lives, what it may hold, and what its docstring says.
 
-The dataclasses are the only place where a setting is stated; flags, TOML keys, help and the printed form are read
-from them here.
+The dataclasses are the only place where a setting is stated; flags, TOML keys, help and the printed form are
+read from them here.
 """
 
 import ast
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from megatron_ring.config.run import RunConfig
 from megatron_ring.errors import ConfigError
@@ -68,7 +68,9 @@ def settings() -> dict[str, Setting]:
 def unknown(name: str, options: Sequence[str], what: str) -> ConfigError:
     """The error for a name that does not exist, with the closest one that does."""
     close = get_close_matches(name, options, n=1, cutoff=0.65)
-    return ConfigError(f"{what} {name} does not exist; " + (f"did you mean {close[0]}?" if close else "see --help"))
+    return ConfigError(
+        f"{what} {name} does not exist; " + (f"did you mean {close[0]}?" if close else "see --help")
+    )
 
 
 def from_words(setting: Setting, words: Sequence[str]) -> Any:
@@ -89,9 +91,9 @@ def from_toml(setting: Setting, value: Any) -> Any:
         return None
     wrong = ConfigError(f"{setting.name}={value!r}: the value must be {_wanted(setting)}")
     if setting.kind is tuple:
-        if not isinstance(value, list) or not all(_is_a(setting.item, item) for item in value):
+        if not isinstance(value, list) or not all(_is_a(setting.item, item) for item in _items(value)):
             raise wrong
-        value = tuple(value)
+        value = _items(value)
     elif not _is_a(setting.kind, value):
         raise wrong
     elif setting.kind is float:
@@ -107,7 +109,7 @@ def type_problem(setting: Setting, value: Any) -> str | None:
     if value is None:
         fits = setting.optional
     elif setting.kind is tuple:
-        fits = isinstance(value, tuple) and all(_is_a(setting.item, item) for item in value)
+        fits = isinstance(value, tuple) and all(_is_a(setting.item, item) for item in _items(value))
     else:
         fits = _is_a(setting.kind, value)
     if fits and value is not None:
@@ -124,9 +126,14 @@ def _is_a(kind: type, value: Any) -> bool:
     return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
+def _items(value: Any) -> tuple[Any, ...]:
+    """The items of a list or tuple; a single value is its own only item."""
+    return tuple(cast("list[Any]", value)) if isinstance(value, (list, tuple)) else (value,)
+
+
 def _checked(setting: Setting, value: Any) -> Any:
     """``value`` if its length and choices fit, else ValueError."""
-    items = value if isinstance(value, tuple) else (value,)
+    items = _items(value)
     if setting.choices and any(item not in setting.choices for item in items):
         raise ValueError
     if setting.length is not None and len(items) != setting.length:
@@ -182,7 +189,8 @@ def _field_docs(cls: type) -> dict[str, str]:
     (body,) = (n for n in ast.parse(inspect.getsource(cls)).body if isinstance(n, ast.ClassDef))
     docs: dict[str, str] = {}
     for node, after in zip(body.body, body.body[1:], strict=False):
-        is_field = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-        if is_field and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             docs[node.target.id] = " ".join(str(after.value.value).split())
     return docs

@@ -1,8 +1,8 @@
 """Which rank holds what: arithmetic over the layout's sizes, no process group needed.
 
-Rank order is Megatron's ``tp-cp-ep-dp-pp``: outside the experts tensor-parallel ranks are neighbours, then come
-data-parallel ones, and pipeline stages are farthest apart. The expert layers see the same ranks as etp, then ep,
-then expert data parallel, then the same pipeline stages.
+Rank order is Megatron's ``tp-cp-ep-dp-pp``: outside the experts tensor-parallel ranks are neighbours, then
+come data-parallel ones, and pipeline stages are farthest apart. The expert layers see the same ranks as etp,
+then ep, then expert data parallel, then the same pipeline stages.
 """
 
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ def place(parallel: ParallelConfig, world_size: int, rank: int) -> Place:
 
 
 def stage_layers(model: ModelConfig, parallel: ParallelConfig, stage: int) -> tuple[int, ...]:
-    """Layers (from 0) of a pipeline stage. Interleaved: chunk c of stage p is the (c*pp + p)-th run of layers.
+    """Layers (from 0) of a pipeline stage; interleaved, its chunk c is the (c*pp + stage)-th run of layers.
 
     Example: 8 layers, pp 2, vpp 2: stage 0 holds ``(0, 1, 4, 5)``.
     """

@@ -1,7 +1,7 @@
 """A run's config from a preset, a TOML file and flags, each overriding the one before.
 
-The flags are argparse's, generated from the dataclasses: what a flag leaves out must stay distinguishable from its
-default, so that a TOML file can fill it, and every mistake is one line.
+The flags are argparse's, generated from the dataclasses: what a flag leaves out must stay distinguishable
+from its default, so that a TOML file can fill it, and every mistake is one line.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from megatron_ring.config.fields import from_toml, from_words, sections, settings, unknown
 from megatron_ring.config.presets import PRESETS
@@ -31,8 +31,8 @@ class Command:
 def load_config(argv: Sequence[str]) -> RunConfig:
     """The config that flags ``argv`` describe: preset < TOML (``--config FILE``) < flags.
 
-    Raises ConfigError (unknown flag or key, wrong type, unreadable file) in one line; rules between settings are
-    :func:`megatron_ring.config.validate.validate`'s.
+    Raises ConfigError (unknown flag or key, wrong type, unreadable file) in one line; rules between settings
+    are :func:`megatron_ring.config.validate.validate`'s.
     """
     return _config(_parser(run_options=False), argv)[0]
 
@@ -49,7 +49,7 @@ def parse_command(argv: Sequence[str]) -> Command:
 
 
 def config_from_mapping(values: Mapping[str, Any]) -> RunConfig:
-    """RunConfig from flat names; what is left out has its default. Example: ``{"num_layers": 2, "lr": 1e-3}``."""
+    """RunConfig from flat names, defaults for the rest. Example: ``{"num_layers": 2, "lr": 1e-3}``."""
     grouped: dict[str, dict[str, Any]] = {section: {} for section in sections()}
     for name, value in values.items():
         grouped[settings()[name].section][name] = value
@@ -75,7 +75,7 @@ def read_toml(path: str | Path) -> tuple[str | None, dict[str, Any]]:
     values: dict[str, Any] = {}
     for key, value in tables.items():
         if isinstance(value, dict):
-            _read_section(path, key, value, values)
+            _read_section(path, key, cast("dict[str, Any]", value), values)
         else:
             _read_value(path, key, value, values)
     return preset, values
@@ -87,7 +87,9 @@ def _read_section(path: str | Path, section: str, table: Mapping[str, Any], valu
     for key, value in table.items():
         if key in settings() and settings()[key].section != section:
             home = settings()[key].section
-            raise ConfigError(f"{path}: {key} is in section [{section}] but belongs in [{home}]; move it there")
+            raise ConfigError(
+                f"{path}: {key} is in section [{section}] but belongs in [{home}]; move it there"
+            )
         _read_value(path, key, value, values)
 
 
@@ -131,10 +133,14 @@ def _parser(*, run_options: bool) -> argparse.ArgumentParser:
     parser = _OneLineParser(
         allow_abbrev=False, usage="%(prog)s [--preset NAME] [--config FILE] [--FLAG VALUE ...]"
     )
-    parser.add_argument("--config", metavar="FILE", help="TOML file; keys are the flags' names with underscores")
+    parser.add_argument(
+        "--config", metavar="FILE", help="TOML file; keys are the flags' names with underscores"
+    )
     parser.add_argument("--preset", metavar="NAME", help=f"start from one of: {', '.join(PRESETS)}")
     if run_options:
-        parser.add_argument("--dry-run", action="store_true", help="print config, layout and sizes, then stop")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="print config, layout and sizes, then stop"
+        )
         parser.add_argument("--world-size", metavar="N", help="processes to plan a dry run for")
     groups = {section: parser.add_argument_group(section) for section in sections()}
     for setting in settings().values():
@@ -152,9 +158,7 @@ def _parser(*, run_options: bool) -> argparse.ArgumentParser:
 
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
-        return " ".join(str(item) for item in value) or "empty"
-    return {None: "none", True: "on", False: "off"}.get(value, str(value)) if not _is_number(value) else f"{value:g}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return " ".join(str(item) for item in cast("tuple[Any, ...]", value)) or "empty"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""What the model is: Megatron's words for its shape. Hugging Face's words live only in the checkpoint maps."""
+"""What the model is, in Megatron's words; Hugging Face's words live only in the checkpoint maps."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,8 +10,8 @@ Family = Literal["bailing_moe", "bailing_moe_v2", "qwen2"]
 class ModelConfig:
     """Shape of the model, and how its router is trained.
 
-    Example: ``ModelConfig(num_layers=4, hidden_size=128, num_attention_heads=4, num_query_groups=2, kv_channels=32,
-    vocab_size=2048, num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=64)``.
+    Example: ``ModelConfig(num_layers=4, hidden_size=128, num_attention_heads=4, num_query_groups=2,
+    kv_channels=32, vocab_size=2048, num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=64)``.
     """
 
     family: Family = "bailing_moe"
@@ -83,7 +83,10 @@ class ModelConfig:
     freeze_moe_router: bool = False
     """Keep the router's weights (and expert bias) as they are."""
     moe_router_warmup_iters: int = 0
-    """Steps W of stochastic routing warm-up, logits a*s + (1-a)*(mu + sigma*noise), a = min(step/W, 1); 0 for none."""
+    """Steps W of stochastic routing warm-up; 0 for none.
+
+    Logits s become a*s + (1-a)*(mu + sigma*noise), a = min(step/W, 1), mu and sigma running statistics of s.
+    """
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Where linear layers and attention come from: this package, or NVIDIA Transformer Engine (GPU only)."""
 

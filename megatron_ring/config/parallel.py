@@ -10,7 +10,8 @@ RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_expert
 class ParallelConfig:
     """Layout over the world's processes. What the sizes leave over is data parallel.
 
-    Example: ``ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)`` on 8 processes: tp 2, dp 4.
+    Example: ``ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)`` on 8 processes is
+    tp 2, dp 4.
     """
 
     tensor_model_parallel_size: int = 1
@@ -34,9 +35,9 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass already runs."""
     recompute_granularity: Literal["none", "full", "selective"] = "none"
-    """Activations recomputed in the backward pass: none, whole layers, or the modules of recompute_modules."""
+    """What is recomputed in the backward pass: nothing, whole layers, or the modules of recompute_modules."""
     recompute_method: Literal["uniform", "block"] = "uniform"
-    """full only: checkpoint every recompute_num_layers layers (uniform), or only the stage's first ones (block)."""
+    """full only: units of recompute_num_layers layers (uniform), or only the stage's first layers (block)."""
     recompute_num_layers: int = 1
     """full only: layers per checkpointed unit (uniform), or layers recomputed per stage (block)."""
     recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)

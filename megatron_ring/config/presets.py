@@ -1,8 +1,8 @@
 """Known models by name: the published shapes, and a tiny relative of each that trains on a CPU in seconds.
 
-A preset is the lowest layer of a config: flat names and values that a TOML file and flags may override. The tiny
-ones also bring what a CPU run needs (fp32, short samples). Sizes: Ling report (arXiv 2503.05139) for Ring-lite, the
-published configs for Ring-mini-2.0 and Qwen2.5-7B.
+A preset is the lowest layer of a config: flat names and values that a TOML file and flags may override. The
+tiny ones also bring what a CPU run needs (fp32, short samples). Sizes: Ling report (arXiv 2503.05139) for
+Ring-lite, the published configs for Ring-mini-2.0 and Qwen2.5-7B.
 """
 
 from typing import Any, Final

@@ -12,7 +12,8 @@ from megatron_ring.config.train import TrainConfig
 class DataConfig:
     """What is read.
 
-    Example: ``DataConfig(data_path=("0.3", "corpus/code", "0.7", "corpus/web"), tokenizer_model="tok.model")``.
+    Example: ``DataConfig(data_path=("0.3", "corpus/code", "0.7", "corpus/web"),
+    tokenizer_model="tok.model")``.
     """
 
     data_path: tuple[str, ...] = ()

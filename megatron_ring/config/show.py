@@ -1,7 +1,7 @@
 """A config as text: TOML that loads back to the same config, and a table for people."""
 
 import json
-from typing import Any
+from typing import Any, cast
 
 from megatron_ring.config.fields import sections, settings
 from megatron_ring.config.run import RunConfig
@@ -15,7 +15,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
 def dump_toml(config: RunConfig) -> str:
     """TOML text, one table per section; loading it gives an equal config. None is written as "none"."""
     values = flat(config)
-    blocks = []
+    blocks: list[str] = []
     for section in sections():
         names = [s.name for s in settings().values() if s.section == section]
         lines = [f"{name} = {_toml(values[name])}" for name in names]
@@ -43,7 +43,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):
-        return f"[{', '.join(_toml(item) for item in value)}]"
+        return f"[{', '.join(_toml(item) for item in cast('tuple[Any, ...]', value))}]"
     if isinstance(value, str):
         # TOML forbids a raw DEL, which JSON allows
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -8,7 +8,8 @@ from typing import Literal
 class TrainConfig:
     """One training run. Steps are optimizer steps; a sample is one packed sequence of seq_length tokens.
 
-    Example: ``TrainConfig(micro_batch_size=4, global_batch_size=32, seq_length=256, train_iters=300, lr=1e-3)``.
+    Example: ``TrainConfig(micro_batch_size=4, global_batch_size=32, seq_length=256, train_iters=300,
+    lr=1e-3)``.
     """
 
     seed: int = 1234
@@ -18,7 +19,7 @@ class TrainConfig:
     global_batch_size: int = 8
     """Samples per optimizer step, summed over data-parallel processes."""
     rampup_batch_size: tuple[int, int, int] | None = None
-    """Batch-size warm-up (start, increment, samples): from start to global_batch_size over that many samples."""
+    """Batch-size warm-up (start, increment, samples): start grows to global_batch_size over those samples."""
     seq_length: int = 256
     """Tokens per sample."""
     train_iters: int = 100
