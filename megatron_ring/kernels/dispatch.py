@@ -1,17 +1,21 @@
 """Which code runs a kernel: one rule, said once in the log.
 
 CUDA tensor -> Triton; CPU tensor -> ``torch.ops.megatron_ring`` if the extension was built and
-``MEGATRON_RING_EXT`` is not ``0``, else plain torch. Every op asks ``backend(tensor)`` and nothing else.
+``MEGATRON_RING_EXT`` is not ``0``, else plain torch. A kernel has one name and one signature in all three places:
+``implementation(x, "permute").combine_rows(...)`` is ``permute/kernel.py``'s, the extension's or
+``permute/reference.py``'s.
 """
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 Backend = Literal["triton", "native", "torch"]
@@ -28,6 +32,16 @@ def backend(tensor: Tensor) -> Backend:
     if tensor.is_cuda:
         return _cuda_backend()
     return _cpu_backend() if tensor.device.type == "cpu" else "torch"
+
+
+def implementation(tensor: Tensor, folder: str) -> Any:
+    """What holds the kernels of ``folder`` for ``tensor``: a module, or ``torch.ops.megatron_ring``."""
+    name = backend(tensor)
+    if name == "native":
+        return torch.ops.megatron_ring
+    return importlib.import_module(
+        f"megatron_ring.kernels.{folder}.{'kernel' if name == 'triton' else 'reference'}"
+    )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from megatron_ring.kernels.permute import reference
+from megatron_ring.kernels import dispatch
 from megatron_ring.kernels.routing.op import RouteIndex
 
 
@@ -39,13 +39,14 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x_TD, offsets_E, gather_N, position_TK):
         ctx.save_for_backward(position_TK)
-        return reference.permute(x_TD, gather_N, offsets_E)
+        return dispatch.implementation(x_TD, "permute").permute_rows(x_TD, gather_N, offsets_E)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx_ND):
         (position_TK,) = ctx.saved_tensors
-        return reference.combine(dx_ND, position_TK, None), None, None, None
+        dx_TD = dispatch.implementation(dx_ND, "permute").combine_rows(dx_ND, position_TK, None)
+        return dx_TD, None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -54,11 +55,12 @@ class _Combine(torch.autograd.Function):
         keep_y = weights_TK is not None and ctx.needs_input_grad[1]
         ctx.save_for_backward(position_TK, weights_TK, y_ND if keep_y else None)
         ctx.num_rows = y_ND.shape[0]
-        return reference.combine(y_ND, position_TK, weights_TK)
+        return dispatch.implementation(y_ND, "permute").combine_rows(y_ND, position_TK, weights_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout_TD):
         position_TK, weights_TK, y_ND = ctx.saved_tensors
-        dy_ND, dw_TK = reference.combine_backward(dout_TD, position_TK, weights_TK, y_ND, ctx.num_rows)
+        kernels = dispatch.implementation(dout_TD, "permute")
+        dy_ND, dw_TK = kernels.combine_rows_backward(dout_TD, position_TK, weights_TK, y_ND, ctx.num_rows)
         return dy_ND, dw_TK, None

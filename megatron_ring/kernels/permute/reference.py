@@ -12,7 +12,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.element_size() == 2 else tensor
 
 
-def permute(x_TD: Tensor, gather_N: Tensor, offsets_E: Tensor) -> Tensor:
+def permute_rows(x_TD: Tensor, gather_N: Tensor, offsets_E: Tensor) -> Tensor:
     """``x[gather[n]]`` for rows below ``offsets[-1]``, else zero: [N, D]."""
     if not x_TD.shape[0]:
         return x_TD.new_zeros(gather_N.shape[0], x_TD.shape[1])
@@ -20,7 +20,7 @@ def permute(x_TD: Tensor, gather_N: Tensor, offsets_E: Tensor) -> Tensor:
     return x_TD.index_select(0, gather_N).masked_fill_(dropped_N[:, None], 0)
 
 
-def combine(y_ND: Tensor, position_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+def combine_rows(y_ND: Tensor, position_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
     """``out[t] = sum over k of w[t, k] * y[position[t, k]]``: [T, D]; dropped slots add nothing."""
     wide = _wide(y_ND[:0]).dtype
     out_TD = torch.zeros(position_TK.shape[0], y_ND.shape[1], dtype=wide, device=y_ND.device)
@@ -35,7 +35,7 @@ def combine(y_ND: Tensor, position_TK: Tensor, weights_TK: Tensor | None) -> Ten
     return out_TD.to(y_ND.dtype)
 
 
-def combine_backward(
+def combine_rows_backward(
     dout_TD: Tensor, position_TK: Tensor, weights_TK: Tensor | None, y_ND: Tensor | None, num_rows: int
 ) -> tuple[Tensor, Tensor | None]:
     """``dy[position[t, k]] = w[t, k] * dout[t]`` [N, D] and, given y, ``dw[t, k] = <dout[t], y[position[t, k]]>``."""

@@ -8,8 +8,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from torch.autograd.function import FunctionCtx, once_differentiable
+
 from megatron_ring.errors import ConfigError
-from megatron_ring.kernels.routing import reference
+from megatron_ring.kernels import dispatch
 
 
 class Routing(NamedTuple):
@@ -71,27 +73,45 @@ def route(
 
     A token with ``valid_T`` False is dropped: its experts are all E, its probs 0, and it enters no statistic.
     ``replay_TK`` fixes the experts (weights still come from the full scores); ids outside [0, E) are dropped.
+
+    Kept for backward: the logits, the chosen experts and ``valid_T``; scores are computed again.
     """
     _check(logits_TE, topk, score_function, num_groups, group_topk, replay_TK)
-    return Routing(
-        *reference.route(
-            logits_TE,
-            topk,
-            score_function,
-            expert_bias_E,
-            num_groups,
-            group_topk,
-            scaling_factor,
-            valid_T,
-            replay_TK,
-        )
-    )
+    if logits_TE.element_size() == 2:
+        logits_TE = logits_TE.float()
+    if replay_TK is not None:
+        replay_TK = replay_TK.long()
+    sigmoid = score_function == "sigmoid"
+    options = (topk, sigmoid, expert_bias_E, num_groups, group_topk, scaling_factor, valid_T, replay_TK)
+    return Routing(*_Route.apply(logits_TE, options))
 
 
 @torch.no_grad()
 def route_index(experts_TK: Tensor, num_experts: int) -> RouteIndex:
     """Sort the slots by expert, stably, without a host synchronisation; expert ids outside [0, E) are dropped."""
-    return RouteIndex(*reference.route_index(experts_TK, num_experts))
+    return RouteIndex(*dispatch.implementation(experts_TK, "routing").route_index(experts_TK, num_experts))
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits_TE, options):
+        _, ctx.sigmoid, _, _, _, ctx.scaling_factor, valid_T, _ = options
+        kernels = dispatch.implementation(logits_TE, "routing")
+        probs_TK, experts_TK, counts_E, prob_sum_E, z_sum = kernels.route(logits_TE, *options)
+        ctx.save_for_backward(logits_TE, experts_TK, valid_T)
+        ctx.mark_non_differentiable(experts_TK, counts_E)
+        ctx.set_materialize_grads(False)
+        return probs_TK, experts_TK, counts_E, prob_sum_E, z_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dprobs_TK, _dexperts, _dcounts, dprob_sum_E, dz_sum):
+        logits_TE, experts_TK, valid_T = ctx.saved_tensors
+        kernels = dispatch.implementation(logits_TE, "routing")
+        dlogits_TE = kernels.route_backward(
+            logits_TE, experts_TK, ctx.sigmoid, ctx.scaling_factor, valid_T, dprobs_TK, dprob_sum_E, dz_sum
+        )
+        return dlogits_TE, None
 
 
 def _check(

@@ -32,7 +32,7 @@ def select(
     logits_TE: Tensor,
     scores_TE: Tensor,
     topk: int,
-    score_function: str,
+    sigmoid: bool,
     expert_bias_E: Tensor | None,
     num_groups: int,
     group_topk: int,
@@ -42,7 +42,7 @@ def select(
     Selection is by score (+ bias). Softmax without bias or groups selects by the logits themselves, which order
     alike and cannot tie by underflow.
     """
-    plain = score_function == "softmax" and expert_bias_E is None and not num_groups
+    plain = not sigmoid and expert_bias_E is None and not num_groups
     selection_TE = logits_TE if plain else scores_TE
     if expert_bias_E is not None:
         selection_TE = selection_TE + expert_bias_E.to(selection_TE.dtype)
@@ -55,7 +55,7 @@ def select(
 def route(
     logits_TE: Tensor,
     topk: int,
-    score_function: str,
+    sigmoid: bool,
     expert_bias_E: Tensor | None,
     num_groups: int,
     group_topk: int,
@@ -64,16 +64,12 @@ def route(
     replay_TK: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(probs_TK, experts_TK, counts_E, prob_sum_E, z_sum)``; see ``op.route``."""
-    if logits_TE.element_size() == 2:
-        logits_TE = logits_TE.float()
     num_experts = logits_TE.shape[1]
-    scores_TE = logits_TE.sigmoid() if score_function == "sigmoid" else logits_TE.softmax(-1)
+    scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
     with torch.no_grad():
         experts_TK = replay_TK
         if experts_TK is None:
-            experts_TK = select(
-                logits_TE, scores_TE, topk, score_function, expert_bias_E, num_groups, group_topk
-            )
+            experts_TK = select(logits_TE, scores_TE, topk, sigmoid, expert_bias_E, num_groups, group_topk)
         kept_TK = (experts_TK >= 0) & (experts_TK < num_experts)
         if valid_T is not None:
             kept_TK = kept_TK & valid_T[:, None]
@@ -81,7 +77,7 @@ def route(
         counts_E = torch.bincount(experts_TK.reshape(-1), minlength=num_experts + 1)[:num_experts]
 
     index_TK = experts_TK.clamp(max=num_experts - 1)
-    if score_function == "sigmoid":
+    if sigmoid:
         chosen_TK = scores_TE.gather(1, index_TK).masked_fill(~kept_TK, 0)
         probs_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + SUM_EPSILON)
         normalised_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + SUM_EPSILON)
@@ -96,6 +92,52 @@ def route(
         normalised_TE = normalised_TE.masked_fill(~valid_T[:, None], 0)
         z_T = z_T.masked_fill(~valid_T, 0)
     return probs_TK * scaling_factor, experts_TK, counts_E, normalised_TE.sum(0), z_T.sum()
+
+
+def route_backward(
+    logits_TE: Tensor,
+    experts_TK: Tensor,
+    sigmoid: bool,
+    scaling_factor: float,
+    valid_T: Tensor | None,
+    dprobs_TK: Tensor | None,
+    dprob_sum_E: Tensor | None,
+    dz_sum: Tensor | None,
+) -> Tensor:
+    """Gradient of the logits from those of probs, prob_sum and z_sum (None: 0).
+
+    With ``w = a s_k / sum(s chosen)`` and ``q = s / sum(s)``, for scores s (softmax: exp of the logits)::
+
+        ds_k = a (dw_k - <dw, s chosen> / sum) / sum,   ds_e += (dq_e - <dq, s> / sum) / sum
+
+    and ``ds/dlogit`` is s for softmax, s (1 - s) for sigmoid; ``d logsumexp^2 = 2 logsumexp softmax``.
+    """
+    num_experts = logits_TE.shape[1]
+    p_TE = logits_TE.softmax(-1)
+    scores_TE = logits_TE.sigmoid() if sigmoid else p_TE
+    epsilon = SUM_EPSILON if sigmoid else 0.0
+    dscores_TE = torch.zeros_like(logits_TE)
+    if dprobs_TK is not None:
+        kept_TK = experts_TK < num_experts
+        index_TK = experts_TK.clamp(max=num_experts - 1)
+        dropped = 0 if sigmoid else -torch.inf
+        chosen_TK = (scores_TE if sigmoid else logits_TE).gather(1, index_TK).masked_fill(~kept_TK, dropped)
+        if not sigmoid:
+            chosen_TK = (chosen_TK - chosen_TK.amax(-1, keepdim=True)).exp().masked_fill(~kept_TK, 0)
+        sum_T1 = (chosen_TK.sum(-1, keepdim=True) + epsilon).masked_fill(~kept_TK.any(-1, keepdim=True), 1)
+        mean_T1 = (dprobs_TK * chosen_TK).sum(-1, keepdim=True) / sum_T1
+        # softmax: ds/dlogit is the chosen score itself, relative to the chosen sum
+        factor_TK = 1 / sum_T1 if sigmoid else chosen_TK / sum_T1
+        d_TK = ((dprobs_TK - mean_T1) * factor_TK * scaling_factor).masked_fill(~kept_TK, 0)
+        dscores_TE.scatter_add_(1, index_TK, d_TK)
+    if dprob_sum_E is not None:
+        sum_T1 = scores_TE.sum(-1, keepdim=True) + epsilon
+        mean_T1 = (dprob_sum_E * scores_TE).sum(-1, keepdim=True) / sum_T1
+        dscores_TE += (dprob_sum_E - mean_T1) * (1 / sum_T1 if sigmoid else scores_TE)
+    dlogits_TE = dscores_TE * scores_TE * (1 - scores_TE) if sigmoid else dscores_TE
+    if dz_sum is not None:
+        dlogits_TE = dlogits_TE + 2 * dz_sum * logits_TE.logsumexp(-1, keepdim=True) * p_TE
+    return dlogits_TE if valid_T is None else dlogits_TE.masked_fill(~valid_T[:, None], 0)
 
 
 def route_index(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

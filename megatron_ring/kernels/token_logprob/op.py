@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_ring.errors import ConfigError
-from megatron_ring.kernels.token_logprob import reference
+from megatron_ring.kernels import dispatch
+from megatron_ring.kernels.token_logprob.reference import merge
 
 
 def token_logprob(
@@ -37,7 +38,7 @@ def token_logprob(
 
         logits = [[3., 3., 9.], [0., 0., 0.]], targets = [1, -100]  ->  logp = [-.6931, 0.], entropy = [.6931, 0.]
 
-    Kept for backward: the logits themselves (no copy), and three numbers per token. ``inplace_backward`` writes the
+    Kept for backward: the logits themselves (no copy), and four numbers per token. ``inplace_backward`` writes the
     gradient over the logits, so their values must not be needed after backward.
     """
     if temperature <= 0:
@@ -75,15 +76,18 @@ class _TokenLogprob(torch.autograd.Function):
         if vocab_size is not None:
             columns = min(max(vocab_size - vocab_start, 0), columns)
         local_T = _local_targets(targets_T, vocab_start, columns, vocab_size)
-        partials_RT4 = reference.partials(logits_TV, local_T, columns, temperature)[None]
+        if logits_TV.stride(-1) != 1:
+            logits_TV = logits_TV.contiguous()
+        kernels = dispatch.implementation(logits_TV, "token_logprob")
+        partials_RT4 = kernels.token_logprob_partials(logits_TV, local_T, columns, temperature)[None]
         if group is not None and group.size() > 1:
             partials_T4 = partials_RT4[0]
             partials_RT4 = partials_T4.new_empty(group.size() * partials_T4.shape[0], 4)
             dist.all_gather_into_tensor(partials_RT4, partials_T4, group=group)
             partials_RT4 = partials_RT4.view(group.size(), -1, 4)
-        logp_T, entropy_T, lse_T, found_T = reference.combine(partials_RT4)
+        logp_T, entropy_T, max_T, log_sum_T, found_T = merge(partials_RT4, temperature)
         local_T = local_T.masked_fill(~found_T, -2)
-        ctx.save_for_backward(logits_TV, local_T, lse_T, entropy_T)
+        ctx.save_for_backward(logits_TV, local_T, max_T, log_sum_T, entropy_T)
         ctx.columns, ctx.temperature, ctx.inplace = columns, temperature, inplace_backward
         ctx.set_materialize_grads(False)
         return logp_T, entropy_T if with_entropy else None
@@ -91,11 +95,24 @@ class _TokenLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogp_T, dentropy_T):
-        logits_TV, local_T, lse_T, entropy_T = ctx.saved_tensors
+        logits_TV, local_T, max_T, log_sum_T, entropy_T = ctx.saved_tensors
         if dlogp_T is None:
-            dlogp_T = torch.zeros_like(lse_T)
+            dlogp_T = torch.zeros_like(max_T)
         out_TV = logits_TV if ctx.inplace else torch.empty_like(logits_TV)
-        reference.gradient(
-            logits_TV, local_T, ctx.columns, ctx.temperature, lse_T, entropy_T, dlogp_T, dentropy_T, out_TV
+        kernels = dispatch.implementation(logits_TV, "token_logprob")
+        kernels.token_logprob_gradient(
+            logits_TV,
+            local_T,
+            ctx.columns,
+            ctx.temperature,
+            max_T,
+            log_sum_T,
+            entropy_T,
+            dlogp_T,
+            dentropy_T,
+            out_TV,
         )
+        if ctx.inplace:
+            # whoever saved the logits too gets autograd's error, not a gradient in their place
+            torch.autograd.graph.increment_version(logits_TV)
         return out_TV, None, None, None, None, None, None, None

@@ -1,11 +1,12 @@
 """Log-probability and entropy said as maths, in row chunks that bound the memory; any floating dtype.
 
-Legend: T tokens, V vocabulary columns of this rank. With x = logits / temperature and the shard's maximum m, a
-shard is summed up by four numbers per token (``partials``)::
+Legend: T tokens, V vocabulary columns of this rank. With the shard's maximum logit m and temperature tau, a shard
+is summed up by four numbers per token (``token_logprob_partials``)::
 
-    m = max x,  s = sum exp(x - m),  a = sum (x - m) exp(x - m),  x_target (+inf where another shard has it)
+    m = max x,  z = (x - m) / tau,  s = sum exp(z),  a = sum z exp(z),  x_target (+inf where another shard has it)
 
-which ``combine`` merges over shards. Centring a on the maximum keeps entropy exact where logits are far from 0.
+which ``merge`` combines over shards. Centring everything on the maximum keeps log p and entropy exact where logits
+are far from 0, and holds for a shard of -inf alone.
 """
 
 import torch
@@ -20,12 +21,11 @@ def _chunks(logits_TV: Tensor):
     return [slice(start, start + rows) for start in range(0, logits_TV.shape[0], rows)]
 
 
-def _scaled(logits_tV: Tensor, columns: int, temperature: float) -> Tensor:
-    x_tV = logits_tV[:, :columns]
-    return (x_tV.float() if x_tV.element_size() == 2 else x_tV) / temperature
+def _wide(logits_tV: Tensor) -> Tensor:
+    return logits_tV.float() if logits_tV.element_size() == 2 else logits_tV
 
 
-def partials(logits_TV: Tensor, local_T: Tensor, columns: int, temperature: float) -> Tensor:
+def token_logprob_partials(logits_TV: Tensor, local_T: Tensor, columns: int, temperature: float) -> Tensor:
     """[T, 4] partial sums of this shard. ``local_T``: column of the target, -1 elsewhere, -2 to skip the row."""
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
     out_T4 = torch.zeros(logits_TV.shape[0], 4, dtype=wide, device=logits_TV.device)
@@ -33,11 +33,12 @@ def partials(logits_TV: Tensor, local_T: Tensor, columns: int, temperature: floa
     if not columns:
         return out_T4
     for rows in _chunks(logits_TV):
-        x_tV, local_t = _scaled(logits_TV[rows], columns, temperature), local_T[rows]
+        x_tV, local_t = _wide(logits_TV[rows, :columns]), local_T[rows]
         m_t = x_tV.amax(-1)
-        centred_tV = x_tV - m_t.masked_fill(m_t == -torch.inf, 0)[:, None]
-        exp_tV = centred_tV.exp()
-        moment_t = (exp_tV * centred_tV.clamp(min=torch.finfo(wide).min)).sum(-1)
+        z_tV = (x_tV - m_t.masked_fill(m_t == -torch.inf, 0)[:, None]) / temperature
+        exp_tV = z_tV.exp()
+        # where exp underflows z may be -inf, and 0 * -inf is not 0
+        moment_t = (exp_tV * z_tV.clamp(min=-1e4)).sum(-1)
         target_t = (
             x_tV.gather(1, local_t.clamp(min=0)[:, None]).squeeze(1).masked_fill(local_t < 0, torch.inf)
         )
@@ -46,28 +47,32 @@ def partials(logits_TV: Tensor, local_T: Tensor, columns: int, temperature: floa
     return out_T4
 
 
-def combine(partials_RT4: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(logp_T, entropy_T, lse_T, found_T)`` from the partials of R shards; 0 where no shard has the target."""
+def merge(partials_RT4: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``(logp_T, entropy_T, max_T, log_sum_T, found_T)`` from the partials of R shards.
+
+    ``log p(x) = (x - max) / temperature - log_sum``. Where no shard has the target, log p and entropy are 0.
+    """
     m_RT, s_RT, a_RT, target_RT = partials_RT4.unbind(-1)
-    m_T = m_RT.amax(0)
-    shift_RT = (m_RT - m_T).masked_fill(m_RT == -torch.inf, 0)
-    scale_RT = shift_RT.exp().masked_fill(m_RT == -torch.inf, 0)
+    max_T, target_T = m_RT.amax(0), target_RT.amin(0)
+    empty_RT = m_RT == -torch.inf
+    shift_RT = ((m_RT - max_T) / temperature).masked_fill(empty_RT, 0)
+    scale_RT = shift_RT.exp().masked_fill(empty_RT, 0)
     s_T = (scale_RT * s_RT).sum(0)
     a_T = (scale_RT * (a_RT + shift_RT * s_RT)).sum(0)
-    target_T = target_RT.amin(0)
+    log_sum_T = s_T.log()
     found_T = target_T != torch.inf
-    lse_T = m_T + s_T.log()
-    logp_T = (target_T - lse_T).masked_fill(~found_T, 0)
-    entropy_T = (s_T.log() - a_T / s_T).masked_fill(~found_T, 0)
-    return logp_T, entropy_T, lse_T, found_T
+    logp_T = ((target_T - max_T) / temperature - log_sum_T).masked_fill(~found_T, 0)
+    entropy_T = (log_sum_T - a_T / s_T).masked_fill(~found_T, 0)
+    return logp_T, entropy_T, max_T, log_sum_T, found_T
 
 
-def gradient(
+def token_logprob_gradient(
     logits_TV: Tensor,
     local_T: Tensor,
     columns: int,
     temperature: float,
-    lse_T: Tensor,
+    max_T: Tensor,
+    log_sum_T: Tensor,
     entropy_T: Tensor,
     dlogp_T: Tensor,
     dentropy_T: Tensor | None,
@@ -75,12 +80,13 @@ def gradient(
 ) -> None:
     """Write d logits of this shard into ``out_TV`` (which may be the logits themselves).
 
-    ``d x_v = dlogp (1[v = target] - p_v) - dentropy p_v (log p_v + entropy)``, ``d logits = d x / temperature``.
+    ``d logit_v = (dlogp (1[v = target] - p_v) - dentropy p_v (log p_v + entropy)) / temperature``.
     Rows with ``local_T`` -2 get zeros.
     """
     for rows in _chunks(logits_TV):
         local_t = local_T[rows]
-        logp_tV = _scaled(logits_TV[rows], columns, temperature) - lse_T[rows, None]
+        x_tV = _wide(logits_TV[rows, :columns])
+        logp_tV = (x_tV - max_T[rows, None]) / temperature - log_sum_T[rows, None]
         p_tV = logp_tV.exp()
         factor_tV = -dlogp_T[rows, None]
         if dentropy_T is not None:
