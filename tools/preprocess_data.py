@@ -1,7 +1,8 @@
 """Turn text into a corpus to train on: PREFIX.bin and PREFIX.idx in Megatron's indexed format.
 
-    python tools/preprocess_data.py --input web.jsonl code/ --tokenizer-model tok.model --output-prefix corpus/mix
-    python tools/preprocess_data.py --builtin-corpus --max-mb 4 --tokenizer-model tok.model --output-prefix corpus/std
+python tools/preprocess_data.py --input web.jsonl code/ --tokenizer-model tok.model --output-prefix
+corpus/mix python tools/preprocess_data.py --builtin-corpus --max-mb 4 --tokenizer-model tok.model
+--output-prefix corpus/std
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # a terminated run cleans up as an interrupted one does
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if bool(args.input) == args.builtin_corpus:
-        raise DataError("give either --input or --builtin-corpus: one source of documents, not none and not both")
+        raise DataError(
+            "give either --input or --builtin-corpus: one source of documents, not none and not both"
+        )
     if args.workers < 1:
         raise DataError(f"workers={args.workers} must be at least 1; this machine has {os.cpu_count()} cores")
     _check_output(args.output_prefix, args.overwrite)
@@ -66,21 +69,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise DataError(f"the input holds no text ({num_skipped} empty or binary records); check --input")
     skipped = f", {num_skipped} empty or binary records left out" if num_skipped else ""
     print(
-        f"{args.output_prefix}.bin/.idx: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens from "
-        f"{num_bytes / 1e6:.1f} MB ({num_bytes / writer.num_tokens:.2f} bytes per token), "
+        f"{args.output_prefix}.bin/.idx: {writer.num_documents:,} documents, {writer.num_tokens:,} tokens "
+        f"from {num_bytes / 1e6:.1f} MB ({num_bytes / writer.num_tokens:.2f} bytes per token), "
         f"{_rate(writer.num_documents, num_bytes, time.monotonic() - started)}{skipped}"
     )
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", default=[], metavar="PATH", help="JSONL, text files, folders of them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input", nargs="+", default=[], metavar="PATH", help="JSONL, text files, folders of them"
+    )
     parser.add_argument("--builtin-corpus", action="store_true", help="the Python standard library's sources")
     parser.add_argument("--max-mb", type=float, help="how much of the built-in corpus to take; default all")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], help="JSONL keys; several are joined by newlines")
+    parser.add_argument(
+        "--json-keys", nargs="+", default=["text"], help="JSONL keys; several are joined by newlines"
+    )
     parser.add_argument("--tokenizer-type", choices=("sentencepiece", "huggingface"), default="sentencepiece")
-    parser.add_argument("--tokenizer-model", required=True, metavar="PATH", help=".model file, or tokenizer.json")
+    parser.add_argument(
+        "--tokenizer-model", required=True, metavar="PATH", help=".model file, or tokenizer.json"
+    )
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="path without .bin and .idx")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus of that name")
     parser.add_argument(
@@ -96,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
 def _check_output(prefix: str, overwrite: bool) -> None:
     existing = [path for path in (f"{prefix}.bin", f"{prefix}.idx") if Path(path).exists()]
     if existing and not overwrite:
-        raise DataError(f"{existing[0]} exists already; choose another --output-prefix, or replace it with --overwrite")
+        raise DataError(
+            f"{existing[0]} exists already; choose another --output-prefix, or replace it with --overwrite"
+        )
 
 
 def _source(args: argparse.Namespace) -> tuple[Iterator[Record], int | None]:

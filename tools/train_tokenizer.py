@@ -1,13 +1,12 @@
 """Train a sentencepiece BPE tokenizer with byte fallback and the chat symbols of Ling and Ring.
 
-    python tools/train_tokenizer.py --builtin-corpus --max-mb 4 --vocab-size 2048 --output tok.model
-    python tools/train_tokenizer.py --input web.jsonl code/ --vocab-size 32000 --max-mb 512 --output tok.model
+python tools/train_tokenizer.py --builtin-corpus --max-mb 4 --vocab-size 2048 --output tok.model
+python tools/train_tokenizer.py --input web.jsonl code/ --vocab-size 32000 --max-mb 512 --output tok.model
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -26,28 +25,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     # a terminated run cleans up as an interrupted one does
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if bool(args.input) == args.builtin_corpus:
-        raise DataError("give either --input or --builtin-corpus: one source of documents, not none and not both")
+        raise DataError(
+            "give either --input or --builtin-corpus: one source of documents, not none and not both"
+        )
     if not args.output.endswith(".model"):
         raise DataError(f"output={args.output} must end in .model, as sentencepiece's files do")
     if Path(args.output).exists() and not args.overwrite:
-        raise DataError(f"{args.output} exists already; choose another --output, or replace it with --overwrite")
+        raise DataError(
+            f"{args.output} exists already; choose another --output, or replace it with --overwrite"
+        )
     documents = iter(builtin_documents(args.max_mb)) if args.builtin_corpus else _documents(args)
     started = time.monotonic()
     print(f"training a tokenizer of {args.vocab_size} tokens ...", flush=True)
-    size = train_tokenizer(
-        documents,
-        args.output,
-        vocab_size=args.vocab_size,
-        split_digits=args.split_digits,
-        num_threads=args.num_threads,
-    )
+    size = train_tokenizer(documents, args.output, vocab_size=args.vocab_size, split_digits=args.split_digits)
     print(f"{args.output}: {size:,} tokens, trained in {time.monotonic() - started:.1f} s")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", default=[], metavar="PATH", help="JSONL, text files, folders of them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input", nargs="+", default=[], metavar="PATH", help="JSONL, text files, folders of them"
+    )
     parser.add_argument("--builtin-corpus", action="store_true", help="the Python standard library's sources")
     parser.add_argument(
         "--max-mb", type=float, help="train on the first so many MB; default all (it is held in memory)"
@@ -60,7 +61,6 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="each digit is a token of its own",
     )
-    parser.add_argument("--num-threads", type=int, default=min(os.cpu_count() or 1, 16), help="trainer threads")
     parser.add_argument("--output", required=True, metavar="FILE.model")
     parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
     return parser

@@ -1,7 +1,7 @@
 """Which dataset each sample of a blend comes from: pure functions of the sample's index.
 
-Invariants: after any number n of samples, each dataset has given more than n*weight - 1 and fewer than n*weight + 1;
-and each dataset's samples are taken in order, without gaps.
+Invariants: after any number n of samples, each dataset has given more than n*weight - 1 and fewer than
+n*weight + 1; and each dataset's samples are taken in order, without gaps.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ FINEST = 100_000
 class Blend:
     """An endless schedule of datasets, in proportion to their weights.
 
-    Example: weights 3/4 and 1/4 repeat datasets ``0 0 1 0``: sample 6 is ``Blend(...).locate(6) == (1, 1)``, the second
-    sample (index 1) of dataset 1.
+    Example: weights 3/4 and 1/4 repeat datasets ``0 0 1 0``: sample 6 is ``Blend(...).locate(6) == (1, 1)``,
+    the second sample (index 1) of dataset 1.
     """
 
     def __init__(self, weights: Sequence[Fraction]) -> None:
@@ -51,7 +51,8 @@ def _whole_counts(weights: Sequence[Fraction]) -> list[int]:
     if 0 in counts:
         share = float(shares[counts.index(0)])
         raise DataError(
-            f"a blend weight is {share:.1e} of the whole, less than 1/{FINEST}; raise it or leave that dataset out"
+            f"a blend weight is {share:.1e} of the whole, less than 1/{FINEST}; "
+            "raise it or leave that dataset out"
         )
     return counts
 
@@ -59,14 +60,14 @@ def _whole_counts(weights: Sequence[Fraction]) -> list[int]:
 def _schedule(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """One period: dataset of each place, and how many places the dataset had before.
 
-    Sample j of a dataset with c of P places may stand from floor(j*P/c) on and must stand before ceil((j+1)*P/c): that is
-    the invariant. Giving each place to the sample that must stand soonest meets all of these whenever that is possible
-    (earliest deadline first), and here it is, since the shares sum to 1.
+    Sample j of a dataset with c of P places may stand from floor(j*P/c) on and must stand before
+    ceil((j+1)*P/c): that is the invariant. Giving each place to the sample that must stand soonest meets all
+    of these whenever that is possible (earliest deadline first), and here it is, since the shares sum to 1.
     """
     period = sum(counts)
     dataset_of = np.zeros(period, dtype=np.int32)
     index_in_period = np.zeros(period, dtype=np.int64)
-    # (place it may stand from, dataset, index): not yet allowed; (place it must stand before, dataset, index): allowed
+    # waiting: (place it may stand from, dataset, index); ready: (place it must stand before, dataset, index)
     waiting = [(0, dataset, 0) for dataset in range(len(counts))]
     ready: list[tuple[int, int, int]] = []
     for place in range(period):

@@ -33,14 +33,16 @@ _SKIPPED_MODULES = ("_sysconfigdata", "_sysconfig_vars")
 def builtin_documents(max_mb: float | None = None) -> list[str]:
     """Sources of the standard library's modules, in an order that depends on their names only.
 
-    The order is that of a hash of each module's path: any stretch of it, so any split by documents, is a mixed sample.
+    The order is that of a hash of each module's path: any stretch of it, so any split by documents, is a
+    mixed sample.
 
     Args:
-        max_mb: stop after the document that reaches this many megabytes (10**6 bytes of UTF-8); ``None`` for all of
-            it (about 9 MB).
+        max_mb: stop after the document that reaches this many megabytes (10**6 bytes of UTF-8); ``None`` for
+            all of it (about 9 MB).
 
     Raises:
-        DataError: this Python has no standard library on disk (some embedded ones), or ``max_mb`` is not positive.
+        DataError: this Python has no standard library on disk (some embedded ones), or ``max_mb`` is not
+            positive.
     """
     if max_mb is not None and max_mb <= 0:
         raise DataError(f"max_mb={max_mb} of the built-in corpus must be positive; 4 is enough to try things")

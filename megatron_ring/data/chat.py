@@ -1,7 +1,7 @@
 """Conversations as text, and as token ids with a mask of what the model is to learn.
 
-A message is a mapping with ``role`` (system, user, assistant) and ``content``. Reasoning stays in the content, between
-``<think>`` and ``</think>``.
+A message is a mapping with ``role`` (system, user, assistant) and ``content``. Reasoning stays in the
+content, between ``<think>`` and ``</think>``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHAT_SYMBOLS = (
     "<think>",
     "</think>",
 )
-"""Symbols that a tokenizer for :data:`BAILING_TEMPLATE` holds as single tokens; the longest that fits is taken."""
+"""Symbols that our tokenizers hold as single tokens; the longest that fits is taken."""
 
 BAILING_TEMPLATE = """\
 {%- for message in messages -%}
@@ -49,7 +49,7 @@ BAILING_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<role>ASSISTANT</role>' -}}{%- endif -%}
 """
-"""Ling's and Ring's turns: ``<role>HUMAN</role>...<role>ASSISTANT</role>...`` and the end of sequence after an answer."""
+"""Ling's and Ring's turns, ``<role>HUMAN</role>...<role>ASSISTANT</role>...``, each answer ended."""
 
 
 def render_template(
@@ -76,23 +76,24 @@ def render_template(
         )
     except (TemplateError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise DataError(
-            f"chat template failed: {_one_line(error)}; check the messages' role and content, and the template"
+            f"chat template failed: {_one_line(error)}; "
+            "check the messages' role and content, and the template"
         ) from error
 
 
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-    """A conversation's token ids, and for each whether the assistant said it: the tokens with loss in fine-tuning.
+    """A conversation's token ids, and for each whether it is the assistant's: what fine-tuning learns.
 
-    Each answer counts from behind its generation prompt to its end of sequence, which is added where the template has
-    none: the model has to learn to stop. Prompt and answer are encoded apart, so that a prompt has the same ids here
-    and when an answer is sampled from it (:func:`render_prompt`).
+    Each answer counts from behind its generation prompt to its end of sequence, which is added where the
+    template has none: the model has to learn to stop. Prompt and answer are encoded apart, so that a prompt
+    has the same ids here and when an answer is sampled from it (:func:`render_prompt`).
 
     Example, with one token per word: ``user: "hi"``, ``assistant: "yes"`` gives
     ids of ``<role> HUMAN </role> hi <role> ASSISTANT </role> yes <eos>`` and mask ``0 0 0 0 0 0 0 1 1``.
 
     Raises:
-        DataError: the template rewrites earlier turns as a conversation grows, so that what the assistant said cannot
-            be told apart; or a message spells out the end-of-sequence token.
+        DataError: the template rewrites earlier turns as a conversation grows, so that what the assistant
+            said cannot be told apart; or a message spells out the end-of-sequence token.
     """
     ids, mask, done = _answered_turns(tokenizer, messages)
     whole = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
@@ -135,7 +136,7 @@ def _answered_turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a template's own text, in which the end-of-sequence token is one id for every tokenizer."""
+    """Token ids of a template's text, in which the end of sequence is one id whatever the tokenizer."""
     first, *others = text.split(tokenizer.eos_token)
     ids = tokenizer.encode(first)
     for part in others:
@@ -156,13 +157,13 @@ def _refuse_spelled_eos(tokenizer: Tokenizer, messages: Sequence[Message]) -> No
     for index, message in enumerate(messages):
         if tokenizer.eos_token in str(message.get("content")):
             raise DataError(
-                f"message {index} spells out the end-of-sequence token {tokenizer.eos_token}, which would end the "
-                "conversation early; remove it from the content"
+                f"message {index} spells out the end-of-sequence token {tokenizer.eos_token}, which would "
+                "end the conversation early; remove it from the content"
             )
 
 
 class _GenerationBlock(Extension):
-    """``{% generation %} ... {% endgeneration %}``: some templates mark answers with it; its body is all we need."""
+    """``{% generation %} ... {% endgeneration %}``, with which some templates mark answers: its body."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
 

@@ -54,9 +54,15 @@ class CorpusSplit:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the sizes and weights: a changed corpus, blend or split changes it, a moved one does not."""
+        """Hash of sizes and weights: another corpus, blend or split has another; a moved one has not."""
         facts = [
-            (share.corpus.num_documents, share.corpus.num_tokens, share.first_document, share.end_document, str(weight))
+            (
+                share.corpus.num_documents,
+                share.corpus.num_tokens,
+                share.first_document,
+                share.end_document,
+                str(weight),
+            )
             for share, weight in zip(self.shares, self.weights, strict=True)
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -72,7 +78,7 @@ class CorpusSplits:
 
 
 def open_corpus(data_path: Sequence[str], split: str, *, tokenizer: Tokenizer | None = None) -> CorpusSplits:
-    """Open the datasets of a blend and split each by documents, in their order on disk, as Megatron-Core does.
+    """Open the datasets of a blend; split each by documents, in their order on disk, as Megatron does.
 
     Args:
         data_path: ``(prefix,)`` or ``(weight, prefix, weight, prefix, ...)``.
@@ -80,7 +86,8 @@ def open_corpus(data_path: Sequence[str], split: str, *, tokenizer: Tokenizer | 
         tokenizer: the run's, to refuse a corpus that notes another one.
 
     Raises:
-        DataError: the blend or the split cannot be read, a file is missing or damaged, or the tokenizer is another.
+        DataError: the blend or the split cannot be read, a file is missing or damaged, or the tokenizer is
+            another.
     """
     names = ("train", "valid", "test")
     shares_of_split = parse_split(split)
@@ -110,7 +117,7 @@ def open_corpus(data_path: Sequence[str], split: str, *, tokenizer: Tokenizer | 
 
 
 def parse_split(split: str) -> tuple[float, float, float]:
-    """Normalised shares of train, valid and test: ``"949,50,1"`` is ``(0.949, 0.05, 0.001)``; missing ones are 0.
+    """Normalised shares of train, valid and test: ``"949,50,1"`` is ``(0.949, 0.05, 0.001)``.
 
     Raises:
         DataError: not one to three non-negative numbers with a positive sum.
@@ -132,16 +139,21 @@ def parse_blend(data_path: Sequence[str]) -> list[tuple[str, Fraction]]:
     Example: ``("3", "a", "1", "b")`` is ``[("a", 3/4), ("b", 1/4)]``; ``("a",)`` is ``[("a", 1)]``.
 
     Raises:
-        DataError: nothing is named, or the words are not weight, prefix, weight, prefix with positive weights.
+        DataError: nothing is named, or the words are not weight, prefix, weight, prefix with positive
+            weights.
     """
     words = [str(word) for word in data_path]
     if not words:
-        raise DataError("data_path is empty; name the prefix of a .bin/.idx pair from tools/preprocess_data.py")
+        raise DataError(
+            "data_path is empty; name the prefix of a .bin/.idx pair from tools/preprocess_data.py"
+        )
     if len(words) == 1:
         return [(words[0], Fraction(1))]
     shown = " ".join(words)
     if len(words) % 2:
-        raise DataError(f"data_path={shown} has {len(words)} words; a blend is weight prefix weight prefix ...")
+        raise DataError(
+            f"data_path={shown} has {len(words)} words; a blend is weight prefix weight prefix ..."
+        )
     weights: list[Fraction] = []
     for word in words[::2]:
         try:
@@ -152,7 +164,9 @@ def parse_blend(data_path: Sequence[str]) -> list[tuple[str, Fraction]]:
                 f"e.g. 0.5 {words[0]} 0.5 {words[1]}"
             ) from None
         if weight <= 0:
-            raise DataError(f"data_path={shown}: weight {word} must be positive; leave out what is not to be read")
+            raise DataError(
+                f"data_path={shown}: weight {word} must be positive; leave out what is not to be read"
+            )
         weights.append(weight)
     total = sum(weights, Fraction(0))
     return [(prefix, weight / total) for prefix, weight in zip(words[1::2], weights, strict=True)]
@@ -161,8 +175,8 @@ def parse_blend(data_path: Sequence[str]) -> list[tuple[str, Fraction]]:
 def _require_tokenizer(corpus: IndexedCorpus, tokenizer: Tokenizer) -> None:
     made_with = corpus.manifest.get("tokenizer_fingerprint")
     if made_with is not None and made_with != tokenizer.fingerprint:
+        name, size = corpus.manifest.get("tokenizer_model", "unnamed"), corpus.manifest.get("vocab_size", "?")
         raise DataError(
-            f"{corpus.prefix}.bin was made with another tokenizer ({corpus.manifest.get('tokenizer_model', 'unnamed')}, "
-            f"{corpus.manifest.get('vocab_size', '?')} tokens) than the run's ({tokenizer.vocab_size} tokens); "
-            "preprocess it again or set tokenizer_model"
+            f"{corpus.prefix}.bin was made with another tokenizer ({name}, {size} tokens) than the run's "
+            f"({tokenizer.vocab_size} tokens); preprocess it again or set tokenizer_model"
         )

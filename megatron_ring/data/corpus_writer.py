@@ -51,12 +51,13 @@ def write_corpus(prefix: str | Path, *, vocab_size: int, manifest: dict[str, Any
         DataError: the disk is full or the folder cannot be written.
     """
     with warnings.catch_warnings():
-        # megatron.core tells whoever imports it that it found no Transformer Engine; here nothing would use it
+        # megatron.core warns when it finds no Transformer Engine; nothing here would use it
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     # the .idx last: without it a reader says "missing", whatever else is there
-    with written_whole(f"{prefix}.bin", manifest_path(prefix), f"{prefix}.idx") as (bin_path, note_path, idx_path):
+    finals = (f"{prefix}.bin", manifest_path(prefix), f"{prefix}.idx")
+    with written_whole(*finals) as (bin_path, note_path, idx_path):
         builder = IndexedDatasetBuilder(str(bin_path), dtype=token_dtype(vocab_size))
         writer = CorpusWriter(builder)
         try:

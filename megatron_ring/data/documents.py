@@ -1,7 +1,7 @@
 """Documents out of what people have: JSONL, plain text, folders of either, or the built-in corpus.
 
-Reading is split in two so that worker processes can do the second half: :func:`read_records` yields raw records in a
-deterministic order, :func:`record_text` decodes one into its document.
+Reading is split in two so that worker processes can do the second half: :func:`read_records` yields raw
+records in a deterministic order, :func:`record_text` decodes one into its document.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO, cast
 
 from megatron_ring.errors import DataError
 
@@ -36,7 +36,7 @@ class Record:
 
 
 def find_files(inputs: Sequence[str | Path]) -> list[tuple[Path, bool]]:
-    """The files to read, in order, each with whether the user named it; folders are searched, hidden files left out.
+    """The files to read, in order, each with whether the user named it. Hidden files are left out.
 
     Raises:
         DataError: an input is missing, or a folder holds no files.
@@ -60,8 +60,9 @@ def find_files(inputs: Sequence[str | Path]) -> list[tuple[Path, bool]]:
 def read_records(inputs: Sequence[str | Path]) -> Iterator[Record]:
     """Records of all inputs: each line of a JSONL file (.jsonl, .ndjson), each other file as a whole.
 
-    A .json file that the user names is JSONL too, as Megatron's users have it; one found in a folder is text like its
-    neighbours (the package.json of a source tree). Files may be gzipped (.gz). Blank lines are passed over.
+    A .json file that the user names is JSONL too, as Megatron's users have it; one found in a folder is text
+    like its neighbours (the package.json of a source tree). Files may be gzipped (.gz). Blank lines are
+    passed over.
 
     Raises:
         DataError: an input is missing or cannot be read.
@@ -83,7 +84,7 @@ def read_records(inputs: Sequence[str | Path]) -> Iterator[Record]:
 
 
 def record_text(record: Record, json_keys: Sequence[str]) -> str | None:
-    """The document in a record, its JSON keys joined by newlines; ``None`` for a file in a folder that is not text.
+    """The document in a record, its JSON keys joined by newlines; ``None`` for a found file without text.
 
     Raises:
         DataError: not UTF-8, not JSON, or a key is missing or not a string.
@@ -120,8 +121,8 @@ def _json_text(line: str, origin: str, keys: Sequence[str]) -> str:
     return "\n".join(parts)
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
 
 
 def _is_hidden(path: Path, root: Path) -> bool:

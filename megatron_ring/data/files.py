@@ -12,10 +12,10 @@ from megatron_ring.errors import DataError
 
 @contextmanager
 def written_whole(*targets: str | Path) -> Iterator[tuple[Path, ...]]:
-    """Give a temporary path beside each target; rename all of them, in order, when the block ends without error.
+    """Give a temporary path beside each target; rename them, in order, when the block ends without error.
 
-    Name last the target whose presence means "complete": of older files it is removed first, so a kill in the middle
-    leaves a set that readers refuse, never an old index over new data. Parent folders are made.
+    Name last the target whose presence means "complete": of older files it is removed first, so a kill in the
+    middle leaves a set that readers refuse, never an old index over new data. Parent folders are made.
 
     Example: ``with written_whole("tok.model") as (path,): path.write_bytes(model)``.
 
@@ -41,7 +41,8 @@ def written_whole(*targets: str | Path) -> Iterator[tuple[Path, ...]]:
         reason = error.strerror or str(error)
         names = " and ".join(str(final) for final in finals)
         raise DataError(
-            f"cannot write {names}: {reason}; the folder must be writable and have room, choose another or free some"
+            f"cannot write {names}: {reason}; the folder must be writable and have room, choose another or "
+            "free some"
         ) from error
     finally:
         for path in temporary:

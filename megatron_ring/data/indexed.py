@@ -1,11 +1,12 @@
 """Reader of Megatron's indexed datasets: tokens in PREFIX.bin, lengths and document ends in PREFIX.idx.
 
-Megatron's own reader trusts the files: a truncated .idx reads as wrong documents, a wrong .bin as wrong tokens. Here
-everything that the two files say about each other is checked before the first token is used; then both are mapped.
+Megatron's own reader trusts the files: a truncated .idx reads as wrong documents, a wrong .bin as wrong
+tokens. Here everything that the two files say about each other is checked before the first token is used;
+then both are mapped.
 
-Layout of the .idx, little-endian: magic (9 bytes), version (uint64, 1), dtype code (uint8), number of sequences S
-(uint64), number of document ends D+1 (uint64), lengths (int32[S], tokens), pointers (int64[S], bytes), document ends
-(int64[D+1], in sequences, from 0).
+Layout of the .idx, little-endian: magic (9 bytes), version (uint64, 1), dtype code (uint8), number of
+sequences S (uint64), number of document ends D+1 (uint64), lengths (int32[S], tokens), pointers (int64[S],
+bytes), document ends (int64[D+1], in sequences, from 0).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class IndexedCorpus:
     offsets: np.ndarray
     """``int64[num_documents + 1]``: document d is ``tokens[offsets[d]:offsets[d + 1]]``."""
     manifest: dict[str, Any]
-    """What the preprocessing tool noted beside the files (see :func:`manifest_path`); empty for others' files."""
+    """What the preprocessing tool noted beside the files; empty for files from elsewhere."""
 
     @property
     def num_documents(self) -> int:
@@ -82,7 +83,9 @@ def open_indexed(prefix: str | Path) -> IndexedCorpus:
             )
         tokens = np.memmap(bin_, dtype=dtype, mode="r") if expected else np.empty(0, dtype)
     except OSError as error:
-        raise DataError(f"cannot read {prefix}.bin/.idx: {error.strerror}; check their permissions") from error
+        raise DataError(
+            f"cannot read {prefix}.bin/.idx: {error.strerror}; check their permissions"
+        ) from error
     return IndexedCorpus(prefix=str(prefix), tokens=tokens, offsets=offsets, manifest=_read_manifest(prefix))
 
 
@@ -118,7 +121,9 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     if num_sequences and (lengths.min() < 0 or not np.array_equal(pointers, starts[:-1] * dtype.itemsize)):
         raise DataError(f"{path} is damaged: its lengths and byte offsets contradict each other; {_REMEDY}")
     if not num_ends or ends[0] != 0 or ends[-1] != num_sequences or np.any(np.diff(ends) < 0):
-        raise DataError(f"{path} is damaged: its document ends do not run from 0 to {num_sequences}; {_REMEDY}")
+        raise DataError(
+            f"{path} is damaged: its document ends do not run from 0 to {num_sequences}; {_REMEDY}"
+        )
     return dtype, starts[ends]
 
 

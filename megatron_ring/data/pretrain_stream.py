@@ -45,7 +45,7 @@ class PretrainSample:
 class PretrainStream:
     """Samples of one split, by index, forever: epochs follow each other, each in a new order. Thread-safe.
 
-    Example: ``PretrainStream(open_corpus(("corpus/code",), "949,50,1").train, seq_length=256, seed=1234).sample(0)``.
+    Example: ``PretrainStream(open_corpus(("corpus",), "949,50,1").train, seq_length=256, seed=1).sample(0)``.
     """
 
     def __init__(
@@ -120,11 +120,12 @@ class PretrainStream:
         return found
 
     def batch(self, consumed_samples: int, num_samples: int) -> list[PretrainSample]:
-        """The ``num_samples`` samples after the first ``consumed_samples``, for a run without a cursor (validation)."""
+        """The ``num_samples`` samples after the first ``consumed_samples``: what validation reads."""
         return self.samples(range(consumed_samples, consumed_samples + num_samples))
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Have the reader threads read these samples, in place of any that an earlier call asked for in vain."""
+        """Have the reader threads read these samples, in place of any that an earlier call asked for in
+        vain."""
         if self._threads is None:
             return
         wanted = list(indices)
@@ -141,14 +142,16 @@ class PretrainStream:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self._vocab_size:
             raise DataError(
-                f"{self._split.shares[dataset].corpus.prefix}.bin holds token id {low if low < 0 else high}, the model has "
-                f"vocab_size={self._vocab_size}; preprocess with the run's tokenizer, or raise vocab_size"
+                f"{self._split.shares[dataset].corpus.prefix}.bin holds token id {low if low < 0 else high}, "
+                f"the model has vocab_size={self._vocab_size}; preprocess with the run's tokenizer, or raise "
+                "vocab_size"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """Sample indices of one global batch. Example: ``Draw(indices=(96, 12, 97), is_retry=(False, True, False))``."""
+    """Sample indices of one global batch. Example: ``Draw(indices=(96, 12, 97), is_retry=(False, True,
+    False))``."""
 
     indices: tuple[int, ...]
     is_retry: tuple[bool, ...]
@@ -158,8 +161,8 @@ class Draw:
 class SampleCursor:
     """Which samples of a stream come next: in order, but for those put back to come again later.
 
-    Rank r of a data-parallel group that takes n samples per step reads ``take(dp * n).indices[r * n : (r + 1) * n]``;
-    every rank moves its own copy of the cursor alike.
+    Rank r of a data-parallel group that takes n samples per step reads ``take(dp * n).indices[r * n : (r + 1)
+    * n]``; every rank moves its own copy of the cursor alike.
 
     Invariant: a sample put back is drawn once more; all others are drawn once, in order. Nothing is lost.
     """
@@ -203,7 +206,8 @@ class SampleCursor:
     def requeue(self, indices: Sequence[int], *, within: int) -> None:
         """Put samples back, each at a random place among the next ``within`` draws.
 
-        For the rule of the Ling report: when a loss spike makes a step be skipped, its data is tried again later.
+        For the rule of the Ling report: when a loss spike makes a step be skipped, its data is tried again
+            later.
         """
         for index in indices:
             place = Shuffle(max(within, 1), self._seed, "requeue", self._num_requeued)(0)
@@ -229,8 +233,9 @@ class SampleCursor:
         """
         if state["fingerprint"] != self._fingerprint:
             raise DataError(
-                f"the checkpoint was reading other data (fingerprint {state['fingerprint']}, now {self._fingerprint}); "
-                "keep data_path, split, seq_length and seed, or start from its weights alone with --finetune"
+                f"the checkpoint was reading other data (fingerprint {state['fingerprint']}, now "
+                f"{self._fingerprint}); keep data_path, split, seq_length and seed, or start from its "
+                "weights alone with --finetune"
             )
         self._seed = state["seed"]
         self.consumed_samples = state["consumed_samples"]

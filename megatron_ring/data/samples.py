@@ -1,10 +1,10 @@
 """Samples of one dataset: fixed lengths of the shuffled stream of its documents, epoch after epoch.
 
-In each epoch the documents are put end to end in a new order, the stream is cut every ``seq_length`` tokens, and the
-pieces are read in yet another order. A piece is read with one token more, the label of its last.
+In each epoch the documents are put end to end in a new order, the stream is cut every ``seq_length`` tokens,
+and the pieces are read in yet another order. A piece is read with one token more, the label of its last.
 
-Invariant: in an epoch each token is the input of exactly one sample, but for a tail of at most ``seq_length`` tokens,
-which is another one in each epoch.
+Invariant: in an epoch each token is the input of exactly one sample, but for a tail of at most ``seq_length``
+tokens, which is another one in each epoch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from megatron_ring.errors import DataError
 
 
 class DocumentSamples:
-    """Random access to the samples of a share of documents. Thread-safe; every answer depends on its arguments only.
+    """Random access to the samples of a share of documents. Thread-safe; every answer depends on its
+    arguments only.
 
     Memory: 8 bytes per document for each of at most two epochs.
     """
@@ -36,8 +37,8 @@ class DocumentSamples:
         """
         if not share.num_documents:
             raise DataError(
-                f"{split} split of {share.corpus.prefix} is empty: none of its {share.corpus.num_documents} documents "
-                "fall into it; raise that part of split or add documents"
+                f"{split} split of {share.corpus.prefix} is empty: none of its {share.corpus.num_documents} "
+                "documents fall into it; raise that part of split or add documents"
             )
         if share.num_tokens < seq_length + 1:
             raise DataError(
@@ -54,8 +55,8 @@ class DocumentSamples:
         """Sample ``index``, epochs counted through.
 
         Returns:
-            ``int64[seq_length + 1]`` tokens, and in rising order the numbers of tokens (1 to seq_length + 1) after which
-            a document ends.
+            ``int64[seq_length + 1]`` tokens, and in rising order the numbers of tokens (1 to seq_length + 1)
+            after which a document ends.
         """
         epoch, place = divmod(index, self.samples_per_epoch)
         piece = Shuffle(self.samples_per_epoch, *self._key, "samples", epoch)(place)

@@ -1,19 +1,27 @@
-"""A shuffle that is computed, not stored: any element of it in O(1), the same on every machine and numpy version."""
+"""A shuffle that is computed, not stored: any element of it in O(1), the same on every machine and numpy
+version."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import TypeVar
 
 import numpy as np
 
 _ROUNDS = 8
+# below this, numpy's cost per call exceeds plain arithmetic's
+_FEW = 12
+_MASK = (1 << 64) - 1
+# one number, or uint64 numbers in an array: the arithmetic is the same
+_Word = TypeVar("_Word", int, np.ndarray)
 
 
 class Shuffle:
     """A pseudorandom permutation of ``range(size)``, keyed by whole numbers and names.
 
-    A Feistel network permutes the next power of two; what falls outside ``size`` is sent through again until it falls
-    inside (at most 2 passes on average). Black and Rogaway, "Ciphers with arbitrary finite domains", 2002.
+    A Feistel network permutes the next power of two; what falls outside ``size`` is sent through again until
+    it falls inside (at most 2 passes on average). Black and Rogaway, "Ciphers with arbitrary finite domains",
+    2002.
 
     Example: ``[Shuffle(4, 7, "epoch", 0)(i) for i in range(4)]`` is some order of 0, 1, 2, 3.
     """
@@ -26,14 +34,19 @@ class Shuffle:
         self._low_bits = bits // 2
         self._high_bits = bits - self._low_bits
         digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * _ROUNDS).digest()
-        self._round_keys = np.frombuffer(digest, dtype="<u8")
+        self._round_keys = [int(word) for word in np.frombuffer(digest, dtype="<u8")]
 
     def __call__(self, index: int) -> int:
         """Where element ``index`` of the permutation points to."""
-        return int(self.many(np.array([index]))[0])
+        value = self._pass(index)
+        while value >= self.size:
+            value = self._pass(value)
+        return value
 
     def many(self, indices: np.ndarray) -> np.ndarray:
         """The permutation at each of ``indices``, as ``int64``."""
+        if len(indices) <= _FEW:
+            return np.array([self(int(index)) for index in indices], dtype=np.int64)
         out = self._pass(np.asarray(indices).astype(np.uint64))
         outside = np.flatnonzero(out >= self.size)
         while outside.size:
@@ -41,20 +54,19 @@ class Shuffle:
             outside = outside[out[outside] >= self.size]
         return out.astype(np.int64)
 
-    def _pass(self, value: np.ndarray) -> np.ndarray:
+    def _pass(self, value: _Word) -> _Word:
         low_bits, high_bits = self._low_bits, self._high_bits
-        low = value & np.uint64((1 << low_bits) - 1)
-        high = value >> np.uint64(low_bits)
+        low, high = value & ((1 << low_bits) - 1), value >> low_bits
         # halves of unequal width trade places each round, and their widths with them
         for key in self._round_keys:
-            mixed = _mix(low + key) & np.uint64((1 << high_bits) - 1)
-            low, high = high ^ mixed, low
+            low, high = high ^ (_mix(low + key) & ((1 << high_bits) - 1)), low
             low_bits, high_bits = high_bits, low_bits
-        return (high << np.uint64(low_bits)) | low
+        return (high << low_bits) | low
 
 
-def _mix(value: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: every output bit depends on every input bit."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+def _mix(value: _Word) -> _Word:
+    """The finaliser of splitmix64, in 64-bit arithmetic: every output bit depends on every input bit."""
+    value = value & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)

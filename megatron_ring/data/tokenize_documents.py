@@ -33,7 +33,8 @@ class TokenizeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizedBatch:
-    """Some documents, in order. Example: two of 3 and 2 tokens: ``tokens=[5, 6, 1, 7, 1], lengths=(3, 2)``."""
+    """Some documents, in order. Example: two of 3 and 2 tokens: ``tokens=[5, 6, 1, 7, 1], lengths=(3,
+    2)``."""
 
     tokens: np.ndarray
     lengths: tuple[int, ...]
@@ -62,7 +63,10 @@ def tokenize_documents(
             yield _tokenize(batch, config, tokenizer)
         return
     pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(config,)
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(config,),
     )
     pending: deque[Future[TokenizedBatch]] = deque()
     try:

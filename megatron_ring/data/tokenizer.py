@@ -28,7 +28,8 @@ class Tokenizer(Protocol):
     eos_token: str
     """The end of sequence as templates spell it."""
     pad_id: int
-    """Fills slots that hold no token; the end of sequence where the tokenizer has no padding token of its own."""
+    """Fills slots that hold no token; the end of sequence where the tokenizer has no padding token of its
+    own."""
     bos_id: int | None
     """Start of a sequence, for tokenizers that have one."""
     fingerprint: str
@@ -61,13 +62,11 @@ def load_tokenizer(
         vocab_size: the model's vocabulary, if the tokenizer is to fit one.
 
     Raises:
-        DataError: no file is named, it is missing, corrupt, without an end-of-sequence token, or has more tokens
-            than ``vocab_size``.
+        DataError: no file is named, it is missing, corrupt, without an end-of-sequence token, or has more
+            tokens than ``vocab_size``.
     """
     if not tokenizer_model:
-        raise DataError(
-            "tokenizer_model is not set; make one with tools/train_tokenizer.py or name a tokenizer's file"
-        )
+        raise DataError("tokenizer_model is not set; name a file, or make one with tools/train_tokenizer.py")
     path = Path(tokenizer_model)
     if not path.exists():
         raise DataError(
@@ -82,8 +81,9 @@ def load_tokenizer(
         raise DataError(f"tokenizer_type={tokenizer_type} is unknown; use {' or '.join(_EXPECTED)}")
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise DataError(
-            f"tokenizer_model={path} has {tokenizer.vocab_size} tokens, more than the model's vocab_size={vocab_size}; "
-            f"set vocab_size={tokenizer.vocab_size} or use the tokenizer that the model was made for"
+            f"tokenizer_model={path} has {tokenizer.vocab_size} tokens, more than the "
+            f"model's vocab_size={vocab_size}; set vocab_size={tokenizer.vocab_size} or use the tokenizer "
+            "that the model was made for"
         )
     return tokenizer
 
@@ -101,9 +101,7 @@ class SentencePieceTokenizer:
         from sentencepiece import SentencePieceProcessor
 
         if path.is_dir():
-            raise DataError(
-                f"tokenizer_model={path} is a folder, sentencepiece wants a .model file; name the file in it"
-            )
+            raise DataError(f"tokenizer_model={path} is a folder; name the sentencepiece .model file in it")
         content = _read(path)
         self._processor = SentencePieceProcessor()
         try:
@@ -111,8 +109,8 @@ class SentencePieceTokenizer:
                 raise RuntimeError("empty or unreadable")
         except RuntimeError as error:
             raise DataError(
-                f"tokenizer_model={path} is not a sentencepiece model, or a broken one; copy it again, or set "
-                "tokenizer_type=huggingface for a tokenizer.json"
+                f"tokenizer_model={path} is not a sentencepiece model, or a broken one; copy it again, or "
+                "set tokenizer_type=huggingface for a tokenizer.json"
             ) from error
         self.vocab_size: int = self._processor.get_piece_size()
         self.eos_id: int = self._processor.eos_id()
@@ -150,16 +148,14 @@ class HuggingFaceTokenizer:
 
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
-            raise DataError(
-                f"tokenizer_model={path} holds no tokenizer.json; save the tokenizer in its fast form there"
-            )
+            raise DataError(f"tokenizer_model={path} holds no tokenizer.json; save the fast tokenizer there")
         content = _read(file)
         try:
             self._tokenizer = FastTokenizer.from_buffer(content)
         except Exception as error:  # the Rust library raises bare Exception, whatever is wrong
             raise DataError(
-                f"{file} is not a Hugging Face tokenizer ({' '.join(str(error).split())[:120]}); copy it again, or set "
-                "tokenizer_type=sentencepiece for a .model file"
+                f"{file} is not a Hugging Face tokenizer ({' '.join(str(error).split())[:120]}); copy it again, "
+                "or set tokenizer_type=sentencepiece for a .model file"
             ) from error
         # batching settings stored in the file would cut or pad documents
         self._tokenizer.no_truncation()
@@ -184,8 +180,8 @@ class HuggingFaceTokenizer:
     def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         if self._template is None:
             raise DataError(
-                f"no chat template beside {self._file}; put chat_template.jinja or a tokenizer_config.json with "
-                "chat_template there"
+                f"no chat template beside {self._file}; put chat_template.jinja or a tokenizer_config.json "
+                "with chat_template there"
             )
         return render_template(
             self._template,
@@ -198,13 +194,12 @@ class HuggingFaceTokenizer:
         token = self._special_tokens.get(name)
         if token is None:
             raise DataError(
-                f"no {name} is named beside {self._file}; put tokenizer_config.json or special_tokens_map.json there"
+                f"no {name} is named beside {self._file}; put tokenizer_config.json or "
+                "special_tokens_map.json there"
             )
         token_id = self._tokenizer.token_to_id(token)
         if token_id is None:
-            raise DataError(
-                f"{name} {token!r} is not in {self._file}; the settings beside it belong to another tokenizer"
-            )
+            raise DataError(f"{name} {token!r} is not in {self._file}; copy the files beside it again")
         return token_id
 
 

@@ -19,11 +19,12 @@ _MAX_CHUNK = 4096
 
 
 def train_tokenizer(
-    documents: Iterable[str], path: str | Path, *, vocab_size: int, split_digits: bool = True, num_threads: int = 1
+    documents: Iterable[str], path: str | Path, *, vocab_size: int, split_digits: bool = True
 ) -> int:
     """Train on documents and write a .model file, whole or not at all. The same input gives the same bytes.
 
-    Text survives encoding and decoding unchanged: no normalisation, all whitespace kept, unseen characters as bytes.
+    Text survives encoding and decoding unchanged: no normalisation, all whitespace kept, unseen characters as
+        bytes.
     Reserved: the end of sequence and the chat symbols of :data:`~megatron_ring.data.chat.CHAT_SYMBOLS`.
 
     Args:
@@ -31,18 +32,20 @@ def train_tokenizer(
         path: of the .model file.
         vocab_size: tokens wanted.
         split_digits: each digit is its own token, so that numbers look alike wherever they stand.
-        num_threads: of the trainer.
 
     Returns:
         Tokens in the vocabulary.
 
     Raises:
-        DataError: the text is too little for so many tokens, the vocabulary too small, or the file cannot be written.
+        DataError: the text is too little for so many tokens, the vocabulary too small, or the file cannot be
+            written.
     """
     from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
     if vocab_size < _MIN_VOCAB_SIZE + 1:
-        raise DataError(f"vocab_size={vocab_size} must exceed the {_MIN_VOCAB_SIZE} reserved tokens; try 2048")
+        raise DataError(
+            f"vocab_size={vocab_size} must exceed the {_MIN_VOCAB_SIZE} reserved tokens; try 2048"
+        )
     model = io.BytesIO()
     with written_whole(path) as (temporary,):
         try:
@@ -66,7 +69,8 @@ def train_tokenizer(
                 bos_id=-1,
                 pad_id=-1,
                 eos_piece=EOS_PIECE,
-                num_threads=num_threads,
+                # the number is written into the file, and more are no faster
+                num_threads=1,
                 minloglevel=2,
             )
         except RuntimeError as error:
@@ -76,7 +80,8 @@ def train_tokenizer(
 
 
 def _chunks(documents: Iterable[str]) -> Iterator[bytes]:
-    """Documents in pieces of a few kilobytes, cut at line ends where there are any: the trainer drops longer ones."""
+    """Documents in pieces of a few kilobytes, cut at line ends where there are any: the trainer drops longer
+    ones."""
     for document in documents:
         chunk = ""
         for line in document.splitlines(keepends=True):
@@ -94,9 +99,13 @@ def _chunks(documents: Iterable[str]) -> Iterator[bytes]:
 def _explained(error: RuntimeError, vocab_size: int) -> DataError:
     reason = " ".join(str(error).split())
     if "too high" in reason:
-        return DataError(f"vocab_size={vocab_size} is more than the text supports ({reason}); lower it or add text")
+        return DataError(
+            f"vocab_size={vocab_size} is more than the text supports ({reason}); lower it or add text"
+        )
     if "smaller than required_chars" in reason:
         return DataError(f"vocab_size={vocab_size} does not hold the text's characters ({reason}); raise it")
     if "sentences_.empty" in reason:
         return DataError("the input holds no text to train a tokenizer on; check --input")
-    return DataError(f"sentencepiece could not train a tokenizer: {reason}; check the input and vocab_size={vocab_size}")
+    return DataError(
+        f"sentencepiece could not train a tokenizer: {reason}; check the input and vocab_size={vocab_size}"
+    )
