@@ -146,13 +146,19 @@ def _parser(*, run_options: bool) -> argparse.ArgumentParser:
     for setting in settings().values():
         help_text = f"{setting.doc} (default: {_shown(setting.default)})".replace("%", "%%")
         options: dict[str, Any] = {"dest": setting.name, "default": argparse.SUPPRESS, "help": help_text}
+        group = groups[setting.section]
+        if setting.name.startswith("no_"):
+            # argparse reads any --no-X as switching X off, so these two flags are spelled out
+            group.add_argument(setting.flag, action="store_true", **options)
+            group.add_argument(setting.flag.replace("--no-", "--"), action="store_false", **options)
+            continue
         if setting.kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             many = setting.kind is tuple
             metavar = "|".join(setting.choices) or setting.name.split("_")[-1].upper()
             options |= {"nargs": "+" if many else 1, "metavar": metavar}
-        groups[setting.section].add_argument(setting.flag, **options)
+        group.add_argument(setting.flag, **options)
     return parser
 
 

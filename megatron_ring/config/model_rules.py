@@ -10,7 +10,8 @@ def divisors_near(value: int, of: int) -> str:
     """The divisors of ``of`` around ``value``. Example: ``divisors_near(6, of=64)`` is ``"4 or 8"``."""
     divisors = [d for d in range(1, of + 1) if of % d == 0]
     below = [d for d in divisors if d < value][-1:]
-    above = [d for d in divisors if d > value][:1]
+    # a remedy that is many times larger than what was asked for is none
+    above = [d for d in divisors if value < d <= 4 * value][:1]
     return " or ".join(str(d) for d in below + above)
 
 

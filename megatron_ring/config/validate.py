@@ -161,17 +161,18 @@ def _batch_sizes(t: TrainConfig) -> list[int]:
 
 def _batch_size_problems(t: TrainConfig, p: ParallelConfig, batch: int, dp: int) -> Iterator[str]:
     per_pass = t.micro_batch_size * dp
-    name = "global_batch_size" if batch == t.global_batch_size else "rampup_batch_size reaches a batch, which"
+    ramp = batch != t.global_batch_size
+    shown = f"batch size {batch} of rampup_batch_size" if ramp else f"global_batch_size={batch}"
     if batch % per_pass != 0:
         yield (
-            f"{name}={batch} must be a multiple of micro_batch_size*data_parallel_size="
+            f"{shown} must be a multiple of micro_batch_size*data_parallel_size="
             f"{t.micro_batch_size}*{dp}={per_pass}; try {multiples_near(batch, per_pass)}"
         )
         return
     pp, passes = p.pipeline_model_parallel_size, batch // per_pass
     if p.num_virtual_stages_per_pipeline_rank > 1 and passes % pp != 0:
         yield (
-            f"{name}={batch} gives {passes} microbatches, which must be a multiple of "
+            f"{shown} gives {passes} microbatches per rank, which must be a multiple of "
             f"pipeline_model_parallel_size={pp} with virtual stages; try "
             f"{multiples_near(batch, pp * per_pass)}"
         )
@@ -262,10 +263,7 @@ def _data_problems(d: DataConfig, t: TrainConfig) -> Iterator[str]:
         yield f"num_workers={d.num_workers} must not be negative; 0 reads in the training process"
     words = d.data_path
     if len(words) > 1 and len(words) % 2 != 0:
-        yield (
-            f"data_path has {len(words)} words, but a blend is weight prefix pairs; try 0.3 {words[0]} 0.7 "
-            "OTHER"
-        )
+        yield f"data_path has {len(words)} words, but a blend is pairs; write weight prefix weight prefix"
     for weight in words[::2] if len(words) > 1 else ():
         if not _is_share(weight) or float(weight) == 0:
             yield f"data_path weight {weight} must be a positive number; write weight prefix weight prefix"
