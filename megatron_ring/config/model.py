@@ -10,11 +10,11 @@ Family = Literal["bailing_moe", "bailing_moe_v2", "qwen2"]
 class ModelConfig:
     """Shape of the model, and how its router is trained.
 
-    Example: ``ModelConfig(num_layers=4, hidden_size=128, num_attention_heads=4, num_query_groups=2,
-    kv_channels=32, vocab_size=2048, num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=64)``.
+    Example: ``ModelConfig(family="bailing_moe", num_layers=4, hidden_size=128, num_attention_heads=4,
+    num_query_groups=2, kv_channels=32, vocab_size=2048, num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=64)``.
     """
 
-    family: Family = "bailing_moe"
+    family: Family = "qwen2"
     """Published architecture this is a member of; names the map from and to Hugging Face checkpoints."""
     num_layers: int = 4
     """Transformer layers, without multi-token-prediction layers."""

@@ -66,7 +66,8 @@ def _family_problems(m: ModelConfig) -> Iterator[str]:
     if m.family == "qwen2":
         if m.is_moe:
             yield (
-                f"num_experts={m.num_experts} must be 0 for family=qwen2, which is dense; set --num-experts 0"
+                f"num_experts={m.num_experts} must be 0 for family=qwen2, which is dense; "
+                "choose --family bailing_moe or bailing_moe_v2"
             )
     elif not m.is_moe:
         yield f"num_experts=0 does not fit family={m.family}, which has experts; try --num-experts 8"

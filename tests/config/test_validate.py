@@ -202,7 +202,8 @@ WRONG = [
         "qwen2_tiny",
         "--num-experts 8",
         1,
-        "num_experts=8 must be 0 for family=qwen2, which is dense; set --num-experts 0",
+        "num_experts=8 must be 0 for family=qwen2, which is dense; "
+        "choose --family bailing_moe or bailing_moe_v2",
     ),
     (
         "ring_mini_v2",
@@ -331,6 +332,7 @@ def test_every_preset_is_valid_on_one_process(preset: str):
 @pytest.mark.parametrize(
     ("flags", "world_size"),
     [
+        ("", 1),
         ("--preset ring_lite --tensor-model-parallel-size 4 --sequence-parallel", 4),
         ("--preset ring_lite --expert-model-parallel-size 8", 8),
         ("--preset ring_lite_tiny --expert-tensor-parallel-size 2 --expert-model-parallel-size 2", 4),

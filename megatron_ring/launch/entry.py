@@ -1,0 +1,73 @@
+"""What every entry point does first and last: read its command line, and end a user's mistake in one line.
+
+An entry point is ``run_entry(main)`` under ``if __name__ == "__main__"``, and its ``main`` begins with
+``config = start()``. Import the stage after that line: a wrong command line or ``--dry-run`` then costs no
+torch.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from megatron_ring.config.load import parse_command
+from megatron_ring.config.run import RunConfig
+from megatron_ring.config.validate import check_inputs, validate
+from megatron_ring.errors import RingError
+from megatron_ring.launch.dry_run import dry_run
+
+
+def run_entry(main: Callable[[], object]) -> NoReturn:
+    """Run ``main`` and exit: 0 when it returns, 2 after ``error: ...`` on stderr when it raises a RingError.
+
+    Any other exception is ours and keeps its traceback. Of several processes that meet the same error one
+    prints.
+    """
+    try:
+        main()
+    except RingError as error:
+        line = " ".join(str(error).split())
+        if _is_speaker(line):
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+def start(argv: Sequence[str] | None = None) -> RunConfig:
+    """The validated config of this command line (``sys.argv`` by default), its inputs found.
+
+    With ``--dry-run`` prints the plan on rank 0 instead and exits 0. Raises RingError, before any process
+    group.
+    """
+    command = parse_command(sys.argv[1:] if argv is None else argv)
+    world_size = command.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    validate(command.config, world_size)
+    if command.dry_run:
+        if _rank() == 0:
+            print(dry_run(command.config, world_size, styled=sys.stdout.isatty()), flush=True)
+        sys.exit(0)
+    check_inputs(command.config)
+    return command.config
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _is_speaker(line: str) -> bool:
+    """Should this process print the error?
+
+    Without a process group every process has read the same command line: the first of each node speaks. With
+    one, an error may be one rank's alone: the first rank to write the line into the group's store speaks for
+    it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    try:
+        store: Any = torch.distributed.distributed_c10d._get_default_store()
+        mine = str(_rank())
+        return store.compare_set(f"megatron_ring/error/{line}", "", mine).decode() == mine
+    except (RuntimeError, ConnectionError):
+        # the store lives in rank 0: it is gone because rank 0 has failed, and spoken, already
+        return False
