@@ -22,7 +22,7 @@ FINEST = 100_000
 class Blend:
     """An endless schedule of datasets, in proportion to their weights.
 
-    Example: weights 3/4 and 1/4 repeat datasets ``0 0 1 0``: sample 6 is ``Blend(...).locate(6) == (1, 1)``,
+    Example: weights 3/4 and 1/4 repeat datasets ``0 0 0 1``: sample 7 is ``Blend(...).locate(7) == (1, 1)``,
     the second sample (index 1) of dataset 1.
     """
 

@@ -29,6 +29,9 @@ def written_whole(*targets: str | Path) -> Iterator[tuple[Path, ...]]:
             final.parent.mkdir(parents=True, exist_ok=True)
             if final.is_dir():
                 raise IsADirectoryError(None, "Is a folder")
+        # a folder that cannot be written is found out before the work, not after it
+        for path in temporary:
+            path.touch()
         yield temporary
         for path in temporary:
             _flush_to_disk(path)

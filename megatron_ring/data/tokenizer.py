@@ -153,8 +153,9 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer = FastTokenizer.from_buffer(content)
         except Exception as error:  # the Rust library raises bare Exception, whatever is wrong
+            reason = " ".join(str(error).split())[:120]
             raise DataError(
-                f"{file} is not a Hugging Face tokenizer ({' '.join(str(error).split())[:120]}); copy it again, "
+                f"{file} is not a Hugging Face tokenizer ({reason}); copy it again, "
                 "or set tokenizer_type=sentencepiece for a .model file"
             ) from error
         # batching settings stored in the file would cut or pad documents

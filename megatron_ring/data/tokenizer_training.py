@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -47,10 +48,14 @@ def train_tokenizer(
             f"vocab_size={vocab_size} must exceed the {_MIN_VOCAB_SIZE} reserved tokens; try 2048"
         )
     model = io.BytesIO()
+    # whole before training starts: the trainer would turn an error of the reader into one of its own
+    chunks = list(_chunks(documents))
+    if not chunks:
+        raise DataError("the input holds no text to train a tokenizer on; check --input")
     with written_whole(path) as (temporary,):
         try:
             SentencePieceTrainer.train(
-                sentence_iterator=_chunks(documents),
+                sentence_iterator=iter(chunks),
                 model_writer=model,
                 model_type="bpe",
                 vocab_size=vocab_size,
@@ -98,14 +103,12 @@ def _chunks(documents: Iterable[str]) -> Iterator[bytes]:
 
 def _explained(error: RuntimeError, vocab_size: int) -> DataError:
     reason = " ".join(str(error).split())
-    if "too high" in reason:
+    if found := re.search(r"too high .* value <= (\d+)", reason):
         return DataError(
-            f"vocab_size={vocab_size} is more than the text supports ({reason}); lower it or add text"
+            f"vocab_size={vocab_size} is more than the text supports; set at most {found[1]}, or add text"
         )
-    if "smaller than required_chars" in reason:
-        return DataError(f"vocab_size={vocab_size} does not hold the text's characters ({reason}); raise it")
-    if "sentences_.empty" in reason:
-        return DataError("the input holds no text to train a tokenizer on; check --input")
-    return DataError(
-        f"sentencepiece could not train a tokenizer: {reason}; check the input and vocab_size={vocab_size}"
-    )
+    if found := re.search(r"required_chars\. \d+ vs (\d+)", reason):
+        return DataError(
+            f"vocab_size={vocab_size} does not hold the text's characters; set more than {found[1]}"
+        )
+    return DataError(f"sentencepiece cannot train vocab_size={vocab_size}: {reason}; check the input")
