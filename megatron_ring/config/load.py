@@ -124,13 +124,15 @@ def _config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[RunCo
     return config_from_mapping({**(_preset(preset) if preset else {}), **from_file, **flags}), given
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """argparse that complains by a ConfigError of one line, not by a usage page; our tools use it as well."""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help")
 
 
 def _parser(*, run_options: bool) -> argparse.ArgumentParser:
-    parser = _OneLineParser(
+    parser = OneLineParser(
         allow_abbrev=False, usage="%(prog)s [--preset NAME] [--config FILE] [--FLAG VALUE ...]"
     )
     parser.add_argument(

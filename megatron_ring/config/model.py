@@ -11,7 +11,8 @@ class ModelConfig:
     """Shape of the model, and how its router is trained.
 
     Example: ``ModelConfig(family="bailing_moe", num_layers=4, hidden_size=128, num_attention_heads=4,
-    num_query_groups=2, kv_channels=32, vocab_size=2048, num_experts=8, moe_router_topk=2, moe_ffn_hidden_size=64)``.
+    num_query_groups=2, kv_channels=32, vocab_size=2048, num_experts=8,
+    moe_router_topk=2, moe_ffn_hidden_size=64)``.
     """
 
     family: Family = "qwen2"

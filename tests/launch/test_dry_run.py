@@ -1,0 +1,63 @@
+"""The dry run says what a run would be."""
+
+import pytest
+
+from megatron_ring.config.count import count_rank, rank_memory
+from megatron_ring.config.load import load_config, preset_config
+from megatron_ring.config.presets import PRESETS
+from megatron_ring.launch.dry_run import dry_run, gib
+
+
+def rows(text: str, section: str) -> list[list[str]]:
+    """Cells of the lines under a section's title."""
+    block = text[text.index(f"\n{section}\n") :].strip().split("\n\n")[0]
+    return [line.split() for line in block.splitlines()[1:]]
+
+
+def test_parameters_and_step_are_counted():
+    flags = "--preset ring_lite --expert-model-parallel-size 8 --seq-length 4096 --global-batch-size 64"
+    text = dry_run(load_config(flags.split()), 8)
+    assert ["total", "16,801,974,272"] in rows(text, "Parameters")
+    assert ["active", "per", "token", "2,753,153,024"] in rows(text, "Parameters")
+    assert ["microbatches", "per", "rank", "8"] in rows(text, "Step")
+    assert ["tokens", "per", "step", "262,144"] in rows(text, "Step")
+
+
+def test_stages_show_layers_parameters_and_memory_per_rank():
+    flags = "--preset ring_mini_v2_tiny --pipeline-model-parallel-size 2 --mtp-num-layers 1"
+    config = load_config([*flags.split(), "--num-virtual-stages-per-pipeline-rank", "2"])
+    first, last = rows(dry_run(config, 2), "Pipeline stages")[1:]
+    assert first[:4] == ["0", "embedding,", "0,", "2"]
+    assert last[:5] == ["1", "1,", "3,", "mtp,", "head"]
+    assert first[4] == f"{count_rank(config.model, config.parallel, 0).total:,}"
+    memory = rank_memory(config.model, config.parallel, 1, 2)
+    assert " ".join(last[-2:]) == gib(memory.total)
+
+
+def test_ranks_show_their_coordinates_and_experts():
+    flags = "--preset ring_lite_tiny --tensor-model-parallel-size 2 --sequence-parallel"
+    config = load_config([*flags.split(), "--expert-model-parallel-size", "4", "--micro-batch-size", "1"])
+    table = rows(dry_run(config, 8), "Ranks")
+    assert table[0] == ["rank", "pp", "dp", "tp", "ep", "etp", "edp", "experts"]
+    assert table[4] == ["3", "0", "1", "1", "3", "0", "0", "6-7"]
+    assert len(table) == 9
+
+
+def test_a_large_world_is_cut_short_and_says_so():
+    config = load_config(
+        ["--preset", "ring_lite", "--expert-model-parallel-size", "8", "--global-batch-size", "256"]
+    )
+    table = rows(dry_run(config, 256), "Ranks")
+    assert table[-1] == ["...", "and", "192", "more", "ranks"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_a_plain_plan(preset: str):
+    text = dry_run(preset_config(preset), 1)
+    assert "\x1b" not in text
+    assert max(len(line) for line in text.splitlines()) <= 110
+    assert "\x1b" in dry_run(preset_config(preset), 1, styled=True)
+
+
+def test_bytes_read_as_mebibytes_when_small():
+    assert (gib(3 * 2**30), gib(2**20)) == ("3.00 GiB", "1.0 MiB")

@@ -1,0 +1,118 @@
+"""Entry points end a user's mistake in one line and exit code 2, once for a whole run."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+RAISES = """
+import sys
+from megatron_ring.errors import DataError
+from megatron_ring.launch.entry import run_entry
+
+def main():
+    {body}
+
+if __name__ == "__main__":
+    run_entry(main)
+"""
+
+STARTS = """
+import sys
+from megatron_ring.launch.entry import run_entry, start
+
+def main():
+    config = start()
+    print("started", config.model.num_layers, "torch" in sys.modules)
+
+if __name__ == "__main__":
+    run_entry(main)
+"""
+
+IN_A_GROUP = """
+import os, sys
+import torch
+from megatron_ring.errors import DataError
+from megatron_ring.launch.entry import run_entry
+
+def main():
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()
+    raise DataError("shared corpus is empty; fill it" if {shared} else f"corpus of rank {{rank}} is empty")
+
+if __name__ == "__main__":
+    run_entry(main)
+"""
+
+
+def run(code: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *argv]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+
+
+def test_a_ring_error_is_one_line_and_exit_code_2():
+    done = run(RAISES.format(body='raise DataError("corpus.bin is empty;\\n  fill it")'))
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: corpus.bin is empty; fill it\n")
+
+
+def test_a_return_is_exit_code_0_and_our_bugs_keep_their_traceback():
+    assert run(RAISES.format(body="return 7")).returncode == 0
+    done = run(RAISES.format(body="raise KeyError('step')"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback") and "KeyError: 'step'" in done.stderr
+
+
+def test_before_the_process_group_only_the_first_rank_of_a_node_speaks():
+    code = RAISES.format(body='raise DataError("x")')
+    other = run(code, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+    assert (other.returncode, other.stderr) == (2, "")
+    assert run(code, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2").stderr == "error: x\n"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_inside_the_process_group_each_different_line_is_said_once(shared: bool):
+    code = IN_A_GROUP.format(shared=shared)
+    env = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(29600 + os.getpid() % 300 + shared),
+        "WORLD_SIZE": "2",
+    }
+
+    def rank(n: int) -> subprocess.CompletedProcess[str]:
+        return run(code, **env, RANK=str(n), LOCAL_RANK=str(n), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(rank, range(2)))
+    assert [d.returncode for d in done] == [2, 2]
+    lines = [line for d in done for line in d.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 if shared else 1 <= len(lines) <= 2
+    assert "Traceback" not in done[0].stderr + done[1].stderr
+
+
+def test_start_validates_against_the_launchers_count():
+    done = run(STARTS, "--preset", "ring_lite_tiny", "--expert-model-parallel-size", "4", WORLD_SIZE="2")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: world_size=2 must be a multiple of expert_tensor_parallel_size*")
+    assert done.stderr.count("\n") == 1
+
+
+def test_start_checks_inputs_and_gives_the_config(tmp_path: Path):
+    argv = ["--preset", "ring_lite_tiny", "--data-path", str(tmp_path / "c")]
+    missing = run(STARTS, *argv)
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert "c.idx does not exist" in missing.stderr
+    for suffix in (".idx", ".bin"):
+        (tmp_path / f"c{suffix}").touch()
+    assert run(STARTS, *argv).stdout == "started 4 False\n"
+
+
+def test_dry_run_prints_the_plan_once_and_stops():
+    argv = ["--preset", "ring_lite", "--dry-run", "--world-size", "8", "--expert-model-parallel-size", "8"]
+    done = run("import sys; sys.modules['torch'] = None\n" + STARTS, *argv)
+    assert done.returncode == 0, done.stderr
+    assert "16,801,974,272" in done.stdout and "started" not in done.stdout
+    assert run(STARTS, *argv, RANK="3", LOCAL_RANK="3").stdout == ""

@@ -1,0 +1,66 @@
+"""Planned layouts are valid, fit, and come in a sensible order."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_ring.config.load import load_config
+from megatron_ring.config.validate import validate
+from megatron_ring.launch.plan import USABLE, activation_bytes, feasible_layouts, layout_flags
+
+GIB = 2**30
+TOOL = Path(__file__).parents[2] / "tools" / "plan_run.py"
+RING_LITE = ["--preset", "ring_lite", "--seq-length", "4096", "--global-batch-size", "256"]
+
+
+def test_every_plan_is_valid_and_fits():
+    config = load_config(RING_LITE)
+    plans = feasible_layouts(config, 16, 8, 80 * GIB)
+    assert len(plans) > 10
+    for plan in plans:
+        validate(replace(config, parallel=plan.parallel), 16)
+        assert plan.total_bytes <= USABLE * 80 * GIB
+        assert plan.parallel.tensor_model_parallel_size <= 8
+
+
+def test_a_plan_is_what_its_flags_describe():
+    config = load_config(RING_LITE)
+    for plan in feasible_layouts(config, 16, 8, 80 * GIB):
+        assert load_config([*RING_LITE, *layout_flags(plan.parallel)]).parallel == plan.parallel
+
+
+def test_less_memory_leaves_fewer_plans_and_none_in_the_end():
+    config = load_config(RING_LITE)
+    counts = [len(feasible_layouts(config, 16, 8, memory * GIB)) for memory in (140, 80, 40, 4)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[2] and counts[-1] == 0
+
+
+def test_recompute_and_sharding_need_less_memory_for_activations():
+    config = load_config(RING_LITE)
+    plain = activation_bytes(config, 0, 8)
+    full = replace(config, parallel=replace(config.parallel, recompute_granularity="full"))
+    moe = replace(
+        config,
+        parallel=replace(config.parallel, recompute_granularity="selective", recompute_modules=("moe",)),
+    )
+    tp = replace(
+        config, parallel=replace(config.parallel, tensor_model_parallel_size=4, sequence_parallel=True)
+    )
+    assert activation_bytes(full, 0, 8) < activation_bytes(moe, 0, 8) < plain
+    assert activation_bytes(tp, 0, 8) * 4 == plain
+
+
+def test_the_tool_prints_layouts_or_one_line():
+    def run(*argv: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, str(TOOL), *argv], capture_output=True, text=True)
+
+    good = run("--gpus", "8", "--memory-gib", "80", *RING_LITE)
+    assert good.returncode == 0, good.stderr
+    assert "layouts fit 8 devices" in good.stdout and "--expert-model-parallel-size" in good.stdout
+    small = run("--gpus", "1", "--memory-gib", "1", *RING_LITE)
+    assert (small.returncode, small.stderr.count("\n")) == (2, 1)
+    assert small.stderr.startswith("error: no layout of this model fits 1 devices of 1 GiB; add devices")
+    assert run("--gpus", "0", "--memory-gib", "1").stderr.startswith("error: --gpus 0 must be positive")
+    assert run("--gpus", "8").stderr.startswith("error: the following arguments are required: --memory-gib")
