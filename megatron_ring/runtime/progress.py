@@ -85,7 +85,7 @@ def count(value: float) -> str:
     """A large number in three digits. Example: ``count(16_801_974_272)`` is ``"16.8G"``."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
-            return f"{value / limit:.3g}{unit}"
+            return f"{value / limit:#.3g}".rstrip(".") + unit
     return f"{value:.3g}"
 
 
