@@ -11,8 +11,8 @@ void token_logprob_gradient(const Tensor&, const Tensor&, int64_t, double, const
                             const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&);
 Tensor permute_rows(const Tensor&, const Tensor&, const Tensor&);
 Tensor combine_rows(const Tensor&, const Tensor&, const OptionalTensor&);
-std::tuple<Tensor, Tensor> combine_rows_backward(const Tensor&, const Tensor&, const OptionalTensor&,
-                                                 const OptionalTensor&, int64_t);
+std::tuple<Tensor, Tensor> combine_rows_backward(const Tensor&, const Tensor&, const Tensor&,
+                                                 const OptionalTensor&, const OptionalTensor&, int64_t);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor&, int64_t, bool, const OptionalTensor&, int64_t,
                                                          int64_t, double, const OptionalTensor&,
                                                          const OptionalTensor&);
@@ -32,7 +32,8 @@ TORCH_LIBRARY(megatron_ring, m) {
   m.def("permute_rows(Tensor x, Tensor gather, Tensor offsets) -> Tensor");
   m.def("combine_rows(Tensor y, Tensor position, Tensor? weights) -> Tensor");
   m.def(
-      "combine_rows_backward(Tensor dout, Tensor position, Tensor? weights, Tensor? y, int num_rows) "
+      "combine_rows_backward(Tensor dout, Tensor position, Tensor offsets, Tensor? weights, Tensor? y, "
+      "int num_rows) "
       "-> (Tensor, Tensor)");
   m.def(
       "route(Tensor logits, int topk, bool sigmoid, Tensor? bias, int num_groups, int group_topk, float scaling, "

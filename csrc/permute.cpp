@@ -76,9 +76,10 @@ Tensor combine_rows(const Tensor& y_in, const Tensor& position, const OptionalTe
   return out;
 }
 
-// dy[position[t, k]] = weights[t, k] * dout[t]; with y also dweights[t, k] = <dout[t], y[position[t, k]]>
+// dy[position[t, k]] = weights[t, k] * dout[t]; with y also dweights[t, k] = <dout[t], y[position[t, k]]>;
+// rows of dy past offsets[-1] are zero
 std::tuple<Tensor, Tensor> combine_rows_backward(const Tensor& dout_in, const Tensor& position,
-                                                 const OptionalTensor& weights, const OptionalTensor& y_in,
+                                                 const Tensor& offsets, const OptionalTensor& weights, const OptionalTensor& y_in,
                                                  int64_t num_rows) {
   const char* op = "combine_rows_backward";
   check_cpu(dout_in, 2, op, "dout");
@@ -91,7 +92,8 @@ std::tuple<Tensor, Tensor> combine_rows_backward(const Tensor& dout_in, const Te
               op, ": y must be [num_rows, D] of dout's dtype, and comes with weights");
   Tensor dy = at::empty({num_rows, width}, dout.options());
   Tensor dw = y.defined() ? at::zeros_like(w) : Tensor();
-  std::vector<char> written(num_rows, 0);
+  const int64_t used = rows_in_use(offsets);
+  TORCH_CHECK(used <= num_rows, op, ": offsets end at row ", used, " of ", num_rows);
   over_floats(dout.scalar_type(), op, [&](auto tag) {
     using S = decltype(tag);
     using A = arithmetic_t<S>;
@@ -108,16 +110,11 @@ std::tuple<Tensor, Tensor> combine_rows_backward(const Tensor& dout_in, const Te
           TORCH_CHECK(n < num_rows, op, ": position ", n, " is not below ", num_rows);
           rows<S>().scale(to + n * width, from + t * width, weight ? weight[i] : A(1), width);
           if (dweight) dweight[i] = rows<S>().dot(from + t * width, value + n * width, width);
-          written[n] = 1;
         }
       }
     });
     // rows of dropped slots
-    at::parallel_for(0, num_rows, row_grain(width), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        if (!written[n]) std::memset(static_cast<void*>(to + n * width), 0, width * sizeof(S));
-      }
-    });
+    std::memset(static_cast<void*>(to + used * width), 0, (num_rows - used) * width * sizeof(S));
   });
   if (dw.defined()) dw = dw.to(weights->scalar_type());
   return {dy, dw};

@@ -32,7 +32,7 @@ def combine(y_ND: Tensor, index: RouteIndex, weights_TK: Tensor | None = None) -
 
     Kept for backward: the index, the weights, and y only if the weights need a gradient.
     """
-    return _Combine.apply(y_ND, weights_TK, index.position_TK)
+    return _Combine.apply(y_ND, weights_TK, index.position_TK, index.offsets_E)
 
 
 class _Permute(torch.autograd.Function):
@@ -51,16 +51,18 @@ class _Permute(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, y_ND, weights_TK, position_TK):
+    def forward(ctx: FunctionCtx, y_ND, weights_TK, position_TK, offsets_E):
         keep_y = weights_TK is not None and ctx.needs_input_grad[1]
-        ctx.save_for_backward(position_TK, weights_TK, y_ND if keep_y else None)
+        ctx.save_for_backward(position_TK, offsets_E, weights_TK, y_ND if keep_y else None)
         ctx.num_rows = y_ND.shape[0]
         return dispatch.implementation(y_ND, "permute").combine_rows(y_ND, position_TK, weights_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout_TD):
-        position_TK, weights_TK, y_ND = ctx.saved_tensors
+        position_TK, offsets_E, weights_TK, y_ND = ctx.saved_tensors
         kernels = dispatch.implementation(dout_TD, "permute")
-        dy_ND, dw_TK = kernels.combine_rows_backward(dout_TD, position_TK, weights_TK, y_ND, ctx.num_rows)
-        return dy_ND, dw_TK, None
+        dy_ND, dw_TK = kernels.combine_rows_backward(
+            dout_TD, position_TK, offsets_E, weights_TK, y_ND, ctx.num_rows
+        )
+        return dy_ND, dw_TK, None, None

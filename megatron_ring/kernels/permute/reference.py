@@ -36,9 +36,17 @@ def combine_rows(y_ND: Tensor, position_TK: Tensor, weights_TK: Tensor | None) -
 
 
 def combine_rows_backward(
-    dout_TD: Tensor, position_TK: Tensor, weights_TK: Tensor | None, y_ND: Tensor | None, num_rows: int
+    dout_TD: Tensor,
+    position_TK: Tensor,
+    offsets_E: Tensor,
+    weights_TK: Tensor | None,
+    y_ND: Tensor | None,
+    num_rows: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """``dy[position[t, k]] = w[t, k] * dout[t]`` [N, D] and, given y, ``dw[t, k] = <dout[t], y[position[t, k]]>``."""
+    """``dy[position[t, k]] = w[t, k] * dout[t]`` [N, D] and, given y, ``dw[t, k] = <dout[t], y[position[t, k]]>``.
+
+    Rows of dy past ``offsets[-1]`` are zero.
+    """
     dout = _wide(dout_TD)
     dy_ND = dout_TD.new_zeros(num_rows, dout_TD.shape[1])
     dw_TK = None if y_ND is None else torch.zeros_like(weights_TK)
