@@ -96,7 +96,9 @@ def _segment_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _varlen_attention(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, packed: PackedInputs, scale: float) -> Tensor:
+def _varlen_attention(
+    q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, packed: PackedInputs, scale: float
+) -> Tensor:
     """flash-attn where installed, else torch's own variable-length kernel."""
     cu, longest = packed.cu_seqlens_q, packed.max_seqlen_q
     try:

@@ -85,7 +85,9 @@ class RingModel(GPTModel):
         )
         if not self.post_process:
             return hidden_T1D
-        mtp_T1D = self._predict_further(microbatch, hidden_T1D, packed, rotary_2TR) if self.mtp_process else []
+        mtp_T1D = (
+            self._predict_further(microbatch, hidden_T1D, packed, rotary_2TR) if self.mtp_process else []
+        )
         vocab_rows = self.output_layer.output_size_per_partition
         return Logits(
             main_TV=self._logits(hidden_T1D),

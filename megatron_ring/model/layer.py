@@ -46,7 +46,12 @@ class RingTransformerLayer(TransformerLayer):
         self.recompute_dense_mlp = selective and "mlp" in config.recompute_modules and not self.is_moe_layer
 
     def forward(
-        self, hidden_states: Tensor, *, packed_seq_params: PackedInputs, rotary_pos_emb: Tensor, **_ignored: object
+        self,
+        hidden_states: Tensor,
+        *,
+        packed_seq_params: PackedInputs,
+        rotary_pos_emb: Tensor,
+        **_ignored: object,
     ) -> tuple[Tensor, None]:
         """Hidden states [T, 1, D] in and out; ``None`` stands for the cross-attention context."""
         normed = self.input_layernorm(hidden_states)

@@ -113,7 +113,9 @@ class RingMoELayer(BaseMoELayer):
         hidden_TD = hidden_T1D.reshape(-1, hidden_T1D.shape[-1])
         routing = self.router(hidden_TD, packed)
         local = self.exchange_group.size() == 1
-        routed_TD = self._compute_here(hidden_TD, routing) if local else self._compute_there(hidden_TD, routing)
+        routed_TD = (
+            self._compute_here(hidden_TD, routing) if local else self._compute_there(hidden_TD, routing)
+        )
         output_T1D = routed_TD.view_as(hidden_T1D)
         return output_T1D + self.shared_experts(hidden_T1D) if self.use_shared_expert else output_T1D
 
@@ -140,9 +142,11 @@ class RingMoELayer(BaseMoELayer):
         probs_TS = routing.probs_TK.repeat_interleave(self.etp_size, dim=1)
         rows_RD = send(permute(hidden_TD, index))
         probs_R = send(_in_slot_order(probs_TS, index))
-        expert_R1 = torch.arange(e, device=rows_RD.device).repeat(W).repeat_interleave(
-            received_We.flatten().long(), output_size=sum(received)
-        )[:, None]
+        expert_R1 = (
+            torch.arange(e, device=rows_RD.device)
+            .repeat(W)
+            .repeat_interleave(received_We.flatten().long(), output_size=sum(received))[:, None]
+        )
         by_expert = route_index(expert_R1, e)
         output_RD = self.experts(
             permute(rows_RD, by_expert), by_expert.offsets_E, _in_slot_order(probs_R[:, None], by_expert)

@@ -66,9 +66,7 @@ def layer_spec(model: ModelConfig, is_moe: bool) -> ModuleSpec:
     norm = provider.layer_norm(rms_norm=True)
     head_norm = provider.layer_norm(rms_norm=True, for_qk=True) if model.qk_layernorm else IdentityOp
     if is_moe:
-        mlp = ModuleSpec(
-            module=RingMoELayer, params={"model": model, "shared_expert_linears": plain_linears}
-        )
+        mlp = ModuleSpec(module=RingMoELayer, params={"model": model, "shared_expert_linears": plain_linears})
     else:
         mlp = ModuleSpec(
             module=MLP,

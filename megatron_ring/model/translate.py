@@ -71,6 +71,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         recompute_num_layers=parallel.recompute_num_layers if full else None,
         recompute_modules=list(parallel.recompute_modules) if granularity == "selective" else None,
         batch_p2p_sync=False,
+        # with batched calls the two directions between the same two ranks (pp 2) are matched wrongly
+        batch_p2p_comm=vpp == 1,
+        overlap_p2p_comm=vpp > 1,
         # outputs that were sent on are kept: freeing them needs custom_backward, which skips autograd's checks
         deallocate_pipeline_outputs=False,
         calculate_per_token_loss=False,

@@ -54,12 +54,14 @@ def reset_hits() -> None:
 
 
 class _CudaNamesOnHost(TorchFunctionMode):
-    """Answers ``Tensor.type()`` with the CUDA class name and reads "cuda" as "cpu" in factory calls."""
+    """Answers ``Tensor.type()`` with the CUDA class name and ``Tensor.cuda()`` with the tensor."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.cuda:
+            return args[0]
         return func(*args, **kwargs)
 
 
@@ -147,7 +149,13 @@ STAND_INS: tuple[StandIn, ...] = (
         ),
         _returns(_HOST),
     ),
-    StandIn("get_rng_state", "torch.cuda", "get_rng_state", ("tensor_parallel/random.py:235,238",), _instead(_get_state)),
+    StandIn(
+        "get_rng_state",
+        "torch.cuda",
+        "get_rng_state",
+        ("tensor_parallel/random.py:235,238",),
+        _instead(_get_state),
+    ),
     StandIn(
         "manual_seed",
         "torch.cuda",
@@ -216,6 +224,27 @@ STAND_INS: tuple[StandIn, ...] = (
         _CORE + "optimizer.optimizer.Float16OptimizerWithFloat16Params",
         "__init__",
         ("optimizer/optimizer.py:671,690",),
+        _under_cuda_names,
+    ),
+    StandIn(
+        "gathered_optimizer_state_cuda",
+        _CORE + "optimizer.distrib_optimizer.DistributedOptimizer",
+        "get_parameter_state_dp_zero",
+        ("optimizer/distrib_optimizer.py:1089 (saving a checkpoint)",),
+        _under_cuda_names,
+    ),
+    StandIn(
+        "synchronize",
+        "torch.cuda",
+        "synchronize",
+        ("dist_checkpointing/strategies/filesystem_async.py:preload_tensors", "async_utils.py:TemporalAsyncCaller"),
+        _returns(None),
+    ),
+    StandIn(
+        "shared_embedding_cuda",
+        _CORE + "models.common.language_module.language_module.LanguageModule",
+        "setup_embeddings_and_output_layer",
+        ("models/common/language_module/language_module.py:244 (embedding copy of MTP stages)",),
         _under_cuda_names,
     ),
 )

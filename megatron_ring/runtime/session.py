@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -17,6 +18,8 @@ from megatron_ring.runtime import device
 from megatron_ring.runtime.topology import Topology, close_topology, distributed_timeout, open_topology
 
 log = logging.getLogger("megatron_ring")
+
+_sessions = itertools.count()
 
 
 def world_size_from_env() -> int:
@@ -86,7 +89,12 @@ def _init_process_group(parallel: ParallelConfig) -> None:
     if os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1"):
         # gloo resolves the host name otherwise, which virtual hosts often do not answer
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group(device.collective_backend(), timeout=timeout)
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    # the store outlives a session: a second one must not read the first one's addresses
+    prefixed = torch.distributed.PrefixStore(f"session{next(_sessions)}", store)
+    torch.distributed.init_process_group(
+        device.collective_backend(), store=prefixed, rank=rank, world_size=world_size, timeout=timeout
+    )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,251 @@
+"""Save and load the whole training state, at any layout, beside training if asked."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
+
+from megatron_ring.checkpoint import folder as folders
+from megatron_ring.checkpoint.rng import gather_rng, load_rng, save_rng
+from megatron_ring.checkpoint.state import (
+    load_optimizer,
+    model_state,
+    optimizer_state,
+    optimizer_step_count,
+    sharding_metadata,
+)
+from megatron_ring.config.model import ModelConfig
+from megatron_ring.config.run import RunConfig
+from megatron_ring.config.show import dump_toml
+from megatron_ring.errors import CheckpointError
+from megatron_ring.runtime.session import Session
+from megatron_ring.train.engine import Engine
+
+log = logging.getLogger("megatron_ring")
+
+_SHAPE_FIELDS = (
+    "family",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "first_k_dense_replace",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "norm_head",
+    "moe_router_enable_expert_bias",
+    "mtp_num_layers",
+)
+"""Settings that decide which tensors a model has and of what shape."""
+
+
+def layout_of(config: RunConfig, world_size: int) -> dict[str, int]:
+    """The sizes that make two runs' ranks correspond one to one."""
+    p = config.parallel
+    return {
+        "world_size": world_size,
+        "tensor_model_parallel_size": p.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": p.pipeline_model_parallel_size,
+        "expert_model_parallel_size": p.expert_model_parallel_size,
+        "expert_tensor_parallel_size": p.expert_tensor_parallel_size,
+    }
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run.
+
+    Every method is collective over the world. An asynchronous save forks a writer whose copy-on-write memory is
+    the snapshot, and becomes the latest checkpoint only at a later :meth:`poll` that finds it durable.
+    """
+
+    def __init__(self, config: RunConfig, engine: Engine, session: Session):
+        self.config = config
+        self.engine = engine
+        self.session = session
+        self._caller = TemporalAsyncCaller()
+        self._pending: tuple[AsyncRequest, Callable[[], None]] | None = None
+
+    def save(self, iteration: int, trainer: dict[str, Any]) -> None:
+        """Save weights, optimizer, random states and ``trainer`` (JSON-able: step, cursor, rules).
+
+        Raises:
+            CheckpointError: the folder cannot be written or the disk is full; the previous checkpoint stays.
+        """
+        self.finish()
+        root = Path(self.config.checkpoint.save)
+        model = model_state(self.engine)
+        sharded = {**model, **optimizer_state(self.engine, model, is_loading=False)}
+        working = self._begin(root, iteration, sharded)
+        state = {
+            "iteration": iteration,
+            "optimizer_steps": self._agreed_step_count(),
+            "layout": layout_of(self.config, self.session.world_size),
+            "model": _shape_of(self.config.model),
+            "trainer": trainer,
+        }
+        rng = gather_rng(self.session)
+
+        def complete() -> None:
+            save_rng(rng, working)
+            (working / folders.TRAINER_STATE).write_text(json.dumps(state), encoding="utf-8")
+            (working / folders.RUN_CONFIG).write_text(dump_toml(self.config), encoding="utf-8")
+            folders.commit(working, iteration)
+            folders.prune(root, self.config.checkpoint.keep_last_n)
+
+        def publish() -> None:
+            self._on_main(complete)
+            if self.session.is_writer:
+                log.info("saved step %d to %s", iteration, folders.folder_of(root, iteration))
+
+        request = self._write(sharded, working)
+        if request is None:
+            publish()
+        else:
+            self._caller.schedule_async_call(request.freeze())
+            self._pending = (request, publish)
+
+    def poll(self) -> None:
+        """Publish a pending asynchronous save if every rank has finished writing."""
+        if self._pending and self._caller.is_current_async_call_done(blocking=False, no_dist=False):
+            self._finalize()
+
+    def finish(self) -> None:
+        """Wait for a pending asynchronous save and publish it."""
+        if self._pending:
+            self._caller.is_current_async_call_done(blocking=True, no_dist=False)
+            self._finalize()
+
+    def load(self, root: str | Path) -> dict[str, Any] | None:
+        """Load the latest checkpoint under ``root`` (or ``root`` itself) and return its trainer state.
+
+        ``None`` when there is none yet. With ``finetune``, weights only, and ``None`` too.
+
+        Raises:
+            CheckpointError: missing pieces, or a checkpoint of another model.
+        """
+        folder = self._find(Path(root))
+        if folder is None:
+            return None
+        state = folders.read_trainer_state(folder)
+        self._check_model(folder, state["model"])
+        folders.check_metadata(folder)
+        settings = self.config.checkpoint
+        with_optimizer = not (settings.finetune or settings.no_load_optim)
+        model = model_state(self.engine)
+        wanted = dict(model)
+        if with_optimizer:
+            wanted.update(optimizer_state(self.engine, model, is_loading=True))
+        loaded = self._read(wanted, folder)
+        for index, chunk in enumerate(self.engine.models):
+            chunk.load_state_dict(loaded[f"model{index}"])
+        if with_optimizer:
+            load_optimizer(self.engine, loaded, state["optimizer_steps"])
+        else:
+            self.engine.optimizer.reload_model_params()
+        if settings.finetune:
+            return None
+        if not settings.no_load_rng:
+            same = state["layout"] == layout_of(self.config, self.session.world_size)
+            load_rng(folder, self.session, same)
+        return state["trainer"]
+
+    def _find(self, root: Path) -> Path | None:
+        if (root / folders.TRAINER_STATE).exists():
+            return root
+        if not root.is_dir():
+            raise CheckpointError(f"--load {root}: no such folder; name one that a run saved to")
+        return folders.latest(root)
+
+    def _check_model(self, folder: Path, saved: dict[str, Any]) -> None:
+        wanted = _shape_of(self.config.model)
+        for name in _SHAPE_FIELDS:
+            if saved.get(name) != wanted[name]:
+                raise CheckpointError(
+                    f"{folder}: checkpoint of another model: {name}={saved.get(name)} there but {wanted[name]} here; "
+                    "use the config that is saved beside it"
+                )
+
+    def _begin(self, root: Path, iteration: int, sharded: dict[str, Any]) -> Path:
+        own = sum(s.data.nbytes for s in nested_values(sharded) if isinstance(s, ShardedTensor) and _writes(s))
+        total = torch.tensor([float(own)], dtype=torch.float64, device=self.session.device)
+        torch.distributed.all_reduce(total)
+        self._on_main(lambda: folders.begin(root, iteration, int(total.item() * 1.02) + 1_000_000))
+        final = folders.folder_of(root, iteration)
+        return final.with_name(final.name + ".incomplete")
+
+    def _write(self, sharded: dict[str, Any], working: Path) -> AsyncRequest | None:
+        metadata = {k: v for k, v in sharding_metadata(self.engine).items() if not k.endswith("_group")}
+        try:
+            return dist_checkpointing.save(
+                sharded,
+                str(working),
+                async_sharded_save=self.config.checkpoint.async_save,
+                content_metadata=metadata,
+            )
+        except (OSError, RuntimeError, CheckpointingException) as error:
+            raise CheckpointError(f"--save {working}: writing failed ({error}); the previous checkpoint stays") from None
+
+    def _finalize(self) -> None:
+        request, publish = self._pending
+        self._pending = None
+        try:
+            for function in request.finalize_fns:
+                function()
+        except (OSError, RuntimeError, CheckpointingException) as error:
+            raise CheckpointError(
+                f"--save {self.config.checkpoint.save}: asynchronous writing failed ({error}); "
+                "the previous checkpoint stays"
+            ) from None
+        publish()
+
+    def _read(self, wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+        try:
+            return dist_checkpointing.load(wanted, str(folder))
+        except (OSError, RuntimeError, CheckpointingException, KeyError, EOFError) as error:
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise CheckpointError(f"{folder}: cannot be loaded ({reason}); load an earlier checkpoint") from None
+
+    def _agreed_step_count(self) -> int:
+        count = torch.tensor([optimizer_step_count(self.engine)], device=self.session.device)
+        torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
+        return int(count.item())
+
+    def _on_main(self, action: Callable[[], object]) -> None:
+        """Run ``action`` on rank 0; its RingError or OSError is raised on every rank. Collective over the world."""
+        message: list[str | None] = [None]
+        if self.session.is_main:
+            try:
+                action()
+            except CheckpointError as error:
+                message = [str(error)]
+            except OSError as error:
+                message = [f"--save {self.config.checkpoint.save}: {error}; the previous checkpoint stays"]
+        torch.distributed.broadcast_object_list(message, src=0)
+        if message[0] is not None:
+            raise CheckpointError(message[0])
+
+
+def _shape_of(model: ModelConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(model).items() if name in _SHAPE_FIELDS}
+
+
+def _writes(tensor: ShardedTensor) -> bool:
+    replica = tensor.replica_id
+    return not any(replica) if isinstance(replica, tuple) else replica == 0

@@ -1,0 +1,89 @@
+"""What of the engine goes into a checkpoint, as Megatron's sharded tensors.
+
+Layers are stored one by one (``decoder.layers.3...``), experts along their own axis, and optimizer state beside each
+parameter in the parameter's own shape, so that any layout can read what any other wrote.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_ring.train.engine import Engine
+
+STEP_KEY = "step"
+
+
+def sharding_metadata(engine: Engine) -> dict[str, Any]:
+    """How Megatron is to lay out its sharded state dicts."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "non_homogeneous_layers": True,
+        "dp_cp_group": engine.topology.groups.dp_cp,
+    }
+
+
+def model_state(engine: Engine) -> dict[str, Any]:
+    """Sharded weights and persistent buffers of every chunk of this rank."""
+    metadata = sharding_metadata(engine)
+    return {
+        f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(engine.models)
+    }
+
+
+def optimizer_state(engine: Engine, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    """Sharded main parameters and moments. Collective over data-parallel ranks when saving (they are gathered).
+
+    Only tensors: hyperparameters come from the configuration and the step count travels with the trainer's state.
+    Megatron's own optimizer dict lists one entry per optimizer, which differs between pipeline stages with
+    and without experts.
+    """
+    _allocate(engine)
+    return {
+        f"optimizer{index}": part.sharded_param_state_fully_reshardable(
+            model, is_loading=is_loading, metadata=sharding_metadata(engine)
+        )
+        for index, part in enumerate(_parts(engine))
+    }
+
+
+def optimizer_step_count(engine: Engine) -> int:
+    """Updates made so far; 0 before the first."""
+    for part in _parts(engine):
+        for state in part.optimizer.state.values():
+            if STEP_KEY in state:
+                return int(state[STEP_KEY])
+    return 0
+
+
+@torch.no_grad()
+def load_optimizer(engine: Engine, loaded: dict[str, Any], step_count: int) -> None:
+    """Put loaded main parameters and moments in place, and the step count beside them."""
+    for index, part in enumerate(_parts(engine)):
+        part.load_parameter_state_from_fully_reshardable(loaded[f"optimizer{index}"])
+        for state in part.optimizer.state.values():
+            state[STEP_KEY] = torch.tensor(float(step_count), device=engine.session.device)
+
+
+def _parts(engine: Engine) -> list[DistributedOptimizer]:
+    return [
+        part
+        for part in engine.optimizer.chained_optimizers
+        if not getattr(part, "is_stub_optimizer", False) and part.get_parameters()
+    ]
+
+
+@torch.no_grad()
+def _allocate(engine: Engine) -> None:
+    """Give torch's AdamW the state it makes at its first step, so that there is something to save or load into."""
+    for part in _parts(engine):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                if STEP_KEY not in state:
+                    state[STEP_KEY] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
