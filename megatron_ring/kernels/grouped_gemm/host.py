@@ -1,7 +1,9 @@
-"""Grouped GEMM on the CPU: ``F.grouped_mm`` where it takes the operands, else the reference's loop.
+"""Grouped GEMM without Triton: on the CPU, ``F.grouped_mm`` where it takes the operands, else the reference's
+loop.
 
 ``F.grouped_mm`` is a C++ loop over ``mm`` without Python's cost per expert. It refuses fp64 and any leading
-dimension that is not a multiple of 16 bytes, and leaves rows past the last offset unwritten; both are handled here.
+dimension that is not a multiple of 16 bytes, and leaves rows past the last offset unwritten; both are handled
+here.
 """
 
 import torch
@@ -14,9 +16,10 @@ _GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _taken_by_grouped_mm(*tensors: Tensor) -> bool:
-    """True where torch's kernel accepts every operand: dtype, row pitch of 16 bytes, nothing empty or expanded."""
+    """True where torch's CPU kernel takes every operand: dtype, rows of 16 bytes, nothing empty, expanded."""
     return all(
-        t.dtype in _GROUPED_MM_DTYPES
+        t.device.type == "cpu"
+        and t.dtype in _GROUPED_MM_DTYPES
         and t.numel() > 0
         and t.stride(-1) == 1
         and t.stride(-2) * t.element_size() % 16 == 0
@@ -40,8 +43,10 @@ def grouped_nn(dy_NF: Tensor, w_eFD: Tensor, offsets_e: Tensor, _storage_eFD: Te
     return out_ND
 
 
-def grouped_tn(dy_NF: Tensor, x_ND: Tensor, offsets_e: Tensor) -> Tensor:
-    """``dw[i] = sum of outer(dy[n], x[n])`` over the rows of expert i; see the reference."""
-    if not int(offsets_e[-1]) or not _taken_by_grouped_mm(dy_NF, x_ND):
-        return reference.grouped_tn(dy_NF, x_ND, offsets_e)
-    return F.grouped_mm(dy_NF.t(), x_ND, offs=offsets_e)
+def grouped_tn(dy_NF: Tensor, x_ND: Tensor, offsets_e: Tensor, main_grad_eFD: Tensor | None = None) -> Tensor:
+    """``dw[i] = sum of outer(dy[n], x[n])`` over expert i's rows; added into ``main_grad_eFD`` if given."""
+    if int(offsets_e[-1]) and _taken_by_grouped_mm(dy_NF, x_ND):
+        dw_eFD = F.grouped_mm(dy_NF.t(), x_ND, offs=offsets_e)
+    else:
+        dw_eFD = reference.grouped_tn(dy_NF, x_ND, offsets_e)
+    return dw_eFD if main_grad_eFD is None else main_grad_eFD.add_(dw_eFD)

@@ -1,15 +1,15 @@
 """Grouped GEMM in Triton: persistent programs over ragged tiles, forward, input gradient and weight gradient.
 
-Legend: N rows sorted by expert, D and F widths, e local experts. M/N/K in tile sizes (BM, BN, BK) are the product's
-own rows, columns and reduction. Offsets are inclusive cumulative row counts, int32.
+Legend: N rows sorted by expert, D and F widths, e local experts. M/N/K in tile sizes (BM, BN, BK) are the
+product's own rows, columns and reduction. Offsets are inclusive cumulative row counts, int32.
 
-No host synchronisation: every program derives the tiles from the offsets. Within an expert, tiles go in groups of GROUP
-row blocks so that programs running together share weight columns in L2. Rows past the last offset are one more, virtual
-expert with nothing to reduce: its tiles store the zeros.
+No host synchronisation: every program derives the tiles from the offsets. Within an expert, tiles go in
+groups of GROUP row blocks so that programs running together share weight columns in L2. Rows past the last
+offset are one more, virtual expert with nothing to reduce: its tiles store the zeros.
 
-A ragged descriptor addresses rows [begin, end) of a tensor with the hardware's own bounds check, so a tile that hangs
-over the end of its expert reads zeros there and writes nothing: two leading dimensions shift the base by wrapping
-around 64-bit addresses, the same device that triton.tools.ragged_tma uses.
+A ragged descriptor ends where the access says, with the hardware's own bounds check, so that a tile hanging
+over the end of its expert reads zeros there and writes nothing: two leading dimensions shift the base by
+wrapping around 64-bit addresses, the device of triton.tools.ragged_tma.
 """
 
 from dataclasses import dataclass
@@ -32,15 +32,12 @@ class Tiles:
     bn: int
     bk: int
     warps: int = 8
-    stages: int = 3
+    stages: int = 4
     group: int = 8
 
     def options(self) -> dict:
         """Launch options; fusing multiply and add is pinned because triton's default is about to change."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-
-
-# ---- device functions shared by the products -----------------------------------------------------
 
 
 @triton.jit
@@ -55,32 +52,31 @@ def tile_ends(offsets_ptr, num_experts, num_rows, tiles_n, BM: tl.constexpr, E_P
 
 @triton.jit
 def place(tile, ends_E, offsets_ptr, num_experts, num_rows, tiles_n, BM: tl.constexpr, GROUP: tl.constexpr):
-    """(expert, first row of the expert, its row count, row block, column block) of a tile."""
+    """(expert, first row of the tile, row past the expert's last, column block) of a tile."""
     before = ends_E <= tile
     expert = tl.sum(before.to(tl.int32), 0)
     local = tile - tl.max(tl.where(before, ends_E, 0), 0)
     begin = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(offsets_ptr + expert, mask=expert < num_experts, other=num_rows)
-    rows = end - begin
-    tiles_m = tl.cdiv(rows, BM)
+    tiles_m = tl.cdiv(end - begin, BM)
     group = local // (GROUP * tiles_n)
     group_m = tl.minimum(tiles_m - group * GROUP, GROUP)
     inside = local - group * GROUP * tiles_n
-    return expert, begin, rows, group * GROUP + inside % group_m, inside // group_m
+    return expert, begin + (group * GROUP + inside % group_m) * BM, end, inside // group_m
 
 
 @triton.jit
-def load_rows(desc, begin, rows, row, column):
-    """Block [BR, BC] at (row, column) of rows [begin, begin + rows) of a ragged tensor; zeros outside."""
-    block = desc.load([0x40000000, begin + rows, 0x40000000 - rows + row, column])
+def load_rows(desc, row, end, column):
+    """Block at (row, column) of a ragged tensor; rows at and past end read as zeros."""
+    block = desc.load([0x40000000, end, 0x40000000 - end + row, column])
     return tl.reshape(block, [desc.block_shape[2], desc.block_shape[3]])
 
 
 @triton.jit
-def store_rows(desc, begin, rows, row, column, block):
-    """Write a block at (row, column) of rows [begin, begin + rows) of a ragged tensor; nothing outside."""
+def store_rows(desc, row, end, column, block):
+    """Write a block at (row, column) of a ragged tensor, but nothing at and past row end."""
     block = tl.reshape(block.to(desc.dtype), [1, 1, desc.block_shape[2], desc.block_shape[3]])
-    desc.store([0x40000000, begin + rows, 0x40000000 - rows + row, column], block)
+    desc.store([0x40000000, end, 0x40000000 - end + row, column], block)
 
 
 @triton.jit
@@ -88,6 +84,15 @@ def halves(block):
     """The left and the right half of a block's columns."""
     pair = tl.reshape(block, [block.shape[0], 2, block.shape[1] // 2])
     return tl.split(tl.permute(pair, [0, 2, 1]))
+
+
+@triton.jit
+def quarters(block):
+    """A block's columns in four blocks, left to right: by quarters, an epilogue fits the loop's registers."""
+    left, right = halves(block)
+    a, b = halves(left)
+    c, d = halves(right)
+    return a, b, c, d
 
 
 @triton.jit
@@ -105,9 +110,6 @@ def load_weight(w_desc, expert, row, column):
     return tl.reshape(w_desc.load([expert, row, column]), [w_desc.block_shape[1], w_desc.block_shape[2]])
 
 
-# ---- kernels ---------------------------------------------------------------------------------------
-
-
 @triton.jit
 def _rows_kernel(
     x_desc, w_desc, y_desc, offsets_ptr, num_experts, num_rows, reduced, tiles_n,
@@ -117,17 +119,19 @@ def _rows_kernel(
     """y[n] = w[expert] x[n] where NT, else y[n] = w[expert]^T x[n]; w is [e, out, in] and [e, in, out]."""
     ends_E, total = tile_ends(offsets_ptr, num_experts, num_rows, tiles_n, BM, E_PAD)
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0)):
-        expert, begin, rows, m, n = place(tile, ends_E, offsets_ptr, num_experts, num_rows, tiles_n, BM, GROUP)
+        expert, row, end, n = place(tile, ends_E, offsets_ptr, num_experts, num_rows, tiles_n, BM, GROUP)
         acc = tl.zeros([BM, BN], tl.float32)
         # the virtual expert has nothing to reduce
         for k in tl.range(0, tl.where(expert < num_experts, reduced, 0), BK):
-            x = x_desc.load([begin + m * BM, k])
-            if NT:
-                w = load_weight(w_desc, expert, n * BN, k).T
-            else:
-                w = load_weight(w_desc, expert, k, n * BN)
+            x = x_desc.load([row, k])
+            # a constexpr condition: only one of the two loads is compiled
+            w = load_weight(w_desc, expert, n * BN, k).T if NT else load_weight(w_desc, expert, k, n * BN)
             acc = product(x, w, acc, UPCAST, PRECISION)
-        store_rows(y_desc, begin, rows, m * BM, n * BN, acc)
+        a, b, c, d = quarters(acc)
+        store_rows(y_desc, row, end, n * BN, a)
+        store_rows(y_desc, row, end, n * BN + BN // 4, b)
+        store_rows(y_desc, row, end, n * BN + BN // 2, c)
+        store_rows(y_desc, row, end, n * BN + 3 * (BN // 4), d)
 
 
 @triton.jit
@@ -147,20 +151,17 @@ def _weight_kernel(
         f = (group * GROUP + inside % group_f) * BM
         d = inside // group_f * BN
         begin = tl.load(offsets_ptr + expert - 1, mask=expert > 0, other=0)
-        rows = tl.load(offsets_ptr + expert) - begin
+        end = tl.load(offsets_ptr + expert)
         acc = tl.zeros([BM, BN], tl.float32)
-        for row in tl.range(0, rows, BK):
-            dy = load_rows(dy_desc, begin, rows, row, f)
-            x = load_rows(x_desc, begin, rows, row, d)
+        for row in tl.range(begin, end, BK):
+            dy = load_rows(dy_desc, row, end, f)
+            x = load_rows(x_desc, row, end, d)
             acc = product(dy.T, x, acc, UPCAST, PRECISION)
-        # a quarter of the columns at a time: the epilogue then needs no more registers than the loop
-        left, right = halves(acc)
-        a, b = halves(left)
-        _store_weight(dw_desc, expert, f, d, a, ACCUMULATE)
-        _store_weight(dw_desc, expert, f, d + BN // 4, b, ACCUMULATE)
-        a, b = halves(right)
-        _store_weight(dw_desc, expert, f, d + BN // 2, a, ACCUMULATE)
-        _store_weight(dw_desc, expert, f, d + 3 * (BN // 4), b, ACCUMULATE)
+        q0, q1, q2, q3 = quarters(acc)
+        _store_weight(dw_desc, expert, f, d, q0, ACCUMULATE)
+        _store_weight(dw_desc, expert, f, d + BN // 4, q1, ACCUMULATE)
+        _store_weight(dw_desc, expert, f, d + BN // 2, q2, ACCUMULATE)
+        _store_weight(dw_desc, expert, f, d + 3 * (BN // 4), q3, ACCUMULATE)
 
 
 @triton.jit
@@ -170,18 +171,20 @@ def _store_weight(dw_desc, expert, f, d, block, ACCUMULATE: tl.constexpr):
     dw_desc.store([expert, f, d], tl.reshape(block.to(dw_desc.dtype), [1, block.shape[0], block.shape[1]]))
 
 
-# ---- launchers -------------------------------------------------------------------------------------
+def tiles_for(kind: str, dtype: torch.dtype, arch: int | None = None) -> Tiles:
+    """Tile sizes of one kernel on the current device, or on ``arch`` (80, 90, 100). ``kind``: rows, weight,
+    up or down.
 
-
-def tiles_for(kind: str, dtype: torch.dtype) -> Tiles:
-    """Tile sizes for one of the products on the current device. ``kind``: rows, weight, up or down."""
+    Chosen by the compiled profile (no spills, loop bound by the tensor cores), not yet by timing on a GPU.
+    """
     if INTERPRETED:
         return Tiles(16, 32, 16, group=2)
     if dtype == torch.float32:
         return Tiles(64, 64, 32, warps=4, stages=2)
-    if triton.runtime.driver.active.get_current_target().arch < 90:
-        return Tiles(128, 128, 32, stages=3)
-    return Tiles(128, 128, 64) if kind == "up" else Tiles(128, 256, 64)
+    if (arch or triton.runtime.driver.active.get_current_target().arch) < 90:
+        return Tiles(128, 64, 32) if kind in ("up", "down") else Tiles(128, 128, 32)
+    # up holds two accumulators; down needs the registers for its epilogue
+    return Tiles(128, 128, 64) if kind in ("up", "down") else Tiles(128, 256, 64)
 
 
 def num_programs(device: torch.device) -> int:
@@ -198,8 +201,10 @@ def arithmetic(dtype: torch.dtype) -> dict:
 
 
 def ragged(x_NC: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """Descriptor of rows [begin, begin + rows) for any begin and rows told at load time: see load_rows."""
-    # strides in elements; with the first coordinate 2^30 the first stride adds -2^30 rows modulo 2^64 bytes
+    """Descriptor of the rows before an end that each access names: see load_rows and store_rows."""
+    # coordinates (2^30, end, 2^30 - end + row) add up to 2^30 (2^34 - pitch) + 2^30 pitch + row pitch
+    # elements, and 2^64 elements are no bytes modulo 2^64; the third one leaves its bound, 2^30, where row
+    # reaches end
     pitch = x_NC.stride(0)
     shape = [0x7FFF0000, 0x7FFF0000, 0x40000000, x_NC.shape[1]]
     return TensorDescriptor(x_NC, shape, [2**34 - pitch, pitch, pitch, 1], [1, 1, *block])
@@ -211,8 +216,14 @@ def plain(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
 
 
 def taken(*tensors: Tensor) -> bool:
-    """True where the tensor copy engine can address every operand: 16-byte rows, nothing empty, not fp64."""
-    return all(t.numel() > 0 and t.dtype != torch.float64 and t.shape[-1] * t.element_size() % 16 == 0 for t in tensors)
+    """True where the tensor copy engine can address every operand: 16-byte rows, nothing empty, not fp64.
+
+    What it cannot - widths no real model has, and doubles - goes the reference's way, also on a GPU.
+    """
+    return all(
+        t.numel() > 0 and t.dtype != torch.float64 and t.shape[-1] * t.element_size() % 16 == 0
+        for t in tensors
+    )
 
 
 def grouped_nt(x_ND: Tensor, w_eFD: Tensor, offsets_e: Tensor, tiles: Tiles | None = None) -> Tensor:
@@ -228,13 +239,12 @@ def grouped_nn(dy_NF: Tensor, w_eFD: Tensor, offsets_e: Tensor, tiles: Tiles | N
 def _rows(x: Tensor, w: Tensor, offsets_e: Tensor, width: int, nt: bool, tiles: Tiles | None) -> Tensor:
     x, w = x.contiguous(), w.contiguous()
     y = x.new_empty(x.shape[0], width)
-    if not y.numel():
-        return y
     t = tiles or tiles_for("rows", x.dtype)
     e, tiles_n = w.shape[0], triton.cdiv(width, t.bn)
     w_block = (1, t.bn, t.bk) if nt else (1, t.bk, t.bn)
     _rows_kernel[(num_programs(x.device),)](
-        plain(x, (t.bm, t.bk)), plain(w, w_block), ragged(y, (t.bm, t.bn)), offsets_e, e, x.shape[0], x.shape[1], tiles_n,
+        plain(x, (t.bm, t.bk)), plain(w, w_block), ragged(y, (t.bm, t.bn // 4)), offsets_e,
+        e, x.shape[0], x.shape[1], tiles_n,
         NT=nt, BM=t.bm, BN=t.bn, BK=t.bk, GROUP=t.group, E_PAD=triton.next_power_of_2(e + 1),
         **arithmetic(x.dtype), **t.options(),
     )  # fmt: skip
@@ -242,14 +252,16 @@ def _rows(x: Tensor, w: Tensor, offsets_e: Tensor, width: int, nt: bool, tiles: 
 
 
 def grouped_tn(
-    dy_NF: Tensor, x_ND: Tensor, offsets_e: Tensor, main_grad_eFD: Tensor | None = None, tiles: Tiles | None = None
+    dy_NF: Tensor,
+    x_ND: Tensor,
+    offsets_e: Tensor,
+    main_grad_eFD: Tensor | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
-    """``dw[i] = sum of outer(dy[n], x[n])`` over the rows of expert i, or added into ``main_grad_eFD``, which is returned."""
+    """``dw[i] = sum of outer(dy[n], x[n])`` over expert i's rows; added into ``main_grad_eFD`` if given."""
     dy_NF, x_ND = dy_NF.contiguous(), x_ND.contiguous()
-    (N, F), D, e = dy_NF.shape, x_ND.shape[1], offsets_e.shape[0]
+    F, D, e = dy_NF.shape[1], x_ND.shape[1], offsets_e.shape[0]
     dw_eFD = x_ND.new_empty(e, F, D) if main_grad_eFD is None else main_grad_eFD
-    if not N:
-        return dw_eFD.zero_() if main_grad_eFD is None else dw_eFD
     t = tiles or tiles_for("weight", x_ND.dtype)
     tiles_f, tiles_d = triton.cdiv(F, t.bm), triton.cdiv(D, t.bn)
     _weight_kernel[(min(num_programs(x_ND.device), e * tiles_f * tiles_d),)](

@@ -3,10 +3,13 @@
 Legend: N rows sorted by expert, D input width, F output width, e local experts.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from megatron_ring.kernels import dispatch
 from megatron_ring.kernels.grouped_gemm import host
 
 
@@ -15,10 +18,11 @@ def grouped_gemm(
 ) -> Tensor:
     """``y[n] = w[expert of n] @ x[n]``, accumulated in fp32 (fp64 for fp64 inputs).
 
-    ``offsets_e`` (int32) holds inclusive cumulative row counts: expert i owns rows ``[offsets[i-1], offsets[i])``.
-    Rows past ``offsets[-1]`` belong to no expert: their output is zero and they get and give no gradient. An
-    empty expert's weight gradient is zero. With ``main_grad_eFD`` (fp32, or the weight's dtype) the weight gradient
-    is added into that buffer in the backward pass and ``w_eFD.grad`` is left alone.
+    ``offsets_e`` (int32) holds inclusive cumulative row counts: expert i owns rows ``[offsets[i-1],
+    offsets[i])``. Rows past ``offsets[-1]`` belong to no expert: their output is zero and they get and give
+    no gradient. An empty expert's weight gradient is zero. With ``main_grad_eFD`` (fp32, or the weight's
+    dtype) the weight gradient is added into that buffer in the backward pass and ``w_eFD.grad`` is left
+    alone.
 
     Two experts, three rows, D = F = 1, weights 2 and 10; the third row is dropped::
 
@@ -29,24 +33,14 @@ def grouped_gemm(
     return _GroupedGemm.apply(x_ND, w_eFD, offsets_e, main_grad_eFD)
 
 
-def products(tensor: Tensor):
-    """The module whose grouped_nt / grouped_nn / grouped_tn serve ``tensor``'s device."""
-    if tensor.is_cuda:
+def _kernels(x_ND: Tensor, w_eFD: Tensor) -> Any:
+    """The module whose three products serve these operands: see ``dispatch`` and ``kernel.taken``."""
+    if dispatch.backend(x_ND) == "triton":
         from megatron_ring.kernels.grouped_gemm import kernel
 
-        return kernel
+        if kernel.taken(x_ND, w_eFD.transpose(1, 2), w_eFD):
+            return kernel
     return host
-
-
-def weight_gradient(
-    dy_NF: Tensor, x_ND: Tensor, offsets_e: Tensor, main_grad_eFD: Tensor | None
-) -> Tensor | None:
-    """The weight gradient [e, F, D], or None once it is added into ``main_grad_eFD``."""
-    dw_eFD = products(x_ND).grouped_tn(dy_NF, x_ND, offsets_e)
-    if main_grad_eFD is None:
-        return dw_eFD
-    main_grad_eFD.view_as(dw_eFD).add_(dw_eFD)
-    return None
 
 
 class _GroupedGemm(torch.autograd.Function):
@@ -54,15 +48,13 @@ class _GroupedGemm(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x_ND, w_eFD, offsets_e, main_grad_eFD):
         ctx.save_for_backward(x_ND, w_eFD, offsets_e)
         ctx.main_grad_eFD = main_grad_eFD
-        return products(x_ND).grouped_nt(x_ND, w_eFD, offsets_e)
+        return _kernels(x_ND, w_eFD).grouped_nt(x_ND, w_eFD, offsets_e)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_NF):
         x_ND, w_eFD, offsets_e = ctx.saved_tensors
-        dy_NF = dy_NF.contiguous()
-        dx_ND = products(dy_NF).grouped_nn(dy_NF, w_eFD, offsets_e) if ctx.needs_input_grad[0] else None
-        dw_eFD = (
-            weight_gradient(dy_NF, x_ND, offsets_e, ctx.main_grad_eFD) if ctx.needs_input_grad[1] else None
-        )
-        return dx_ND, dw_eFD, None, None
+        dy_NF, kernels, main = dy_NF.contiguous(), _kernels(x_ND, w_eFD), ctx.main_grad_eFD
+        dx_ND = kernels.grouped_nn(dy_NF, w_eFD, offsets_e) if ctx.needs_input_grad[0] else None
+        dw_eFD = kernels.grouped_tn(dy_NF, x_ND, offsets_e, main) if ctx.needs_input_grad[1] else None
+        return dx_ND, dw_eFD if main is None else None, None, None
