@@ -43,11 +43,12 @@ def expert_mlp(
 
 
 def _kernels(x_ND: Tensor, w_down_eDF: Tensor) -> Any:
-    """The module whose forward and backward serve these operands: see ``dispatch`` and ``kernel.taken``."""
+    """The module whose forward and backward serve these operands: see ``dispatch`` and ``taken``."""
     if dispatch.backend(x_ND) == "triton":
         from megatron_ring.kernels.expert_mlp import kernel
+        from megatron_ring.kernels.grouped_gemm.kernel import taken
 
-        if kernel.taken(x_ND, w_down_eDF):
+        if taken(x_ND, w_down_eDF):
             return kernel
     return host
 
