@@ -170,6 +170,8 @@ class Checkpointer:
         if (root / folders.TRAINER_STATE).exists():
             return root
         if not root.is_dir():
+            if self.config.checkpoint.load == self.config.checkpoint.save:
+                return None
             raise CheckpointError(f"--load {root}: no such folder; name one that a run saved to")
         return folders.latest(root)
 

@@ -65,9 +65,9 @@ class Session:
         """True on the one rank that prints and writes metrics: the last, where the loss is."""
         return self.rank == self.world_size - 1
 
-    def exit_wanted(self) -> bool:
-        """Collective over the world: did any rank get a signal to save and leave?"""
-        flag = torch.tensor([float(self.exit_request.wanted)], device=self.device)
+    def exit_wanted(self, also: bool = False) -> bool:
+        """Collective over the world: did any rank get a signal to save and leave, or see a reason of its own?"""
+        flag = torch.tensor([float(self.exit_request.wanted or also)], device=self.device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
 

@@ -6,9 +6,10 @@ The engine has never heard of rewards or of files: it is given microbatches and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
@@ -21,7 +22,12 @@ from megatron_ring.model.build import Logits, build_model
 from megatron_ring.model.packed import RouterSignal, pack_inputs
 from megatron_ring.runtime.session import Session
 from megatron_ring.train.objective import LossTerms, Objective, logprob
-from megatron_ring.train.optimizer import build_optimizer, clip_and_step, set_learning_rate, wrap_data_parallel
+from megatron_ring.train.optimizer import (
+    build_optimizer,
+    clip_and_step,
+    set_learning_rate,
+    wrap_data_parallel,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,19 +134,28 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch], objective: Objective) -> dict[str, float]:
         """Means of the objective's sums over every rank's microbatches, without gradients. Collective over the world."""
-        for chunk in self.chunks:
-            chunk.eval()
         weight, _ = self._sum_over_data_parallel(objective.local_weight(microbatches), 0.0)
-        terms = self._run(microbatches, partial(_evaluation_loss, objective), None, forward_only=True)
+        terms = self.forward(microbatches, partial(_evaluation_loss, objective))
         sums = self._world_sums(terms, objective, [])
-        return {name: value / max(weight, 1e-20) for name, value in zip(objective.sum_names, sums, strict=False)}
+        return {
+            name: value / max(weight, 1e-20) for name, value in zip(objective.sum_names, sums, strict=False)
+        }
 
-    @torch.no_grad()
     def score(self, microbatches: Sequence[Microbatch], temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:
         """log p of every label and entropy, each [T] fp32, per microbatch; empty except on the last pipeline stage."""
+        return self.forward(microbatches, partial(_score, temperature))
+
+    @torch.no_grad()
+    def forward(
+        self, microbatches: Sequence[Microbatch], read: Callable[[Microbatch, Logits], tuple[Tensor, Any]]
+    ) -> list:
+        """What ``read`` makes of each microbatch's logits on the last stage (empty elsewhere), without gradients.
+
+        ``read`` returns a scalar tensor, which Megatron's schedule wants, and the result. Collective over the world.
+        """
         for chunk in self.chunks:
             chunk.eval()
-        return self._run(microbatches, partial(_score, temperature), None, forward_only=True)
+        return self._run(microbatches, read, None, forward_only=True)
 
     def _run(self, microbatches, loss, signal: RouterSignal | None, *, forward_only: bool) -> list:
         device = self.session.device
@@ -196,7 +211,9 @@ class Engine:
         norm = max(weight, 1e-20)
         return StepReport(
             loss=values[0] / norm,
-            means={name: value / norm for name, value in zip(objective.sum_names, values[1:count], strict=True)},
+            means={
+                name: value / norm for name, value in zip(objective.sum_names, values[1:count], strict=True)
+            },
             weight=weight,
             grad_norm=grad_norm,
             balance_loss=balance / layers / max(valid, 1.0),

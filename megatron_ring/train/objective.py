@@ -46,7 +46,12 @@ def logprob(logits_TV: Tensor, targets_T: Tensor, logits: Logits, **options: obj
     """log p of the targets (0 where ignored) and entropy. Communicates over the tensor-parallel group."""
     group = logits.tp_group if logits.tp_group.size() > 1 else None
     return token_logprob(
-        logits_TV, targets_T, vocab_start=logits.vocab_start, vocab_size=logits.vocab_size, group=group, **options
+        logits_TV,
+        targets_T,
+        vocab_start=logits.vocab_start,
+        vocab_size=logits.vocab_size,
+        group=group,
+        **options,
     )
 
 
@@ -65,7 +70,9 @@ class NextTokenObjective:
         return float(sum(microbatch.loss_mask_T.sum().item() for microbatch in microbatches))
 
     def __call__(self, logits: Logits, microbatch: Microbatch) -> LossTerms:
-        logp_T, _ = logprob(logits.main_TV, microbatch.labels_T, logits, with_entropy=False, inplace_backward=True)
+        logp_T, _ = logprob(
+            logits.main_TV, microbatch.labels_T, logits, with_entropy=False, inplace_backward=True
+        )
         main = -(logp_T * microbatch.loss_mask_T).sum()
         further = torch.zeros_like(main)
         for depth, mtp_TV in enumerate(logits.mtp_TV, start=1):
