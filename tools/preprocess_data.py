@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_ring.config.load import OneLineParser
 from megatron_ring.data.builtin import builtin_documents
 from megatron_ring.data.corpus_writer import write_corpus
 from megatron_ring.data.documents import Record, find_files, read_records
@@ -27,7 +28,7 @@ from megatron_ring.errors import DataError
 from megatron_ring.launch.entry import run_entry
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     # a terminated run cleans up as an interrupted one does
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -73,13 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"from {num_bytes / 1e6:.1f} MB ({num_bytes / writer.num_tokens:.2f} bytes per token), "
         f"{_rate(writer.num_documents, num_bytes, time.monotonic() - started)}{skipped}"
     )
-    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input", nargs="+", default=[], metavar="PATH", help="JSONL, text files, folders of them"
     )

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_ring.config.load import OneLineParser
 from megatron_ring.data.builtin import builtin_documents
 from megatron_ring.data.documents import read_records, record_text
 from megatron_ring.data.tokenizer_training import train_tokenizer
@@ -20,7 +21,7 @@ from megatron_ring.errors import DataError
 from megatron_ring.launch.entry import run_entry
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     # a terminated run cleans up as an interrupted one does
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -39,13 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"training a tokenizer of {args.vocab_size} tokens ...", flush=True)
     size = train_tokenizer(documents, args.output, vocab_size=args.vocab_size, split_digits=args.split_digits)
     print(f"{args.output}: {size:,} tokens, trained in {time.monotonic() - started:.1f} s")
-    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> OneLineParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input", nargs="+", default=[], metavar="PATH", help="JSONL, text files, folders of them"
     )

@@ -21,9 +21,12 @@ import numpy as np
 
 from megatron_ring.errors import DataError
 
-_HEADER = struct.Struct("<9sQBQQ")
-_MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+DTYPE_CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
+"""Megatron's number for each type of token."""
 _REMEDY = "write it again with tools/preprocess_data.py, or copy both files again"
 
 
@@ -93,15 +96,15 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     """Dtype of the tokens, and the token offset of each document's start and of the end."""
     size = path.stat().st_size
     with path.open("rb") as stream:
-        header = stream.read(_HEADER.size)
-    if not header.startswith(_MAGIC):
+        header = stream.read(HEADER.size)
+    if not header.startswith(MAGIC):
         raise DataError(f"{path} is not a Megatron index (it must begin with MMIDIDX); {_REMEDY}")
-    if len(header) < _HEADER.size:
+    if len(header) < HEADER.size:
         raise DataError(f"{path} is cut short in its header ({size} bytes); {_REMEDY}")
-    _, version, code, num_sequences, num_ends = _HEADER.unpack(header)
-    if version != 1:
-        raise DataError(f"{path} has index version {version}, only version 1 is known; {_REMEDY}")
-    expected = _HEADER.size + 12 * num_sequences + 8 * num_ends
+    _, version, code, num_sequences, num_ends = HEADER.unpack(header)
+    if version != VERSION:
+        raise DataError(f"{path} has index version {version}, only version {VERSION} is known; {_REMEDY}")
+    expected = HEADER.size + 12 * num_sequences + 8 * num_ends
     if size != expected:
         raise DataError(
             f"{path} has {size} bytes, but its header describes {expected} ({num_sequences} sequences, "
@@ -112,7 +115,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
         what = f"{dtype.name} numbers" if dtype.kind == "f" else f"an unknown type (code {code})"
         raise DataError(f"{path} says its tokens are {what}; token ids must be integers; {_REMEDY}")
 
-    content = np.memmap(path, dtype=np.uint8, mode="r", offset=0)[_HEADER.size :]
+    content = np.memmap(path, dtype=np.uint8, mode="r", offset=0)[HEADER.size :]
     lengths = content[: 4 * num_sequences].view("<i4")
     pointers = content[4 * num_sequences : 12 * num_sequences].view("<i8")
     ends = content[12 * num_sequences :].view("<i8")

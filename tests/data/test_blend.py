@@ -1,14 +1,13 @@
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ring.data.blend import FINEST, Blend
 from megatron_ring.errors import DataError
 
 
-@settings(deadline=None)
 @given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=7))
 def test_weights_hold_within_one_sample_at_every_length(counts: list[int]):
     total = sum(counts)

@@ -38,6 +38,30 @@ def test_megatron_reads_what_is_written(write_documents: Callable[..., str]):
     assert dataset.document_indices.tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("vocab_size", [1000, 126464])
+def test_the_bytes_are_those_of_megatrons_builder(tmp_path: Path, vocab_size: int):
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size))
+    with write_corpus(tmp_path / "ours", vocab_size=vocab_size, manifest={}) as writer:
+        for document in DOCUMENTS:
+            writer.add(np.array(document))
+            builder.add_document(np.array(document), [len(document)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for ending in (".bin", ".idx"):
+        assert (tmp_path / f"ours{ending}").read_bytes() == (tmp_path / f"theirs{ending}").read_bytes()
+
+
+@pytest.mark.parametrize("document", [[], [70000], [-1]])
+def test_a_document_that_does_not_fit_is_a_bug(tmp_path: Path, document: list[int]):
+    with (
+        pytest.raises(ValueError, match="token ids of type uint16"),
+        write_corpus(tmp_path / "c", vocab_size=1000, manifest={}) as writer,
+    ):
+        writer.add(np.array(document, dtype=np.int64))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_documents_of_several_sequences_are_read_as_megatron_means_them(tmp_path: Path):
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -55,7 +79,7 @@ def test_documents_of_several_sequences_are_read_as_megatron_means_them(tmp_path
 def test_token_width_is_megatrons(vocab_size: int, dtype: type):
     from megatron.core.datasets.indexed_dataset import DType
 
-    assert token_dtype(vocab_size) is dtype is DType.optimal_dtype(vocab_size)
+    assert token_dtype(vocab_size) == dtype == DType.optimal_dtype(vocab_size)
 
 
 def test_a_corpus_cut_short_anywhere_is_refused(write_documents: Callable[..., str]):

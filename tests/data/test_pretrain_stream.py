@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ring.data.corpus import CorpusSplit
@@ -43,7 +43,6 @@ def test_docstring_example():
     )
 
 
-@settings(deadline=None)
 @given(seq_length=st.integers(1, 40), index=st.integers(0, 50), seed=st.integers(0, 3))
 def test_segments_are_the_documents_parts(seq_length: int, index: int, seed: int):
     sample = PretrainStream(counting_split(), seq_length=seq_length, seed=seed).sample(index)

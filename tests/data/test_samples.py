@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ring.data.corpus import CorpusShare
@@ -22,7 +22,6 @@ def samples_of(share: CorpusShare, seq_length: int, seed: int = 3, place: int = 
 corpora = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(lambda lengths: sum(lengths) >= 8)
 
 
-@settings(deadline=None)
 @given(lengths=corpora, seq_length=st.integers(1, 7), seed=st.integers(0, 5), epoch=st.integers(0, 3))
 def test_an_epoch_reads_every_token_once_but_for_a_tail(
     lengths: list[int], seq_length: int, seed: int, epoch: int
@@ -34,7 +33,6 @@ def test_an_epoch_reads_every_token_once_but_for_a_tail(
     assert sum(lengths) - len(inputs) <= seq_length
 
 
-@settings(deadline=None)
 @given(lengths=corpora, seq_length=st.integers(1, 7), index=st.integers(0, 100))
 def test_documents_run_on_unbroken_and_their_ends_are_known(lengths: list[int], seq_length: int, index: int):
     tokens, ends = samples_of(distinct_documents(lengths), seq_length).read(index)

@@ -1,0 +1,81 @@
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_ring.data.documents import read_records, record_text
+from megatron_ring.errors import DataError
+
+
+def texts(*inputs: Path, keys: Sequence[str] = ("text",)) -> list[str | None]:
+    return [record_text(record, keys) for record in read_records(inputs)]
+
+
+def test_jsonl_lines_and_plain_files_are_documents(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "one", "title": "1"}\n\n{"text": "two\\nlines", "title": "2"}\n'
+    )
+    (tmp_path / "b.txt").write_text("three\nfour\n")
+    assert texts(tmp_path / "a.jsonl", tmp_path / "b.txt") == ["one", "two\nlines", "three\nfour\n"]
+    assert texts(tmp_path / "a.jsonl", keys=["title", "text"]) == ["1\none", "2\ntwo\nlines"]
+
+
+def test_folders_are_read_in_order_without_hidden_and_binary_files(tmp_path: Path):
+    for name, content in [
+        ("z.txt", b"last"),
+        ("sub/a.py", b"second"),
+        ("b.md", "fi\u00e9rst".encode()),
+        (".hidden", b"no"),
+        (".git/config", b"no"),
+        ("x.png", b"\x89PNG\xff"),
+        ("y.bin", b"nul \x00"),
+        ("package.json", b'{\n "a": 1\n}'),
+    ]:
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    assert texts(tmp_path / "in") == [
+        "fi\u00e9rst",
+        '{\n "a": 1\n}',
+        "second",
+        None,
+        None,
+        "last",
+    ]
+
+
+def test_a_named_json_file_is_jsonl(tmp_path: Path):
+    (tmp_path / "a.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert texts(tmp_path / "a.json") == ["one", "two"]
+
+
+def test_gzip_and_byte_order_marks_are_seen_through(tmp_path: Path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n'))
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbftwo")
+    assert texts(tmp_path / "a.jsonl.gz", tmp_path / "b.txt") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "one"}\n{"text": \n', r"a\.jsonl:2 is not JSON"),
+        ("a.jsonl", b"[1]\n", r"a\.jsonl:1 is a JSON list; JSONL holds one object per line"),
+        ("a.jsonl", b'{"body": "x"}\n', r"a\.jsonl:1: key 'text' is missing, .*; found keys: body"),
+        ("a.jsonl", b'{"text": 5}\n', "key 'text' is a int, it must be a string"),
+        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1 is not UTF-8 \(byte 10\); convert it"),
+        ("a.txt", b"abc\xff", r"a\.txt is not UTF-8 \(byte 3\); convert it"),
+        ("a.txt.gz", b"not gzip", r"cannot read .*a\.txt\.gz: Not a gzipped file"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, message: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        texts(tmp_path / name)
+
+
+def test_inputs_that_are_not_there_are_named(tmp_path: Path):
+    with pytest.raises(DataError, match=r"input .*nowhere does not exist"):
+        texts(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"input folder .* holds no files"):
+        texts(tmp_path)
