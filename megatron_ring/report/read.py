@@ -1,6 +1,5 @@
 """A run as its folder tells it: metrics.jsonl, and config.toml and sample.txt where they are."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,4 +92,4 @@ def _series(records: list[dict[str, Any]], name: str) -> Series:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

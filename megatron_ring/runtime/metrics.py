@@ -23,7 +23,7 @@ RESERVED = frozenset({"kind", "step", "tokens", "seconds", "tokens_per_second", 
 
 
 class PhaseTimer:
-    """Seconds spent per named phase since they were last drained; about a microsecond a phase.
+    """Seconds spent per named phase since they were last drained; a phase costs microseconds.
 
     This is the host's time: on a GPU, work that is only queued counts in the phase that waits for it.
 
