@@ -1,0 +1,98 @@
+"""Dependencies, and the optional C++ kernels for the CPU (``csrc/*.cpp`` -> ``megatron_ring._C``).
+
+The kernels are built against the torch that is installed, so build without isolation:
+
+    pip install -e . --no-build-isolation
+
+Without torch, a C++ compiler or that flag the package installs without them and says so; torch operations
+then take their place. ``MEGATRON_RING_EXT=0`` leaves them out, ``MEGATRON_RING_EXT=1`` makes a failed build
+an error.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXT = os.environ.get("MEGATRON_RING_EXT", "")
+
+# lower bounds are what was tested; exact versions are in constraints.txt
+DEPENDENCIES = [
+    "torch>=2.13,<2.14",
+    "megatron-core>=0.16.1,<0.17",
+    "numpy>=2.4,<3",
+    "sentencepiece>=0.2.1,<0.3",
+    "tokenizers>=0.23,<0.24",
+    "safetensors>=0.8,<0.9",
+    "jinja2>=3.1.6,<4",
+    "rich>=15,<16",
+    "tensorboard>=2.21,<3",
+    "matplotlib>=3.11,<4",
+]
+# torch for CUDA brings the one Triton it was built for, 3.7.1; a CPU machine has its kernels proven with 3.9
+TRITON = "triton>=3.7,<4"
+EXTRAS = {
+    "gpu": [TRITON],
+    "dev": [
+        TRITON,
+        "hypothesis>=6.170,<7",
+        "pytest>=9,<10",
+        "ruff>=0.17,<0.18",
+        "pyright>=1.1.414",
+        "ninja>=1.13",
+    ],
+}
+
+
+def why_not() -> str | None:
+    """The reason not to build the extension, or None."""
+    if EXT == "0":
+        return "MEGATRON_RING_EXT=0"
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not importable in this build; install torch first and add --no-build-isolation"
+    if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
+        return "no C++ compiler found; install g++ or set CXX"
+    return None
+
+
+def say_skipped(reason: str) -> None:
+    print(f"megatron_ring: installing without the C++ kernels: {reason}", file=sys.stderr, flush=True)
+
+
+def extension() -> dict:
+    """Arguments of ``setup`` that build the kernels; a failed build is fatal only if it was asked for."""
+    reason = why_not()
+    if reason is not None:
+        if EXT == "1":
+            sys.exit(f"megatron_ring: MEGATRON_RING_EXT=1, but {reason}")
+        say_skipped(reason)
+        return {}
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class Build(BuildExtension):
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if EXT == "1":
+                    raise
+                say_skipped(f"the build failed: {error}")
+                self.extensions = []
+
+    sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+    flags = ["-O3", "-g0", "-fopenmp", "-fno-math-errno"]
+    module = CppExtension(
+        "megatron_ring._C", sources, extra_compile_args={"cxx": flags}, extra_link_args=["-fopenmp"]
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+
+
+setup(
+    packages=find_packages(include=["megatron_ring", "megatron_ring.*"]),
+    install_requires=DEPENDENCIES,
+    extras_require=EXTRAS,
+    **extension(),
+)
