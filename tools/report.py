@@ -7,15 +7,13 @@ A RUN is a run's folder or its metrics.jsonl.
 """
 
 import argparse
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ring.errors import RingError
+from megatron_ring.launch.entry import run_entry
 from megatron_ring.report.page import render_comparison, render_report
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -23,20 +21,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", metavar="FILE", help="page to write (default: RUN/report.html; comparison.html for several)"
     )
-    arguments = parser.parse_args(argv)
-    try:
-        if len(arguments.run) == 1:
-            run = Path(arguments.run[0])
-            folder = run if run.is_dir() else run.parent
-            page = render_report(run, arguments.out or folder / "report.html")
-        else:
-            page = render_comparison(arguments.run, arguments.out or "comparison.html")
-    except RingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    arguments = parser.parse_args()
+    if len(arguments.run) == 1:
+        run = Path(arguments.run[0])
+        folder = run if run.is_dir() else run.parent
+        page = render_report(run, arguments.out or folder / "report.html")
+    else:
+        page = render_comparison(arguments.run, arguments.out or "comparison.html")
     print(f"{page}\n{page.with_name('loss.png')}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_entry(main)
