@@ -1,0 +1,207 @@
+"""The house's rules that a parser can check: who imports whom, who names CUDA, what is long, what is paired.
+
+`.github/CONTRIBUTING.md` states them. A rule that is in the way is changed there and here, not worked around.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "megatron_ring"
+LEVELS = {
+    "errors": 0,
+    "config": 1,
+    "kernels": 1,
+    "runtime": 2,
+    "data": 2,
+    "model": 3,
+    "train": 4,
+    "checkpoint": 4,
+    "rl": 5,
+    "report": 6,
+    "stages": 7,
+    "launch": 8,
+}
+SAYS_CUDA = {"runtime/device.py", "runtime/megatron_cpu.py"}
+SAYS_MEGATRON = ("runtime/", "model/", "train/", "checkpoint/", "data/corpus", "rl/rollout")
+SAYS_VLLM = "rl/rollout"
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 70
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = sorted(
+    [
+        *MODULES,
+        *(ROOT / "tools").rglob("*.py"),
+        *(ROOT / "examples").rglob("*.py"),
+        *(ROOT / "tests").rglob("*.py"),
+    ]
+)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(tree: ast.AST, inside: tuple[str, ...] = ()) -> Iterator[tuple[str, int]]:
+    """(absolute dotted name, line) of every import anywhere; ``inside`` is the module's package."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = inside[: len(inside) - node.level + 1] if node.level else ()
+            parts = [*base, *((node.module,) if node.module else ())]
+            yield from ((".".join([*parts, alias.name]), node.lineno) for alias in node.names)
+
+
+def level_problems(name: str, tree: ast.AST) -> list[str]:
+    """Imports of module ``name`` (such as ``data/corpus.py``) that go up or sideways in the levels."""
+    room = name.split("/")[0].removesuffix(".py")
+    found: list[str] = []
+    for target, line in imports(tree, ("megatron_ring", *name.split("/")[:-1])):
+        parts = target.split(".")
+        if parts[0] != "megatron_ring" or len(parts) == 1 or parts[1] in (room, "__version__"):
+            continue
+        if LEVELS.get(parts[1], 99) >= LEVELS[room]:
+            found.append(f"{name}:{line} imports {target}: level {LEVELS[room]} may import lower levels only")
+    return found
+
+
+def cuda_problems(name: str, tree: ast.AST) -> list[str]:
+    """Places of module ``name`` that name ``torch.cuda`` although only the device seam may."""
+    named = [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr == "cuda"
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "torch"
+    ]
+    named += [line for target, line in imports(tree) if target.startswith("torch.cuda")]
+    return (
+        [] if name in SAYS_CUDA else [f"{name}:{line} says torch.cuda; ask runtime.device" for line in named]
+    )
+
+
+def foreign_problems(name: str, tree: ast.AST) -> list[str]:
+    """Imports of Megatron-Core or vLLM outside the rooms that may know them."""
+    found: list[str] = []
+    for target, line in imports(tree):
+        top = target.split(".")[0]
+        if top == "megatron" and not name.startswith(SAYS_MEGATRON):
+            found.append(f"{name}:{line} imports {target}; only {', '.join(SAYS_MEGATRON)} may")
+        if top in ("vllm", "transformers") and not name.startswith(SAYS_VLLM):
+            found.append(f"{name}:{line} imports {target}; only {SAYS_VLLM} may, inside the engine's process")
+        if name.startswith("config/") and top in ("torch", "numpy", "triton"):
+            found.append(f"{name}:{line} imports {target}; config runs on a login node")
+    return found
+
+
+def length_problems(name: str, text: str) -> list[str]:
+    """A file or functions that are longer than one page can hold."""
+    lines = len(text.splitlines())
+    found = (
+        [f"{name} has {lines} lines, more than {MAX_FILE_LINES}; split it"] if lines > MAX_FILE_LINES else []
+    )
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                found.append(
+                    f"{name}:{node.lineno} {node.name} has {length} lines, more than {MAX_FUNCTION_LINES}"
+                )
+    return found
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def test_a_room_imports_only_lower_levels_or_itself():
+    paths = [path for path in MODULES if path.name != "__init__.py" or path.parent != PACKAGE]
+    assert [p for path in paths for p in level_problems(relative(path), parse(path))] == []
+
+
+def test_every_room_has_a_level():
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES}
+    assert rooms - {"__init__"} <= set(LEVELS)
+
+
+def test_only_the_device_seam_says_torch_cuda():
+    assert [p for path in MODULES for p in cuda_problems(relative(path), parse(path))] == []
+
+
+def test_only_their_rooms_import_megatron_and_vllm():
+    assert [p for path in MODULES for p in foreign_problems(relative(path), parse(path))] == []
+
+
+def test_files_and_functions_stay_short():
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in SOURCES}
+    assert [p for name, text in texts.items() for p in length_problems(name, text)] == []
+
+
+def test_every_kernel_has_an_op_a_reference_and_a_test():
+    missing: list[str] = []
+    for folder in sorted((PACKAGE / "kernels").iterdir()):
+        if not folder.is_dir() or folder.name == "__pycache__":
+            continue
+        wanted = [
+            folder / "op.py",
+            folder / "reference.py",
+            ROOT / "tests/kernels" / f"test_{folder.name}.py",
+        ]
+        if any("implementation(" in path.read_text(encoding="utf-8") for path in folder.glob("op.py")):
+            wanted.append(folder / "kernel.py")
+        missing += [str(path.relative_to(ROOT)) for path in wanted if not path.exists()]
+    assert missing == []
+
+
+def test_entry_points_are_guarded_because_checkpoint_writers_spawn():
+    for path in [*sorted((ROOT / "examples").glob("*.py")), *sorted((ROOT / "tools").glob("*.py"))]:
+        guards = [
+            node
+            for node in parse(path).body
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        ]
+        assert guards, f"{path.relative_to(ROOT)} needs an `if __name__ == '__main__'` guard"
+
+
+def test_config_and_dry_run_import_no_torch():
+    rooms = sorted(
+        relative(path)[:-3].replace("/", ".") for path in MODULES if relative(path).startswith("config/")
+    )
+    names = [
+        f"megatron_ring.{room.removesuffix('.__init__')}"
+        for room in [*rooms, "launch.dry_run", "launch.entry"]
+    ]
+    code = f"import sys\nfor name in {names!r}: __import__(name)\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("check", "name", "code"),
+    [
+        (level_problems, "data/a.py", "from megatron_ring.model import build"),
+        (level_problems, "data/a.py", "def f():\n    import megatron_ring.rl.budget"),
+        (level_problems, "config/a.py", "from megatron_ring import kernels"),
+        (level_problems, "data/a.py", "from ..stages import pretrain"),
+        (cuda_problems, "model/a.py", "import torch\ntorch.cuda.synchronize()"),
+        (cuda_problems, "model/a.py", "from torch.cuda import Stream"),
+        (foreign_problems, "kernels/a.py", "from megatron.core import parallel_state"),
+        (foreign_problems, "data/chat.py", "import megatron.core"),
+        (foreign_problems, "config/a.py", "import torch"),
+        (foreign_problems, "rl/reward.py", "from vllm import LLM"),
+    ],
+)
+def test_each_rule_sees_its_breach(check, name: str, code: str):
+    assert len(check(name, ast.parse(code))) == 1
+
+
+def test_the_length_rule_sees_its_breach():
+    assert len(length_problems("a.py", "x = 1\n" * (MAX_FILE_LINES + 1))) == 1
+    assert len(length_problems("a.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES)) == 1
