@@ -46,3 +46,27 @@ def test_stages_share_the_layers():
 def test_microbatches_are_what_the_batch_leaves_per_rank():
     config = RunConfig(train=TrainConfig(micro_batch_size=2, global_batch_size=32))
     assert num_microbatches(config, 4) == 4
+
+
+@pytest.mark.parametrize(("tp", "pp", "ep", "etp"), [(2, 2, 2, 1), (1, 2, 2, 2), (4, 1, 2, 2), (2, 2, 1, 2)])
+def test_places_are_megatrons(tp: int, pp: int, ep: int, etp: int):
+    from megatron.core.parallel_state import RankGenerator
+
+    world = 8
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+    )
+    order = "tp-cp-ep-dp-pp"
+    dense = RankGenerator(tp=tp, ep=1, dp=world // (tp * pp), pp=pp, cp=1, order=order)
+    experts = RankGenerator(tp=etp, ep=ep, dp=world // (etp * ep * pp), pp=pp, cp=1, order=order)
+    places = [place(parallel, world, rank) for rank in range(world)]
+    for generator, group, own in ((dense, "tp", "tp"), (dense, "dp", "dp"), (dense, "pp", "pp")) + (
+        (experts, "tp", "etp"),
+        (experts, "ep", "ep"),
+        (experts, "dp", "edp"),
+    ):
+        for ranks in generator.get_ranks(group):
+            assert [getattr(places[rank], own) for rank in ranks] == list(range(len(ranks)))
