@@ -71,7 +71,7 @@ def gradient_kernel(
     t = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BV + tl.arange(0, BV)
     target = tl.load(local_ptr + t)
-    live = (v < columns) & (target != -2)
+    live = v < tl.where(target == -2, 0, columns)
     x = tl.load(logits_ptr + t * stride + v, mask=live, other=-float("inf")).to(ACC)
     logp = (x - tl.load(max_ptr + t).to(ACC)) / tau - tl.load(log_sum_ptr + t).to(ACC)
     p = tl.exp(logp)

@@ -1,0 +1,75 @@
+"""Run a kernel test on every backend, each where it can run.
+
+A test that takes the fixture ``backend`` runs on plain torch and on the C++ extension in the ordinary process, and
+on Triton in a process of its own under the interpreter, which reads TRITON_INTERPRET at import. There outputs start
+as NaN between margins, because the interpreter checks no bounds.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ring.kernels import dispatch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ROOT = Path(__file__).resolve().parents[2]
+_MARGIN = 64
+
+
+def backends() -> list[str]:
+    if INTERPRETED:
+        return ["triton"]
+    return ["torch", "native"] if dispatch.native_is_available() else ["torch"]
+
+
+def run_in_the_interpreter(file: str, *selection: str) -> None:
+    """Run the file's ``backend`` tests on Triton in their own process; fail with its output."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, *selection]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected magnitude; NaN anywhere is infinite."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if not actual.numel():
+        return 0.0
+    difference = (actual.detach().double() - expected.detach().double()).abs()
+    scale = expected.detach().abs().max().double().clamp(min=1e-30)
+    return float((difference.nan_to_num(torch.inf).max() / scale).item())
+
+
+@contextmanager
+def guarded_outputs() -> Iterator[None]:
+    """Tensors allocated empty inside start as NaN (integers: a canary) between margins that must stay untouched."""
+    plain_empty, plain_like, plain_new = torch.empty, torch.empty_like, Tensor.new_empty
+    buffers: list[tuple[Tensor, Tensor]] = []
+
+    def guard(shape, dtype: torch.dtype) -> Tensor:
+        shape = torch.Size(shape)
+        size = shape.numel()
+        canary = torch.nan if dtype.is_floating_point else 0x5A5A5A
+        buffer = torch.full((size + 2 * _MARGIN,), canary, dtype=dtype)
+        buffers.append((buffer, torch.cat([buffer[:_MARGIN], buffer[_MARGIN + size :]]).clone()))
+        return buffer[_MARGIN : _MARGIN + size].view(shape)
+
+    def flat(shape: tuple) -> tuple:
+        return tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+
+    torch.empty = lambda *shape, dtype=torch.float32, **_: guard(flat(shape), dtype)
+    torch.empty_like = lambda like, **_: guard(like.shape, like.dtype)
+    Tensor.new_empty = lambda like, *shape, dtype=None, **_: guard(flat(shape), dtype or like.dtype)
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like, Tensor.new_empty = plain_empty, plain_like, plain_new
+    for buffer, margins in buffers:
+        now = torch.cat([buffer[:_MARGIN], buffer[-_MARGIN:]])
+        assert torch.equal(now.nan_to_num(), margins.nan_to_num()), "a kernel wrote outside its output"

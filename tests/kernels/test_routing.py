@@ -1,0 +1,261 @@
+"""route and route_index: every backend against fp64 maths; indices and counts bit for bit."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ring.errors import ConfigError
+from megatron_ring.kernels import route, route_index
+from megatron_ring.kernels.routing import reference
+from tests.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
+
+# tokens per block of the Triton kernels for 16 experts or fewer, and slots per block of the index
+BLOCK, SLOTS = 32, 4096
+DEFAULTS = dict(
+    expert_bias_E=None, num_groups=0, group_topk=0, scaling_factor=1.0, valid_T=None, replay_TK=None
+)
+
+
+def random_logits(tokens: int, experts: int, scale: float = 2.0) -> Tensor:
+    generator = torch.Generator().manual_seed(tokens * 1000 + experts)
+    return torch.randn(tokens, experts, generator=generator) * scale
+
+
+def cotangents(tokens: int, topk: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return (
+        torch.randn(tokens, topk, generator=generator),
+        torch.randn(experts, generator=generator),
+        torch.randn((), generator=generator),
+    )
+
+
+def check(logits_TE: Tensor, topk: int, score_function: str, **options) -> None:
+    """Outputs and the gradient within 1e-5 of fp64 maths differentiated by autograd; choices bit-exact."""
+    options = DEFAULTS | options
+    wide_TE = logits_TE.double().requires_grad_()
+    expected = reference.route(wide_TE, topk, score_function == "sigmoid", **options)
+    leaf_TE = logits_TE.clone().requires_grad_()
+    actual = route(leaf_TE, topk=topk, score_function=score_function, **options)
+    assert torch.equal(actual.experts_TK, expected[1])
+    assert torch.equal(actual.counts_E, expected[2])
+    for index in (0, 3, 4):
+        assert relative_error(actual[index], expected[index]) < 1e-5
+    grads = cotangents(*actual.probs_TK.shape, logits_TE.shape[1])
+    (want_TE,) = torch.autograd.grad([expected[i] for i in (0, 3, 4)], wide_TE, [g.double() for g in grads])
+    (got_TE,) = torch.autograd.grad([actual[i] for i in (0, 3, 4)], leaf_TE, grads)
+    assert relative_error(got_TE, want_TE) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_six_of_sixteen_at_block_edges(backend, score_function, tokens):
+    check(random_logits(tokens, 16), 6, score_function)
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(
+    ("experts", "topk", "num_groups", "group_topk"),
+    [(16, 8, 4, 2), (10, 3, 5, 2), (3, 2, 3, 2), (7, 7, 0, 0)],
+)
+def test_groups_bias_scaling_and_padding(backend, experts, topk, num_groups, group_topk, score_function):
+    bias_E = torch.linspace(-0.3, 0.3, experts)
+    valid_T = torch.arange(9) % 3 != 1
+    groups = dict(num_groups=num_groups, group_topk=group_topk)
+    check(
+        random_logits(9, experts),
+        topk,
+        score_function,
+        expert_bias_E=bias_E,
+        valid_T=valid_T,
+        scaling_factor=2.5,
+        **groups,
+    )
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_one_missing_cotangent_is_a_zero(backend, score_function):
+    logits_TE = random_logits(5, 8)
+    for present in ((0,), (3,), (4,), (0, 4)):
+        grads = dict(zip((0, 3, 4), cotangents(5, 2, 8), strict=True))
+        wide_TE, leaf_TE = logits_TE.double().requires_grad_(), logits_TE.clone().requires_grad_()
+        expected = reference.route(wide_TE, 2, score_function == "sigmoid", *DEFAULTS.values())
+        actual = route(leaf_TE, topk=2, score_function=score_function)
+        (want_TE,) = torch.autograd.grad(
+            [expected[i] for i in present], wide_TE, [grads[i].double() for i in present]
+        )
+        (got_TE,) = torch.autograd.grad([actual[i] for i in present], leaf_TE, [grads[i] for i in present])
+        assert relative_error(got_TE, want_TE) < 1e-5
+
+
+def by_hand(selection_E: list[float], topk: int, num_groups: int = 0, group_topk: int = 0) -> list[int]:
+    """Best experts first, lowest index among equals, by sorting in Python."""
+    ids = range(len(selection_E))
+    if num_groups:
+        size = len(selection_E) // num_groups
+        score = [sum(sorted(selection_E[g * size : (g + 1) * size])[-2:]) for g in range(num_groups)]
+        best = sorted(range(num_groups), key=lambda g: (-score[g], g))[:group_topk]
+        ids = [e for e in ids if e // size in best]
+    return sorted(ids, key=lambda e: (-selection_E[e], e))[:topk]
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize(("num_groups", "group_topk"), [(0, 0), (4, 2)])
+def test_the_lowest_index_wins_every_tie(backend, score_function, num_groups, group_topk):
+    generator = torch.Generator().manual_seed(3)
+    # 0, 1 and 3: no sum of two sigmoids equals another
+    logits_TE = torch.tensor([0.0, 1.0, 3.0])[torch.randint(0, 3, (40, 16), generator=generator)]
+    actual = route(
+        logits_TE, topk=6, score_function=score_function, num_groups=num_groups, group_topk=group_topk
+    )
+    scores_TE = logits_TE if not num_groups else logits_TE.exp()
+    if score_function == "sigmoid":
+        scores_TE = logits_TE.sigmoid()
+    # rounding makes equal what is equal in exact arithmetic
+    rows = scores_TE.double().round(decimals=5).tolist()
+    assert actual.experts_TK.tolist() == [by_hand(row, 6, num_groups, group_topk) for row in rows]
+
+
+def test_tied_biased_scores_are_weighed_without_the_bias(backend):
+    """Where the boundary ties after the bias, weights still come from the scores before it."""
+    logits_TE = torch.tensor([[0.0, 2.0, 0.0, -40.0]])
+    tie = torch.sigmoid(torch.tensor(2.0)).item() - 0.5
+    bias_E = torch.tensor([tie, 0.0, tie, 0.0])
+    routing = route(logits_TE, topk=2, score_function="sigmoid", expert_bias_E=bias_E)
+    scores = torch.sigmoid(logits_TE[0].double())[routing.experts_TK[0]]
+    assert relative_error(routing.probs_TK[0], scores / scores.sum()) < 1e-6
+    bias_E = torch.tensor([0.75, 0.0, 0.0, 0.0])
+    routing = route(torch.zeros(1, 4), topk=2, score_function="sigmoid", expert_bias_E=bias_E)
+    assert routing.experts_TK.tolist() == [[0, 1]]
+    assert routing.probs_TK.tolist() == [[0.5, 0.5]]
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_all_tokens_on_one_expert(backend, score_function):
+    logits_TE = random_logits(33, 16)
+    logits_TE[:, 5] += 40
+    routing = route(logits_TE, topk=6, score_function=score_function)
+    assert routing.counts_E[5] == 33
+    check(logits_TE, 1, score_function)
+    check(logits_TE, 6, score_function)
+
+
+def test_logits_far_below_zero_keep_their_order_and_weights(backend):
+    logits_TE = torch.tensor([[-400.0, -500.0, -401.0, 0.0]])
+    routing = route(logits_TE, topk=3)
+    assert routing.experts_TK.tolist() == [[3, 0, 2]]
+    replayed = route(logits_TE, topk=2, replay_TK=torch.tensor([[0, 2]]))
+    assert relative_error(replayed.probs_TK[0], torch.tensor([1.0, 0.0]).add(-400).softmax(0)) < 1e-5
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_replay_of_its_own_choice_changes_nothing(backend, score_function):
+    logits_TE = random_logits(12, 16)
+    first = route(logits_TE, topk=6, score_function=score_function)
+    again = route(logits_TE, topk=6, score_function=score_function, replay_TK=first.experts_TK.int())
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_replay_of_others_drops_what_is_no_expert(backend, score_function):
+    replay_TK = torch.tensor([[0, 15, 3], [16, 2, -1], [16, 16, 16], [7, 8, 9]])
+    valid_T = torch.tensor([True, True, True, False])
+    check(random_logits(4, 16), 3, score_function, replay_TK=replay_TK, valid_T=valid_T)
+    routing = route(
+        random_logits(4, 16), topk=3, score_function=score_function, replay_TK=replay_TK, valid_T=valid_T
+    )
+    assert routing.experts_TK.tolist() == [[0, 15, 3], [16, 2, 16], [16] * 3, [16] * 3]
+    assert routing.probs_TK[2:].count_nonzero() == 0
+    assert routing.counts_E.sum() == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes(backend, dtype):
+    logits_TE = random_logits(6, 8).to(dtype).requires_grad_()
+    routing = route(logits_TE, topk=2)
+    assert routing.probs_TK.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (grad_TE,) = torch.autograd.grad(routing.probs_TK[:, 0].sum(), logits_TE)
+    assert grad_TE.dtype == dtype
+    wide_TE = logits_TE.detach().double().requires_grad_()
+    expected = reference.route(wide_TE, 2, False, *DEFAULTS.values())
+    (want_TE,) = torch.autograd.grad(expected[0][:, 0].sum(), wide_TE)
+    assert relative_error(grad_TE, want_TE) < (1e-3 if dtype == torch.float16 else 1e-12)
+
+
+def test_the_docstring_examples_hold(backend):
+    logits_TE = torch.tensor([[1.0, 0.0, 1.0], [9.0, 9.0, 9.0]])
+    routing = route(logits_TE, topk=2, valid_T=torch.tensor([True, False]))
+    assert routing.probs_TK.tolist() == [[0.5, 0.5], [0.0, 0.0]]
+    assert routing.experts_TK.tolist() == [[0, 2], [3, 3]]
+    assert routing.counts_E.tolist() == [1, 0, 1]
+    index = route_index(torch.tensor([[1, 0], [2, 1]]), 2)
+    assert index.offsets_E.tolist() == [1, 3]
+    assert index.gather_N.tolist() == [0, 0, 1, 0]
+    assert index.position_TK.tolist() == [[1, 0], [-1, 2]]
+
+
+def check_index(experts_TK: Tensor, num_experts: int) -> None:
+    """Bit-exact against a stable sort in Python."""
+    index = route_index(experts_TK, num_experts)
+    flat, topk = experts_TK.flatten().tolist(), experts_TK.shape[1]
+    order = sorted((i for i, e in enumerate(flat) if 0 <= e < num_experts), key=lambda i: (flat[i], i))
+    counts = [0] * num_experts
+    position = [-1] * len(flat)
+    for row, slot in enumerate(order):
+        counts[flat[slot]] += 1
+        position[slot] = row
+    assert index.offsets_E.dtype == torch.int32
+    assert index.offsets_E.tolist() == list(itertools.accumulate(counts))
+    assert index.gather_N.tolist() == [i // topk for i in order] + [0] * (len(flat) - len(order))
+    assert index.position_TK.flatten().tolist() == position
+    assert index.position_TK.shape == experts_TK.shape
+
+
+@pytest.mark.parametrize("slots", [0, 1, SLOTS - 1, SLOTS, SLOTS + 1])
+def test_index_at_block_edges(backend, slots):
+    generator = torch.Generator().manual_seed(slots)
+    check_index(torch.randint(0, 4, (slots, 1), generator=generator), 3)
+
+
+@pytest.mark.parametrize("num_experts", [1, 5, 16])
+def test_index_with_six_choices_empty_experts_and_dropped_slots(backend, num_experts):
+    generator = torch.Generator().manual_seed(num_experts)
+    check_index(torch.randint(-1, num_experts + 2, (31, 6), generator=generator), num_experts)
+    check_index(torch.full((33, 6), num_experts - 1), num_experts)
+    check_index(torch.full((33, 6), num_experts), num_experts)
+
+
+def test_index_beyond_a_million_rows(backend):
+    """A row map of 32-bit floats or 20 bits would lose rows here."""
+    slots = 2**20 + 3
+    experts_TK = (torch.arange(slots) % 2).view(-1, 1)
+    index = route_index(experts_TK, 2)
+    assert index.offsets_E.tolist() == [(slots + 1) // 2, slots]
+    expected = torch.cat([torch.arange(0, slots, 2), torch.arange(1, slots, 2)])
+    assert torch.equal(index.gather_N, expected)
+    assert torch.equal(index.position_TK.flatten()[expected], torch.arange(slots))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(topk=9), "topk=9 must lie in 1..num_experts=8"),
+        (dict(topk=2, score_function="relu"), "score_function='relu'"),
+        (dict(topk=2, num_groups=3, group_topk=1), "num_groups=3 must divide num_experts=8"),
+        (dict(topk=2, num_groups=4, group_topk=5), "group_topk=5"),
+        (dict(topk=3, num_groups=4, group_topk=1), "hold fewer than topk=3"),
+        (dict(topk=2, replay_TK=torch.zeros(4, 3, dtype=torch.long)), "replay of shape (4, 3)"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(options, words):
+    with pytest.raises(ConfigError) as refused:
+        route(torch.zeros(4, 8), **options)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
+def test_triton_in_the_interpreter():
+    run_in_the_interpreter(__file__, "-k", "triton and not interpreter")
