@@ -63,10 +63,8 @@ def test_places_are_megatrons(tp: int, pp: int, ep: int, etp: int):
     dense = RankGenerator(tp=tp, ep=1, dp=world // (tp * pp), pp=pp, cp=1, order=order)
     experts = RankGenerator(tp=etp, ep=ep, dp=world // (etp * ep * pp), pp=pp, cp=1, order=order)
     places = [place(parallel, world, rank) for rank in range(world)]
-    for generator, group, own in ((dense, "tp", "tp"), (dense, "dp", "dp"), (dense, "pp", "pp")) + (
-        (experts, "tp", "etp"),
-        (experts, "ep", "ep"),
-        (experts, "dp", "edp"),
-    ):
+    axes = [(dense, name, name) for name in ("tp", "dp", "pp")]
+    axes += [(experts, "tp", "etp"), (experts, "ep", "ep"), (experts, "dp", "edp")]
+    for generator, group, own in axes:
         for ranks in generator.get_ranks(group):
             assert [getattr(places[rank], own) for rank in ranks] == list(range(len(ranks)))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from megatron_ring.config import RunConfig
@@ -47,6 +48,7 @@ def test_a_dump_loads_back_to_the_same_config(preset: str, tmp_path: Path):
     assert load_config(written(tmp_path, dump_toml(config))) == config
 
 
+@examples(deadline=None, max_examples=50)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])), number=st.floats(allow_nan=False))
 def test_a_dump_keeps_any_text_and_number(tmp_path_factory: pytest.TempPathFactory, text: str, number: float):
     if text.lower() == "none":
