@@ -23,12 +23,12 @@ from megatron_ring.checkpoint.state import (
     model_state,
     optimizer_state,
     optimizer_step_count,
-    sharding_metadata,
 )
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.show import dump_toml
 from megatron_ring.errors import CheckpointError
+from megatron_ring.model.build import sharding_metadata
 from megatron_ring.runtime.session import Session
 from megatron_ring.train.engine import Engine
 
@@ -193,7 +193,7 @@ class Checkpointer:
         return final.with_name(final.name + ".incomplete")
 
     def _write(self, sharded: dict[str, Any], working: Path) -> AsyncRequest | None:
-        metadata = {k: v for k, v in sharding_metadata(self.engine).items() if not k.endswith("_group")}
+        metadata = {k: v for k, v in sharding_metadata(self.engine.topology).items() if not k.endswith("_group")}
         try:
             return dist_checkpointing.save(
                 sharded,

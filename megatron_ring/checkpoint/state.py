@@ -11,24 +11,15 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_ring.model.build import sharding_metadata
 from megatron_ring.train.engine import Engine
 
 STEP_KEY = "step"
 
 
-def sharding_metadata(engine: Engine) -> dict[str, Any]:
-    """How Megatron is to lay out its sharded state dicts."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "non_homogeneous_layers": True,
-        "dp_cp_group": engine.topology.groups.dp_cp,
-    }
-
-
 def model_state(engine: Engine) -> dict[str, Any]:
     """Sharded weights and persistent buffers of every chunk of this rank."""
-    metadata = sharding_metadata(engine)
+    metadata = sharding_metadata(engine.topology)
     return {
         f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(engine.models)
     }
@@ -44,7 +35,7 @@ def optimizer_state(engine: Engine, model: dict[str, Any], *, is_loading: bool) 
     _allocate(engine)
     return {
         f"optimizer{index}": part.sharded_param_state_fully_reshardable(
-            model, is_loading=is_loading, metadata=sharding_metadata(engine)
+            model, is_loading=is_loading, metadata=sharding_metadata(engine.topology)
         )
         for index, part in enumerate(_parts(engine))
     }

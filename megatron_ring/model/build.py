@@ -6,6 +6,7 @@ Legend: T token slots, D model width, V vocabulary shard of this tensor rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -19,6 +20,7 @@ from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.data.microbatch import Microbatch
 from megatron_ring.model.head import norm_head_scale
+from megatron_ring.model.initialise import initialise
 from megatron_ring.model.packed import PackedInputs, rotary_table
 from megatron_ring.model.router import RingRouter
 from megatron_ring.model.spec import block_spec, mtp_spec
@@ -143,10 +145,22 @@ class RingModel(GPTModel):
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, topology: Topology, device: torch.device
+    model: ModelConfig, parallel: ParallelConfig, topology: Topology, device: torch.device, seed: int
 ) -> list[RingModel]:
-    """This rank's model chunks on ``device``, freshly initialised: one, or one per virtual pipeline stage."""
+    """This rank's model chunks on ``device``: one, or one per virtual pipeline stage; weights as ``seed`` says."""
     config = transformer_config(model, parallel)
     stages = [None] if topology.vpp_size == 1 else list(range(topology.vpp_size))
-    chunks = [RingModel(model, parallel, config, topology, vp_stage=stage) for stage in stages]
-    return [chunk.to(device) for chunk in chunks]
+    chunks = [RingModel(model, parallel, config, topology, vp_stage=stage).to(device) for stage in stages]
+    for chunk in chunks:
+        initialise(chunk, model, seed, sharding_metadata(topology))
+    return chunks
+
+
+def sharding_metadata(topology: Topology) -> dict[str, Any]:
+    """How Megatron is to lay out its sharded state dicts: layer by layer, optimizer state in the parameters' shapes."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "non_homogeneous_layers": True,
+        "dp_cp_group": topology.groups.dp_cp,
+    }

@@ -15,7 +15,6 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -46,9 +45,6 @@ class RingExperts(MegatronModule):
         D, e, dtype = config.hidden_size, self.num_local, config.params_dtype
         self.fc1_weight = nn.Parameter(torch.empty(e, 2, F_local, D, dtype=dtype))
         self.fc2_weight = nn.Parameter(torch.empty(e, D, F_local, dtype=dtype))
-        with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
-            config.init_method(self.fc1_weight)
-            config.output_layer_init_method(self.fc2_weight)
         for weight in (self.fc1_weight, self.fc2_weight):
             weight.allreduce = False
             set_tensor_model_parallel_attributes(weight, True, 2, 1)

@@ -58,7 +58,6 @@ class RingRouter(nn.Module):
         self.layer_number: int | None = None
         E = model.num_experts
         self.weight = nn.Parameter(torch.empty(E, model.hidden_size, dtype=config.params_dtype))
-        config.init_method(self.weight)
         self.weight.sequence_parallel = config.sequence_parallel
         self.weight.requires_grad_(not model.freeze_moe_router)
         self.dtype = torch.float64 if model.moe_router_dtype == "fp64" else torch.float32

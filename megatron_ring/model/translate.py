@@ -52,6 +52,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_method_std,
+        # megatron_ring.model.initialise gives the weights
+        perform_initialization=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         mtp_num_layers=model.mtp_num_layers or None,

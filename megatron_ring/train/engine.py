@@ -60,7 +60,9 @@ class Engine:
         self.config = config
         self.session = session
         self.topology = session.topology
-        models = build_model(config.model, config.parallel, session.topology, session.device)
+        models = build_model(
+            config.model, config.parallel, session.topology, session.device, config.train.seed
+        )
         self.chunks = wrap_data_parallel(models, config.parallel, session.topology)
         self.models = models
         self.optimizer = build_optimizer(self.chunks, config.train, config.parallel, session.topology)
