@@ -42,10 +42,9 @@ def written_whole(*targets: str | Path) -> Iterator[tuple[Path, ...]]:
         _flush_to_disk(finals[0].parent)
     except OSError as error:
         reason = error.strerror or str(error)
-        names = " and ".join(str(final) for final in finals)
         raise DataError(
-            f"cannot write {names}: {reason}; the folder must be writable and have room, choose another or "
-            "free some"
+            f"cannot write {finals[0]}: {reason}; the folder must be writable and have room, "
+            "choose another or free some"
         ) from error
     finally:
         for path in temporary:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from megatron_ring.data.builtin import builtin_documents
@@ -19,9 +21,20 @@ def test_a_smaller_one_is_the_beginning_of_a_larger_one():
     assert size >= 0.5e6 > size - len(small[-1].encode())
 
 
-def test_neighbours_are_not_neighbours_in_the_alphabet():
-    first_lines = [text[:40] for text in builtin_documents(2)]
-    assert first_lines != sorted(first_lines)
+def test_the_order_mixes_folders_and_is_the_same_on_every_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    orders = []
+    for root in (tmp_path / "usr", tmp_path / "home" / "python"):
+        for i in range(30):
+            path = root / f"package{i // 10}" / f"module{i}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"# {i // 10}")
+        monkeypatch.setattr("sysconfig.get_path", lambda _, root=root: str(root))
+        orders.append(builtin_documents())
+    assert orders[0] == orders[1]
+    neighbours = zip(orders[0], orders[0][1:], strict=False)
+    assert sum(here != there for here, there in neighbours) > 10
 
 
 def test_no_megabytes_are_refused():
@@ -29,7 +42,7 @@ def test_no_megabytes_are_refused():
         builtin_documents(0)
 
 
-def test_a_python_without_sources_is_refused(tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_a_python_without_sources_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
     with pytest.raises(DataError, match="no Python sources under"):
         builtin_documents(1)
