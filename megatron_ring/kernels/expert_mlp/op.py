@@ -39,7 +39,10 @@ def expert_mlp(
     ``z = [x Wgate^T, x Wup^T]`` [N, 2F]. Neither h nor y is kept: h is recomputed from z, and the gradient of
     p is ``<dy Wdown, silu(gate) * up>``.
     """
-    return _ExpertMlp.apply(x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, main_grads)
+    differentiable = (x_ND, w_up_e2FD, w_down_eDF, *(() if probs_N is None else (probs_N,)))
+    # inside the Function gradients are off, and its inputs still say that they want one under no_grad
+    keep_z = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
+    return _ExpertMlp.apply(x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, main_grads, keep_z)
 
 
 def _kernels(x_ND: Tensor, w_down_eDF: Tensor) -> Any:
@@ -55,8 +58,7 @@ def _kernels(x_ND: Tensor, w_down_eDF: Tensor) -> Any:
 
 class _ExpertMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, main_grads):
-        keep_z = any(ctx.needs_input_grad)
+    def forward(ctx: FunctionCtx, x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, main_grads, keep_z):
         y_ND, z_N2F = _kernels(x_ND, w_down_eDF).forward(
             x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, keep_z
         )
@@ -73,4 +75,4 @@ class _ExpertMlp(torch.autograd.Function):
             dy_ND.contiguous(), x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, z_N2F,
             ctx.needs_input_grad[:3], ctx.main_grads,
         )  # fmt: skip
-        return dx_ND, dw_up_e2FD, dw_down_eDF, None, dprobs_N, None
+        return dx_ND, dw_up_e2FD, dw_down_eDF, None, dprobs_N, None, None
