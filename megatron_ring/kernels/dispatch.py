@@ -1,8 +1,8 @@
 """Which code runs a kernel: one rule, said once in the log.
 
 CUDA tensor -> Triton; CPU tensor -> ``torch.ops.megatron_ring`` if the extension was built and
-``MEGATRON_RING_EXT`` is not ``0``, else plain torch. A kernel has one name and one signature in all three places:
-``implementation(x, "permute").combine_rows(...)`` is ``permute/kernel.py``'s, the extension's or
+``MEGATRON_RING_EXT`` is not ``0``, else plain torch. A kernel has one name and one signature in all three
+places: ``implementation(x, "permute").combine_rows(...)`` is ``permute/kernel.py``'s, the extension's or
 ``permute/reference.py``'s.
 """
 
@@ -80,15 +80,15 @@ def _cpu_backend() -> Backend:
         log.info("kernels on the CPU: C++ (megatron_ring._C)")
         return "native"
     log.warning(
-        "kernels on the CPU: plain torch: routing, combine and log p + entropy are slower; megatron_ring._C is not "
-        "built: install a C++ compiler and run `pip install -e . --no-build-isolation`"
+        "kernels on the CPU: plain torch: experts, routing, combine and log p + entropy are slower; "
+        "megatron_ring._C is not built: install a C++ compiler and run `pip install -e . --no-build-isolation`"
     )
     return "torch"
 
 
 @functools.cache
 def _native_is_built() -> bool:
-    """Load the extension, which registers its ops, if it was built. A broken build raises; it is not hidden."""
+    """Load the extension, which registers its ops, if it was built; a broken one raises."""
     if importlib.util.find_spec("megatron_ring._C") is None:
         return False
     importlib.import_module("megatron_ring._C")

@@ -1,8 +1,8 @@
 """Run a kernel test on every backend, each where it can run.
 
-A test that takes the fixture ``backend`` runs on plain torch and on the C++ extension in the ordinary process, and
-on Triton in a process of its own under the interpreter, which reads TRITON_INTERPRET at import. There outputs start
-as NaN between margins, because the interpreter checks no bounds.
+A test that takes the fixture ``backend`` runs on plain torch and on the C++ extension in the ordinary
+process, and on Triton in a process of its own under the interpreter, which reads TRITON_INTERPRET at import.
+There outputs start as NaN between margins, because the interpreter checks no bounds.
 """
 
 import os
@@ -48,7 +48,9 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def guarded_outputs() -> Iterator[None]:
-    """Tensors allocated empty inside start as NaN (integers: a canary) between margins that must stay untouched."""
+    """Tensors allocated empty inside start as NaN (integers: a canary) between margins that must stay
+    untouched.
+    """
     plain_empty, plain_like, plain_new = torch.empty, torch.empty_like, Tensor.new_empty
     buffers: list[tuple[Tensor, Tensor]] = []
 

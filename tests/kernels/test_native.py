@@ -23,7 +23,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize("groups", [dict(), dict(num_groups=4, group_topk=2)])
+@pytest.mark.parametrize("groups", [{}, {"num_groups": 4, "group_topk": 2}])
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 def test_gradcheck_route(score_function, groups):
     valid_T = torch.tensor([True, False, True, True])

@@ -13,9 +13,14 @@ from tests.kernels.backends import INTERPRETED, relative_error, run_in_the_inter
 
 # tokens per block of the Triton kernels for 16 experts or fewer, and slots per block of the index
 BLOCK, SLOTS = 32, 4096
-DEFAULTS = dict(
-    expert_bias_E=None, num_groups=0, group_topk=0, scaling_factor=1.0, valid_T=None, replay_TK=None
-)
+DEFAULTS = {
+    "expert_bias_E": None,
+    "num_groups": 0,
+    "group_topk": 0,
+    "scaling_factor": 1.0,
+    "valid_T": None,
+    "replay_TK": None,
+}
 
 
 def random_logits(tokens: int, experts: int, scale: float = 2.0) -> Tensor:
@@ -63,7 +68,7 @@ def test_six_of_sixteen_at_block_edges(backend, score_function, tokens):
 def test_groups_bias_scaling_and_padding(backend, experts, topk, num_groups, group_topk, score_function):
     bias_E = torch.linspace(-0.3, 0.3, experts)
     valid_T = torch.arange(9) % 3 != 1
-    groups = dict(num_groups=num_groups, group_topk=group_topk)
+    groups = {"num_groups": num_groups, "group_topk": group_topk}
     check(
         random_logits(9, experts),
         topk,
@@ -241,12 +246,12 @@ def test_index_beyond_a_million_rows(backend):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (dict(topk=9), "topk=9 must lie in 1..num_experts=8"),
-        (dict(topk=2, score_function="relu"), "score_function='relu'"),
-        (dict(topk=2, num_groups=3, group_topk=1), "num_groups=3 must divide num_experts=8"),
-        (dict(topk=2, num_groups=4, group_topk=5), "group_topk=5"),
-        (dict(topk=3, num_groups=4, group_topk=1), "hold fewer than topk=3"),
-        (dict(topk=2, replay_TK=torch.zeros(4, 3, dtype=torch.long)), "replay of shape (4, 3)"),
+        ({"topk": 9}, "topk=9 must lie in 1..num_experts=8"),
+        ({"topk": 2, "score_function": "relu"}, "score_function='relu'"),
+        ({"topk": 2, "num_groups": 3, "group_topk": 1}, "num_groups=3 must divide num_experts=8"),
+        ({"topk": 2, "num_groups": 4, "group_topk": 5}, "group_topk=5"),
+        ({"topk": 3, "num_groups": 4, "group_topk": 1}, "hold fewer than topk=3"),
+        ({"topk": 2, "replay_TK": torch.zeros(4, 3, dtype=torch.long)}, "replay of shape (4, 3)"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(options, words):

@@ -1,7 +1,7 @@
 """Permute and combine in Triton; every launcher has its reference's name and signature.
 
-Legend: T tokens, D model width, K experts per token, N = T*K sorted rows. Row numbers are int64 throughout, so
-offsets do not wrap however many rows there are.
+Legend: T tokens, D model width, K experts per token, N = T*K sorted rows. Row numbers are int64 throughout,
+so offsets do not wrap however many rows there are.
 """
 
 import torch

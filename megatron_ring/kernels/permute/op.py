@@ -24,7 +24,7 @@ def permute(x_TD: Tensor, index: RouteIndex) -> Tensor:
 
 
 def combine(y_ND: Tensor, index: RouteIndex, weights_TK: Tensor | None = None) -> Tensor:
-    """``out[t] = sum over k of weights[t, k] * y[position[t, k]]`` in fp32, rounded once to y's dtype: [T, D].
+    """``out[t] = sum over k of weights[t, k] * y[position[t, k]]``, in fp32, rounded once: [T, D].
 
     Without weights each counts 1; dropped slots (position -1) add nothing. Example, index as in ``permute``::
 

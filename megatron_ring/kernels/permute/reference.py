@@ -1,7 +1,7 @@
 """Permute and combine said as maths, with their backwards, in any floating dtype, on any device.
 
-Legend: T tokens, D model width, K experts per token, N = T*K sorted rows. ``position_TK`` holds each slot's sorted
-row, -1 where dropped. Sums run in fp32 (fp64 for fp64 rows) and are rounded once.
+Legend: T tokens, D model width, K experts per token, N = T*K sorted rows. ``position_TK`` holds each slot's
+sorted row, -1 where dropped. Sums run in fp32 (fp64 for fp64 rows) and are rounded once.
 """
 
 import torch
@@ -43,7 +43,7 @@ def combine_rows_backward(
     y_ND: Tensor | None,
     num_rows: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """``dy[position[t, k]] = w[t, k] * dout[t]`` [N, D] and, given y, ``dw[t, k] = <dout[t], y[position[t, k]]>``.
+    """With n = position[t, k]: ``dy[n] = w[t, k] * dout[t]`` [N, D] and, given y, ``dw[t, k] = <dout[t], y[n]>``.
 
     Rows of dy past ``offsets[-1]`` are zero.
     """

@@ -1,4 +1,4 @@
-"""Routing: which experts each token visits, with what weight, and where its copies lie once sorted by expert."""
+"""Routing: which experts each token visits, with what weight, and where its copies lie once sorted."""
 
 from megatron_ring.kernels.routing.op import RouteIndex, Routing, route, route_index
 

@@ -2,9 +2,10 @@
 
 Legend: T tokens, E experts (EP: E padded to a power of two), K experts per token, G groups, N = T*K slots.
 
-No atomics and no host synchronisation, so every result is deterministic. ``route`` is one launch over the tokens
-and one small one that adds up the per-block statistics in a fixed order. ``route_index`` is one launch: the program
-of expert e reads all ids (they stay in L2), which tells it where its rows begin without hearing from the others.
+No atomics and no host synchronisation, so every result is deterministic. ``route`` is one launch over the
+tokens and one small one that adds up the per-block statistics in a fixed order. ``route_index`` is one
+launch: the program of expert e reads all ids (they stay in L2), which tells it where its rows begin without
+hearing from the others.
 """
 
 import torch
@@ -22,7 +23,7 @@ SLOTS = 4096
 
 @triton.jit
 def best_of(score, open_TE, lane, none):
-    """Per row: the largest open score and its lowest index (``none`` where nothing is open, or all is NaN)."""
+    """Per row: the largest open score and its lowest index (``none`` where nothing is open)."""
     value = tl.max(tl.where(open_TE, score, -float("inf")), 1)
     index = tl.min(tl.where(open_TE & (score == value[:, None]), lane, none), 1)
     return value, index
@@ -58,6 +59,46 @@ def softmax_of(x, inside):
     e = tl.exp(x - high[:, None])
     mass = tl.sum(e, 1)
     return e / mass[:, None], high + tl.log(mass)
+
+
+@triton.jit
+def choose(
+    x,
+    score,
+    selection,
+    open_TE,
+    live,
+    t,
+    replay_ptr,
+    lane,
+    k_lane,
+    E: tl.constexpr,
+    EP: tl.constexpr,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    REPLAYED: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """Experts [BT, KP] best first (E: dropped), what they are weighed by, and a 1 at every one taken."""
+    experts = tl.full([BT, KP], E, tl.int64)
+    chosen = tl.zeros([BT, KP], x.dtype)
+    taken = tl.zeros([BT, EP], tl.int32)
+    for k in tl.static_range(K):
+        if REPLAYED:
+            index = tl.load(replay_ptr + t * K + k, mask=live, other=E)
+            index = tl.where((index >= 0) & (index < E), index, E)
+        else:
+            _value, index = best_of(selection, open_TE, lane, E)
+            open_TE = open_TE & (lane != index[:, None])
+        index = tl.where(live, index, E)
+        hit = (lane == index[:, None]) & (lane < E)
+        # softmax weighs by the logits of the chosen: no 0/0 however small their scores
+        weight = tl.sum(tl.where(hit, score if SIGMOID else x, 0.0), 1)
+        experts = tl.where(k_lane == k, index[:, None].to(tl.int64), experts)
+        chosen = tl.where(k_lane == k, weight[:, None], chosen)
+        taken += hit.to(tl.int32)
+    return experts, chosen, taken
 
 
 @triton.jit
@@ -111,24 +152,9 @@ def route_kernel(
     if G > 0 and not REPLAYED:
         open_TE = open_groups(selection, inside, lane, E // G, G, GP, TOP, EP)
 
-    experts = tl.full([BT, KP], E, tl.int64)
-    chosen = tl.zeros([BT, KP], x.dtype)
-    taken = tl.zeros([BT, EP], tl.int32)
-    for k in tl.static_range(K):
-        if REPLAYED:
-            index = tl.load(replay_ptr + t * K + k, mask=live, other=E)
-            index = tl.where((index >= 0) & (index < E), index, E)
-        else:
-            _value, index = best_of(selection, open_TE, lane, E)
-            open_TE = open_TE & (lane != index[:, None])
-        index = tl.where(live, index, E)
-        hit = (lane == index[:, None]) & (lane < E)
-        # softmax weighs by the logits of the chosen: no 0/0 however small their scores
-        weight = tl.sum(tl.where(hit, score if SIGMOID else x, 0.0), 1)
-        experts = tl.where(k_lane == k, index[:, None].to(tl.int64), experts)
-        chosen = tl.where(k_lane == k, weight[:, None], chosen)
-        taken += hit.to(tl.int32)
-
+    experts, chosen, taken = choose(
+        x, score, selection, open_TE, live, t, replay_ptr, lane, k_lane, E, EP, K, KP, SIGMOID, REPLAYED, BT
+    )
     kept = (experts < E) & (k_lane < K)
     if not SIGMOID:
         high = tl.max(tl.where(kept, chosen, -float("inf")), 1)

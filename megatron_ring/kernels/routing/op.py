@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_ring.errors import ConfigError
@@ -30,7 +29,7 @@ class Routing(NamedTuple):
     counts_E: Tensor
     """int64 assignments of valid tokens to each expert"""
     prob_sum_E: Tensor
-    """sum over valid tokens of their normalised scores: softmax probabilities, or sigmoid scores / their row sum"""
+    """sum over valid tokens of their softmax probabilities, or of their sigmoid scores / their row's sum"""
     z_sum: Tensor
     """sum over valid tokens of logsumexp(logits)^2, a scalar"""
 
@@ -63,7 +62,7 @@ def route(
     valid_T: Tensor | None = None,
     replay_TK: Tensor | None = None,
 ) -> Routing:
-    """Choose K experts per token and weigh them; gradients flow from probs, prob_sum and z_sum into the logits.
+    """Choose K experts per token and weigh them; probs, prob_sum and z_sum pass gradients to the logits.
 
     softmax: scores are the softmax over all E, weights the chosen scores renormalised to ``scaling_factor``.
     sigmoid: weights are the chosen *unbiased* scores / (their sum + 1e-20) * ``scaling_factor``.
@@ -88,7 +87,7 @@ def route(
 
 @torch.no_grad()
 def route_index(experts_TK: Tensor, num_experts: int) -> RouteIndex:
-    """Sort the slots by expert, stably, without a host synchronisation; expert ids outside [0, E) are dropped."""
+    """Sort the slots by expert, stably, without a host synchronisation; ids outside [0, E) are dropped."""
     return RouteIndex(*dispatch.implementation(experts_TK, "routing").route_index(experts_TK, num_experts))
 
 
@@ -134,8 +133,8 @@ def _check(
             raise ConfigError(f"group_topk={group_topk} must lie in 1..num_groups={num_groups}")
         if group_topk * (num_experts // num_groups) < topk:
             raise ConfigError(
-                f"group_topk={group_topk} groups of {num_experts // num_groups} experts hold fewer than topk={topk}; "
-                f"raise group_topk"
+                f"group_topk={group_topk} groups of {num_experts // num_groups} experts hold fewer than "
+                f"topk={topk}; raise group_topk"
             )
     if replay_TK is not None and replay_TK.shape != (logits_TE.shape[0], topk):
         raise ConfigError(

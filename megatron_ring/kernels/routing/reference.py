@@ -24,7 +24,7 @@ def group_mask(selection_TE: Tensor, num_groups: int, group_topk: int) -> Tensor
 
 
 def top_k(scores_TE: Tensor, k: int) -> Tensor:
-    """Indices of the k largest, best first; of equal scores the lowest index (``torch.topk`` promises no order)."""
+    """Indices of the k largest, best first, of equals the lowest (``torch.topk`` promises no order)."""
     return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
@@ -39,8 +39,8 @@ def select(
 ) -> Tensor:
     """The experts each token visits [T, K], best first.
 
-    Selection is by score (+ bias). Softmax without bias or groups selects by the logits themselves, which order
-    alike and cannot tie by underflow.
+    Selection is by score (+ bias). Softmax without bias or groups selects by the logits themselves, which
+    order alike and cannot tie by underflow.
     """
     plain = not sigmoid and expert_bias_E is None and not num_groups
     selection_TE = logits_TE if plain else scores_TE

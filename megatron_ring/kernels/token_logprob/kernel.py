@@ -1,7 +1,7 @@
 """Log-probability and entropy in Triton; every launcher has its reference's name and signature.
 
-Legend: T tokens, V vocabulary columns of this rank. Forward reads each logit once (one program per token), backward
-reads and writes each once.
+Legend: T tokens, V vocabulary columns of this rank. Forward reads each logit once (one program per token),
+backward reads and writes each once.
 """
 
 import torch

@@ -26,20 +26,22 @@ def token_logprob(
 ) -> tuple[Tensor, Tensor | None]:
     """Communicates: one all_gather of [T, 4] over ``group`` (if given); every rank of it must call.
 
-    Returns ``(logp_T, entropy_T)`` in nats, fp32 (fp64 for fp64 logits), of ``softmax(logits / temperature)``, both
-    differentiable; entropy is None without ``with_entropy``. ``logits_TV`` are this rank's columns, the first being
-    vocabulary id ``vocab_start``; columns with id >= ``vocab_size`` are padding and ignored.
+    Returns ``(logp_T, entropy_T)`` in nats, fp32 (fp64 for fp64 logits), of ``softmax(logits /
+    temperature)``, both differentiable; entropy is None without ``with_entropy``. ``logits_TV`` are this
+    rank's columns, the first being vocabulary id ``vocab_start``; columns with id >= ``vocab_size`` are
+    padding and ignored.
 
-    A target outside the vocabulary (-100, say) gives log p 0, entropy 0 and gradient 0; a negative or
-    >= ``vocab_size`` one is not even read. The gradient is exact on every rank when the loss is the same on every
-    rank of ``group`` (no communication in backward).
+    A target outside the vocabulary (-100, say) gives log p 0, entropy 0 and gradient 0; a negative or >=
+    ``vocab_size`` one is not even read. The gradient is exact on every rank when the loss is the same on
+    every rank of ``group`` (no communication in backward).
 
     Example, uniform over two columns, the third being padding (vocab_size = 2)::
 
-        logits = [[3., 3., 9.], [0., 0., 0.]], targets = [1, -100]  ->  logp = [-.6931, 0.], entropy = [.6931, 0.]
+        logits = [[3., 3., 9.], [0., 0., 0.]], targets = [1, -100]  ->  logp = [-.6931, 0.], entropy = [.6931,
+        0.]
 
-    Kept for backward: the logits themselves (no copy), and four numbers per token. ``inplace_backward`` writes the
-    gradient over the logits, so their values must not be needed after backward.
+    Kept for backward: the logits themselves (no copy), and four numbers per token. ``inplace_backward``
+    writes the gradient over the logits, so their values must not be needed after backward.
     """
     if temperature <= 0:
         raise ConfigError(f"temperature={temperature} must be > 0")
