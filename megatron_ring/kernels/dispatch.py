@@ -80,8 +80,8 @@ def _cpu_backend() -> Backend:
         log.info("kernels on the CPU: C++ (megatron_ring._C)")
         return "native"
     log.warning(
-        "kernels on the CPU: plain torch: experts, routing, combine and log p + entropy are slower; "
-        "megatron_ring._C is not built: install a C++ compiler and run `pip install -e . --no-build-isolation`"
+        "kernels on the CPU: plain torch; experts, routing, combine and log p + entropy are slower; "
+        "install a C++ compiler and run `pip install -e . --no-build-isolation`"
     )
     return "torch"
 

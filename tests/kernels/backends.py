@@ -48,9 +48,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def guarded_outputs() -> Iterator[None]:
-    """Tensors allocated empty inside start as NaN (integers: a canary) between margins that must stay
-    untouched.
-    """
+    """Tensors allocated empty inside start as NaN (integers: a canary), between margins to stay untouched."""
     plain_empty, plain_like, plain_new = torch.empty, torch.empty_like, Tensor.new_empty
     buffers: list[tuple[Tensor, Tensor]] = []
 

@@ -43,7 +43,7 @@ def combine_rows_backward(
     y_ND: Tensor | None,
     num_rows: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """With n = position[t, k]: ``dy[n] = w[t, k] * dout[t]`` [N, D] and, given y, ``dw[t, k] = <dout[t], y[n]>``.
+    """With n = position[t, k]: ``dy[n] = w[t, k] dout[t]`` [N, D]; given y, ``dw[t, k] = <dout[t], y[n]>``.
 
     Rows of dy past ``offsets[-1]`` are zero.
     """

@@ -37,8 +37,8 @@ def token_logprob(
 
     Example, uniform over two columns, the third being padding (vocab_size = 2)::
 
-        logits = [[3., 3., 9.], [0., 0., 0.]], targets = [1, -100]  ->  logp = [-.6931, 0.], entropy = [.6931,
-        0.]
+        logits = [[3., 3., 9.], [0., 0., 0.]], targets = [1, -100]
+        ->  logp = [-.6931, 0.], entropy = [.6931, 0.]
 
     Kept for backward: the logits themselves (no copy), and four numbers per token. ``inplace_backward``
     writes the gradient over the logits, so their values must not be needed after backward.

@@ -3,8 +3,7 @@
 Legend: T tokens, V vocabulary columns of this rank. With the shard's maximum logit m and temperature tau, a
 shard is summed up by four numbers per token (``token_logprob_partials``)::
 
-    m = max x,  z = (x - m) / tau,  s = sum exp(z),  a = sum z exp(z),  x_target (+inf where another shard has
-    it)
+    m = max x,  z = (x - m) / tau,  s = sum exp(z),  a = sum z exp(z),  x_target (+inf: in another shard)
 
 which ``merge`` combines over shards. Centring everything on the maximum keeps log p and entropy exact where
 logits are far from 0, and holds for a shard of -inf alone.
@@ -27,9 +26,7 @@ def _wide(logits_tV: Tensor) -> Tensor:
 
 
 def token_logprob_partials(logits_TV: Tensor, local_T: Tensor, columns: int, temperature: float) -> Tensor:
-    """[T, 4] partial sums of this shard. ``local_T``: column of the target, -1 elsewhere, -2 to skip the
-    row.
-    """
+    """[T, 4] partial sums of this shard. ``local_T``: the target's column, -1 elsewhere, -2 to skip it."""
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
     out_T4 = torch.zeros(logits_TV.shape[0], 4, dtype=wide, device=logits_TV.device)
     out_T4[:, 0], out_T4[:, 3] = -torch.inf, torch.inf
