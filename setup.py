@@ -30,6 +30,8 @@ DEPENDENCIES = [
     "jinja2>=3.1.6,<4",
     "rich>=15,<16",
     "tensorboard>=2.21,<3",
+    # Megatron-Core's checkpoint writers need it and do not list it: without it a save waits for ever
+    "psutil>=7,<8",
     "matplotlib>=3.11,<4",
 ]
 # torch for CUDA brings the one Triton it was built for, 3.7.1; a CPU machine has its kernels proven with 3.9

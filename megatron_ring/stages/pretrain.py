@@ -82,7 +82,9 @@ class PretrainRun:
                 self._train_step(metrics)
                 profiler.after_step(self.step)
                 if train.eval_interval and (self.step % train.eval_interval == 0 or self.step == train.train_iters):
-                    metrics.log_eval(self.step, self._validate())
+                    with metrics.phase("eval"):
+                        validation = self._validate()
+                    metrics.log_eval(self.step, validation)
                 self._save_if_due(metrics)
             with metrics.phase("save"):
                 self._save_last()
@@ -246,6 +248,9 @@ class PretrainRun:
         )
 
     def _run_dir(self) -> Path | None:
+        """Where config.toml and sample.txt go: beside the metrics file, else with the checkpoints."""
+        if self.config.logging.metrics_file:
+            return Path(self.config.logging.metrics_file).parent
         return Path(self.config.checkpoint.save) if self.config.checkpoint.save else None
 
     def _announce(self) -> None:

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Sets up .venv and passes the tests.
+#
+#   bash tests/run.sh           the default suite (under 20 minutes on 2 cores)
+#   bash tests/run.sh --all     the expensive proofs too; installs what they need and names what it had to skip
+#   bash tests/run.sh -k word   further words go to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source tools/setup_env.sh dev
+
+all=""
+words=()
+for word in "$@"; do
+    if [ "$word" = "--all" ]; then all=1; else words+=("$word"); fi
+done
+
+export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
+if [ -n "$all" ]; then
+    if [ -f tools/setup_vllm.sh ]; then
+        _say "installing vLLM in an environment of its own for the converter's proofs"
+        bash tools/setup_vllm.sh || echo "note: vLLM could not be installed; its tests are skipped and say so"
+    fi
+    _say "style and types"
+    "$PYTHON" -m ruff check .
+    "$PYTHON" -m ruff format --check .
+    "$PYTHON" -m pyright
+    _say "every test"
+    "$PYTHON" -m pytest -q "${words[@]}"
+else
+    _say "the default suite"
+    "$PYTHON" -m pytest -q -m "not slow and not all" "${words[@]}"
+fi
