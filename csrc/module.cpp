@@ -19,8 +19,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor&, int64_t,
 Tensor route_backward(const Tensor&, const Tensor&, bool, double, const OptionalTensor&, const OptionalTensor&,
                       const OptionalTensor&, const OptionalTensor&);
 std::tuple<Tensor, Tensor, Tensor> route_index(const Tensor&, int64_t);
-Tensor swiglu(const Tensor&, const OptionalTensor&);
-std::tuple<Tensor, Tensor, Tensor> swiglu_backward(const Tensor&, const Tensor&, const OptionalTensor&);
 std::tuple<Tensor, Tensor> rms_norm(const Tensor&, const Tensor&, double, double);
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor&, const Tensor&, const Tensor&, double, const Tensor&);
 
@@ -42,8 +40,6 @@ TORCH_LIBRARY(megatron_ring, m) {
       "route_backward(Tensor logits, Tensor experts, bool sigmoid, float scaling, Tensor? valid, Tensor? dprobs, "
       "Tensor? dprob_sum, Tensor? dz_sum) -> Tensor");
   m.def("route_index(Tensor experts, int num_experts) -> (Tensor, Tensor, Tensor)");
-  m.def("swiglu(Tensor z, Tensor? probs) -> Tensor");
-  m.def("swiglu_backward(Tensor dh, Tensor z, Tensor? probs) -> (Tensor, Tensor, Tensor)");
   m.def("rms_norm(Tensor x, Tensor weight, float shift, float eps) -> (Tensor, Tensor)");
   m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float shift, Tensor r) -> (Tensor, Tensor)");
   m.def("instruction_set() -> str", [] { return std::string(instruction_set()); });
@@ -58,8 +54,6 @@ TORCH_LIBRARY_IMPL(megatron_ring, CPU, m) {
   m.impl("route", route);
   m.impl("route_backward", route_backward);
   m.impl("route_index", route_index);
-  m.impl("swiglu", swiglu);
-  m.impl("swiglu_backward", swiglu_backward);
   m.impl("rms_norm", rms_norm);
   m.impl("rms_norm_backward", rms_norm_backward);
 }
