@@ -37,22 +37,32 @@ class Shuffle:
         self._round_keys = [int(word) for word in np.frombuffer(digest, dtype="<u8")]
 
     def __call__(self, index: int) -> int:
-        """Where element ``index`` of the permutation points to."""
+        """Where element ``index`` of the permutation points to.
+
+        Raises:
+            IndexError: ``index`` is not below ``size``; sent through the network, it might never come back.
+        """
+        self._require(index, index)
         value = self._pass(index)
         while value >= self.size:
             value = self._pass(value)
         return value
 
     def many(self, indices: np.ndarray) -> np.ndarray:
-        """The permutation at each of ``indices``, as ``int64``."""
+        """The permutation at each of ``indices``, as ``int64``. Raises IndexError as for a single one."""
         if len(indices) <= _FEW:
             return np.array([self(int(index)) for index in indices], dtype=np.int64)
-        out = self._pass(np.asarray(indices).astype(np.uint64))
+        self._require(int(indices.min()), int(indices.max()))
+        out = self._pass(indices.astype(np.uint64))
         outside = np.flatnonzero(out >= self.size)
         while outside.size:
             out[outside] = self._pass(out[outside])
             outside = outside[out[outside] >= self.size]
         return out.astype(np.int64)
+
+    def _require(self, low: int, high: int) -> None:
+        if low < 0 or high >= self.size:
+            raise IndexError(f"index {low if low < 0 else high} is not in range({self.size})")
 
     def _pass(self, value: _Word) -> _Word:
         low_bits, high_bits = self._low_bits, self._high_bits

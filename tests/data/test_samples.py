@@ -43,11 +43,29 @@ def test_documents_run_on_unbroken_and_their_ends_are_known(lengths: list[int], 
         assert here in last_tokens or there == here + 1
 
 
-def test_a_share_reads_its_own_documents_only():
-    whole = distinct_documents([5, 5, 5, 5])
-    share = CorpusShare(corpus=whole.corpus, first_document=1, end_document=3)
-    samples = samples_of(share, 3)
-    assert {token for i in range(9) for token in samples.read(i)[0].tolist()} == set(range(5, 15))
+@pytest.mark.parametrize("index", range(9))
+def test_a_share_reads_its_own_documents_only(index: int):
+    whole = distinct_documents([2, 5, 3, 6, 9])
+    share = CorpusShare(corpus=whole.corpus, first_document=1, end_document=4)
+    tokens, ends = samples_of(share, 4).read(index)
+    assert set(tokens.tolist()) <= set(range(2, 16))
+    assert ends.tolist() == [i + 1 for i, token in enumerate(tokens.tolist()) if token in (6, 9, 15)]
+
+
+def test_documents_are_put_end_to_end_anew_in_each_epoch():
+    share = distinct_documents([2] * 30)
+    samples = samples_of(share, 58)
+    assert samples.samples_per_epoch == 1
+    orders = [tuple(samples.read(epoch)[0][::2].tolist()) for epoch in range(4)]
+    assert len(set(orders)) == 4
+
+
+def test_samples_of_one_document_are_not_read_in_its_order():
+    samples = samples_of(distinct_documents([200]), 5)
+    for epoch in range(3):
+        n = samples.samples_per_epoch
+        starts = [int(samples.read(epoch * n + i)[0][0]) for i in range(n)]
+        assert starts != sorted(starts) == list(range(0, 195, 5))
 
 
 def test_epochs_seeds_and_places_in_a_blend_have_their_own_order():

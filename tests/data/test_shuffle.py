@@ -37,6 +37,15 @@ def test_keys_differ_where_their_texts_run_together():
     assert len({tuple(order) for order in orders}) == 4
 
 
+@pytest.mark.parametrize("index", [-1, 5, 8, 2**70])
+def test_an_index_out_of_range_is_an_error_not_a_hang(index: int):
+    with pytest.raises(IndexError, match=r"is not in range\(5\)"):
+        Shuffle(5, 1)(index)
+    if index < 2**63:
+        with pytest.raises(IndexError, match=r"is not in range\(5\)"):
+            Shuffle(5, 1).many(np.array([0] * 20 + [index]))
+
+
 def test_nothing_cannot_be_shuffled():
     with pytest.raises(ValueError, match="size=0"):
         Shuffle(0)
