@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
@@ -49,6 +49,7 @@ def test_a_dump_loads_back_to_the_same_config(preset: str, tmp_path: Path):
 
 
 @examples(deadline=None, max_examples=50)
+@example(text='\x7f "quoted" \\ \n é', number=float("inf"))
 @given(text=st.text(st.characters(exclude_categories=["Cs"])), number=st.floats(allow_nan=False))
 def test_a_dump_keeps_any_text_and_number(tmp_path_factory: pytest.TempPathFactory, text: str, number: float):
     if text.lower() == "none":
@@ -175,4 +176,4 @@ def test_config_needs_no_torch():
         "from megatron_ring.config.load import load_config\n"
         "v.validate(load_config(['--preset', 'ring_lite']), 8)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

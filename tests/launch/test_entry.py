@@ -54,7 +54,10 @@ if __name__ == "__main__":
 
 def run(code: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *argv]
-    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+    where = Path(__file__).parents[2]
+    return subprocess.run(
+        command, cwd=where, env={**os.environ, **env}, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_a_ring_error_is_one_line_and_exit_code_2():

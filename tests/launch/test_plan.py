@@ -1,5 +1,6 @@
 """Planned layouts are valid, fit, and come in a sensible order."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -53,8 +54,10 @@ def test_recompute_and_sharding_need_less_memory_for_activations():
 
 
 def test_the_tool_prints_layouts_or_one_line():
+    env = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
+
     def run(*argv: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, str(TOOL), *argv], capture_output=True, text=True)
+        return subprocess.run([sys.executable, str(TOOL), *argv], env=env, capture_output=True, text=True)
 
     good = run("--gpus", "8", "--memory-gib", "80", *RING_LITE)
     assert good.returncode == 0, good.stderr
