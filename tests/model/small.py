@@ -37,7 +37,7 @@ def small_engine(model: str, **settings: Any) -> Iterator[Engine]:
 
 
 def batch(slots: int = NUM_SLOTS, count: int = 4, seed: int = 7) -> list[Microbatch]:
-    """Odd segments, different amounts of padding, a loss mask with holes; ``slots`` changes only the padding."""
+    """Odd segments, more or less padding, a loss mask with holes; ``slots`` changes the padding only."""
     generator = torch.Generator().manual_seed(seed)
     microbatches = []
     for index in range(count):
