@@ -27,7 +27,12 @@ from megatron_ring.checkpoint.convert.folders import (
     run_config_of,
     write_manifest,
 )
-from megatron_ring.checkpoint.convert.hf_config import hf_config, model_config, read_hf_config
+from megatron_ring.checkpoint.convert.hf_config import (
+    config_class_files,
+    hf_config,
+    model_config,
+    read_hf_config,
+)
 from megatron_ring.checkpoint.convert.plan import safetensors_files, torch_dist_files
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder, write_index
 from megatron_ring.checkpoint.convert.stream import BUFFER_BYTES, Job, Written
@@ -188,6 +193,8 @@ def megatron_to_hf(
             reporter.say(
                 "no config.json or tokenizer to carry over: config.json is made from the checkpoint's, see --hf-files"
             )
+        for name, text in config_class_files(theirs).items():
+            (working / name).write_text(text, encoding="utf-8")
         (working / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
         contents = {file.name: list(dict.fromkeys(name for name, _ in file.boxes)) for file in job.files}
         write_index(working, contents, sum(info.num_bytes for info in infos.values()))

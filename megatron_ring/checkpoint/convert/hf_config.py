@@ -93,6 +93,15 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
 }
 """Settings that this project computes in one way only; absent is as good as right."""
 
+_CONFIG_CLASS = '''"""Configuration class of this model; every setting is in config.json."""
+
+from transformers import PretrainedConfig
+
+
+class BailingMoeConfig(PretrainedConfig):
+    model_type = "{model_type}"
+'''
+
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
     """The parsed ``config.json``.
@@ -207,23 +216,47 @@ def hf_config(model: ModelConfig, base: Mapping[str, Any], torch_dtype: str) -> 
     }
     for ours, name in _FIELDS[model.family].items():
         config[name] = getattr(model, ours)
+    if config.get("n_group") == 0:
+        # one group of all experts is how the format says that there are none
+        config |= {"n_group": 1, "topk_group": 1}
     config["torch_dtype"] = torch_dtype
     config.pop("dtype", None)
     if isinstance(config.get("rope_parameters"), dict):
         config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": model.rotary_base}
     if model.family == "qwen2":
         return config
+    return config | _bailing_settings(model)
+
+
+def _bailing_settings(model: ModelConfig) -> dict[str, Any]:
+    """What BailingMoe configs say besides, so that engines compute what was trained."""
     shared, width = model.moe_shared_expert_intermediate_size, model.moe_ffn_hidden_size
-    if shared % width:
+    if model.is_moe and shared % width:
         raise CheckpointError(
             f"moe_shared_expert_intermediate_size={shared} must be a multiple of moe_ffn_hidden_size={width}: "
             "the format counts shared experts; train with a multiple"
         )
-    config |= {
-        "num_shared_experts": shared // width,
+    return {
+        "num_shared_experts": shared // width if model.is_moe else 0,
+        "moe_shared_expert_intermediate_size": width,
+        "norm_topk_prob": True,
+        "router_dtype": model.moe_router_dtype,
+        "use_rmsnorm": True,
         "use_bias": False,
         "use_qkv_bias": False,
-        "norm_topk_prob": True,
+        "embedding_dropout": 0.0,
+        "output_dropout": 0.0,
     }
-    config["moe_shared_expert_intermediate_size"] = width
-    return config
+
+
+def config_class_files(config: dict[str, Any]) -> dict[str, str]:
+    """Code files that let transformers and vLLM read ``config``, which gets the ``auto_map`` that names them.
+
+    None where the class is built in, or where the model's own code was carried over. transformers runs
+    them with ``trust_remote_code``; there is nothing in them but a name.
+    """
+    if config["model_type"] not in ("bailing_moe", "bailing_moe_v2") or "auto_map" in config:
+        return {}
+    module = f"configuration_{config['model_type']}"
+    config["auto_map"] = {"AutoConfig": f"{module}.BailingMoeConfig"}
+    return {f"{module}.py": _CONFIG_CLASS.format(model_type=config["model_type"])}

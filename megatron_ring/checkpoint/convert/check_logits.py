@@ -1,0 +1,75 @@
+"""Do both sides of a conversion compute the same? One prompt through Megatron's model and through the plain tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_ring.checkpoint.convert.folders import find_checkpoint, run_config_of
+from megatron_ring.checkpoint.convert.hf_config import model_config, read_hf_config
+from megatron_ring.checkpoint.convert.plain_forward import plain_logits
+from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
+from megatron_ring.checkpoint.folder import check_metadata
+from megatron_ring.config.count import count_parameters
+from megatron_ring.config.parallel import ParallelConfig
+from megatron_ring.data.microbatch import pack_microbatch
+from megatron_ring.errors import CheckpointError
+from megatron_ring.model.build import build_model, sharding_metadata
+from megatron_ring.model.packed import pack_inputs
+from megatron_ring.runtime.session import open_session
+
+NUM_TOKENS = 32
+TOLERANCE = 1e-4
+"""Largest difference of log p between two fp32 computations in another order, with room for deep models."""
+
+
+def check_logits(hf_folder: Path, megatron_path: Path) -> str:
+    """One line: the largest difference in log p over a random prompt, or why the check was left out.
+
+    Raises:
+        CheckpointError: the two compute different things.
+    """
+    folder = find_checkpoint(megatron_path)
+    model = replace(run_config_of(folder, None).model, transformer_impl="local")
+    needed, free = 8 * count_parameters(model).total, _available_bytes()
+    if needed > free:
+        return (
+            f"logits not compared: it takes {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
+        )
+    generator = torch.Generator().manual_seed(0)
+    tokens_T = torch.randint(0, model.vocab_size, (NUM_TOKENS,), generator=generator)
+    with torch.no_grad():
+        theirs = model_config(read_hf_config(hf_folder), str(hf_folder / "config.json"))
+        expected_TV = plain_logits(SafetensorsFolder(hf_folder), theirs, tokens_T).log_softmax(-1)
+        found_TV = _megatron_logits(folder, model, tokens_T).log_softmax(-1)
+    gap = (expected_TV - found_TV).abs().max().item()
+    if not gap < TOLERANCE:
+        raise CheckpointError(
+            f"{hf_folder} and {folder} compute different models: log p differs by {gap:.2e}, more than "
+            f"{TOLERANCE:.0e}; convert again with --verify"
+        )
+    return f"logits agree: log p over {NUM_TOKENS} tokens x {model.vocab_size} differs by {gap:.1e} at most"
+
+
+def _megatron_logits(folder: Path, model, tokens_T: torch.Tensor) -> torch.Tensor:
+    check_metadata(folder)
+    parallel = ParallelConfig(bf16=False)
+    with open_session(parallel, seed=0) as session:
+        (chunk,) = build_model(model, parallel, session.topology, session.device, 0)
+        state = {"model": chunk.sharded_state_dict(metadata=sharding_metadata(session.topology))}
+        chunk.load_state_dict(dist_checkpointing.load(state, str(folder))["model"])
+        chunk.eval()
+        empty = torch.zeros(len(tokens_T))
+        microbatch = pack_microbatch([(tokens_T.tolist(), tokens_T.tolist(), empty.tolist())], len(tokens_T))
+        microbatch = microbatch.to(session.device)
+        return chunk(microbatch, pack_inputs(microbatch)).main_TV[:, : model.vocab_size].float().cpu()
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no MemAvailable in /proc/meminfo")

@@ -1,0 +1,105 @@
+"""A forward pass over the tensors of a Hugging Face folder, layer by layer, in fp32: the other side of ``--check-logits``.
+
+It reads each tensor when it needs it and keeps none, so a model of any size fits. Legend: T tokens, D model width, H query heads,
+G key/value heads, C channels per head, K experts per token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ring.checkpoint.convert.files import Source
+from megatron_ring.checkpoint.convert.tensor_map import Box
+from megatron_ring.config.model import ModelConfig
+from megatron_ring.kernels import route
+from megatron_ring.model.head import NORM_EPSILON
+from megatron_ring.model.packed import rotary_table, rotate
+
+Read = Callable[[str], Tensor]
+
+
+def plain_logits(source: Source, model: ModelConfig, tokens_T: Tensor) -> Tensor:
+    """Logits [T, V] of one sequence."""
+
+    def read(name: str) -> Tensor:
+        return _whole(source, name).float()
+
+    embedding = "model.embed_tokens.weight" if model.family == "qwen2" else "model.word_embeddings.weight"
+    x_TD = _whole(source, embedding)[tokens_T].float()
+    for layer in range(model.num_layers):
+        prefix = f"model.layers.{layer}."
+        is_moe = model.is_moe_layer(layer)
+
+        def part(name: str, prefix: str = prefix) -> Tensor:
+            return read(prefix + name)
+
+        x_TD = x_TD + _attention(part, model, _norm(x_TD, part("input_layernorm.weight"), model))
+        normed_TD = _norm(x_TD, part("post_attention_layernorm.weight"), model)
+        x_TD = x_TD + (_experts if is_moe else _mlp)(part, model, normed_TD)
+    x_TD = _norm(x_TD, read("model.norm.weight"), model)
+    head_VD = read("lm_head.weight")
+    if model.norm_head:
+        x_TD = x_TD / (head_VD.norm(dim=0) + NORM_EPSILON)
+    return x_TD @ head_VD.T
+
+
+def _whole(source: Source, name: str) -> Tensor:
+    ((_, view),) = source.views(name, Box.whole(source.tensors[name].shape))
+    return view
+
+
+def _norm(x: Tensor, weight: Tensor, model: ModelConfig) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, model.norm_epsilon)
+
+
+def _attention(part: Read, model: ModelConfig, x_TD: Tensor) -> Tensor:
+    H, G, C, T = model.num_attention_heads, model.num_query_groups, model.kv_channels, len(x_TD)
+    if model.family == "qwen2":
+        q, k, v = (
+            F.linear(x_TD, part(f"self_attn.{n}_proj.weight"), part(f"self_attn.{n}_proj.bias"))
+            for n in "qkv"
+        )
+        output = "self_attn.o_proj.weight"
+    else:
+        qkv = F.linear(x_TD, part("attention.query_key_value.weight"))
+        q, k, v = qkv.split([H * C, G * C, G * C], dim=-1)
+        output = "attention.dense.weight"
+    q_THC, k_TGC, v_TGC = q.view(T, H, C), k.view(T, G, C), v.view(T, G, C)
+    if model.qk_layernorm:
+        q_THC = _norm(q_THC, part("attention.query_layernorm.weight"), model)
+        k_TGC = _norm(k_TGC, part("attention.key_layernorm.weight"), model)
+    table = rotary_table(torch.arange(T), C, model.rotary_percent, model.rotary_base)
+    q_HTC, k_GTC, v_GTC = (
+        x.transpose(0, 1)[None] for x in (rotate(q_THC, table), rotate(k_TGC, table), v_TGC)
+    )
+    mixed = F.scaled_dot_product_attention(q_HTC, k_GTC, v_GTC, is_causal=True, enable_gqa=True)
+    return F.linear(mixed[0].transpose(0, 1).reshape(T, H * C), part(output))
+
+
+def _mlp(part: Read, model: ModelConfig, x_TD: Tensor, prefix: str = "mlp.") -> Tensor:
+    gate, up, down = (part(f"{prefix}{name}_proj.weight") for name in ("gate", "up", "down"))
+    return F.linear(F.silu(F.linear(x_TD, gate)) * F.linear(x_TD, up), down)
+
+
+def _experts(part: Read, model: ModelConfig, x_TD: Tensor) -> Tensor:
+    routing = route(
+        F.linear(x_TD, part("mlp.gate.weight")),
+        topk=model.moe_router_topk,
+        score_function=model.moe_router_score_function,
+        expert_bias_E=part("mlp.gate.expert_bias") if model.moe_router_enable_expert_bias else None,
+        num_groups=model.moe_router_num_groups,
+        group_topk=model.moe_router_group_topk,
+        scaling_factor=model.moe_router_topk_scaling_factor,
+    )
+    output_TD = torch.zeros_like(x_TD)
+    if model.moe_shared_expert_intermediate_size:
+        output_TD = _mlp(part, model, x_TD, "mlp.shared_experts.")
+    for expert in routing.experts_TK.unique().tolist():
+        tokens, choices = (routing.experts_TK == expert).nonzero(as_tuple=True)
+        rows_ND = _mlp(part, model, x_TD[tokens], f"mlp.experts.{expert}.")
+        output_TD.index_add_(0, tokens, rows_ND * routing.probs_TK[tokens, choices, None].float())
+    return output_TD
