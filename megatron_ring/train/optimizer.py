@@ -17,7 +17,9 @@ from megatron_ring.runtime.topology import Topology
 def wrap_data_parallel(
     chunks: list[RingModel], parallel: ParallelConfig, topology: Topology
 ) -> list[DistributedDataParallel]:
-    """Give each chunk fp32 gradient buffers, reduce-scattered over its data-parallel ranks. Collective over the world."""
+    """Give each chunk fp32 gradient buffers, reduce-scattered over its data-parallel ranks. Collective over
+    the world.
+    """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -44,7 +46,9 @@ def wrap_data_parallel(
 def build_optimizer(
     chunks: list[DistributedDataParallel], train: TrainConfig, parallel: ParallelConfig, topology: Topology
 ) -> MegatronOptimizer:
-    """AdamW over fp32 main parameters, sharded over data-parallel ranks. Vectors (norms, biases) are not decayed."""
+    """AdamW over fp32 main parameters, sharded over data-parallel ranks. Vectors (norms, biases) are not
+    decayed.
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=train.lr,
@@ -63,7 +67,9 @@ def build_optimizer(
         config, chunks, use_gloo_process_groups=False, pg_collection=topology.groups
     )
     for group in optimizer.param_groups:
-        if isinstance(group, dict) and "foreach" in group:
+        # upstream leaves applying its own multiplier to its scheduler, which has no place here
+        group["weight_decay"] = train.weight_decay * group["wd_mult"]
+        if "foreach" in group:
             # torch's AdamW loops over parameters on the host otherwise
             group["fused"], group["foreach"] = True, False
     return optimizer
