@@ -1,6 +1,7 @@
 """Pre-train a Ring model: ``python examples/pretrain_ring.py --config examples/tiny/pretrain.toml``.
 
-Every setting is a flag (``--help``); ``--dry-run`` prints the plan and stops. Several processes: torchrun or srun.
+Every setting is a flag (``--help``); ``--dry-run`` prints the plan and stops. Several processes: torchrun or
+srun.
 """
 
 from megatron_ring.launch.entry import run_entry, start

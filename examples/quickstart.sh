@@ -36,17 +36,21 @@ from pathlib import Path
 from megatron_ring.report.console import print_summary
 
 run = Path(sys.argv[1])
+python = Path(sys.executable).relative_to(Path.cwd()) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
 print_summary(
     run,
-    files=[run / "report.html", run / "loss.png", run / "sample.txt", run / "checkpoints"],
+    files=[
+        ("report", run / "report.html"),
+        ("picture", run / "loss.png"),
+        ("metrics", run / "metrics.jsonl"),
+        ("checkpoints", run / "checkpoints"),
+    ],
     next_commands=[
-        f"{sys.executable} examples/pretrain_ring.py --config {run}/config.toml --train-iters 600   # go on",
-        "bash examples/tiny/pretrain_4proc.sh --dry-run                                  # the same on 4 processes",
-        f"{sys.executable} examples/pretrain_ring.py --config examples/ring_lite/pretrain.toml --dry-run --world-size 64",
-        "bash tests/run.sh",
+        ("train it further", f"{python} examples/pretrain_ring.py --config {run}/config.toml --train-iters 600"),
+        ("see the plan of Ring-lite itself on 64 GPUs", f"{python} examples/pretrain_ring.py "
+         "--config examples/ring_lite/pretrain.toml --dry-run --world-size 64"),
+        ("every setting", f"{python} examples/pretrain_ring.py --help"),
+        ("pass the tests", "bash tests/run.sh"),
     ],
 )
 PY
-echo
-echo "What the model says after \"def\":"
-sed 's/^/    /' "$run/sample.txt"

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint.rng import gather_rng, load_rng, save_rng
 from megatron_ring.checkpoint.state import (
+    Trained,
     load_optimizer,
     model_state,
     optimizer_state,
@@ -30,7 +31,6 @@ from megatron_ring.config.show import dump_toml
 from megatron_ring.errors import CheckpointError
 from megatron_ring.model.build import sharding_metadata
 from megatron_ring.runtime.session import Session
-from megatron_ring.train.engine import Engine
 
 log = logging.getLogger("megatron_ring")
 
@@ -71,11 +71,12 @@ def layout_of(config: RunConfig, world_size: int) -> dict[str, int]:
 class Checkpointer:
     """Writes and reads the checkpoints of one run.
 
-    Every method is collective over the world. An asynchronous save forks a writer whose copy-on-write memory is
-    the snapshot, and becomes the latest checkpoint only at a later :meth:`poll` that finds it durable.
+    Every method is collective over the world. An asynchronous save forks a writer whose copy-on-write
+    memory is the snapshot, and becomes the latest checkpoint only at a later :meth:`poll` that finds it
+    durable.
     """
 
-    def __init__(self, config: RunConfig, engine: Engine, session: Session):
+    def __init__(self, config: RunConfig, engine: Trained, session: Session):
         self.config = config
         self.engine = engine
         self.session = session
@@ -185,7 +186,9 @@ class Checkpointer:
                 )
 
     def _begin(self, root: Path, iteration: int, sharded: dict[str, Any]) -> Path:
-        own = sum(s.data.nbytes for s in nested_values(sharded) if isinstance(s, ShardedTensor) and _writes(s))
+        own = sum(
+            s.data.nbytes for s in nested_values(sharded) if isinstance(s, ShardedTensor) and _writes(s)
+        )
         total = torch.tensor([float(own)], dtype=torch.float64, device=self.session.device)
         torch.distributed.all_reduce(total)
         self._on_main(lambda: folders.begin(root, iteration, int(total.item() * 1.02) + 1_000_000))
@@ -193,7 +196,9 @@ class Checkpointer:
         return final.with_name(final.name + ".incomplete")
 
     def _write(self, sharded: dict[str, Any], working: Path) -> AsyncRequest | None:
-        metadata = {k: v for k, v in sharding_metadata(self.engine.topology).items() if not k.endswith("_group")}
+        metadata = {
+            k: v for k, v in sharding_metadata(self.engine.topology).items() if not k.endswith("_group")
+        }
         try:
             return dist_checkpointing.save(
                 sharded,
@@ -202,7 +207,9 @@ class Checkpointer:
                 content_metadata=metadata,
             )
         except (OSError, RuntimeError, CheckpointingException) as error:
-            raise CheckpointError(f"--save {working}: writing failed ({error}); the previous checkpoint stays") from None
+            raise CheckpointError(
+                f"--save {working}: writing failed ({error}); the previous checkpoint stays"
+            ) from None
 
     def _finalize(self) -> None:
         request, publish = self._pending
@@ -222,7 +229,9 @@ class Checkpointer:
             return dist_checkpointing.load(wanted, str(folder))
         except (OSError, RuntimeError, CheckpointingException, KeyError, EOFError) as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise CheckpointError(f"{folder}: cannot be loaded ({reason}); load an earlier checkpoint") from None
+            raise CheckpointError(
+                f"{folder}: cannot be loaded ({reason}); load an earlier checkpoint"
+            ) from None
 
     def _agreed_step_count(self) -> int:
         count = torch.tensor([optimizer_step_count(self.engine)], device=self.session.device)
@@ -230,7 +239,9 @@ class Checkpointer:
         return int(count.item())
 
     def _on_main(self, action: Callable[[], object]) -> None:
-        """Run ``action`` on rank 0; its RingError or OSError is raised on every rank. Collective over the world."""
+        """Run ``action`` on rank 0; its RingError or OSError is raised on every rank. Collective over the
+        world.
+        """
         message: list[str | None] = [None]
         if self.session.is_main:
             try:

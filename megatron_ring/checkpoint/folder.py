@@ -30,7 +30,8 @@ def folder_of(root: Path, iteration: int) -> Path:
 
 
 def begin(root: Path, iteration: int, num_bytes: int) -> Path:
-    """Make the folder that a save of ``num_bytes`` writes into; removes what a killed save of the same step left.
+    """Make the folder that a save of ``num_bytes`` writes into; removes what a killed save of the same step
+    left.
 
     Raises:
         CheckpointError: the folder cannot be written or the disk is too small; nothing has been written then.
@@ -115,7 +116,9 @@ def latest(root: Path) -> Path | None:
         return None
     text = tracker.read_text(encoding="utf-8").strip()
     if not text.isdecimal():
-        raise CheckpointError(f"{tracker}: holds {text[:40]!r} but must hold a step number; write one that exists")
+        raise CheckpointError(
+            f"{tracker}: holds {text[:40]!r} but must hold a step number; write one that exists"
+        )
     folder = folder_of(root, int(text))
     if not folder.is_dir():
         there = ", ".join(map(str, iterations(root))) or "none"

@@ -20,11 +20,15 @@ RNG_FILE = "rng.safetensors"
 def gather_rng(session: Session) -> dict[str, torch.Tensor]:
     """Every rank's generator states on rank 0 (empty elsewhere). Collective over the world."""
     states = {**device.rng_state(), **get_cuda_rng_tracker().get_states()}
-    gathered: list[dict[str, torch.Tensor] | None] | None = [None] * session.world_size if session.is_main else None
+    gathered: list[dict[str, torch.Tensor] | None] | None = (
+        [None] * session.world_size if session.is_main else None
+    )
     torch.distributed.gather_object(states, gathered)
     if gathered is None:
         return {}
-    return {f"{rank}.{name}": state.clone() for rank, each in enumerate(gathered) for name, state in each.items()}
+    return {
+        f"{rank}.{name}": state.clone() for rank, each in enumerate(gathered) for name, state in each.items()
+    }
 
 
 def save_rng(states: dict[str, torch.Tensor], folder: Path) -> None:
@@ -38,7 +42,9 @@ def load_rng(folder: Path, session: Session, same_layout: bool) -> None:
             log.warning("random-number states of %s belong to another layout; starting from the seed", folder)
         return
     states = load_file(folder / RNG_FILE)
-    own = {name.split(".", 1)[1]: s for name, s in states.items() if name.split(".", 1)[0] == str(session.rank)}
+    own = {
+        name.split(".", 1)[1]: s for name, s in states.items() if name.split(".", 1)[0] == str(session.rank)
+    }
     tracker = get_cuda_rng_tracker()
     tracker.set_states({name: own[name] for name in tracker.get_states()})
     device.set_rng_state(own)

@@ -1,36 +1,56 @@
 """What of the engine goes into a checkpoint, as Megatron's sharded tensors.
 
-Layers are stored one by one (``decoder.layers.3...``), experts along their own axis, and optimizer state beside each
-parameter in the parameter's own shape, so that any layout can read what any other wrote.
+Layers are stored one by one (``decoder.layers.3...``), experts along their own axis, and optimizer state
+beside each parameter in the parameter's own shape, so that any layout can read what any other wrote.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_ring.model.build import sharding_metadata
-from megatron_ring.train.engine import Engine
+from megatron_ring.model.build import RingModel, sharding_metadata
+from megatron_ring.runtime.session import Session
+from megatron_ring.runtime.topology import Topology
 
 STEP_KEY = "step"
 
 
-def model_state(engine: Engine) -> dict[str, Any]:
-    """Sharded weights and persistent buffers of every chunk of this rank."""
+class Trained(Protocol):
+    """What a checkpoint holds: ``megatron_ring.train.engine.Engine`` is one."""
+
+    models: Sequence[RingModel]
+    optimizer: Any
+    topology: Topology
+    session: Session
+
+    def gather_parameters(self) -> None:
+        """Have whole weights in place on every data-parallel rank."""
+        ...
+
+
+def model_state(engine: Trained) -> dict[str, Any]:
+    """Sharded weights and persistent buffers of every chunk of this rank. Collective over data-parallel
+    ranks.
+    """
+    engine.gather_parameters()
     metadata = sharding_metadata(engine.topology)
     return {
-        f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(engine.models)
+        f"model{index}": chunk.sharded_state_dict(metadata=metadata)
+        for index, chunk in enumerate(engine.models)
     }
 
 
-def optimizer_state(engine: Engine, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    """Sharded main parameters and moments. Collective over data-parallel ranks when saving (they are gathered).
+def optimizer_state(engine: Trained, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    """Sharded main parameters and moments. Collective over data-parallel ranks when saving (they are
+    gathered).
 
-    Only tensors: hyperparameters come from the configuration and the step count travels with the trainer's state.
-    Megatron's own optimizer dict lists one entry per optimizer, which differs between pipeline stages with
-    and without experts.
+    Only tensors: hyperparameters come from the configuration and the step count travels with the trainer's
+    state. Megatron's own optimizer dict lists one entry per optimizer, which differs between pipeline
+    stages with and without experts.
     """
     _allocate(engine)
     return {
@@ -41,7 +61,7 @@ def optimizer_state(engine: Engine, model: dict[str, Any], *, is_loading: bool) 
     }
 
 
-def optimizer_step_count(engine: Engine) -> int:
+def optimizer_step_count(engine: Trained) -> int:
     """Updates made so far; 0 before the first."""
     for part in _parts(engine):
         for state in part.optimizer.state.values():
@@ -51,7 +71,7 @@ def optimizer_step_count(engine: Engine) -> int:
 
 
 @torch.no_grad()
-def load_optimizer(engine: Engine, loaded: dict[str, Any], step_count: int) -> None:
+def load_optimizer(engine: Trained, loaded: dict[str, Any], step_count: int) -> None:
     """Put loaded main parameters and moments in place, and the step count beside them."""
     for index, part in enumerate(_parts(engine)):
         part.load_parameter_state_from_fully_reshardable(loaded[f"optimizer{index}"])
@@ -59,7 +79,7 @@ def load_optimizer(engine: Engine, loaded: dict[str, Any], step_count: int) -> N
             state[STEP_KEY] = torch.tensor(float(step_count), device=engine.session.device)
 
 
-def _parts(engine: Engine) -> list[DistributedOptimizer]:
+def _parts(engine: Trained) -> list[DistributedOptimizer]:
     return [
         part
         for part in engine.optimizer.chained_optimizers
@@ -68,8 +88,10 @@ def _parts(engine: Engine) -> list[DistributedOptimizer]:
 
 
 @torch.no_grad()
-def _allocate(engine: Engine) -> None:
-    """Give torch's AdamW the state it makes at its first step, so that there is something to save or load into."""
+def _allocate(engine: Trained) -> None:
+    """Give torch's AdamW the state it makes at its first step, so that there is something to save or load
+    into.
+    """
     for part in _parts(engine):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:

@@ -2,8 +2,8 @@
 
 Legend: T token slots of a microbatch (static over a run), S segments (packed sequences).
 
-A microbatch is full of segments: the real ones first, then, where tokens are missing, one last segment of padding.
-Attention is causal inside a segment and never crosses one.
+A microbatch is full of segments: the real ones first, then, where tokens are missing, one last segment of
+padding. Attention is causal inside a segment and never crosses one.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Microbatch:
         segment_lengths (3, 2, 1)     # the last one is padding; num_valid 5
         cu_seqlens    [0, 3, 5, 6]
 
-    ``loss_mask_T`` weighs each position's loss; ``valid_T`` says which slots hold tokens at all (the router's statistics
-    count those, whether or not they carry loss).
+    ``loss_mask_T`` weighs each position's loss; ``valid_T`` says which slots hold tokens at all (the
+    router's statistics count those, whether or not they carry loss).
     """
 
     tokens_T: torch.Tensor

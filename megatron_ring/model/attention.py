@@ -1,7 +1,9 @@
 """Packed causal self-attention.
 
-Legend: T tokens, H query heads, G key/value heads, C channels per head, D model width. ``hidden_T1D`` is Megatron's
-[sequence, batch = 1, hidden]; under sequence parallelism its T is this rank's share and the projections gather and scatter it.
+Legend: T tokens, H query heads, G key/value heads, C channels per head, D model width. ``hidden_T1D`` is
+Megatron's
+[sequence, batch = 1, hidden]; under sequence parallelism its T is this rank's share and the projections
+gather and scatter it.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from megatron_ring.model.packed import PackedInputs, rotate
 class RingSelfAttention(SelfAttention):
     """Megatron's projections and head norms around rotary and one packed core attention.
 
-    Upstream's ``forward`` loops over segments on the host for rotary and carries every inference mode; this one is the
-    training path only, with positions given per token.
+    Upstream's ``forward`` loops over segments on the host for rotary and carries every inference mode; this
+    one is the training path only, with positions given per token.
     """
 
     def forward(self, hidden_T1D: Tensor, packed: PackedInputs, rotary_2TR: Tensor) -> Tensor:
@@ -50,7 +52,9 @@ class RingSelfAttention(SelfAttention):
 
 
 class PackedCoreAttention(nn.Module):
-    """Causal attention inside each segment: variable-length flash attention on CUDA, SDPA per segment on the CPU."""
+    """Causal attention inside each segment: variable-length flash attention on CUDA, SDPA per segment on
+    the CPU.
+    """
 
     def __init__(self, config, layer_number: int, attn_mask_type, attention_type: str, **_ignored: object):
         super().__init__()

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.data.microbatch import Microbatch
-from megatron_ring.model.head import norm_head_scale
+from megatron_ring.model.head import NormHead
 from megatron_ring.model.initialise import initialise
 from megatron_ring.model.packed import PackedInputs, rotary_table
 from megatron_ring.model.router import RingRouter
@@ -32,8 +32,8 @@ from megatron_ring.runtime.topology import Topology
 class Logits:
     """What the last pipeline stage answers: this tensor rank's columns of the logits.
 
-    ``main_TV`` predicts the next token, ``mtp_TV[d]`` the one ``d + 1`` places further on. Columns from ``vocab_size - vocab_start``
-    on are padding.
+    ``main_TV`` predicts the next token, ``mtp_TV[d]`` the one ``d + 1`` places further on. Columns from
+    ``vocab_size - vocab_start`` on are padding.
     """
 
     main_TV: Tensor
@@ -75,6 +75,18 @@ class RingModel(GPTModel):
         )
         self.model = model
         self.tp_group = topology.groups.tp
+        if post_process and model.norm_head:
+            del self.output_layer
+            self.output_layer = NormHead(
+                config.hidden_size,
+                self.vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                tp_group=self.tp_group,
+                vocab_size=model.vocab_size,
+            )
 
     def forward(self, microbatch: Microbatch, packed: PackedInputs) -> Tensor | Logits:
         """Hidden states [T, 1, D] for the next stage, or the last stage's :class:`Logits`."""
@@ -104,12 +116,7 @@ class RingModel(GPTModel):
 
     def _logits(self, hidden_T1D: Tensor) -> Tensor:
         """[T, V]: gathers the sequence and keeps the vocabulary sharded."""
-        head = self.output_layer
-        if self.model.norm_head:
-            start = head.output_size_per_partition * self.tp_group.rank()
-            real_rows = max(0, min(head.output_size_per_partition, self.model.vocab_size - start))
-            hidden_T1D = norm_head_scale(hidden_T1D, head.weight, real_rows, self.tp_group)
-        logits_T1V, _ = head(hidden_T1D)
+        logits_T1V, _ = self.output_layer(hidden_T1D)
         return logits_T1V.squeeze(1)
 
     def _predict_further(
@@ -147,7 +154,9 @@ class RingModel(GPTModel):
 def build_model(
     model: ModelConfig, parallel: ParallelConfig, topology: Topology, device: torch.device, seed: int
 ) -> list[RingModel]:
-    """This rank's model chunks on ``device``: one, or one per virtual pipeline stage; weights as ``seed`` says."""
+    """This rank's model chunks on ``device``: one, or one per virtual pipeline stage; weights as ``seed``
+    says.
+    """
     config = transformer_config(model, parallel)
     stages = [None] if topology.vpp_size == 1 else list(range(topology.vpp_size))
     chunks = [RingModel(model, parallel, config, topology, vp_stage=stage).to(device) for stage in stages]
@@ -157,7 +166,9 @@ def build_model(
 
 
 def sharding_metadata(topology: Topology) -> dict[str, Any]:
-    """How Megatron is to lay out its sharded state dicts: layer by layer, optimizer state in the parameters' shapes."""
+    """How Megatron is to lay out its sharded state dicts: layer by layer, optimizer state in the
+    parameters' shapes.
+    """
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,

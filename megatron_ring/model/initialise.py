@@ -1,7 +1,10 @@
-"""Initial weights that depend on the seed and the tensor's name only: one seed gives one model at every layout.
+"""Initial weights that depend on the seed and the tensor's name only: one seed gives one model at every
+layout.
 
-Megatron draws from one generator per rank in the order of construction, so the same seed gives other weights at another
-layout; here each tensor (and each expert) has a generator of its own, draws its whole, and keeps its shard.
+Megatron draws from one generator per rank in the order of construction, so the same seed gives other
+weights at another layout. Its own initialisation still runs, for it also marks parameters as
+tensor-parallel; here each tensor (and each expert) has a generator of its own, draws its whole, and keeps
+its shard.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 def initialise(chunk: torch.nn.Module, model: ModelConfig, seed: int, metadata: dict) -> None:
     """Fill ``chunk``'s parameters: norms 1, biases 0, matrices N(0, init_method_std).
 
-    Matrices that write into the residual stream are scaled by ``1 / sqrt(2 * num_layers)`` (GPT-2, Megatron). Rows past the
-    vocabulary are 0.
+    Matrices that write into the residual stream are scaled by ``1 / sqrt(2 * num_layers)`` (GPT-2,
+    Megatron). Rows past the vocabulary are 0.
     """
     state = chunk.sharded_state_dict(metadata=metadata)
     apply_factories(state)

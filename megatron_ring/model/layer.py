@@ -19,9 +19,9 @@ from megatron_ring.model.packed import PackedInputs
 class RingTransformerLayer(TransformerLayer):
     """Megatron's layer with a forward pass of its own.
 
-    Upstream's forward hands the MLP no more than a padding mask (and multi-token-prediction layers not even that); here both halves
-    get the whole :class:`PackedInputs`. The MLP is built here because upstream passes process groups only to its own MLP
-    classes.
+    Upstream's forward hands the MLP no more than a padding mask (and multi-token-prediction layers not even
+    that); here both halves get the whole :class:`PackedInputs`. The MLP is built here because upstream
+    passes process groups only to its own MLP classes.
     """
 
     def __init__(

@@ -1,12 +1,14 @@
 """The mixture-of-experts layer: route, send rows to their experts, compute, bring them back.
 
-Legend: T tokens of this rank, N rows (a row is one token for one expert), D model width, F expert width per rank, E experts, e experts of
+Legend: T tokens of this rank, N rows (a row is one token for one expert), D model width, F expert width per
+rank, E experts, e experts of
 this rank, K experts per token.
 
 With one rank in the expert group the rows are sorted, computed and summed where they are. With more, one
-all-to-all sends each row to its expert's rank and one brings the result back. Expert tensor parallelism needs
-no collective of its own: a row goes to each of the ``etp`` ranks that hold a slice of its expert, every one returns
-its partial sum, and the sum over a token's rows (``combine``) adds the slices as it adds the experts.
+all-to-all sends each row to its expert's rank and one brings the result back. Expert tensor parallelism
+needs no collective of its own: a row goes to each of the ``etp`` ranks that hold a slice of its expert,
+every one returns its partial sum, and the sum over a token's rows (``combine``) adds the slices as it adds
+the experts.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class RingExperts(MegatronModule):
             set_tensor_model_parallel_attributes(weight, True, 2, 1)
 
     def forward(self, rows_ND: Tensor, offsets_e: Tensor, probs_N: Tensor) -> Tensor:
-        """Weighted expert outputs of rows sorted by local expert; a partial sum under expert tensor parallelism."""
+        """Weighted expert outputs of rows sorted by local expert; a partial sum under expert tensor
+        parallelism.
+        """
         return expert_mlp(rows_ND, self.fc1_weight, self.fc2_weight, offsets_e, probs_N)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
@@ -100,7 +104,9 @@ class RingMoELayer(BaseMoELayer):
         self.recompute = "moe" in modules
 
     def forward(self, hidden_T1D: Tensor, packed: PackedInputs) -> Tensor:
-        """Output [T, 1, D]: routed experts plus shared experts. Communicates over the expert and tensor groups."""
+        """Output [T, 1, D]: routed experts plus shared experts. Communicates over the expert and tensor
+        groups.
+        """
         if self.recompute and self.training:
             return tensor_parallel.checkpoint(lambda x: self._forward(x, packed), False, hidden_T1D)
         return self._forward(hidden_T1D, packed)
@@ -153,7 +159,8 @@ class RingMoELayer(BaseMoELayer):
     def _slot_experts(self, experts_TK: Tensor) -> Tensor:
         """Destination of every row as ``rank * e + local expert``; one per expert tensor rank, [T, K * etp].
 
-        Ranks of the exchange group are numbered ``ep_rank * etp + etp_rank``. The dropped marker E stays last.
+        Ranks of the exchange group are numbered ``ep_rank * etp + etp_rank``. The dropped marker E stays
+        last.
         """
         e, etp = self.experts.num_local, self.etp_size
         ranks_TK1 = (experts_TK // e).unsqueeze(-1) * etp

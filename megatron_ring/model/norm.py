@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class RingRMSNorm(nn.Module):
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, computed in fp32.
 
-    Under sequence parallelism every tensor rank sees other tokens; ``weight.sequence_parallel`` makes Megatron sum
-    the weight's gradient over the tensor-parallel group (the stock wrapper refuses instead).
+    Under sequence parallelism every tensor rank sees other tokens; ``weight.sequence_parallel`` makes
+    Megatron sum the weight's gradient over the tensor-parallel group (the stock wrapper refuses instead).
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_ignored: object):

@@ -15,9 +15,9 @@ from megatron_ring.data.microbatch import Microbatch
 class RouterSignal:
     """How the router takes part in this step; ``None`` in its place means scoring: no losses, no counting.
 
-    ``loss_scale`` is dp_size / (valid tokens of the whole step): a microbatch's balance loss counts in proportion to its valid
-    tokens, and DDP's averaging over data-parallel ranks is undone. ``warmup`` is a in the stochastic
-    routing warm-up ``a*s + (1-a)*(mu + sigma*noise)`` (1.0 = no noise).
+    ``loss_scale`` is dp_size / (valid tokens of the whole step): a microbatch's balance loss counts in
+    proportion to its valid tokens, and DDP's averaging over data-parallel ranks is undone. ``warmup`` is a
+    in the stochastic routing warm-up ``a*s + (1-a)*(mu + sigma*noise)`` (1.0 = no noise).
 
     Example: 2 microbatches on each of 4 ranks, 100 valid tokens each: ``RouterSignal(loss_scale=4 / 800)``.
     """
@@ -30,7 +30,8 @@ class RouterSignal:
 class PackedInputs(PackedSeqParams):
     """Segments for attention, validity for the router, and, where asked, routes to replay.
 
-    ``routes_LTK`` (``int64``, expert ids per layer, token and rank) replays a recorded routing in every layer.
+    ``routes_LTK`` (``int64``, expert ids per layer, token and rank) replays a recorded routing in every
+    layer.
     """
 
     segment_lengths: tuple[int, ...] = ()

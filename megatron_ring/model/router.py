@@ -2,14 +2,16 @@
 
 Legend: T tokens of this rank, E experts, K experts per token, D model width.
 
-Balance loss of one microbatch, over its valid tokens on all tensor ranks (PAPER.md 3, Megatron's scale: 1 when balanced)::
+Balance loss of one microbatch, over its valid tokens on all tensor ranks (Ring-lite, arXiv 2506.14731, 3.2; on
+Megatron's scale: 1 when balanced)::
 
     B = E * sum_e P_e * f_e,   P_e = mean probability of e,   f_e = share of the assignments that go to e
 
-and z-loss ``Z = mean(logsumexp(logits)^2)``. Over a step the losses are ``a_balance * sum_m (n_m / N) B_m`` and
-``a_z * sum_m (n_m / N) Z_m`` with n_m the microbatch's valid tokens and N their sum over microbatches and data-parallel ranks. Both
-gradients are known in closed form where the forward pass ends, so they enter the backward pass as constants and
-their coefficients mean the same at every layout; padding is in none of the sums.
+and z-loss ``Z = mean(logsumexp(logits)^2)``. Over a step the losses are ``a_balance * sum_m (n_m / N) B_m``
+and ``a_z * sum_m (n_m / N) Z_m`` with n_m the microbatch's valid tokens and N their sum over microbatches
+and data-parallel ranks. Both gradients are known in closed form where the forward pass ends, so they enter
+the backward pass as constants and their coefficients mean the same at every layout; padding is in none of
+the sums.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class RingRouter(nn.Module):
     """Scores, top-k choice, balance and z-loss, expert bias, stochastic warm-up and replay for one layer.
 
     Buffers: ``expert_bias`` [E] is part of the checkpoint where the model has one. The step statistics
-    (``load_E``, ``balance_sum``, ``z_sum``, logit moments) are sums over the step's microbatches on this rank;
+    (``load_E``, ``balance_sum``, ``z_sum``, logit moments) are sums over the step's microbatches on this
+    rank;
     the engine reduces and clears them.
     """
 

@@ -52,8 +52,6 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=model.init_method_std,
-        # megatron_ring.model.initialise gives the weights
-        perform_initialization=False,
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         mtp_num_layers=model.mtp_num_layers or None,
@@ -76,7 +74,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         # with batched calls the two directions between the same two ranks (pp 2) are matched wrongly
         batch_p2p_comm=vpp == 1,
         overlap_p2p_comm=vpp > 1,
-        # outputs that were sent on are kept: freeing them needs custom_backward, which skips autograd's checks
+        # outputs that were sent on are kept: freeing them needs custom_backward, which skips autograd's
+        # checks
         deallocate_pipeline_outputs=False,
         calculate_per_token_loss=False,
         transformer_impl=model.transformer_impl,
@@ -87,15 +86,15 @@ def _moe_fields(model: ModelConfig) -> dict[str, object]:
     if not model.is_moe:
         return {}
     dense = model.first_k_dense_replace
-    return dict(
-        num_moe_experts=model.num_experts,
-        moe_router_topk=model.moe_router_topk,
-        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
-        moe_shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size or None,
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size or None,
         # a list makes Megatron name the layers one by one in checkpoints, an int stacks them
-        moe_layer_freq=[int(model.is_moe_layer(i)) for i in range(model.num_layers)] if dense else 1,
-        moe_token_dispatcher_type="alltoall",
-        moe_router_load_balancing_type="none",
-        moe_aux_loss_coeff=0.0,
-        moe_grouped_gemm=True,
-    )
+        "moe_layer_freq": [int(model.is_moe_layer(i)) for i in range(model.num_layers)] if dense else 1,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": True,
+    }

@@ -1,13 +1,14 @@
 """Megatron-Core on a machine without CUDA: host equivalents for the few CUDA names it says.
 
-One context manager, :func:`megatron_on_cpu`, entered by the session when the device is the CPU and undone on exit.
-Every row of :data:`STAND_INS` names the upstream lines it serves (megatron-core 0.16.1) and is dropped when
-upstream asks a device function instead of naming CUDA there. ``hits()`` tells which rows a run has used; a test asserts that training
-uses exactly the rows of the table, so an upgrade that adds or drops a CUDA call is noticed.
+One context manager, :func:`megatron_on_cpu`, entered by the session when the device is the CPU and undone
+on exit. Every row of :data:`STAND_INS` names the upstream lines it serves (megatron-core 0.16.1) and is
+dropped when upstream asks a device function instead of naming CUDA there. ``hits()`` tells which rows a run
+has used; a test asserts that training uses exactly the rows of the table, so an upgrade that adds or drops
+a CUDA call is noticed.
 
-No ``TorchFunctionMode`` stays active during a step (it costs about 1 us per torch call): literal ``device="cuda"``
-is answered by giving the few modules that say it a proxy for their ``torch`` name, and the mode is on only
-inside the optimizer constructors that ask for ``Tensor.type()``.
+No ``TorchFunctionMode`` stays active during a step (it costs about 1 us per torch call): literal
+``device="cuda"`` is answered by giving the few modules that say it a proxy for their ``torch`` name, and
+the mode is on only inside the optimizer constructors that ask for ``Tensor.type()``.
 """
 
 from __future__ import annotations
@@ -237,7 +238,10 @@ STAND_INS: tuple[StandIn, ...] = (
         "synchronize",
         "torch.cuda",
         "synchronize",
-        ("dist_checkpointing/strategies/filesystem_async.py:preload_tensors", "async_utils.py:TemporalAsyncCaller"),
+        (
+            "dist_checkpointing/strategies/filesystem_async.py:preload_tensors",
+            "async_utils.py:TemporalAsyncCaller",
+        ),
         _returns(None),
     ),
     StandIn(

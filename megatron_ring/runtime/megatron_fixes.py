@@ -21,9 +21,10 @@ TESTED_VERSIONS = ("0.16.0", "0.16.1")
 def _load_given_keys(self: DistributedOptimizer, model_param, tensors) -> None:
     """2026-11: loading a checkpoint with torch's AdamW raised KeyError 'step'.
 
-    optimizer/distrib_optimizer.py:939 (0.16.1) copies every key of the optimizer state although the sharded state
-    carries no 'step'; load_state_dict (line 825) moreover gives all parameters one shared step tensor, which
-    AdamW then counts up once per parameter. Delete when upstream copies only given keys and clones step.
+    optimizer/distrib_optimizer.py:939 (0.16.1) copies every key of the optimizer state although the sharded
+    state carries no 'step'; load_state_dict (line 825) moreover gives all parameters one shared step
+    tensor, which AdamW then counts up once per parameter. Delete when upstream copies only given keys and
+    clones step.
     """
     group_index, group_order = self.model_param_group_index_map[model_param]
     main_param = self.optimizer.param_groups[group_index]["params"][group_order]

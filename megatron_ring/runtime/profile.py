@@ -14,7 +14,9 @@ log = logging.getLogger("megatron_ring")
 
 
 class StepProfiler:
-    """Records from step ``profile_step_start`` up to ``profile_step_end``; does nothing without ``--profile``."""
+    """Records from step ``profile_step_start`` up to ``profile_step_end``; does nothing without
+    ``--profile``.
+    """
 
     def __init__(self, settings: LoggingConfig, rank: int, run_dir: Path | None):
         self._settings = settings
@@ -30,7 +32,11 @@ class StepProfiler:
         """Call when step ``step`` (from 1) has ended."""
         if self._profiler is not None and step + 1 >= self._settings.profile_step_end:
             self._stop()
-        elif self._settings.profile and self._profiler is None and step + 1 == self._settings.profile_step_start:
+        elif (
+            self._settings.profile
+            and self._profiler is None
+            and step + 1 == self._settings.profile_step_start
+        ):
             self._start()
 
     def __exit__(self, *_: object) -> None:

@@ -1,6 +1,7 @@
 """Pre-training, from a corpus on disk to a checkpoint: the page to read first.
 
-One step: draw samples, accumulate gradients over the microbatches, judge the loss, update or skip, report, validate, save.
+One step: draw samples, accumulate gradients over the microbatches, judge the loss, update or skip, report,
+validate, save.
 """
 
 from __future__ import annotations
@@ -77,11 +78,16 @@ class PretrainRun:
         """Steps until ``train_iters``, a signal, or an exit setting; then the last checkpoint."""
         train = self.config.train
         self._announce()
-        with self._metrics() as metrics, StepProfiler(self.config.logging, self.session.rank, self._run_dir()) as profiler:
+        with (
+            self._metrics() as metrics,
+            StepProfiler(self.config.logging, self.session.rank, self._run_dir()) as profiler,
+        ):
             while self.step < train.train_iters and not self._leave():
                 self._train_step(metrics)
                 profiler.after_step(self.step)
-                if train.eval_interval and (self.step % train.eval_interval == 0 or self.step == train.train_iters):
+                if train.eval_interval and (
+                    self.step % train.eval_interval == 0 or self.step == train.train_iters
+                ):
                     with metrics.phase("eval"):
                         validation = self._validate()
                     metrics.log_eval(self.step, validation)
@@ -119,17 +125,23 @@ class PretrainRun:
         self._was_skipped = True
         if not report.finite:
             self.non_finite += 1
-            log.warning("step %d: loss %s, grad norm %s: update refused", self.step + 1, report.loss, report.grad_norm)
+            log.warning(
+                "step %d: loss %s, grad norm %s: update refused", self.step + 1, report.loss, report.grad_norm
+            )
             if self.non_finite >= MAX_NON_FINITE_STEPS:
                 raise RingError(
-                    f"loss={report.loss} for {self.non_finite} steps running (last: step {self.step + 1}) but must be finite; "
+                    f"loss={report.loss} for {self.non_finite} steps running (last: step {self.step + 1}), must be finite; "
                     "lower --lr, check the data, or load an earlier checkpoint"
                 )
             return 0.0
         self.non_finite = 0
         multiplier = self.spikes.judge(report.loss, retried=any(draw.is_retry))
         if multiplier == 0.0:
-            log.warning("step %d: loss %.4f spikes: update skipped, its samples come again", self.step + 1, report.loss)
+            log.warning(
+                "step %d: loss %.4f spikes: update skipped, its samples come again",
+                self.step + 1,
+                report.loss,
+            )
             self.cursor.requeue(draw.indices, within=self.config.train.loss_spike_window * len(draw.indices))
             return 0.0
         self._was_skipped = False
@@ -183,14 +195,21 @@ class PretrainRun:
         return min(self.step / steps, 1.0) if steps else 1.0
 
     def _leave(self) -> bool:
-        """Collective: a signal on any rank, or one of the exit settings (the first step after a start always runs)."""
+        """Collective: a signal on any rank, or one of the exit settings (the first step after a start
+        always runs).
+        """
         train = self.config.train
         minutes = (time.monotonic() - self.started) / 60
         limit = train.exit_duration_in_mins
         asked = self.session.exit_wanted(limit > 0 and minutes >= limit)
         if asked and self.session.is_writer:
             log.info("leaving after step %d: a signal or the time limit asked for it", self.step)
-        due = train.exit_interval and self.step and self.step % train.exit_interval == 0 and self.step != self.first_step
+        due = (
+            train.exit_interval
+            and self.step
+            and self.step % train.exit_interval == 0
+            and self.step != self.first_step
+        )
         return bool(asked or due)
 
     def _save_if_due(self, metrics: MetricsLogger) -> None:
@@ -264,7 +283,9 @@ class PretrainRun:
                 run_dir.mkdir(parents=True, exist_ok=True)
                 write_durably(run_dir / "config.toml", dump_toml(self.config))
             except OSError as error:
-                raise ConfigError(f"save={run_dir}: {error.strerror}; name a folder that can be written") from None
+                raise ConfigError(
+                    f"save={run_dir}: {error.strerror}; name a folder that can be written"
+                ) from None
 
     def _write_sample(self) -> None:
         """What the model says now, for the report."""

@@ -35,7 +35,8 @@ class StepReport:
     """What one step saw, equal on every rank.
 
     ``loss`` is the objective over its normaliser; ``balance_loss`` (1.0 when balanced), ``z_loss`` and
-    ``max_violation`` (busiest expert over the mean, minus 1) are means over layers; ``grad_norm`` is before clipping.
+    ``max_violation`` (busiest expert over the mean, minus 1) are means over layers; ``grad_norm`` is before
+    clipping.
 
     Example: ``StepReport(loss=6.21, means={"lm_loss": 6.21}, grad_norm=0.8, weight=8192.0, ...)``
     """
@@ -133,9 +134,20 @@ class Engine:
             router.clear_statistics()
         self._loads: list[tuple[Tensor, Tensor]] = []
 
+    def gather_parameters(self) -> None:
+        """Finish the parameter all-gather that ``overlap_param_gather`` leaves to the next forward pass.
+
+        Collective over data-parallel ranks; whoever reads weights outside a forward pass calls it first.
+        """
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
+
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch], objective: Objective) -> dict[str, float]:
-        """Means of the objective's sums over every rank's microbatches, without gradients. Collective over the world."""
+        """Means of the objective's sums over every rank's microbatches, without gradients. Collective over
+        the world.
+        """
         weight, _ = self._sum_over_data_parallel(objective.local_weight(microbatches), 0.0)
         terms = self.forward(microbatches, partial(_evaluation_loss, objective))
         sums = self._world_sums(terms, objective, [])
@@ -143,17 +155,23 @@ class Engine:
             name: value / max(weight, 1e-20) for name, value in zip(objective.sum_names, sums, strict=False)
         }
 
-    def score(self, microbatches: Sequence[Microbatch], temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:
-        """log p of every label and entropy, each [T] fp32, per microbatch; empty except on the last pipeline stage."""
+    def score(
+        self, microbatches: Sequence[Microbatch], temperature: float = 1.0
+    ) -> list[tuple[Tensor, Tensor]]:
+        """log p of every label and entropy, each [T] fp32, per microbatch; empty except on the last
+        pipeline stage.
+        """
         return self.forward(microbatches, partial(_score, temperature))
 
     @torch.no_grad()
     def forward(
         self, microbatches: Sequence[Microbatch], read: Callable[[Microbatch, Logits], tuple[Tensor, Any]]
     ) -> list:
-        """What ``read`` makes of each microbatch's logits on the last stage (empty elsewhere), without gradients.
+        """What ``read`` makes of each microbatch's logits on the last stage (empty elsewhere), without
+        gradients.
 
-        ``read`` returns a scalar tensor, which Megatron's schedule wants, and the result. Collective over the world.
+        ``read`` returns a scalar tensor, which Megatron's schedule wants, and the result. Collective over
+        the world.
         """
         for chunk in self.chunks:
             chunk.eval()
@@ -186,7 +204,9 @@ class Engine:
         return totals.tolist()
 
     def _world_sums(self, terms: list[LossTerms], objective: Objective, extra: list[Tensor]) -> list[float]:
-        """The objective's sums (known on the last stage, once per tensor group) and ``extra``, summed over the world."""
+        """The objective's sums (known on the last stage, once per tensor group) and ``extra``, summed over
+        the world.
+        """
         counts = self.topology.is_last_stage and self.topology.tp_rank == 0
         names = ("loss", *objective.sum_names)
         zero = torch.zeros((), dtype=torch.float64, device=self.session.device)
@@ -224,7 +244,8 @@ class Engine:
         )
 
     def _router_sums(self) -> list[Tensor]:
-        """Balance, z-loss, load violation and layer count of this rank, so that a sum over the world gives the step's.
+        """Balance, z-loss, load violation and layer count of this rank, so that a sum over the world gives
+        the step's.
 
         Communicates over the ranks of one pipeline stage (loads and logit moments of its layers).
         """
@@ -248,7 +269,9 @@ class Engine:
 
 
 def _training_loss(objective: Objective, scale: float, microbatch: Microbatch, logits: Logits):
-    """What Megatron's schedule wants: scaled loss, a token count of 1 (ours is the only divisor), and the terms."""
+    """What Megatron's schedule wants: scaled loss, a token count of 1 (ours is the only divisor), and the
+    terms.
+    """
     terms = objective(logits, microbatch)
     return terms.loss_sum * scale, torch.ones((), dtype=torch.int, device=terms.loss_sum.device), terms
 

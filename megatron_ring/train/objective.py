@@ -1,7 +1,8 @@
 """What a step optimises: an objective turns the last stage's logits into one sum.
 
-The engine divides that sum by the objective's normaliser, which is a property of the whole step (every microbatch of every
-data-parallel rank), never of one microbatch: so a token weighs the same wherever it is packed.
+The engine divides that sum by the objective's normaliser, which is a property of the whole step (every
+microbatch of every data-parallel rank), never of one microbatch: so a token weighs the same wherever it is
+packed.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from megatron_ring.model.build import Logits
 class LossTerms:
     """One microbatch's share of the objective.
 
-    ``loss_sum`` is differentiable; ``sums`` are detached scalars that the engine adds up over the step, each over its own
-    weight. Example: ``LossTerms(loss_sum=tensor(812.4), sums={"lm_loss": tensor(806.1)})``.
+    ``loss_sum`` is differentiable; ``sums`` are detached scalars that the engine adds up over the step,
+    each over its own weight. Example: ``LossTerms(loss_sum=tensor(812.4), sums={"lm_loss":
+    tensor(806.1)})``.
     """
 
     loss_sum: Tensor
@@ -59,8 +61,8 @@ def logprob(logits_TV: Tensor, targets_T: Tensor, logits: Logits, **options: obj
 class NextTokenObjective:
     """Cross entropy of the next token, plus multi-token prediction where the model has it.
 
-    ``sum_t mask_t * -log p(y_t)  +  (mtp_loss_scaling_factor / depths) * sum_d sum_t mask_(t+d) * -log p_d(y_(t+d))``, divided by
-    the step's loss tokens.
+    ``sum_t mask_t * -log p(y_t)  +  (mtp_loss_scaling_factor / depths) * sum_d sum_t mask_(t+d) * -log
+    p_d(y_(t+d))``, divided by the step's loss tokens.
     """
 
     mtp_loss_scaling_factor: float = 0.0

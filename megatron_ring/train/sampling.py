@@ -1,13 +1,16 @@
-"""Text from the training weights at any layout: one full forward pass per token, for a look at what the model says."""
+"""Text from the training weights at any layout: one full forward pass per token, for a look at what the
+model says.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from megatron_ring.data.microbatch import pack_microbatch
+from megatron_ring.data.microbatch import Microbatch, pack_microbatch
 from megatron_ring.model.build import Logits
 from megatron_ring.train.engine import Engine
 
@@ -25,15 +28,15 @@ def sample_tokens(
 ) -> list[int]:
     """Continue ``prompt``; returns the new tokens only, without the stop token. Collective over the world.
 
-    ``num_slots`` bounds prompt plus continuation and must divide by the tensor-parallel size. There is no KV cache, so
-    the cost grows with the square of the length: this is for samples in a report, not for rollouts.
+    ``num_slots`` bounds prompt plus continuation and must divide by the tensor-parallel size. There is no
+    KV cache, so the cost grows with the square of the length: this is for samples in a report, not for
+    rollouts.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(min(max_new_tokens, num_slots - len(prompt))):
         row = pack_microbatch([(tokens, tokens, [0.0] * len(tokens))], num_slots)
-        last = len(tokens) - 1
-        results = engine.forward([row], lambda _microbatch, logits: _column(logits, last))
+        results = engine.forward([row], partial(_column, len(tokens) - 1))
         logits_V = _on_every_rank(engine, results)
         probabilities = torch.softmax(logits_V.double() / temperature, dim=-1)
         token = int(torch.multinomial(probabilities, 1, generator=generator))
@@ -43,7 +46,7 @@ def sample_tokens(
     return tokens[len(prompt) :]
 
 
-def _column(logits: Logits, position: int) -> tuple[Tensor, Tensor]:
+def _column(position: int, _microbatch: Microbatch, logits: Logits) -> tuple[Tensor, Tensor]:
     """The whole vocabulary's logits at one position. Communicates over the tensor-parallel group."""
     own_V = logits.main_TV[position].float().contiguous()
     parts = [torch.empty_like(own_V) for _ in range(logits.tp_group.size())]

@@ -1,4 +1,6 @@
-"""Learning rate, global batch size and spike rule as pure functions of the step: nothing to save but the step itself."""
+"""Learning rate, global batch size and spike rule as pure functions of the step: nothing to save but the
+step itself.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from megatron_ring.config.train import TrainConfig
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Learning rate of step ``step`` (from 0), in Megatron's terms.
 
-    Linear warm-up to ``lr`` over ``lr_warmup_iters``, then by ``lr_decay_style`` until ``lr_decay_iters``, ``min_lr`` after.
+    Linear warm-up to ``lr`` over ``lr_warmup_iters``, then by ``lr_decay_style`` until ``lr_decay_iters``,
+    ``min_lr`` after.
     """
     warmup, end = config.lr_warmup_iters, config.lr_decay_iters or config.train_iters
     if step < warmup:
@@ -50,10 +53,11 @@ def _warmup_stable_decay(step: int, end: int, config: TrainConfig) -> float:
 
 
 def global_batch_size(consumed_samples: int, config: TrainConfig) -> int:
-    """Samples of the step that starts after ``consumed_samples``: batch-size warm-up as Megatron's ``--rampup-batch-size``.
+    """Samples of the step that starts after ``consumed_samples``: batch-size warm-up as Megatron's
+    ``--rampup-batch-size``.
 
-    ``(start, increment, samples)``: the batch grows from start to global_batch_size by increment, in equal shares of
-    ``samples``.
+    ``(start, increment, samples)``: the batch grows from start to global_batch_size by increment, in equal
+    shares of ``samples``.
     """
     if config.rampup_batch_size is None:
         return config.global_batch_size
@@ -66,10 +70,12 @@ def global_batch_size(consumed_samples: int, config: TrainConfig) -> int:
 
 @dataclass
 class SpikeRule:
-    """Loss spikes (Ling report): skip the update, bring the data back later, and lower the rate if it spikes again.
+    """Loss spikes (Ling report): skip the update, bring the data back later, and lower the rate if it
+    spikes again.
 
-    A step spikes when its loss exceeds ``factor`` times the mean of the last ``window`` accepted losses. ``judge`` answers the
-    multiplier for the learning rate: 1 normally, 0 to skip, ``retry_lr_factor`` when retried data spikes once more.
+    A step spikes when its loss exceeds ``factor`` times the mean of the last ``window`` accepted losses.
+    ``judge`` answers the multiplier for the learning rate: 1 normally, 0 to skip, ``retry_lr_factor`` when
+    retried data spikes once more.
 
     Example: factor 2, window 4, losses 3, 3, 3, 3, then 7: multipliers 1, 1, 1, 1, 0.
     """

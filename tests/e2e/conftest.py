@@ -14,14 +14,32 @@ def corpus(tmp_path_factory) -> dict[str, object]:
 
     def tool(name: str, *words: str) -> None:
         subprocess.run(
-            [sys.executable, str(ROOT / "tools" / name), *words], check=True, env=environment(), capture_output=True
+            [sys.executable, str(ROOT / "tools" / name), *words],
+            check=True,
+            env=environment(),
+            capture_output=True,
         )
 
     model, prefix = folder / "tok.model", folder / "std"
-    tool("train_tokenizer.py", "--builtin-corpus", "--max-mb", "0.5", "--vocab-size", "512", "--output", str(model))
     tool(
-        "preprocess_data.py", "--builtin-corpus", "--max-mb", "0.5", "--tokenizer-model", str(model),
-        "--output-prefix", str(prefix),
+        "train_tokenizer.py",
+        "--builtin-corpus",
+        "--max-mb",
+        "0.5",
+        "--vocab-size",
+        "512",
+        "--output",
+        str(model),
+    )
+    tool(
+        "preprocess_data.py",
+        "--builtin-corpus",
+        "--max-mb",
+        "0.5",
+        "--tokenizer-model",
+        str(model),
+        "--output-prefix",
+        str(prefix),
     )
     return {"data-path": str(prefix), "tokenizer-model": str(model), "split": "90,8,2"}
 

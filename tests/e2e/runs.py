@@ -64,7 +64,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
 
-def run(script: str, settings: dict[str, object], world: int = 1, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+def run(
+    script: str, settings: dict[str, object], world: int = 1, timeout: int = 600
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(script, settings, world), env=environment(), text=True, capture_output=True, timeout=timeout
     )

@@ -31,13 +31,17 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
 def test_killed_run_resumes_bit_equal(straight, corpus, run_dir, async_save):
-    settings = TINY | corpus | {
-        "save": run_dir,
-        "load": run_dir,
-        "train-iters": STEPS,
-        "save-interval": 2,
-        "async-save": async_save,
-    }
+    settings = (
+        TINY
+        | corpus
+        | {
+            "save": run_dir,
+            "load": run_dir,
+            "train-iters": STEPS,
+            "save-interval": 2,
+            "async-save": async_save,
+        }
+    )
     process = start(settings)
     wait_for(lambda: len(losses(run_dir)) >= 6, process)
     os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,6 @@
-"""Models, batches and layouts of the layout-parity proof. No torch at import: the parent process reads it too."""
+"""Models, batches and layouts of the layout-parity proof. No torch at import: the parent process reads it
+too.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +71,11 @@ class Case:
         words = [self.model, *([f"w{self.world}"] if self.world > 1 else [])]
         return "-".join([*words, *(f"{k}{v}" for k, v in self.layout.items())])
 
+    @property
+    def has_whole_gradients(self) -> bool:
+        """Interleaved chunks that overlap their reductions keep only this rank's share of each gradient."""
+        return not (self.layout.get("overlap") and self.layout.get("vpp"))
+
     def settings(self) -> dict[str, Any]:
         """Flat configuration values."""
         words = dict(self.layout)
@@ -84,6 +91,8 @@ class Case:
             "recompute_granularity": words.pop("recompute", "none"),
             "recompute_modules": tuple(words.pop("modules", "core_attn").split("+")),
             "global_batch_size": NUM_MICROBATCHES,
+            "overlap_grad_reduce": words.get("overlap", False),
+            "overlap_param_gather": words.pop("overlap", False),
         }
         assert not words, f"unknown layout words {words}"
         return values
@@ -102,6 +111,8 @@ CASES: list[Case] = [
     *_cases(2, "v1 v2 v2_mtp", dict(ep=2), dict(tp=2, etp=2)),
     *_cases(2, "v1 dense", dict()),
     *_cases(2, "dense", dict(tp=2, sp=False)),
+    *_cases(2, "v1 v2_mtp", dict(overlap=True)),
+    *_cases(4, "v1", dict(pp=2, vpp=2, overlap=True)),
     *_cases(2, "v1 v2_mtp", dict(tp=2, recompute="full"), dict(pp=2, recompute="full")),
     *_cases(4, "v1 v2_mtp", dict(tp=2, pp=2), dict(tp=2, ep=2), dict(pp=2, ep=2), dict(tp=2, etp=2, ep=2)),
     *_cases(4, "v1 v2", dict(ep=4), dict(tp=2, etp=1, ep=4)),

@@ -13,14 +13,17 @@ def local_shards(engine: Any, *, gradients: bool) -> list[dict[str, Any]]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    from megatron_ring.checkpoint.state import model_state
+    from megatron_ring.model.build import sharding_metadata
 
     parameters = [p for model in engine.models for p in model.parameters() if p.requires_grad]
     weights = [p.data for p in parameters]
     if gradients:
         for parameter in parameters:
             parameter.data = parameter.main_grad.view(parameter.shape)
-    state = model_state(engine)
+    else:
+        engine.gather_parameters()
+    metadata = sharding_metadata(engine.topology)
+    state = {str(i): chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(engine.models)}
     apply_factories(state)
     shards = [
         dict(key=s.key, shape=s.global_shape, offset=s.global_offset, data=s.data.detach().clone())
@@ -62,7 +65,8 @@ def largest_gap(own: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]
     """Largest ``|own - reference| / |reference|`` over tensors, and its key."""
     assert own.keys() == reference.keys(), own.keys() ^ reference.keys()
     gaps = {
-        key: ((own[key] - reference[key]).norm() / reference[key].norm().clamp(min=1e-9)).item() for key in own
+        key: ((own[key] - reference[key]).norm() / reference[key].norm().clamp(min=1e-9)).item()
+        for key in own
     }
     worst = max(gaps, key=gaps.__getitem__)
     return gaps[worst], worst

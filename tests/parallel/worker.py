@@ -20,7 +20,7 @@ from megatron_ring.runtime import megatron_cpu
 from megatron_ring.runtime.session import Session, open_session
 from megatron_ring.train.engine import Engine
 from megatron_ring.train.objective import NextTokenObjective
-from tests.parallel.cases import CASES, LR, MODELS, NUM_MICROBATCHES, NUM_SLOTS, REFERENCES, STEPS, Case
+from tests.parallel.cases import CASES, LR, NUM_MICROBATCHES, NUM_SLOTS, REFERENCES, STEPS, Case
 from tests.parallel.collect import local_shards
 
 
@@ -47,6 +47,8 @@ def reduce_whole_gradients(engine: Engine) -> None:
         return finalize_model_grads(*args, **{**kwargs, "force_all_reduce": True})
 
     engine.models[0].config.finalize_model_grads_func = finalize
+    for chunk in engine.chunks:
+        chunk.force_all_reduce = True
 
 
 def randomise(engine: Engine) -> None:
