@@ -7,6 +7,7 @@ torch.
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -23,6 +24,8 @@ def run_entry(main: Callable[[], object]) -> NoReturn:
     Any other exception is ours and keeps its traceback. Of several processes that meet the same error one
     prints.
     """
+    # Megatron-Core warns at import about each optional package that is not installed
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     try:
         main()
     except RingError as error:
