@@ -36,6 +36,9 @@ from triton.compiler import ASTSource
 
 from megatron_ring.kernels.expert_mlp import kernel as expert_mlp
 from megatron_ring.kernels.grouped_gemm import kernel as grouped_gemm
+from megatron_ring.kernels.permute import kernel as permute
+from megatron_ring.kernels.routing import kernel as routing
+from megatron_ring.kernels.token_logprob import kernel as token_logprob
 
 GOLDEN = Path(__file__).with_name("static_golden.json")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -107,6 +110,86 @@ def product_specs(arch: int) -> dict[str, Spec]:
     signature |= dict.fromkeys(("dgate_desc", "dup_desc", "h_desc"), _block(1, 1, t.bm, t.bn // 4))
     constants = _constants(t, HAS_PROBS=True, E_PAD=128)
     specs["down_backward"] = Spec(expert_mlp._down_backward_kernel, signature, constants, t.options())
+    return specs
+
+
+def _route_specs(name: str, E: int, K: int, groups: int, open_groups: int) -> dict[str, Spec]:
+    """Routing forward and backward: softmax without groups, sigmoid with groups and a bias."""
+    sigmoid, tokens = groups > 0, routing._tokens_per_block(E)
+    shape = {
+        "E": E,
+        "EP": E,
+        "K": K,
+        "BT": tokens,
+        "SIGMOID": sigmoid,
+        "MASKED": True,
+        "scaling": 1.0,
+        "epsilon": 1e-20,
+    }
+    pointers = {"logits_ptr": "*fp32", "valid_ptr": "*i1", "experts_ptr": "*i64", "tokens": "i32"}
+    forward = shape | {"KP": 8, "G": groups, "GP": max(groups, 1), "TOP": open_groups, "BIASED": sigmoid}
+    forward |= {"REPLAYED": False, "replay_ptr": None} | ({} if sigmoid else {"bias_ptr": None})
+    outputs = {"bias_ptr": "*fp32", "probs_ptr": "*fp32", "counts_ptr": "*i32", "sums_ptr": "*fp32"}
+    backward = shape | {"PROBS": True, "STATISTIC": True, "SQUARE": True}
+    gradients = dict.fromkeys(("dprobs_ptr", "dsum_ptr", "dz_ptr", "out_ptr"), "*fp32")
+    return {
+        f"route_{name}": Spec(
+            routing.route_kernel, pointers | outputs, forward, routing.OPTIONS, ("tokens",)
+        ),
+        f"route_backward_{name}": Spec(
+            routing.route_backward_kernel, pointers | gradients, backward, routing.OPTIONS, ("tokens",)
+        ),
+    }
+
+
+def row_specs() -> dict[str, Spec]:
+    """The kernels that stream rows: routing, permutation, log p and entropy, at Ring's shape in bf16."""
+    specs = _route_specs("softmax", 64, 6, 0, 0) | _route_specs("sigmoid", 256, 8, 8, 4)
+    sums = {"counts_ptr": "*i32", "sums_ptr": "*fp32", "count_ptr": "*i64", "sum_ptr": "*fp32"}
+    specs["route_sum"] = Spec(
+        routing.route_sum_kernel,
+        sums | {"blocks": "i32", "E": "i32"},
+        {"BB": 128, "BE": 16},
+        routing.OPTIONS,
+        ("blocks",),
+    )
+    index = {"experts_ptr": "*i64", "offsets_ptr": "*i32", "gather_ptr": "*i64", "position_ptr": "*i64"}
+    specs["route_index"] = Spec(
+        routing.route_index_kernel,
+        index | {"slots": "i32", "E": "i32"},
+        {"K": 6, "BS": routing.SLOTS},
+        routing.OPTIONS,
+        ("slots",),
+    )
+    rows = {"x_ptr": "*bf16", "y_ptr": "*bf16", "out_ptr": "*bf16", "dout_ptr": "*bf16", "dy_ptr": "*bf16"}
+    rows |= {"gather_ptr": "*i64", "position_ptr": "*i64", "offsets_ptr": "*i32", "weights_ptr": "*fp32"}
+    rows |= {"dweights_ptr": "*fp32", "num_rows": "i32", "tokens": "i32", "width": "i32", "E": "i32"}
+    counts, weighted = ("num_rows", "tokens", "E"), {"K": 6, "WEIGHTED": True, "ACC": triton.language.float32}
+    specs["permute"] = Spec(permute.permute_kernel, rows, {"BN": 4, "BD": 1024}, permute.OPTIONS, counts)
+    specs["combine"] = Spec(
+        permute.combine_kernel, rows, weighted | {"BT": 2, "BD": 512}, permute.OPTIONS, counts
+    )
+    backward = weighted | {"KP": 8, "WEIGHT_GRADIENT": True, "BD": 512}
+    specs["combine_backward"] = Spec(permute.combine_backward_kernel, rows, backward, permute.OPTIONS, counts)
+    columns = {"logits_ptr": "*bf16", "stride": "i32", "local_ptr": "*i64", "columns": "i32", "width": "i32"}
+    constants = {"tau": 0.7, "ACC": triton.language.float32, "BV": token_logprob.BLOCK}
+    specs["logprob_partials"] = Spec(
+        token_logprob.partials_kernel,
+        columns | {"out_ptr": "*fp32"},
+        constants,
+        token_logprob.OPTIONS,
+        ("columns",),
+    )
+    columns |= dict.fromkeys(
+        ("max_ptr", "log_sum_ptr", "entropy_ptr", "dlogp_ptr", "dentropy_ptr"), "*fp32"
+    ) | {"out_ptr": "*bf16", "out_stride": "i32"}
+    specs["logprob_gradient"] = Spec(
+        token_logprob.gradient_kernel,
+        columns,
+        constants | {"ENTROPY": True},
+        token_logprob.OPTIONS,
+        ("columns",),
+    )
     return specs
 
 
@@ -257,11 +340,11 @@ def worse_fields(name: str, found: dict, golden: dict) -> list[str]:
 
 def _table(profiles: dict[str, dict]) -> str:
     head = {"regs": 6, "spills": 8, "smem KB": 9, "loop": 6, "TMA": 5, "cp.async": 10, "LDG": 5, "issue": 7}
-    lines = [f"{'kernel':20}" + "".join(f"{name:>{width}}" for name, width in head.items())]
+    lines = [f"{'kernel':24}" + "".join(f"{name:>{width}}" for name, width in head.items())]
     for name, found in profiles.items():
         loop = collections.defaultdict(lambda: "-", found.get("loop", {}))
         lines.append(
-            f"{name:20}{found['registers']:>6}{found['spills']:>8}{found['shared_bytes'] // 1024:>9}"
+            f"{name:24}{found['registers']:>6}{found['spills']:>8}{found['shared_bytes'] // 1024:>9}"
             f"{loop['instructions']:>6}{loop['tma_loads']:>5}{loop['cp_async']:>10}{loop['sync_loads']:>5}"
             f"{loop['issue_ratio']:>7}"
         )
@@ -276,7 +359,9 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help="write the golden profile instead of comparing")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args()
-    profiles = {name: profile(spec, args.arch) for name, spec in product_specs(args.arch).items()}
+    profiles = {
+        name: profile(spec, args.arch) for name, spec in (product_specs(args.arch) | row_specs()).items()
+    }
     problems = [
         problem for name, found in profiles.items() for problem in broken_gates(name, found, args.arch)
     ]
