@@ -19,8 +19,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor&, int64_t,
 Tensor route_backward(const Tensor&, const Tensor&, bool, double, const OptionalTensor&, const OptionalTensor&,
                       const OptionalTensor&, const OptionalTensor&);
 std::tuple<Tensor, Tensor, Tensor> route_index(const Tensor&, int64_t);
-std::tuple<Tensor, Tensor> rms_norm(const Tensor&, const Tensor&, double, double);
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor&, const Tensor&, const Tensor&, double, const Tensor&);
+std::tuple<Tensor, Tensor> rms_norm(const Tensor&, const Tensor&, double);
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor&, const Tensor&, const Tensor&, const Tensor&);
 
 TORCH_LIBRARY(megatron_ring, m) {
   m.def("token_logprob_partials(Tensor logits, Tensor local, int columns, float temperature) -> Tensor");
@@ -40,8 +40,8 @@ TORCH_LIBRARY(megatron_ring, m) {
       "route_backward(Tensor logits, Tensor experts, bool sigmoid, float scaling, Tensor? valid, Tensor? dprobs, "
       "Tensor? dprob_sum, Tensor? dz_sum) -> Tensor");
   m.def("route_index(Tensor experts, int num_experts) -> (Tensor, Tensor, Tensor)");
-  m.def("rms_norm(Tensor x, Tensor weight, float shift, float eps) -> (Tensor, Tensor)");
-  m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float shift, Tensor r) -> (Tensor, Tensor)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor r) -> (Tensor, Tensor)");
   m.def("instruction_set() -> str", [] { return std::string(instruction_set()); });
 }
 

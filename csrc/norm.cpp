@@ -1,4 +1,4 @@
-// RMSNorm over the last dimension: y = x * r * (weight + shift), r = 1 / sqrt(mean(x^2) + eps). T rows, D width.
+// RMSNorm over the last dimension: y = x * r * weight, r = 1 / sqrt(mean(x^2) + eps). T rows, D width.
 #include "tensors.h"
 
 namespace megatron_ring {
@@ -7,7 +7,7 @@ namespace megatron_ring {
 constexpr int64_t kParts = 16;
 
 // (y, r [T])
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_in, const Tensor& weight_in, double shift, double eps) {
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_in, const Tensor& weight_in, double eps) {
   const char* op = "rms_norm";
   check_cpu(x_in, 2, op, "x");
   TORCH_CHECK(weight_in.numel() == x_in.size(1), op, ": one weight per column of x");
@@ -23,8 +23,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_in, const Tensor& weight_in,
     A* inverse = data<A>(r);
     at::parallel_for(0, tokens, row_grain(2 * width), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
-        inverse[t] = rows<S>().rms_norm(to + t * width, from + t * width, w, static_cast<A>(shift),
-                                        static_cast<A>(eps), width);
+        inverse[t] = rows<S>().rms_norm(to + t * width, from + t * width, w, static_cast<A>(eps), width);
       }
     });
   });
@@ -33,7 +32,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_in, const Tensor& weight_in,
 
 // (dx, dweight)
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_in, const Tensor& x_in, const Tensor& weight_in,
-                                             double shift, const Tensor& r_in) {
+                                             const Tensor& r_in) {
   const char* op = "rms_norm_backward";
   check_cpu(x_in, 2, op, "x");
   TORCH_CHECK(dy_in.sizes() == x_in.sizes() && dy_in.scalar_type() == x_in.scalar_type() &&
@@ -53,7 +52,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_in, const Tensor& 
     A* sums = data<A>(dweight);
     at::parallel_for(0, parts, std::max<int64_t>(1, 32768 / (part * width)), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin * part; t < std::min(tokens, end * part); ++t) {
-        rows<S>().rms_norm_backward(grad + t * width, from + t * width, w, static_cast<A>(shift), inverse[t],
+        rows<S>().rms_norm_backward(grad + t * width, from + t * width, w, inverse[t],
                                     to + t * width, sums + t / part * width, width);
       }
     });

@@ -46,10 +46,10 @@ struct Rows {
   void (*swiglu)(S* h, const S* gate, const S* up, A p, int64_t n);
   // from dh: dgate, dup and h again; returns <dh, silu(gate) * up>
   A (*swiglu_backward)(const S* dh, const S* gate, const S* up, A p, S* dgate, S* dup, S* h, int64_t n);
-  // y = x * r * (weight + shift), returns r = 1 / sqrt(mean(x^2) + eps)
-  A (*rms_norm)(S* y, const S* x, const S* weight, A shift, A eps, int64_t n);
+  // y = x * r * weight, returns r = 1 / sqrt(mean(x^2) + eps)
+  A (*rms_norm)(S* y, const S* x, const S* weight, A eps, int64_t n);
   // dx, and dweight += dy * x * r (dweight in arithmetic type)
-  void (*rms_norm_backward)(const S* dy, const S* x, const S* weight, A shift, A r, S* dx, A* dweight, int64_t n);
+  void (*rms_norm_backward)(const S* dy, const S* x, const S* weight, A r, S* dx, A* dweight, int64_t n);
 };
 
 // exponentials of a row in arithmetic precision

@@ -343,26 +343,26 @@ arithmetic_t<S> swiglu_backward(const S* dh, const S* gate, const S* up, arithme
 // ---- norm --------------------------------------------------------------------------------------------------------
 
 template <class S>
-arithmetic_t<S> rms_norm(S* y, const S* x, const S* weight, arithmetic_t<S> shift, arithmetic_t<S> eps, int64_t n) {
+arithmetic_t<S> rms_norm(S* y, const S* x, const S* weight, arithmetic_t<S> eps, int64_t n) {
   using L = Lane<S>;
   using V = typename L::V;
   using A = arithmetic_t<S>;
   const A r = A(1) / std::sqrt(dot<S>(x, x, n) / static_cast<A>(n) + eps);
   const int64_t whole = n / L::n * L::n;
   for (int64_t i = 0; i < whole; i += L::n) {
-    L::store(y + i, L::load(x + i) * r * (L::load(weight + i) + shift));
+    L::store(y + i, L::load(x + i) * r * L::load(weight + i));
   }
   if (whole < n) {
     const int64_t rest = n - whole;
-    V scaled = load_tail<S>(x + whole, rest, V{}) * r * (load_tail<S>(weight + whole, rest, V{}) + shift);
+    V scaled = load_tail<S>(x + whole, rest, V{}) * r * load_tail<S>(weight + whole, rest, V{});
     store_tail<S>(y + whole, scaled, rest);
   }
   return r;
 }
 
-// with u = dy (weight + shift): dx = r (u - x r^2 mean(u x))
+// with u = dy weight: dx = r (u - x r^2 mean(u x))
 template <class S>
-void rms_norm_backward(const S* dy, const S* x, const S* weight, arithmetic_t<S> shift, arithmetic_t<S> r, S* dx,
+void rms_norm_backward(const S* dy, const S* x, const S* weight, arithmetic_t<S> r, S* dx,
                        arithmetic_t<S>* dweight, int64_t n) {
   using L = Lane<S>;
   using V = typename L::V;
@@ -373,7 +373,7 @@ void rms_norm_backward(const S* dy, const S* x, const S* weight, arithmetic_t<S>
     const V d = tail ? load_tail<S>(dy + i, n - i, V{}) : L::load(dy + i);
     const V v = tail ? load_tail<S>(x + i, n - i, V{}) : L::load(x + i);
     const V w = tail ? load_tail<S>(weight + i, n - i, V{}) : L::load(weight + i);
-    sum += d * (w + shift) * v;
+    sum += d * w * v;
     const V dw = d * v * r;
     if (tail) {
       store_tail<A>(dweight + i, load_tail<A>(dweight + i, n - i, V{}) + dw, n - i);
@@ -387,7 +387,7 @@ void rms_norm_backward(const S* dy, const S* x, const S* weight, arithmetic_t<S>
     const V d = tail ? load_tail<S>(dy + i, n - i, V{}) : L::load(dy + i);
     const V v = tail ? load_tail<S>(x + i, n - i, V{}) : L::load(x + i);
     const V w = tail ? load_tail<S>(weight + i, n - i, V{}) : L::load(weight + i);
-    const V out = (d * (w + shift) - v * along) * r;
+    const V out = (d * w - v * along) * r;
     if (tail) {
       store_tail<S>(dx + i, out, n - i);
     } else {

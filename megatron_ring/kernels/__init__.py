@@ -6,6 +6,7 @@
 from megatron_ring.kernels.expert_mlp import expert_mlp
 from megatron_ring.kernels.grouped_gemm import grouped_gemm
 from megatron_ring.kernels.permute import combine, permute
+from megatron_ring.kernels.rms_norm import rms_norm
 from megatron_ring.kernels.routing import RouteIndex, Routing, route, route_index
 from megatron_ring.kernels.token_logprob import token_logprob
 
@@ -16,6 +17,7 @@ __all__ = [
     "expert_mlp",
     "grouped_gemm",
     "permute",
+    "rms_norm",
     "route",
     "route_index",
     "token_logprob",
