@@ -175,7 +175,7 @@ STAND_INS: tuple[StandIn, ...] = (
         "tracker_set_rng_state",
         _CORE + "tensor_parallel.random",
         "_set_cuda_rng_state",
-        ("tensor_parallel/random.py:80 (add, fork, checkpoint)",),
+        ("tensor_parallel/random.py:103 (add, fork, checkpoint)",),
         _instead(_set_state),
     ),
     StandIn(
@@ -239,8 +239,8 @@ STAND_INS: tuple[StandIn, ...] = (
         "torch.cuda",
         "synchronize",
         (
-            "dist_checkpointing/strategies/filesystem_async.py:preload_tensors",
-            "async_utils.py:TemporalAsyncCaller",
+            "dist_checkpointing/strategies/filesystem_async.py:230",
+            "dist_checkpointing/strategies/async_utils.py:212 (asynchronous saves)",
         ),
         _returns(None),
     ),
