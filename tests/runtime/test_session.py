@@ -1,0 +1,97 @@
+"""A session opens what it needs and leaves the process as it found it."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_ring.config.parallel import ParallelConfig
+from megatron_ring.errors import ConfigError
+from megatron_ring.runtime import device
+from megatron_ring.runtime.session import open_session, rank_from_env, world_size_from_env
+
+PLAIN = ParallelConfig(bf16=False)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["leaving", "an-error"])
+def test_a_session_closes_what_it_opened(fails):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    load = DistributedOptimizer._set_main_param_and_optimizer_states
+    current_device = torch.cuda.current_device
+    try:
+        with open_session(PLAIN, seed=1) as session:
+            assert torch.distributed.is_initialized() and parallel_state.model_parallel_is_initialized()
+            assert (session.rank, session.world_size, session.is_main, session.is_writer) == (
+                0,
+                1,
+                True,
+                True,
+            )
+            assert session.device == device.device()
+            assert DistributedOptimizer._set_main_param_and_optimizer_states is not load
+            if fails:
+                raise KeyError
+    except KeyError:
+        assert fails
+    assert not torch.distributed.is_initialized()
+    assert not parallel_state.model_parallel_is_initialized()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == handlers
+    assert DistributedOptimizer._set_main_param_and_optimizer_states is load
+    assert torch.cuda.current_device is current_device
+
+
+def test_sessions_follow_one_another_and_are_seeded_alike():
+    drawn = []
+    for seed in (1, 1, 2):
+        with open_session(PLAIN, seed=seed):
+            drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_asks_to_leave_and_a_second_one_has_its_usual_effect(number):
+    usual = []
+    before = signal.signal(number, lambda *_: usual.append(number))
+    try:
+        with open_session(PLAIN, seed=1) as session:
+            assert not session.exit_wanted()
+            os.kill(os.getpid(), number)
+            assert session.exit_request.signal_number == number
+            assert session.exit_wanted() and usual == []
+            os.kill(os.getpid(), number)
+            assert usual == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_reason_of_ones_own_is_a_wish_to_leave_too():
+    with open_session(PLAIN, seed=1) as session:
+        assert session.exit_wanted(also=True) and not session.exit_wanted(also=False)
+
+
+def test_a_world_without_an_address_is_one_line(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert (world_size_from_env(), rank_from_env()) == (2, 0)
+    with (
+        pytest.raises(ConfigError, match="WORLD_SIZE=2 but RANK, MASTER_ADDR, MASTER_PORT not set; start"),
+        open_session(PLAIN, seed=1),
+    ):
+        pass
+    assert not torch.distributed.is_initialized()
+
+
+def test_an_untested_megatron_is_refused(monkeypatch):
+    monkeypatch.setattr("megatron.core.__version__", "0.99.0")
+    with (
+        pytest.raises(ConfigError, match=r"megatron-core 0\.99\.0 .*install megatron-core=="),
+        open_session(PLAIN, seed=1),
+    ):
+        pass
+    assert not torch.distributed.is_initialized()
