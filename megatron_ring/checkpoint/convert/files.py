@@ -68,13 +68,19 @@ class SummedFile:
         self._on_bytes = on_bytes
         self.num_bytes = 0
         self.crc32 = 0
+        self.failure: OSError | None = None
+        """What ended the last write; torch.save raises an error of its own in its place."""
 
     def write(self, data) -> int:
         view = memoryview(data).cast("B")
         self.crc32 = zlib.crc32(view, self.crc32)
         done = 0
-        while done < len(view):
-            done += self._file.write(view[done:])
+        try:
+            while done < len(view):
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self.failure = error
+            raise
         self.num_bytes += done
         self._on_bytes(done)
         return done

@@ -134,8 +134,8 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         sink.write(struct.pack("<Q", len(text)) + text)
 
-    def write(self, name: str, box: Box, rows: Tensor) -> list[object]:
-        """Append contiguous rows. Returns nothing that the index needs."""
+    def write(self, name: str, box: Box, rows: Tensor) -> list[int]:
+        """Append rows. Returns an empty list: the header has said where they lie."""
         self._sink.write(rows.contiguous().view(-1).view(torch.uint8).numpy())
         return []
 

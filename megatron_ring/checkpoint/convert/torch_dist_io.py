@@ -13,7 +13,7 @@ import pickle
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ _LOADABLE: dict[str, Any] = {
     "torch.serialization._get_layout": torch.serialization._get_layout,
     "torch.Size": torch.Size,
     "collections.OrderedDict": dict,
+    "pathlib.PosixPath": PurePosixPath,
     **{f"torch.{n}": getattr(torch, n) for n in dir(torch) if isinstance(getattr(torch, n), torch.dtype)},
 }
 """All that a checkpoint's pickles may name. Nothing in it runs code of the pickle's choice."""
@@ -242,18 +243,28 @@ def _locate(file: _Slice) -> tuple[int, TensorInfo, tuple[int, ...]]:
     """(byte where the numbers start, description, strides) of the one tensor in a ``torch.save`` archive."""
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename.split("/", 1)[1]: entry for entry in archive.infolist()}
-        dtype, offset, shape, stride = _Archive(io.BytesIO(archive.read(entries["data.pkl"]))).load()
-        data = entries["data/0"]
-        if data.compress_type != zipfile.ZIP_STORED:
-            raise ValueError("its numbers are compressed")
+    pickled, data = entries["data.pkl"], entries["data/0"]
+    if pickled.compress_type or data.compress_type:
+        raise ValueError("it is compressed")
+    # not read through zipfile: torch can leave the checksums out, and zipfile insists on them
+    file.seek(_start(file, pickled))
+    dtype, offset, shape, stride = _Archive(io.BytesIO(file.read(pickled.file_size))).load()
     info = TensorInfo(dtype, shape)
     if offset * dtype.itemsize + info.num_bytes > data.file_size:
         raise ValueError("its storage is too short")
-    # the local header's name and extra field have lengths of their own
-    file.seek(data.header_offset + 26)
+    return _start(file, data) + offset * dtype.itemsize, info, stride
+
+
+def _start(file: _Slice, entry: zipfile.ZipInfo) -> int:
+    """Where an entry's bytes begin: its local header has a name and an extra field of lengths of their own."""
+    file.seek(entry.header_offset + 26)
     lengths = file.read(4)
-    skipped = 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-    return data.header_offset + skipped + offset * dtype.itemsize, info, stride
+    return (
+        entry.header_offset
+        + 30
+        + int.from_bytes(lengths[:2], "little")
+        + int.from_bytes(lengths[2:], "little")
+    )
 
 
 class TorchDistWriter:
@@ -261,17 +272,26 @@ class TorchDistWriter:
 
     def __init__(self, sink: SummedFile, tensors: dict[str, TensorInfo]):
         self._sink = sink
-        # every file has a checksum as a whole
+
+    def write(self, name: str, box: Box, rows: Tensor) -> list[int]:
+        """Append a chunk; (byte offset, length)."""
+        return self._append(rows.reshape(box.shape))
+
+    def write_empty_object(self) -> list[int]:
+        """Append what Megatron's own linear layers keep as their extra state."""
+        return self._append([None])
+
+    def _append(self, value: object) -> list[int]:
+        start = self._sink.num_bytes
+        computes = torch.serialization.get_crc32_options()
+        # the file has a checksum as a whole
         torch.serialization.set_crc32_options(False)
-
-    def write(self, name: str, box: Box, rows: Tensor) -> list[object]:
-        start = self._sink.num_bytes
-        torch.save(rows.reshape(box.shape), self._sink)
-        return [start, self._sink.num_bytes - start]
-
-    def write_empty_object(self) -> list[object]:
-        start = self._sink.num_bytes
-        torch.save([None], self._sink)
+        try:
+            torch.save(value, self._sink)
+        except RuntimeError as error:
+            raise self._sink.failure or error from None
+        finally:
+            torch.serialization.set_crc32_options(computes)
         return [start, self._sink.num_bytes - start]
 
 

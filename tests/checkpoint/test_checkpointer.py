@@ -1,0 +1,305 @@
+"""What is saved comes back bit for bit; what cannot be saved or loaded is one line and harms nothing."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ring.checkpoint.checkpointer import Checkpointer
+from megatron_ring.errors import CheckpointError
+from megatron_ring.runtime.session import open_session
+from megatron_ring.train.engine import Engine
+from megatron_ring.train.objective import NextTokenObjective
+from tests.model.small import batch, config_of, weights
+
+OBJECTIVE = NextTokenObjective()
+NAME = "iter_0000003"
+TRAINER = {"step": 3, "cursor": {"epoch": 1}}
+
+
+@contextmanager
+def checkpointer(seed: int = 1, model: str = "v2", **settings) -> Iterator[Checkpointer]:
+    config = config_of(model, seed=seed, **settings)
+    with open_session(config.parallel, seed=seed) as session:
+        yield Checkpointer(config, Engine(config, session), session)
+
+
+def state_of(engine: Engine) -> list[torch.Tensor]:
+    """Weights, buffers, main parameters and every optimizer state, as copies."""
+    parts = engine.optimizer.chained_optimizers
+    mains = [p for part in parts for group in part.param_groups for p in group["params"]]
+    moments = [v for part in parts for state in part.optimizer.state.values() for v in state.values()]
+    return [*weights(engine).values(), *(value.clone() for value in [*mains, *moments])]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[Path, list[torch.Tensor], torch.Tensor]:
+    """A checkpoint after two steps, what it should hold, and what the generator gives next."""
+    root = tmp_path_factory.mktemp("saved") / "run"
+    with checkpointer(save=str(root), bf16=True, moe_router_warmup_iters=9) as writer:
+        for _ in range(2):
+            writer.engine.step(batch(), OBJECTIVE, 1e-2, warmup=0.5)
+        torch.rand(17)
+        writer.save(3, TRAINER)
+        return root, state_of(writer.engine), torch.rand(5)
+
+
+SAME = {"bf16": True, "moe_router_warmup_iters": 9}
+
+
+@pytest.fixture
+def root(saved, tmp_path) -> Path:
+    """A copy of the saved run to do damage to."""
+    return Path(shutil.copytree(saved[0], tmp_path / "run"))
+
+
+def one_line(caught: pytest.ExceptionInfo[CheckpointError], *parts: str) -> None:
+    line = str(caught.value)
+    assert "\n" not in line
+    for part in parts:
+        assert part in line, line
+
+
+def load_fails(root: Path, *parts: str, **settings) -> None:
+    with checkpointer(seed=2, load=str(root), **{**SAME, **settings}) as reader:
+        before = state_of(reader.engine)
+        with pytest.raises(CheckpointError) as caught:
+            reader.load(root)
+        assert all(map(torch.equal, before, state_of(reader.engine)))
+    one_line(caught, *parts)
+
+
+def test_everything_comes_back_bit_for_bit(saved):
+    root, state, drawn = saved
+    with checkpointer(seed=2, load=str(root), **SAME) as reader:
+        assert reader.load(root) == TRAINER
+        assert all(map(torch.equal, state_of(reader.engine), state))
+        assert torch.equal(torch.rand(5), drawn)
+        second = reader.engine.step(batch(seed=9), OBJECTIVE, 1e-2)
+    with checkpointer(seed=3, load=str(root), **SAME) as reader:
+        assert reader.load(root / NAME) == TRAINER, "a step's own folder may be named too"
+        assert reader.engine.step(batch(seed=9), OBJECTIVE, 1e-2) == second
+
+
+@pytest.mark.parametrize("flag", ["finetune", "no_load_optim", "no_load_rng"])
+def test_each_part_can_be_left_out(saved, flag):
+    root, state, drawn = saved
+    with checkpointer(seed=2, load=str(root), **SAME, **{flag: True}) as reader:
+        fresh = state_of(reader.engine)
+        trainer = reader.load(root)
+        assert trainer == (None if flag == "finetune" else TRAINER)
+        names = len(weights(reader.engine))
+        assert all(map(torch.equal, state_of(reader.engine)[:names], state[:names]))
+        if flag != "no_load_rng":
+            assert not any(part.optimizer.state for part in reader.engine.optimizer.chained_optimizers)
+            mains = state_of(reader.engine)[names:]
+            assert not any(map(torch.equal, mains, fresh[names:]))
+            models = torch.cat([w.flatten().float() for w in weights(reader.engine).values() if w.dim() > 1])
+            assert torch.cat([m.flatten() for m in mains]).sum() == pytest.approx(
+                models.sum().item(), rel=1e-2
+            )
+        assert torch.equal(torch.rand(5), drawn) == (flag == "no_load_optim")
+
+
+def test_nothing_to_load_yet_is_a_fresh_start_only_where_the_run_saves(tmp_path):
+    here = str(tmp_path / "run")
+    with checkpointer(load=here, save=here) as reader:
+        assert reader.load(here) is None
+    with (
+        checkpointer(load=here, save=str(tmp_path / "other")) as reader,
+        pytest.raises(CheckpointError) as caught,
+    ):
+        reader.load(here)
+    one_line(caught, f"--load {here}: no such folder", "name one that a run saved to")
+
+
+def test_a_killed_save_leaves_the_previous_checkpoint_loadable(root, saved):
+    shutil.copytree(root / NAME, root / "iter_0000006.incomplete")
+    (root / "iter_0000006.incomplete" / "__0_0.distcp").write_bytes(b"half")
+    with checkpointer(seed=2, load=str(root), **SAME) as reader:
+        assert reader.load(root) == TRAINER
+        assert all(map(torch.equal, state_of(reader.engine), saved[1]))
+
+
+def test_an_asynchronous_save_is_a_snapshot_and_becomes_the_latest_when_done(tmp_path):
+    root = tmp_path / "run"
+    with checkpointer(save=str(root), async_save=True, keep_last_n=1) as writer:
+        writer.engine.step(batch(), OBJECTIVE, 1e-2)
+        state = state_of(writer.engine)
+        writer.save(1, TRAINER)
+        with torch.no_grad():
+            for value in [*writer.engine.models[0].parameters(), *writer.engine.models[0].buffers()]:
+                value.zero_()
+            for part in writer.engine.optimizer.chained_optimizers:
+                for group in part.param_groups:
+                    for value in group["params"]:
+                        value.zero_()
+                        part.optimizer.state[value]["exp_avg"].zero_()
+        assert not (root / "latest_checkpointed_iteration.txt").exists()
+        # the next save waits for the first, and prunes it when it is durable itself
+        writer.save(2, TRAINER | {"step": 2})
+        assert (root / "latest_checkpointed_iteration.txt").read_text() == "1\n"
+        kept = shutil.copytree(root / "iter_0000001", tmp_path / "first")
+        writer.finish()
+        assert (root / "latest_checkpointed_iteration.txt").read_text() == "2\n"
+        assert sorted(p.name for p in root.iterdir()) == ["iter_0000002", "latest_checkpointed_iteration.txt"]
+    with checkpointer(seed=2, load=str(kept)) as reader:
+        assert reader.load(kept) == TRAINER
+        assert all(map(torch.equal, state_of(reader.engine), state))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("vocab_size", 240), ("num_layers", 3), ("num_experts", 4), ("qk_layernorm", False)]
+)
+def test_a_checkpoint_of_another_model_names_the_difference(root, name, value):
+    settings = {name: value, "moe_router_num_groups": 2} if name == "num_experts" else {name: value}
+    theirs = getattr(config_of("v2").model, name)
+    parts = f"another model: {name}={theirs} there but {value} here", "use the config that is saved beside it"
+    load_fails(root, *parts, **settings)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".metadata", "__0_0.distcp", "common.pt", "metadata.json", "trainer_state.json", "rng.safetensors"],
+)
+def test_a_missing_file_is_refused(root, name):
+    (root / NAME / name).unlink()
+    load_fails(root, str(root / NAME))
+
+
+@pytest.mark.parametrize(
+    "name", ["__0_0.distcp", "common.pt", "metadata.json", "rng.safetensors", ".metadata"]
+)
+@pytest.mark.parametrize("left", [0, 0.5], ids=["empty", "half"])
+def test_a_cut_file_is_refused(root, name, left):
+    path = root / NAME / name
+    os.truncate(path, int(path.stat().st_size * left))
+    load_fails(root, str(root / NAME))
+
+
+def test_a_pointer_to_a_missing_step_is_refused(root):
+    (root / "latest_checkpointed_iteration.txt").write_text("8")
+    load_fails(root, "names step 8, which is not there (found: 3)")
+
+
+class Evil:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def evil_metadata(folder: Path, mark: Path) -> None:
+    """The first tensor becomes a pickled object that lies in a file of its own."""
+    import torch.distributed.checkpoint.metadata as dcp
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+    buffer = io.BytesIO()
+    torch.save(Evil(mark), buffer)
+    (folder / "evil.distcp").write_bytes(buffer.getvalue())
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for key in [k for k in metadata.state_dict_metadata if k.startswith("embedding.")]:
+        metadata.state_dict_metadata[key] = dcp.BytesStorageMetadata()
+        place = _StorageInfo(relative_path="evil.distcp", offset=0, length=len(buffer.getvalue()))
+        metadata.storage_data[dcp.MetadataIndex(key)] = place
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def evil_objects(folder: Path, mark: Path) -> None:
+    """Every object that Megatron keeps beside the weights is replaced in its place."""
+    buffer = io.BytesIO()
+    torch.save(Evil(mark), buffer)
+    (folder / "evil.distcp").write_bytes(buffer.getvalue())
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    objects = [index for index in metadata.storage_data if "_extra_state" in index.fqn]
+    assert objects
+    for index in objects:
+        info = metadata.storage_data[index]
+        info.relative_path, info.offset, info.length = "evil.distcp", 0, len(buffer.getvalue())
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_a_tensor_that_has_become_an_object_is_refused_and_not_unpickled(root, tmp_path):
+    evil_metadata(root / NAME, tmp_path / "ran")
+    load_fails(root, "cannot be read safely", "is a pickled object, not a tensor")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_objects_beside_the_weights_are_never_unpickled(root, tmp_path, saved):
+    evil_objects(root / NAME, tmp_path / "ran")
+    with checkpointer(seed=2, load=str(root), **SAME) as reader:
+        assert reader.load(root) == TRAINER
+        assert all(map(torch.equal, state_of(reader.engine), saved[1]))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_in_the_folders_place_cannot_be_saved_to(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with checkpointer(save=str(tmp_path / "run")) as writer, pytest.raises(CheckpointError) as caught:
+        writer.save(1, TRAINER)
+    one_line(caught, f"--save {tmp_path / 'run'}", "name a folder that can be written")
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Callable[[int], Path]]:
+    """A real file system of that many megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = []
+
+    def mount(megabytes: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except FileNotFoundError:
+            pytest.skip("no mount command")
+        if done.returncode:
+            pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(small_disk):
+    disk = small_disk(2)
+    with checkpointer(save=str(disk / "run")) as writer, pytest.raises(CheckpointError) as caught:
+        writer.save(1, TRAINER)
+    one_line(caught, f"--save {disk / 'run'}", "GB free but the checkpoint of step 1 needs", "free space")
+    assert list((disk / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
+def test_a_disk_that_fills_up_during_a_save_keeps_the_previous_checkpoint(
+    small_disk, monkeypatch, async_save
+):
+    disk = small_disk(12)
+    with checkpointer(save=str(disk / "run"), async_save=async_save) as writer:
+        writer.save(1, TRAINER)
+        writer.finish()
+        with open(disk / "other", "wb") as other:
+            other.write(b"0" * (shutil.disk_usage(disk).free - 1_000_000))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path: _Plenty)
+        with pytest.raises(CheckpointError) as caught:
+            writer.save(2, TRAINER)
+            writer.finish()
+        one_line(caught, f"--save {disk / 'run'}", "the previous checkpoint stays")
+        assert (disk / "run" / "latest_checkpointed_iteration.txt").read_text() == "1\n"
+        assert writer.load(disk / "run" / "iter_0000001") == TRAINER
+
+
+class _Plenty:
+    free = 10**15

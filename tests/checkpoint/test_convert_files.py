@@ -1,0 +1,474 @@
+"""Conversion of folders: bit-equal both ways, bad input refused in a line, interrupted runs resumed and never taken as finished."""
+
+import dataclasses
+import errno
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_ring.checkpoint.convert import files, stream
+from megatron_ring.checkpoint.convert.convert import Options, hf_to_megatron, megatron_to_hf, reshard
+from megatron_ring.checkpoint.convert.folders import check_manifest
+from megatron_ring.checkpoint.convert.hf_config import hf_config, model_config, read_hf_config
+from megatron_ring.checkpoint.convert.torch_dist_io import TorchDistFolder
+from megatron_ring.config.load import preset_config
+from megatron_ring.errors import CheckpointError
+from tests.checkpoint.convert_cases import ODD, Silent, assert_same, read_hf, read_megatron, write_hf
+
+ROOT = Path(__file__).parents[2]
+TOOL = [sys.executable, str(ROOT / "tools/convert_checkpoint.py")]
+SMALL = Options(max_file_bytes=20_000, verify=True)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random Hugging Face folder per model; tests that damage one copy it first."""
+    root = tmp_path_factory.mktemp("hf")
+    return {name: write_hf(model, root / name) for name, model in ODD.items()}
+
+
+def run(*words: object, **options) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*TOOL, *map(str, words)], capture_output=True, text=True, env=environment, **options
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ODD)
+def test_there_and_back_is_bit_equal(name: str, dtype: str, tmp_path: Path):
+    source = write_hf(ODD[name], tmp_path / "hf", dtype)
+    reporter = Silent()
+    folder = hf_to_megatron(source, tmp_path / "megatron", SMALL, reporter, divisible_by=8)
+    assert len(list(folder.glob("*.distcp"))) > 2 and any(
+        "equal bit by bit" in line for line in reporter.lines
+    )
+    back = megatron_to_hf(tmp_path / "megatron", tmp_path / "back", SMALL, reporter)
+    assert_same(read_hf(back), read_hf(source))
+    assert len(list(back.glob("*.safetensors"))) > 1
+    assert read_hf_config(back) == read_hf_config(source)
+    assert (back / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
+    again = hf_to_megatron(back, tmp_path / "again", SMALL, reporter, divisible_by=8)
+    assert_same(read_megatron(again), read_megatron(folder))
+    for path in tmp_path.rglob("*"):
+        assert not path.name.endswith((".incomplete", ".part", ".lock")) and path.name != ".done", path
+
+
+def test_padding_is_zero_and_follows_the_layout(hf: dict[str, Path], tmp_path: Path):
+    folder = hf_to_megatron(hf["v1"], tmp_path / "m", SMALL, Silent(), divisible_by=16, tensor_size=4)
+    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        rows = read_megatron(folder)[key]
+        assert rows.shape == (128, 37) and (rows[101:] == 0).all() and (rows[:101] != 0).any()
+
+
+def test_two_processes_write_what_one_does(hf: dict[str, Path], tmp_path: Path):
+    one = hf_to_megatron(hf["v2_mtp"], tmp_path / "one", SMALL, Silent())
+    done = run("hf-to-megatron", hf["v2_mtp"], tmp_path / "two", "--workers", 2, "--max-file-gb", 2e-5)
+    assert done.returncode == 0, done.stderr
+    two = tmp_path / "two/iter_0000000"
+    assert "GB/s" in done.stdout
+    assert {p.name: p.read_bytes() for p in one.glob("*.distcp")} == {
+        p.name: p.read_bytes() for p in two.glob("*.distcp")
+    }
+
+
+def test_casting_is_named_and_spares_the_expert_bias(hf: dict[str, Path], tmp_path: Path):
+    reporter = Silent()
+    options = dataclasses.replace(SMALL, dtype=torch.bfloat16)
+    folder = hf_to_megatron(hf["v2"], tmp_path / "m", options, reporter)
+    tensors = read_megatron(folder)
+    kinds = {key: tensor.dtype for key, tensor in tensors.items()}
+    assert {key for key, kind in kinds.items() if kind == torch.float32} == {
+        k for k in kinds if k.endswith("expert_bias")
+    }
+    own = read_hf(hf["v2"])["model.layers.1.mlp.experts.3.up_proj.weight"]
+    assert torch.equal(tensors["decoder.layers.1.mlp.experts.fc1_weight"][3, 1], own.bfloat16())
+    assert any("cast float32 -> bfloat16" in line for line in reporter.lines)
+
+
+def test_normalised_head_is_what_the_model_divides_by(hf: dict[str, Path], tmp_path: Path):
+    hf_to_megatron(hf["v1"], tmp_path / "m", SMALL, Silent())
+    back = megatron_to_hf(tmp_path / "m", tmp_path / "h", SMALL, Silent(), normalize_head=True)
+    assert read_hf_config(back)["norm_head"] is False
+    raw, normed = read_hf(hf["v1"])["lm_head.weight"], read_hf(back)["lm_head.weight"]
+    torch.testing.assert_close(normed, raw / (raw.norm(dim=0) + 1e-7))
+
+
+def test_reshard_pads_anew_and_keeps_the_optimizer(hf: dict[str, Path], tmp_path: Path):
+    folder = hf_to_megatron(hf["v1"], tmp_path / "m", SMALL, Silent(), divisible_by=16)
+    before = read_megatron(folder)
+    # a run's checkpoint has moments beside each weight, in the weight's shape
+    with_moments = before | {f"optimizer.state.exp_avg.{key}": -tensor for key, tensor in before.items()}
+    _rewrite(folder, with_moments)
+    reporter = Silent()
+    after_folder = reshard(tmp_path / "m", tmp_path / "r", SMALL, reporter, divisible_by=7, tensor_size=2)
+    after = read_megatron(after_folder)
+    assert after.keys() == with_moments.keys()
+    for key, tensor in after.items():
+        rows = 101 if tensor.shape[0] == 112 else tensor.shape[0]
+        assert torch.equal(tensor[:rows], with_moments[key][:rows]) and (tensor[rows:] == 0).all()
+    assert after["optimizer.state.exp_avg.output_layer.weight"].shape == (112, 37)
+    assert any("_extra_state objects dropped" in line for line in reporter.lines)
+    assert "make_vocab_size_divisible_by = 7" in (after_folder / "config.toml").read_text()
+    assert_same(read_hf(megatron_to_hf(tmp_path / "r", tmp_path / "h", SMALL, Silent())), read_hf(hf["v1"]))
+
+
+def _rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Save ``tensors`` and an object in PyTorch's own words in place of what is in ``folder``."""
+    import torch.distributed.checkpoint as dcp
+
+    for path in [*folder.glob("*.distcp"), folder / ".metadata"]:
+        path.unlink()
+    objects = {"decoder.layers.0.self_attention.linear_qkv._extra_state/shard_0_1": {"amax": 3}}
+    dcp.save({**tensors, **objects}, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+
+
+def test_an_interrupted_conversion_goes_on_where_it_stopped(hf: dict[str, Path], tmp_path: Path, monkeypatch):
+    target, working = tmp_path / "m", tmp_path / "m/iter_0000000.incomplete"
+    room = [150_000]
+
+    class SmallDisk(io.FileIO):
+        def write(self, data) -> int:
+            room[0] -= len(data)
+            if room[0] < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    monkeypatch.setattr(files, "open", lambda path, mode, buffering=0: SmallDisk(path, mode), raising=False)
+    with pytest.raises(
+        CheckpointError, match="No space left on device; when that is mended, run the same command"
+    ):
+        hf_to_megatron(hf["v1"], target, SMALL, Silent())
+    assert working.is_dir() and not (target / "iter_0000000").exists()
+    assert (
+        not (target / "latest_checkpointed_iteration.txt").exists() and not (working / ".metadata").exists()
+    )
+    finished = {p.name: p.stat().st_mtime_ns for p in working.glob("*.distcp")}
+    assert len(finished) > 2
+    room[0] = 10_000_000
+    reporter = Silent()
+    folder = hf_to_megatron(hf["v1"], target, SMALL, reporter)
+    assert any(line.startswith(f"resuming: {len(finished)} of") for line in reporter.lines)
+    assert all((folder / name).stat().st_mtime_ns == when for name, when in finished.items())
+    assert_same(
+        read_megatron(folder), read_megatron(hf_to_megatron(hf["v1"], tmp_path / "whole", SMALL, Silent()))
+    )
+
+
+def test_another_plan_starts_afresh(hf: dict[str, Path], tmp_path: Path):
+    working = tmp_path / "h.incomplete"
+    hf_to_megatron(hf["v1"], tmp_path / "m", SMALL, Silent())
+    shutil.copytree(tmp_path / "m/iter_0000000", working)
+    reporter = Silent()
+    back = megatron_to_hf(tmp_path / "m", tmp_path / "h", SMALL, reporter)
+    assert any("starting afresh" in line for line in reporter.lines)
+    assert not list(back.glob("*.distcp"))
+    assert_same(read_hf(back), read_hf(hf["v1"]))
+
+
+def test_a_terminated_conversion_never_looks_finished(tmp_path: Path):
+    model = dataclasses.replace(ODD["v1"], num_layers=40, num_experts=48)
+    source = write_hf(model, tmp_path / "hf", max_file_bytes=1_000_000)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = ["hf-to-megatron", str(source), str(tmp_path / "m"), "--max-file-gb", "1e-5"]
+    process = subprocess.Popen(
+        [*TOOL, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    working = tmp_path / "m/iter_0000000.incomplete"
+    deadline = time.monotonic() + 60
+    while not list(working.glob("*.distcp")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert [p.name for p in (tmp_path / "m").iterdir() if p.is_dir()] == ["iter_0000000.incomplete"]
+    done = run(*words, "--verify")
+    assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
+
+
+def test_a_full_disk_is_refused_before_the_first_byte(hf: dict[str, Path], tmp_path: Path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    with pytest.raises(CheckpointError, match=r"0\.00 GB free but the conversion writes"):
+        hf_to_megatron(hf["v1"], tmp_path / "m", SMALL, Silent())
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and not p.name.endswith(".lock")]
+
+
+def test_the_manifest_notices_a_flipped_bit(hf: dict[str, Path], tmp_path: Path):
+    folder = hf_to_megatron(hf["dense"], tmp_path / "m", SMALL, Silent())
+    assert run("check", tmp_path / "m").returncode == 0
+    path = sorted(folder.glob("*.distcp"))[1]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="CRC-32 is"):
+        check_manifest(folder)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="no bytes, not"):
+        check_manifest(folder)
+
+
+def test_verify_notices_a_flipped_bit(hf: dict[str, Path], tmp_path: Path, monkeypatch):
+    written = stream.written
+
+    def damage(*arguments):
+        notes = written(*arguments)
+        path = sorted(arguments[1].glob("*.distcp"))[1]
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        return notes
+
+    monkeypatch.setattr(stream, "written", damage)
+    with pytest.raises(CheckpointError, match="elements of .* differ from"):
+        hf_to_megatron(hf["dense"], tmp_path / "m", SMALL, Silent())
+    assert not (tmp_path / "m/iter_0000000").exists()
+
+
+def _edit_config(folder: Path, **values) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
+def _edit_tensors(folder: Path, first=lambda _: None, each=lambda _: None) -> None:
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        if path.name.startswith("model-00001"):
+            first(tensors)
+        each(tensors)
+        save_file(tensors, path)
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def _truncate(folder: Path) -> None:
+    path = sorted(folder.glob("*.safetensors"))[1]
+    os.truncate(path, path.stat().st_size - 100)
+
+
+BAD = {
+    "no such folder": (shutil.rmtree, "config.json: No such file"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: No such file"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: "),
+    "another family": (
+        lambda f: _edit_config(f, architectures=["LlamaForCausalLM"]),
+        "is another family's model",
+    ),
+    "family of other tensors": (
+        lambda f: _edit_config(f, architectures=["Qwen2ForCausalLM"]),
+        "model.embed_tokens.weight",
+    ),
+    "tied": (
+        lambda f: _edit_config(f, tie_word_embeddings=True),
+        "tie_word_embeddings=True is not supported",
+    ),
+    "scaled rope": (
+        lambda f: _edit_config(f, rope_scaling={"type": "yarn"}),
+        "rope_scaling={'type': 'yarn'} is not",
+    ),
+    "setting missing": (lambda f: _edit_config(f, num_experts=None), "num_experts is missing"),
+    "setting of another type": (
+        lambda f: _edit_config(f, hidden_size="37"),
+        "'37' for hidden_size is no int",
+    ),
+    "impossible sizes": (
+        lambda f: _edit_config(f, num_key_value_heads=4),
+        "must divide num_attention_heads=6",
+    ),
+    "too many layers": (
+        lambda f: _edit_config(f, num_hidden_layers=4),
+        "model.layers.3.input_layernorm.weight",
+    ),
+    "too few layers": (
+        lambda f: _edit_config(f, num_hidden_layers=2),
+        "not part of a bailing_moe of 2 layers",
+    ),
+    "another width": (
+        lambda f: _edit_config(f, moe_intermediate_size=13),
+        "but the config makes it [13, 37]",
+    ),
+    "missing tensor": (
+        lambda f: _edit_tensors(f, lambda t: t.pop("model.word_embeddings.weight")),
+        "is missing",
+    ),
+    "extra tensor": (lambda f: _edit_tensors(f, lambda t: t.update(x=torch.zeros(2))), "x is not part of"),
+    "wrong shape": (
+        lambda f: _edit_tensors(f, lambda t: t.update({"model.word_embeddings.weight": torch.zeros(99, 37)})),
+        "model.word_embeddings.weight is [99, 37] but the config makes it [101, 37]",
+    ),
+    "integers": (
+        lambda f: _edit_tensors(f, lambda t: t.update(x=torch.zeros(2, dtype=torch.int8))),
+        "has dtype I8",
+    ),
+    "mixed dtypes": (
+        lambda f: _edit_tensors(
+            f,
+            each=lambda t: t.update(
+                {n: x.bfloat16() for n, x in t.items() if n.endswith("experts.0.gate_proj.weight")}
+            ),
+        ),
+        "have dtypes torch.bfloat16, torch.float32; choose one with --dtype",
+    ),
+    "truncated shard": (_truncate, "truncated or damaged"),
+    "missing shard": (lambda f: sorted(f.glob("*.safetensors"))[1].unlink(), "missing although"),
+    "garbage shard": (
+        lambda f: sorted(f.glob("*.safetensors"))[1].write_bytes(b"\xff" * 64),
+        "no safetensors file",
+    ),
+    "garbage index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "no weight map"),
+    "index that leaves the folder": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../x"}}'),
+        "not a file beside it",
+    ),
+    "no weights": (
+        lambda f: [p.unlink() for p in f.iterdir() if "safetensors" in p.name],
+        "holds no *.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_hugging_face_input_is_refused_and_nothing_is_written(
+    case: str, hf: dict[str, Path], tmp_path: Path
+):
+    damage, message = BAD[case]
+    shutil.copytree(hf["v1"], tmp_path / "hf")
+    damage(tmp_path / "hf")
+    with pytest.raises(CheckpointError) as caught:
+        hf_to_megatron(tmp_path / "hf", tmp_path / "m", SMALL, Silent())
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "m").exists()
+
+
+class _Harmful:
+    def __reduce__(self):
+        return (os.system, ("true",))
+
+
+def _cut_chunk_file(folder: Path) -> None:
+    path = sorted(folder.glob("*.distcp"))[-1]
+    os.truncate(path, path.stat().st_size - 10)
+
+
+def _garble_chunks(folder: Path) -> None:
+    for path in folder.glob("*.distcp"):
+        path.write_bytes(b"\0" * path.stat().st_size)
+
+
+BAD_MEGATRON = {
+    "metadata missing": (lambda f: (f / ".metadata").unlink(), "neither .metadata nor"),
+    "metadata damaged": (lambda f: os.truncate(f / ".metadata", 100), "cannot be read safely"),
+    "metadata that runs code": (
+        lambda f: (f / ".metadata").write_bytes(pickle.dumps(_Harmful())),
+        "cannot be read safely (it names posix.system)",
+    ),
+    "file missing": (lambda f: sorted(f.glob("*.distcp"))[0].unlink(), "missing although .metadata names it"),
+    "file truncated": (_cut_chunk_file, "truncated; copy it again"),
+    "chunks damaged": (_garble_chunks, "cannot be read"),
+    "config missing": (lambda f: (f / "config.toml").unlink(), "--config FILE.toml"),
+    "config of another model": (
+        lambda f: (f / "config.toml").write_text(
+            (f / "config.toml").read_text().replace("num_layers = 3", "num_layers = 5")
+        ),
+        "decoder.layers.3.input_layernorm.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MEGATRON)
+def test_bad_megatron_input_is_refused_and_nothing_looks_finished(
+    case: str, hf: dict[str, Path], tmp_path: Path
+):
+    damage, message = BAD_MEGATRON[case]
+    folder = hf_to_megatron(hf["v1"], tmp_path / "m", SMALL, Silent())
+    damage(folder)
+    with pytest.raises(CheckpointError) as caught:
+        megatron_to_hf(folder, tmp_path / "h", SMALL, Silent())
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "h").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no command is given"),
+        (["hf-to-megatron", "nowhere", "out", "--workers", "0"], "workers=0 must be at least 1"),
+        (["hf-to-megatron", "nowhere", "out"], "nowhere/config.json: No such file"),
+        (["megatron-to-hf", "nowhere", "out"], "nowhere: no such folder"),
+        (["reshard", ".", "out"], "neither .metadata nor latest_checkpointed_iteration.txt"),
+        (["check", "."], "neither .metadata nor"),
+        (["hf-to-megatron", "nowhere", "out", "--dtpye", "bf16"], "--dtpye"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(words: list[str], message: str, tmp_path: Path):
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_that_exists_is_written_over(hf: dict[str, Path], tmp_path: Path):
+    hf_to_megatron(hf["dense"], tmp_path / "m", SMALL, Silent())
+    with pytest.raises(CheckpointError, match="holds checkpoints already"):
+        hf_to_megatron(hf["dense"], tmp_path / "m", SMALL, Silent())
+    (tmp_path / "h").mkdir()
+    (tmp_path / "h/mine").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists already"):
+        megatron_to_hf(tmp_path / "m", tmp_path / "h", SMALL, Silent())
+    (tmp_path / "h/mine").unlink()
+    assert_same(
+        read_hf(megatron_to_hf(tmp_path / "m", tmp_path / "h", SMALL, Silent())), read_hf(hf["dense"])
+    )
+
+
+def test_a_chunk_is_read_in_place_whatever_its_cut(tmp_path: Path):
+    """PyTorch's own writer cuts differently: one chunk per tensor."""
+    import torch.distributed.checkpoint as dcp
+
+    from megatron_ring.checkpoint.convert.tensor_map import Box
+
+    tensors = {"a": torch.randn(7, 5), "b": torch.randn(3, 2, 4).bfloat16(), "c": torch.randn(5)}
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    folder = TorchDistFolder(tmp_path)
+    ((_, view),) = folder.views("a", Box((2, 1), (3, 2)))
+    assert torch.equal(view, tensors["a"][2:5, 1:3])
+    ((_, view),) = folder.views("b", Box((1, 0, 2), (2, 2, 2)))
+    assert torch.equal(view, tensors["b"][1:, :, 2:])
+
+
+@pytest.mark.parametrize("preset", ["ring_lite", "ring_mini_v2", "qwen2_7b"])
+def test_a_config_survives_its_own_words(preset: str):
+    model = preset_config(preset).model
+    config = hf_config(model, {}, "bfloat16")
+    own = {"moe_aux_loss_coeff", "moe_z_loss_coeff", "ffn_hidden_size"}
+    read = dataclasses.asdict(model_config(json.loads(json.dumps(config)), "config.json"))
+    assert {k: v for k, v in read.items() if k not in own} == {
+        k: v for k, v in dataclasses.asdict(model).items() if k not in own
+    }
+
+
+def test_a_published_config_is_read():
+    """The published Ring-lite settings (PAPER.md 1), and nothing else in the file."""
+    published = {
+        "architectures": ["BailingMoeForCausalLM"], "model_type": "bailing_moe", "hidden_size": 2048,
+        "num_hidden_layers": 28, "vocab_size": 126464, "num_attention_heads": 16, "num_key_value_heads": 4,
+        "head_dim": 128, "num_experts": 64, "num_experts_per_tok": 6, "moe_intermediate_size": 1408,
+        "num_shared_experts": 2, "first_k_dense_replace": 0, "intermediate_size": 5632, "norm_topk_prob": True,
+        "rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 600000, "tie_word_embeddings": False,
+        "use_bias": False, "use_qkv_bias": False, "norm_head": True, "initializer_range": 0.006,
+        "max_position_embeddings": 32768, "pad_token_id": 126081, "eos_token_id": 126081,
+    }  # fmt: skip
+    model = model_config(published, "config.json")
+    preset = preset_config("ring_lite").model
+    trained = ("moe_aux_loss_coeff", "moe_z_loss_coeff")
+    assert model == dataclasses.replace(preset, **{name: getattr(model, name) for name in trained})
+    assert hf_config(model, published, "bfloat16")["eos_token_id"] == 126081
