@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,19 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint.rng import gather_rng, load_rng, save_rng
 from megatron_ring.checkpoint.state import (
     Trained,
     load_optimizer,
+    load_tensors,
     model_state,
     optimizer_state,
     optimizer_step_count,
+    tensors_only,
 )
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.run import RunConfig
@@ -55,6 +61,9 @@ _SHAPE_FIELDS = (
 )
 """Settings that decide which tensors a model has and of what shape."""
 
+_FAILURES = (OSError, RuntimeError, CheckpointingException, CheckpointException)
+"""What reading and writing a checkpoint raises when files fail; torch's own is no ``Exception``."""
+
 
 def layout_of(config: RunConfig, world_size: int) -> dict[str, int]:
     """The sizes that make two runs' ranks correspond one to one."""
@@ -81,7 +90,7 @@ class Checkpointer:
         self.engine = engine
         self.session = session
         self._caller = TemporalAsyncCaller()
-        self._pending: tuple[AsyncRequest, Callable[[], None]] | None = None
+        self._pending: tuple[AsyncRequest, Path, Callable[[], None]] | None = None
 
     def save(self, iteration: int, trainer: dict[str, Any]) -> None:
         """Save weights, optimizer, random states and ``trainer`` (JSON-able: step, cursor, rules).
@@ -111,16 +120,18 @@ class Checkpointer:
             folders.prune(root, self.config.checkpoint.keep_last_n)
 
         def publish() -> None:
-            self._on_main(complete)
+            with self._writing(working):
+                self._on_main(complete)
             if self.session.is_writer:
                 log.info("saved step %d to %s", iteration, folders.folder_of(root, iteration))
 
-        request = self._write(sharded, working)
+        with self._writing(working):
+            request = self._write(sharded, working)
         if request is None:
             publish()
         else:
             self._caller.schedule_async_call(request.freeze())
-            self._pending = (request, publish)
+            self._pending = (request, working, publish)
 
     def poll(self) -> None:
         """Publish a pending asynchronous save if every rank has finished writing."""
@@ -146,16 +157,16 @@ class Checkpointer:
             return None
         state = folders.read_trainer_state(folder)
         self._check_model(folder, state["model"])
-        folders.check_metadata(folder)
+        folders.check_contents(folder)
         settings = self.config.checkpoint
         with_optimizer = not (settings.finetune or settings.no_load_optim)
         model = model_state(self.engine)
-        wanted = dict(model)
+        wanted: dict[str, Any] = {name: tensors_only(state) for name, state in model.items()}
         if with_optimizer:
             wanted.update(optimizer_state(self.engine, model, is_loading=True))
         loaded = self._read(wanted, folder)
         for index, chunk in enumerate(self.engine.models):
-            chunk.load_state_dict(loaded[f"model{index}"])
+            load_tensors(chunk, model[f"model{index}"], loaded[f"model{index}"])
         if with_optimizer:
             load_optimizer(self.engine, loaded, state["optimizer_steps"])
         else:
@@ -199,38 +210,44 @@ class Checkpointer:
         metadata = {
             k: v for k, v in sharding_metadata(self.engine.topology).items() if not k.endswith("_group")
         }
-        try:
-            return dist_checkpointing.save(
-                sharded,
-                str(working),
-                async_sharded_save=self.config.checkpoint.async_save,
-                content_metadata=metadata,
-            )
-        except (OSError, RuntimeError, CheckpointingException) as error:
-            raise CheckpointError(
-                f"--save {working}: writing failed ({error}); the previous checkpoint stays"
-            ) from None
+        return dist_checkpointing.save(
+            sharded,
+            str(working),
+            async_sharded_save=self.config.checkpoint.async_save,
+            content_metadata=metadata,
+        )
 
     def _finalize(self) -> None:
-        request, publish = self._pending
+        request, working, publish = self._pending
         self._pending = None
-        try:
+        with self._writing(working):
             for function in request.finalize_fns:
                 function()
-        except (OSError, RuntimeError, CheckpointingException) as error:
-            raise CheckpointError(
-                f"--save {self.config.checkpoint.save}: asynchronous writing failed ({error}); "
-                "the previous checkpoint stays"
-            ) from None
         publish()
+
+    @contextlib.contextmanager
+    def _writing(self, working: Path) -> Iterator[None]:
+        """End a failure to write as one line, and take the half-written folder away."""
+        try:
+            yield
+        except _FAILURES as error:
+            if self.session.is_main:
+                shutil.rmtree(working, ignore_errors=True)
+            raise CheckpointError(
+                f"--save {self.config.checkpoint.save}: writing failed ({_reason(error)}); "
+                "see that the disk has space; the previous checkpoint stays"
+            ) from None
+        except CheckpointError:
+            if self.session.is_main:
+                shutil.rmtree(working, ignore_errors=True)
+            raise
 
     def _read(self, wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
         try:
             return dist_checkpointing.load(wanted, str(folder))
-        except (OSError, RuntimeError, CheckpointingException, KeyError, EOFError) as error:
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        except (*_FAILURES, KeyError, EOFError) as error:
             raise CheckpointError(
-                f"{folder}: cannot be loaded ({reason}); load an earlier checkpoint"
+                f"{folder}: cannot be loaded ({_reason(error)}); load an earlier checkpoint"
             ) from None
 
     def _agreed_step_count(self) -> int:
@@ -248,11 +265,18 @@ class Checkpointer:
                 action()
             except CheckpointError as error:
                 message = [str(error)]
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 message = [f"--save {self.config.checkpoint.save}: {error}; the previous checkpoint stays"]
         torch.distributed.broadcast_object_list(message, src=0)
         if message[0] is not None:
             raise CheckpointError(message[0])
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong; torch gathers what every rank met."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def _shape_of(model: ModelConfig) -> dict[str, Any]:

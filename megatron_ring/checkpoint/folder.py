@@ -19,10 +19,28 @@ from megatron_ring.errors import CheckpointError
 TRACKER = "latest_checkpointed_iteration.txt"
 TRAINER_STATE = "trainer_state.json"
 RUN_CONFIG = "config.toml"
+_MEGATRON_FILES = ("common.pt", "metadata.json")
+_STATE_KEYS = ("iteration", "optimizer_steps", "layout", "model", "trainer")
 _INCOMPLETE = ".incomplete"
 _NAME = re.compile(r"iter_(\d{7,})")
-_SAFE_MODULES = ("torch", "collections", "pathlib", "megatron.core.dist_checkpointing", "_codecs", "datetime")
-_SAFE_BUILTINS = {"set", "frozenset", "slice", "complex", "bytearray", "getattr"}
+_DTYPES = "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 float8_e4m3fn float8_e5m2"
+_LOADABLE = {
+    "torch": f"Size device {_DTYPES}",
+    "torch.serialization": "_get_layout",
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata TensorStorageMetadata ChunkStorageMetadata BytesStorageMetadata TensorProperties MetadataIndex "
+        "StorageMeta _MEM_FORMAT_ENCODING"
+    ),
+    "torch.distributed.checkpoint.planner": (
+        "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData"
+    ),
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo _StoragePrefix",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCoreMetadata MCoreSavePlan",
+    "collections": "OrderedDict",
+    "pathlib": "Path PosixPath",
+    "builtins": "set frozenset",
+}
+"""All that ``.metadata`` may name. Nothing in it runs code of the pickle's choice."""
 
 
 def folder_of(root: Path, iteration: int) -> Path:
@@ -136,32 +154,69 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
     """
     path = folder / TRAINER_STATE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        missing = [key for key in _STATE_KEYS if key not in state]
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}; load a complete checkpoint folder (iter_NNNNNNN)") from None
+    if not isinstance(state, dict) or missing:
+        raise CheckpointError(
+            f"{path}: lacks {', '.join(missing) or 'everything'}; load a complete checkpoint folder (iter_NNNNNNN)"
+        )
+    return state
 
 
 class _NoForeignCode(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        plain = module == "builtins" and name in _SAFE_BUILTINS
-        known = any(module == safe or module.startswith(safe + ".") for safe in _SAFE_MODULES)
-        if not plain and not known:
+        # the whole name: in "torch" there is an "os.system" too
+        if name not in _LOADABLE.get(module, "").split():
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
 
 
-def check_metadata(folder: Path) -> None:
-    """Refuse a checkpoint whose pickled ``.metadata`` would import anything but tensors' own classes.
+def check_contents(folder: Path) -> None:
+    """Refuse a checkpoint that lacks files, or whose pickled ``.metadata`` names anything but tensors' own
+    classes.
 
-    Megatron reads this file with plain ``pickle``; a checkpoint may come from outside.
+    Megatron reads ``.metadata`` with plain ``pickle``, and what it calls an object rather than a tensor too; a
+    checkpoint may come from outside. Objects are let stand only where Megatron puts its ``_extra_state``, which
+    :meth:`Checkpointer.load` does not ask for.
     """
+    check_metadata(folder)
+    for name in _MEGATRON_FILES:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: no such file; load a complete checkpoint folder")
+    try:
+        json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'metadata.json'}: {error}; load another checkpoint") from None
+
+
+def check_metadata(folder: Path) -> None:
+    """The part of :func:`check_contents` that reads ``.metadata``: nothing foreign in it, no tensor cut off."""
     path = folder / ".metadata"
+    ends: dict[str, int] = {}
     try:
         with open(path, "rb") as file:
-            _NoForeignCode(file).load()
+            metadata = _NoForeignCode(file).load()
+        entries = metadata.state_dict_metadata
+        objects = [key for key, entry in entries.items() if type(entry).__name__ == "BytesStorageMetadata"]
+        for info in metadata.storage_data.values():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; load a complete checkpoint folder") from None
     except Exception as error:
         raise CheckpointError(
             f"{path}: cannot be read safely ({error}); load a checkpoint that Megatron wrote"
         ) from None
+    for key in objects:
+        if "_extra_state" not in key:
+            raise CheckpointError(
+                f"{path}: cannot be read safely ({key} is a pickled object, not a tensor); "
+                "load a checkpoint that Megatron wrote"
+            )
+    for name, end in ends.items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if size < end:
+            raise CheckpointError(
+                f"{folder / name}: has {size:,} of at least {end:,} bytes; copy it again or load another checkpoint"
+            )

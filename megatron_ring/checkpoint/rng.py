@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from megatron_ring.errors import CheckpointError
 from megatron_ring.runtime import device
 from megatron_ring.runtime.session import Session
 
@@ -41,7 +43,12 @@ def load_rng(folder: Path, session: Session, same_layout: bool) -> None:
         if session.is_main:
             log.warning("random-number states of %s belong to another layout; starting from the seed", folder)
         return
-    states = load_file(folder / RNG_FILE)
+    try:
+        states = load_file(folder / RNG_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder / RNG_FILE}: cannot be read ({error}); use --no-load-rng or load another checkpoint"
+        ) from None
     own = {
         name.split(".", 1)[1]: s for name, s in states.items() if name.split(".", 1)[0] == str(session.rank)
     }

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_ring.model.build import RingModel, sharding_metadata
@@ -42,6 +43,20 @@ def model_state(engine: Trained) -> dict[str, Any]:
         f"model{index}": chunk.sharded_state_dict(metadata=metadata)
         for index, chunk in enumerate(engine.models)
     }
+
+
+def tensors_only(state: dict[str, Any]) -> dict[str, Any]:
+    """A chunk's sharded state without the objects Megatron keeps beside it (``_extra_state``).
+
+    Those are empty without FP8, and reading one unpickles whatever the file holds.
+    """
+    return {key: value for key, value in state.items() if not isinstance(value, ShardedObject)}
+
+
+def load_tensors(chunk: RingModel, state: dict[str, Any], loaded: dict[str, Any]) -> None:
+    """Put what was loaded for ``tensors_only(state)`` into ``chunk``."""
+    objects = {key: None for key, value in state.items() if isinstance(value, ShardedObject)}
+    chunk.load_state_dict(objects | loaded)
 
 
 def optimizer_state(engine: Trained, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
