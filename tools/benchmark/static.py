@@ -37,6 +37,7 @@ from triton.compiler import ASTSource
 from megatron_ring.kernels.expert_mlp import kernel as expert_mlp
 from megatron_ring.kernels.grouped_gemm import kernel as grouped_gemm
 from megatron_ring.kernels.permute import kernel as permute
+from megatron_ring.kernels.rms_norm import kernel as rms_norm
 from megatron_ring.kernels.routing import kernel as routing
 from megatron_ring.kernels.token_logprob import kernel as token_logprob
 
@@ -143,7 +144,7 @@ def _route_specs(name: str, E: int, K: int, groups: int, open_groups: int) -> di
 
 
 def row_specs() -> dict[str, Spec]:
-    """The kernels that stream rows: routing, permutation, log p and entropy, at Ring's shape in bf16."""
+    """The kernels that stream rows: routing, permutation, log p and entropy, norm, at Ring's shape in bf16."""
     specs = _route_specs("softmax", 64, 6, 0, 0) | _route_specs("sigmoid", 256, 8, 8, 4)
     sums = {"counts_ptr": "*i32", "sums_ptr": "*fp32", "count_ptr": "*i64", "sum_ptr": "*fp32"}
     specs["route_sum"] = Spec(
@@ -190,6 +191,12 @@ def row_specs() -> dict[str, Spec]:
         token_logprob.OPTIONS,
         ("columns",),
     )
+    norm = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr", "dy_ptr", "dx_ptr"), "*bf16")
+    norm |= {"r_ptr": "*fp32", "parts_ptr": "*fp32", "tokens": "i32", "D": "i32"}
+    tile = {"ACC": triton.language.float32, "BT": 1, "BD": 2048}
+    for name, kernel in (("forward", rms_norm.forward_kernel), ("backward", rms_norm.backward_kernel)):
+        constants = tile | ({"eps": 1e-6} if name == "forward" else {})
+        specs[f"rms_norm_{name}"] = Spec(kernel, norm, constants, rms_norm.OPTIONS, ("tokens",))
     return specs
 
 
