@@ -72,7 +72,9 @@ LAYOUTS: dict[int, dict[str, list[dict[str, int]]]] = {
         "dense": [dict(tp=4, pp=2)],
     },
 }
-"""World size -> model -> layouts: at each one the converted checkpoint is loaded, run, published and saved."""
+"""World size -> model -> layouts: at each one the converted checkpoint is loaded, run, published and
+saved.
+"""
 
 
 def layout_name(model: str, world: int, layout: dict[str, int]) -> str:
@@ -140,3 +142,10 @@ def assert_same(own: dict[str, Any], other: dict[str, Any]) -> None:
     for name in own:
         assert own[name].dtype == other[name].dtype, name
         assert torch.equal(own[name], other[name]), name
+
+
+NUM_TOKENS = 24
+
+
+def prompt(vocab_size: int) -> list[int]:
+    return [(37 * i * i + 11 * i + 5) % vocab_size for i in range(NUM_TOKENS)]

@@ -1,7 +1,8 @@
 """Log p and logits of a Hugging Face folder's tensors, in plain PyTorch, one sequence, fp32.
 
-Written from PAPER.md 1 and from nothing in the package, so that a mistake in the maps or in the model shows. Legend: T tokens, D model
-width, H query heads, G key/value heads, C channels per head, E experts, K experts per token, V vocabulary.
+Written from PAPER.md 1 and from nothing in the package, so that a mistake in the maps or in the model shows.
+Legend: T tokens, D model width, H query heads, G key/value heads, C channels per head, E experts, K experts
+per token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def logits_TV(tensors: Tensors, config: Mapping[str, Any], tokens_T: Tensor) -> 
 
 
 def mtp_logits_TV(tensors: Tensors, config: Mapping[str, Any], tokens_T: Tensor) -> Tensor:
-    """Logits of the first multi-token-prediction layer: position t sees token t + 1 (0 after the last) and predicts t + 2."""
+    """Logits of the first multi-token-prediction layer: position t sees token t + 1 (0 after the last) and
+    predicts t + 2.
+    """
     weights = {name: tensor.float() for name, tensor in tensors.items()}
     hidden_TD = weights["model.word_embeddings.weight"][tokens_T]
     for layer in range(config["num_hidden_layers"]):

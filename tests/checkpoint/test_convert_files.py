@@ -1,4 +1,6 @@
-"""Conversion of folders: bit-equal both ways, bad input refused in a line, interrupted runs resumed and never taken as finished."""
+"""Conversion of folders: bit-equal both ways, bad input refused in a line, interrupted runs resumed and never
+taken as finished.
+"""
 
 import dataclasses
 import errno
@@ -230,7 +232,7 @@ def test_verify_notices_a_flipped_bit(hf: dict[str, Path], tmp_path: Path, monke
         return notes
 
     monkeypatch.setattr(stream, "written", damage)
-    with pytest.raises(CheckpointError, match="elements of .* differ from"):
+    with pytest.raises(CheckpointError, match=r"elements of .* differ from"):
         hf_to_megatron(hf["dense"], tmp_path / "m", SMALL, Silent())
     assert not (tmp_path / "m/iter_0000000").exists()
 

@@ -1,6 +1,7 @@
 """The maps: each is a one-to-one correspondence of numbers, and the interleave is Megatron's."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_any_cut_of_the_shards_gives_the_same_tensors(cuts: list[int], lead: int
     for key, x in whole.items():
         axis = min(lead, x.dim() - 1)
         borders = sorted({0, x.shape[axis], *(cut % x.shape[axis] for cut in cuts)})
-        for start, stop in zip(borders, borders[1:], strict=False):
+        for start, stop in itertools.pairwise(borders):
             offset = tuple(start if i == axis else 0 for i in range(x.dim()))
             shards.append(Shard(key, tuple(x.shape), offset, x.narrow(axis, start, stop - start)))
     # a replica of every other shard, as data-parallel ranks have

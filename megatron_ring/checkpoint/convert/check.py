@@ -48,7 +48,8 @@ def _some(names: list[str]) -> str:
 def target_infos(
     source: Source, copies: dict[str, list[Copy]], shapes: dict[str, Shape], dtype: torch.dtype | None
 ) -> dict[str, TensorInfo]:
-    """Shape and dtype of every target tensor: its sources' own dtype, or ``dtype`` for all but the expert bias.
+    """Shape and dtype of every target tensor: its sources' own dtype, or ``dtype`` for all but the expert
+    bias.
 
     Raises:
         CheckpointError: one target's sources have different dtypes.

@@ -1,9 +1,12 @@
-"""Do both sides of a conversion compute the same? One prompt through Megatron's model and through the plain tensors."""
+"""Do both sides of a conversion compute the same? One prompt through Megatron's model and through the plain
+tensors.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -14,6 +17,7 @@ from megatron_ring.checkpoint.convert.plain_forward import plain_logits
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
 from megatron_ring.checkpoint.folder import check_metadata
 from megatron_ring.config.count import count_parameters
+from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.data.microbatch import pack_microbatch
 from megatron_ring.errors import CheckpointError
@@ -54,13 +58,14 @@ def check_logits(hf_folder: Path, megatron_path: Path) -> str:
     return f"logits agree: log p over {NUM_TOKENS} tokens x {model.vocab_size} differs by {gap:.1e} at most"
 
 
-def _megatron_logits(folder: Path, model, tokens_T: torch.Tensor) -> torch.Tensor:
+def _megatron_logits(folder: Path, model: ModelConfig, tokens_T: torch.Tensor) -> torch.Tensor:
     check_metadata(folder)
     parallel = ParallelConfig(bf16=False)
     with open_session(parallel, seed=0) as session:
         (chunk,) = build_model(model, parallel, session.topology, session.device, 0)
         state = {"model": chunk.sharded_state_dict(metadata=sharding_metadata(session.topology))}
-        chunk.load_state_dict(dist_checkpointing.load(state, str(folder))["model"])
+        loaded: Any = dist_checkpointing.load(state, str(folder))
+        chunk.load_state_dict(loaded["model"])
         chunk.eval()
         empty = torch.zeros(len(tokens_T))
         microbatch = pack_microbatch([(tokens_T.tolist(), tokens_T.tolist(), empty.tolist())], len(tokens_T))

@@ -70,7 +70,9 @@ class Reporter(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to convert. Example: ``Options(dtype=None, max_file_bytes=2_000_000_000, num_workers=2, verify=True)``."""
+    """How to convert. Example: ``Options(dtype=None, max_file_bytes=2_000_000_000, num_workers=2,
+    verify=True)``.
+    """
 
     dtype: torch.dtype | None = None
     """Cast floating-point tensors (all but the expert bias) to this; None keeps each as it is."""
@@ -95,7 +97,8 @@ def hf_to_megatron(
     ``divisible_by`` and ``tensor_size`` decide the vocabulary padding, as in training.
 
     Raises:
-        CheckpointError: bad input, no room, or ``target`` holds something already; nothing half-written has its name.
+        CheckpointError: bad input, no room, or ``target`` holds something already; nothing half-written has
+        its name.
     """
     theirs = read_hf_config(source_folder)
     model = replace(
@@ -152,10 +155,12 @@ def megatron_to_hf(
 ) -> Path:
     """Write the Hugging Face folder ``target`` from a checkpoint (a run's folder means its latest).
 
-    ``hf_files`` names the folder whose config.json and tokenizer go along; the default is ``hf`` beside the steps.
+    ``hf_files`` names the folder whose config.json and tokenizer go along; the default is ``hf`` beside the
+    steps.
 
     Raises:
-        CheckpointError: bad input, no room, or ``target`` holds something already; nothing half-written has its name.
+        CheckpointError: bad input, no room, or ``target`` holds something already; nothing half-written has
+        its name.
     """
     folder = find_checkpoint(source_path)
     config = run_config_of(folder, config_file)
@@ -222,7 +227,8 @@ def reshard(
     """Write a checkpoint again with other vocabulary padding and other files, optimizer included.
 
     Raises:
-        CheckpointError: bad input, no room, or ``target`` holds something already; nothing half-written has its name.
+        CheckpointError: bad input, no room, or ``target`` holds something already; nothing half-written has
+        its name.
     """
     folder = find_checkpoint(source_path)
     config = run_config_of(folder, None)

@@ -1,7 +1,9 @@
-"""The map of each model family, from its configuration (names: PAPER.md 1 restates the published checkpoints).
+"""The map of each model family, from its configuration (names: PAPER.md 1 restates the published
+checkpoints).
 
-Legend: D model width, F expert width, E experts, V vocabulary. Megatron keys are those of ``model_state`` with layers one by
-one; with Transformer Engine the norm before a linear is that linear's ``layer_norm_weight``.
+Legend: D model width, F expert width, E experts, V vocabulary. Megatron keys are those of ``model_state``
+with layers one by one; with Transformer Engine the norm before a linear is that linear's
+``layer_norm_weight``.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ _NAMES = {
 
 
 def tensor_map(model: ModelConfig, num_vocab_rows: int) -> TensorMap:
-    """The map of ``model``, whose embedding and head have ``num_vocab_rows`` rows on the Megatron side (padding included).
+    """The map of ``model``, whose embedding and head have ``num_vocab_rows`` rows on the Megatron side
+    (padding included).
 
     NormHead leaves no trace here: both sides keep the weight as trained and divide it when they use it.
     """
@@ -64,14 +67,13 @@ def _layer(b: MapBuilder, model: ModelConfig, key: str, name: str, *, is_moe: bo
     attention = f"{key}self_attention."
     before = f"{attention}linear_qkv.layer_norm_weight" if fused else f"{key}input_layernorm.weight"
     b.rename(before, f"{name}input_layernorm.weight", D)
-    qkv = names.qkv
     for suffix, columns in (("weight", (D,)), ("bias", ())) if model.add_qkv_bias else (("weight", (D,)),):
-        whole = (
-            f"{name}{qkv}.{suffix}"
-            if isinstance(qkv, str)
-            else tuple(f"{name}{part}.{suffix}" for part in qkv)
-        )
-        b.interleave_qkv(f"{attention}linear_qkv.{suffix}", whole, *heads, *columns)
+        if isinstance(names.qkv, str):
+            parts = f"{name}{names.qkv}.{suffix}"
+        else:
+            q, k, v = names.qkv
+            parts = (f"{name}{q}.{suffix}", f"{name}{k}.{suffix}", f"{name}{v}.{suffix}")
+        b.interleave_qkv(f"{attention}linear_qkv.{suffix}", parts, *heads, *columns)
     b.rename(f"{attention}linear_proj.weight", f"{name}{names.attention_output}", D, heads[0] * heads[2])
     if model.qk_layernorm:
         b.rename(f"{attention}q_layernorm.weight", f"{name}attention.query_layernorm.weight", heads[2])

@@ -1,4 +1,6 @@
-"""What both formats share: a tensor's description, views into files, and a file that counts and sums what goes through."""
+"""What both formats share: a tensor's description, views into files, and a file that counts and sums what
+goes through.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class Source(Protocol):
         ...
 
     def views(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
-        """Read-only tensors that together hold ``box`` of ``name``, each with its place in the whole tensor."""
+        """Read-only tensors that together hold ``box`` of ``name``, each with its place in the whole
+        tensor.
+        """
         ...
 
 

@@ -18,7 +18,9 @@ from megatron_ring.errors import CheckpointError, ConfigError
 
 MANIFEST = "conversion.json"
 HF_FILES = "hf"
-"""Folder beside the steps of a Megatron checkpoint that keeps what a Hugging Face folder needs besides weights."""
+"""Folder beside the steps of a Megatron checkpoint that keeps what a Hugging Face folder needs besides
+weights.
+"""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 _MAX_BYTES = 100_000_000
 _READ_BYTES = 1 << 22

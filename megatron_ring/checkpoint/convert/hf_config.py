@@ -1,7 +1,7 @@
 """``config.json`` of a Hugging Face folder and our model configuration, into each other.
 
-Only here do Hugging Face's words for a model's settings appear. What a config says beyond what this project can compute is
-refused by name; what it leaves out has the published configuration class's default.
+Only here do Hugging Face's words for a model's settings appear. What a config says beyond what this project
+can compute is refused by name; what it leaves out has the published configuration class's default.
 """
 
 from __future__ import annotations
@@ -195,10 +195,12 @@ def _typed(values: dict[str, Any], origin: str) -> dict[str, Any]:
 
 
 def hf_config(model: ModelConfig, base: Mapping[str, Any], torch_dtype: str) -> dict[str, Any]:
-    """``config.json`` of ``model``: ``base`` (the config it once came with, or empty) with what we know put in.
+    """``config.json`` of ``model``: ``base`` (the config it once came with, or empty) with what we know put
+    in.
 
     Raises:
-        CheckpointError: ``base`` is another family's, or the shared experts have a width that no config can say.
+        CheckpointError: ``base`` is another family's, or the shared experts have a width that no config can
+        say.
     """
     if base and family_of(base, "config.json to carry over") != model.family:
         raise CheckpointError(

@@ -1,7 +1,8 @@
-"""A forward pass over the tensors of a Hugging Face folder, layer by layer, in fp32: the other side of ``--check-logits``.
+"""A forward pass over the tensors of a Hugging Face folder, layer by layer, in fp32: the other side of
+``--check-logits``.
 
-It reads each tensor when it needs it and keeps none, so a model of any size fits. Legend: T tokens, D model width, H query heads,
-G key/value heads, C channels per head, K experts per token, V vocabulary.
+It reads each tensor when it needs it and keeps none, so a model of any size fits. Legend: T tokens, D model
+width, H query heads, G key/value heads, C channels per head, K experts per token, V vocabulary.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ _LINEARS = tuple(f"{n}.weight" for n in ("linear_qkv", "linear_proj", "linear_fc
 
 
 def torch_dist_files(tensors: dict[str, TensorInfo], max_file_bytes: int) -> tuple[OutputFile, ...]:
-    """``.distcp`` files of small chunks: one per expert, other tensors by rows, so that a reader at any layout reads
-    little more than its share. The first file also has the empty objects that Megatron keeps beside linear layers.
+    """``.distcp`` files of small chunks: one per expert, other tensors by rows, so that a reader at any
+    layout reads little more than its share. The first file also has the empty objects that Megatron keeps
+    beside linear layers.
     """
 
     def boxes() -> Iterator[tuple[str, Box]]:

@@ -1,7 +1,8 @@
 """A live engine's weights in Hugging Face's names and order, from whatever shard each rank holds.
 
-Every rank cuts its shards into parts of Hugging Face tensors with :func:`hf_parts`; whoever receives the parts of all ranks puts
-them together with :class:`Assembler`. No rank needs more than its own weights, and nothing here communicates.
+Every rank cuts its shards into parts of Hugging Face tensors with :func:`hf_parts`; whoever receives the
+parts of all ranks puts them together with :class:`Assembler`. No rank needs more than its own weights, and
+nothing here communicates.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from megatron_ring.checkpoint.convert.tensor_map import Box, Shape, TensorMap
 
 
 class Shard(NamedTuple):
-    """A block of a Megatron tensor. ``shape`` is the whole tensor's, ``data`` may lack leading dimensions of size 1.
+    """A block of a Megatron tensor. ``shape`` is the whole tensor's, ``data`` may lack leading dimensions of
+    size 1.
 
-    Example: tensor-parallel rank 1 of 2 has ``Shard("output_layer.weight", (256, 64), (128, 0), data)`` with data [128, 64].
+    Example: tensor-parallel rank 1 of 2 has ``Shard("output_layer.weight", (256, 64), (128, 0), data)`` with
+    data [128, 64].
     """
 
     key: str
@@ -36,7 +39,9 @@ class Part(NamedTuple):
 
 
 def shards_of(state: dict[str, Any]) -> Iterator[Shard]:
-    """The shards in a sharded state dict such as ``checkpoint.state.model_state`` returns, replicas included."""
+    """The shards in a sharded state dict such as ``checkpoint.state.model_state`` returns, replicas
+    included.
+    """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
@@ -44,6 +49,7 @@ def shards_of(state: dict[str, Any]) -> Iterator[Shard]:
     apply_factories(state)
     for value in nested_values(state):
         if isinstance(value, ShardedTensor):
+            assert value.data is not None, f"{value.key} was planned without data"
             yield Shard(value.key, tuple(value.global_shape), tuple(value.global_offset), value.data.detach())
 
 
@@ -69,7 +75,9 @@ class Assembler:
         self._done: set[str] = set()
 
     def add(self, part: Part) -> Tensor | None:
-        """The whole tensor if ``part`` was the last that it lacked; parts that came already (replicas) are passed over."""
+        """The whole tensor if ``part`` was the last that it lacked; parts that came already (replicas) are
+        passed over.
+        """
         if part.name in self._done:
             return None
         if part.name not in self._open:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_ring.checkpoint.convert.folders import commit_folder
 from megatron_ring.checkpoint.convert.families import tensor_map
 from megatron_ring.checkpoint.convert.files import SummedFile, TensorInfo
+from megatron_ring.checkpoint.convert.folders import commit_folder
 from megatron_ring.checkpoint.convert.hf_config import config_class_files, hf_config
 from megatron_ring.checkpoint.convert.plan import safetensors_files
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsWriter, write_index
@@ -29,7 +29,8 @@ class Size(NamedTuple):
 def write_random_checkpoint(
     model: ModelConfig, folder: Path, dtype: str, max_file_bytes: int, seed: int
 ) -> Size:
-    """Write a random ``model`` into ``folder``: norms around 1, the expert bias in fp32 around 0, weights by init_method_std.
+    """Write a random ``model`` into ``folder``: norms around 1, the expert bias in fp32 around 0, weights by
+    init_method_std.
 
     Raises:
         CheckpointError: the disk is too small; nothing has been written then.

@@ -83,7 +83,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_header(path: Path) -> Iterator[tuple[str, TensorInfo, int]]:
-    """(name, description, byte offset in the file) of every tensor, after checking them against the file's size."""
+    """(name, description, byte offset in the file) of every tensor, after checking them against the file's
+    size.
+    """
     size = path.stat().st_size
     try:
         with open(path, "rb") as file:
@@ -92,10 +94,12 @@ def _read_header(path: Path) -> Iterator[tuple[str, TensorInfo, int]]:
                 raise ValueError(f"header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        entries = [(name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()]
+        entries: list[tuple[str, str, tuple[int, ...], int, int]] = [
+            (name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()
+        ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{path}: no safetensors file ({error}); download that shard again") from None
-    end = max((stop for *_, stop in entries), default=0)
+    end = max((entry[4] for entry in entries), default=0)
     if 8 + length + end != size:
         raise CheckpointError(
             f"{path}: has {size} bytes but its header describes {8 + length + end}: truncated or damaged; "
@@ -115,7 +119,9 @@ def _read_header(path: Path) -> Iterator[tuple[str, TensorInfo, int]]:
 
 
 class SafetensorsWriter:
-    """One safetensors file whose tensors, given beforehand, arrive in order, each from its first row to its last."""
+    """One safetensors file whose tensors, given beforehand, arrive in order, each from its first row to its
+    last.
+    """
 
     def __init__(self, sink: SummedFile, tensors: dict[str, TensorInfo]):
         self._sink = sink

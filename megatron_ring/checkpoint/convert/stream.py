@@ -1,8 +1,8 @@
 """Write a set of output files box by box from a source: bounded memory, several processes, resumable.
 
-Every output file is written under a temporary name, made durable, renamed, and then noted in ``.done/``. A run that finds such
-notes for the same plan goes on after them; another plan starts afresh. The folder as a whole is ``NAME.incomplete``
-until the caller has added what makes it a checkpoint and renames it.
+Every output file is written under a temporary name, made durable, renamed, and then noted in ``.done/``. A
+run that finds such notes for the same plan goes on after them; another plan starts afresh. The folder as a
+whole is ``NAME.incomplete`` until the caller has added what makes it a checkpoint and renames it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ _WRITERS = {"safetensors": SafetensorsWriter, "torch_dist": TorchDistWriter}
 class OutputFile:
     """One file to write: boxes of tensors in the order they are written, then empty objects.
 
-    Example: ``OutputFile(name="__0_0.distcp", boxes=(("output_layer.weight", Box((0, 0), (250, 64))),), num_bytes=32000)``.
+    Example: ``OutputFile(name="__0_0.distcp", boxes=(("output_layer.weight", Box((0, 0), (250, 64))),),
+    num_bytes=32000)``.
     """
 
     name: str
@@ -71,7 +72,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Written:
-    """What became of one output file. ``places`` are (tensor, box, byte offset, length); empty for safetensors."""
+    """What became of one output file. ``places`` are (tensor, box, byte offset, length); empty for
+    safetensors.
+    """
 
     num_bytes: int
     crc32: str
@@ -95,7 +98,9 @@ def fill(source: Source, copies: list[Copy], box: Box, dtype: torch.dtype) -> Te
 def group_into_files(
     boxes: Iterator[tuple[str, Box]], tensors: dict[str, TensorInfo], max_file_bytes: int
 ) -> list[tuple[tuple[tuple[str, Box], ...], int]]:
-    """Boxes in order, cut into runs of at most ``max_file_bytes`` (or a single larger tensor), with their bytes."""
+    """Boxes in order, cut into runs of at most ``max_file_bytes`` (or a single larger tensor), with their
+    bytes.
+    """
     groups: list[tuple[tuple[tuple[str, Box], ...], int]] = []
     current: list[tuple[str, Box]] = []
     size = 0

@@ -1,12 +1,14 @@
-"""What corresponds to what: boxes of Megatron tensors and the boxes of Hugging Face tensors that hold the same numbers.
+"""What corresponds to what: boxes of Megatron tensors and the boxes of Hugging Face tensors that hold the
+same numbers.
 
-A *key* names a Megatron tensor, a *name* a Hugging Face tensor. A map is a list of pieces; a piece says that a box of a key
-equals a box of a name, element by element. Where the key has more dimensions (experts are stacked), the box is 1
-thick in the leading ones. Since a piece has no direction, neither has a map: both conversions, any shard of either side
-and the comparison are intersections of boxes. Rows of a key that no piece covers are vocabulary padding, and zero.
+A *key* names a Megatron tensor, a *name* a Hugging Face tensor. A map is a list of pieces; a piece says that
+a box of a key equals a box of a name, element by element. Where the key has more dimensions (experts are
+stacked), the box is 1 thick in the leading ones. Since a piece has no direction, neither has a map: both
+conversions, any shard of either side and the comparison are intersections of boxes. Rows of a key that no
+piece covers are vocabulary padding, and zero.
 
-Invariants (one test each): the pieces of a name cover it exactly once; the pieces of a key cover it exactly once, except
-padding rows.
+Invariants (one test each): the pieces of a name cover it exactly once; the pieces of a key cover it exactly
+once, except padding rows.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ class Box:
         return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
 
     def rows(self, max_elements: int) -> Iterator[Box]:
-        """This box cut along its first dimension into parts of at most ``max_elements`` (at least one row each)."""
+        """This box cut along its first dimension into parts of at most ``max_elements`` (at least one row
+        each).
+        """
         if not self.shape:
             yield self
             return
@@ -67,7 +71,9 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """``target[target_box] = source[source_box]``; the boxes differ in leading dimensions of size 1 at most."""
+    """``target[target_box] = source[source_box]``; the boxes differ in leading dimensions of size 1 at
+    most.
+    """
 
     target: str
     target_box: Box
@@ -91,7 +97,9 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One correspondence. Example: ``Piece("output_layer.weight", Box((0, 0), (250, 64)), "lm_head.weight", Box((0, 0), (250, 64)))``."""
+    """One correspondence. Example: ``Piece("output_layer.weight", Box((0, 0), (250, 64)), "lm_head.weight",
+    Box((0, 0), (250, 64)))``.
+    """
 
     key: str
     key_box: Box
@@ -144,12 +152,16 @@ class MapBuilder:
         self._piece(key, Box.whole(shape), name, Box.whole(shape))
 
     def pad_rows(self, key: str, name: str, num_padded: int, *shape: int) -> None:
-        """The key has rows after the name's last one, up to ``num_padded``; they are zero and never exported."""
+        """The key has rows after the name's last one, up to ``num_padded``; they are zero and never
+        exported.
+        """
         self._keys[key], self._names[name] = (num_padded, *shape[1:]), shape
         self._piece(key, Box.whole(shape), name, Box.whole(shape))
 
     def concatenate(self, key: str, names: dict[str, int], *columns: int) -> None:
-        """The key's rows are the names' rows one after the other. ``names`` gives each name's number of rows."""
+        """The key's rows are the names' rows one after the other. ``names`` gives each name's number of
+        rows.
+        """
         self._keys[key] = (sum(names.values()), *columns)
         start = 0
         for name, rows in names.items():

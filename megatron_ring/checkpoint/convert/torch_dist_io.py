@@ -1,8 +1,8 @@
 """Megatron's torch_dist folders (PyTorch distributed checkpoints) without a process group.
 
-A folder holds ``*.distcp`` files, each a row of small ``torch.save`` archives, one per chunk of a tensor, and ``.metadata``, a
-pickle of where each chunk lies. An archive is a zip that stores its bytes as they are, so a box of a chunk is read in
-place, however large the chunk is.
+A folder holds ``*.distcp`` files, each a row of small ``torch.save`` archives, one per chunk of a tensor, and
+``.metadata``, a pickle of where each chunk lies. An archive is a zip that stores its bytes as they are, so a
+box of a chunk is read in place, however large the chunk is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -178,7 +178,8 @@ class TorchDistFolder:
             EOFError,
         ) as error:
             raise CheckpointError(
-                f"{self.folder / chunk.file}: the chunk of {name} at byte {chunk.offset} cannot be read ({error}); copy it again"
+                f"{self.folder / chunk.file}: the chunk of {name} at byte {chunk.offset} cannot be read ({error}); "
+                "copy it again"
             ) from None
         wanted = TensorInfo(self.tensors[name].dtype, chunk.box.shape)
         # a dimension of size 1 may have any stride
@@ -256,7 +257,9 @@ def _locate(file: _Slice) -> tuple[int, TensorInfo, tuple[int, ...]]:
 
 
 def _start(file: _Slice, entry: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin: its local header has a name and an extra field of lengths of their own."""
+    """Where an entry's bytes begin: its local header has a name and an extra field of lengths of their
+    own.
+    """
     file.seek(entry.header_offset + 26)
     lengths = file.read(4)
     return (
@@ -287,7 +290,7 @@ class TorchDistWriter:
         # the file has a checksum as a whole
         torch.serialization.set_crc32_options(False)
         try:
-            torch.save(value, self._sink)
+            torch.save(value, cast("IO[bytes]", self._sink))
         except RuntimeError as error:
             raise self._sink.failure or error from None
         finally:

@@ -18,7 +18,9 @@ from megatron_ring.errors import CheckpointError
 
 @dataclass
 class Comparison:
-    """What was found equal. Example: ``Comparison(num_tensors=291, num_bytes=..., casts={"float32 -> bfloat16": 27})``."""
+    """What was found equal. Example: ``Comparison(num_tensors=291, num_bytes=..., casts={"float32 ->
+    bfloat16": 27})``.
+    """
 
     num_tensors: int = 0
     num_bytes: int = 0

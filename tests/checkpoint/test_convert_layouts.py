@@ -1,0 +1,134 @@
+"""Converted weights at every layout: the model computes what the Hugging Face tensors say, publishes them,
+and saves them.
+
+The reference is a forward pass written from the paper's description (``reference_model.py``). One spawn per
+world size runs all its layouts; all start from one conversion per model.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ring.checkpoint.convert.convert import Options, hf_to_megatron, megatron_to_hf
+from megatron_ring.checkpoint.convert.families import tensor_map
+from megatron_ring.checkpoint.convert.hf_config import read_hf_config
+from megatron_ring.checkpoint.convert.plain_forward import plain_logits
+from megatron_ring.checkpoint.convert.publish import Assembler, Part
+from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
+from megatron_ring.checkpoint.convert.tensor_map import Box
+from megatron_ring.config.load import config_from_mapping
+from tests.checkpoint.convert_cases import (
+    LAYOUT_MODELS,
+    LAYOUTS,
+    Silent,
+    assert_same,
+    layout_name,
+    layout_settings,
+    prompt,
+    read_hf,
+    write_hf,
+)
+from tests.checkpoint.reference_model import logits_TV, mtp_logits_TV
+from tests.parallel.test_layouts import spawn
+
+CASES = [
+    pytest.param(
+        model,
+        world,
+        layout,
+        id=layout_name(model, world, layout),
+        marks=[pytest.mark.slow] if world == 8 else [],
+    )
+    for world, models in LAYOUTS.items()
+    for model, layouts in models.items()
+    for layout in layouts
+]
+
+
+def model_of(name: str):
+    return config_from_mapping(layout_settings(name)).model
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Path:
+    """Per model, ``hf`` and ``megatron``, converted at another padding than most layouts have."""
+    root = tmp_path_factory.mktemp("convert")
+    for name in LAYOUT_MODELS:
+        (root / name).mkdir()
+        source = write_hf(model_of(name), root / name / "hf", max_file_bytes=500_000)
+        hf_to_megatron(
+            source, root / name / "megatron", Options(max_file_bytes=300_000), Silent(), divisible_by=6
+        )
+    return root
+
+
+@pytest.fixture(scope="module")
+def run_world(converted: Path):
+    # a failed spawn fails every test of its world once, without another spawn
+    spawned = cache(lambda world: spawn(world, "tests.checkpoint.convert_worker", str(world), str(converted)))
+
+    def run(world: int) -> Path:
+        result = spawned(world)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+        return converted
+
+    return run
+
+
+@cache
+def expected_logits(folder: Path, has_mtp: bool) -> list[torch.Tensor]:
+    tensors, config = read_hf(folder), read_hf_config(folder)
+    tokens_T = torch.tensor(prompt(config["vocab_size"]))
+    whole = [logits_TV(tensors, config, tokens_T)]
+    return [*whole, mtp_logits_TV(tensors, config, tokens_T)] if has_mtp else whole
+
+
+@pytest.mark.parametrize(("model", "world", "layout"), CASES)
+def test_logits_are_the_reference_models(model: str, world: int, layout: dict[str, int], run_world):
+    folder = run_world(world)
+    found = torch.load(folder / layout_name(model, world, layout) / "logits.pt", weights_only=True)
+    expected = expected_logits(folder / model / "hf", model == "v2_mtp")
+    assert len(found) == len(expected)
+    for own_TV, reference_TV in zip(found, expected, strict=True):
+        assert reference_TV.std() > 0.1, "logits too flat to tell anything"
+        gap = (own_TV - reference_TV).abs().max() / reference_TV.abs().max()
+        assert gap < 1e-5, f"{gap:.1e}"
+
+
+@pytest.mark.parametrize(("model", "world", "layout"), CASES)
+def test_published_parts_make_the_same_tensors(model: str, world: int, layout: dict[str, int], run_world):
+    folder = run_world(world)
+    assembler = Assembler(tensor_map(model_of(model), model_of(model).vocab_size))
+    whole = {}
+    for rank in range(world):
+        path = folder / layout_name(model, world, layout) / f"parts.{rank}.pt"
+        for name, offset, data in torch.load(path, weights_only=True):
+            tensor = assembler.add(Part(name, Box(offset, tuple(data.shape)), data))
+            if tensor is not None:
+                whole[name] = tensor
+    assert assembler.missing() == []
+    assert_same(whole, read_hf(folder / model / "hf"))
+
+
+@pytest.mark.parametrize(("model", "world", "layout"), CASES)
+def test_a_runs_checkpoint_exports_to_the_same_tensors(
+    model: str, world: int, layout: dict[str, int], run_world, tmp_path
+):
+    folder = run_world(world)
+    saved = folder / layout_name(model, world, layout) / "saved"
+    back = megatron_to_hf(saved, tmp_path / "hf", Options(verify=True), Silent())
+    assert_same(read_hf(back), read_hf(folder / model / "hf"))
+    assert read_hf_config(back) == read_hf_config(folder / model / "hf")
+
+
+@pytest.mark.parametrize("model", LAYOUT_MODELS)
+def test_the_tools_own_forward_pass_is_the_reference_models(model: str, converted: Path):
+    folder = converted / model / "hf"
+    tokens_T = torch.tensor(prompt(model_of(model).vocab_size))
+    found_TV = plain_logits(SafetensorsFolder(folder), model_of(model), tokens_T)
+    reference_TV = expected_logits(folder, model == "v2_mtp")[0]
+    assert (found_TV - reference_TV).abs().max() / reference_TV.abs().max() < 1e-5
