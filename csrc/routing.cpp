@@ -15,13 +15,15 @@ constexpr int64_t kTokens = 64;
 template <class A>
 static void top_k(const A* score, int64_t n, int64_t k, const char* only, int64_t group, int64_t* best) {
   int64_t count = 0;
+  A least = 0;
   for (int64_t i = 0; i < n; ++i) {
-    if (only && !only[i / group]) continue;
     const A value = score[i];
-    if (count == k && !(value > score[best[k - 1]])) continue;
+    if (count == k && !(value > least)) continue;
+    if (only && !only[i / group]) continue;
     int64_t at = count < k ? count++ : k - 1;
     for (; at > 0 && value > score[best[at - 1]]; --at) best[at] = best[at - 1];
     best[at] = i;
+    least = score[best[count - 1]];
   }
 }
 
@@ -66,13 +68,18 @@ static void weigh(const A* logit, const A* score, const int64_t* chosen, int64_t
                   A scaling, A* weight) {
   A max = -std::numeric_limits<A>::infinity(), sum = sigmoid ? A(kSumEpsilon) : A(0);
   for (int64_t k = 0; k < topk; ++k) {
-    if (chosen[k] < experts && logit[chosen[k]] > max) max = logit[chosen[k]];
-  }
-  for (int64_t k = 0; k < topk; ++k) {
     const int64_t e = chosen[k];
-    // renormalised softmax is the softmax of the chosen logits: no 0/0 however small the scores
-    weight[k] = e == experts ? A(0) : sigmoid ? score[e] : std::exp(logit[e] - max);
+    if (e < experts && logit[e] > max) max = logit[e];
+    weight[k] = e < experts ? score[e] : A(0);
     sum += weight[k];
+  }
+  if (!sigmoid && !(sum > A(1e-6))) {
+    // replayed experts may have scores next to 0: renormalised softmax is also the softmax of the chosen logits
+    sum = 0;
+    for (int64_t k = 0; k < topk; ++k) {
+      weight[k] = chosen[k] < experts ? std::exp(logit[chosen[k]] - max) : A(0);
+      sum += weight[k];
+    }
   }
   for (int64_t k = 0; k < topk; ++k) weight[k] = weight[k] > 0 ? weight[k] / sum * scaling : weight[k];
 }
@@ -147,9 +154,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits_in
         for (int64_t k = 0; k < topk; ++k) {
           if (best[k] < experts) ++count[part * experts + best[k]];
         }
-        A total = 0;
-        for (int64_t e = 0; e < experts; ++e) total += score[e];
-        const A norm = sigmoid ? A(1) / (total + A(kSumEpsilon)) : A(1);
+        A total = sigmoid ? A(kSumEpsilon) : A(1);
+        for (int64_t e = 0; sigmoid && e < experts; ++e) total += score[e];
+        const A norm = A(1) / total;
         double* into = sum + part * (experts + 1);
         for (int64_t e = 0; e < experts; ++e) into[e] += score[e] * norm;
         into[experts] += static_cast<double>(lse) * lse;

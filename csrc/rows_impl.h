@@ -402,10 +402,13 @@ template <class A>
 A softmax(const A* x, A* out, int64_t n) {
   using L = Lane<A>;
   using V = typename L::V;
-  A max = -std::numeric_limits<A>::infinity();
-  for (int64_t i = 0; i < n; ++i) max = x[i] > max ? x[i] : max;
-  V sum = V{};
   const int64_t whole = n / L::n * L::n;
+  V high = V{} - std::numeric_limits<A>::infinity();
+  for (int64_t i = 0; i < whole; i += L::n) high = largest(high, L::load(x + i));
+  A max = high[0];
+  for (int i = 1; i < L::n; ++i) max = high[i] > max ? high[i] : max;
+  for (int64_t i = whole; i < n; ++i) max = x[i] > max ? x[i] : max;
+  V sum = V{};
   for (int64_t i = 0; i < whole; i += L::n) {
     V e = exponential(L::load(x + i) - max);
     sum += e;
