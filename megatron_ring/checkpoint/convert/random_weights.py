@@ -12,11 +12,11 @@ from torch import Tensor
 
 from megatron_ring.checkpoint.convert.families import tensor_map
 from megatron_ring.checkpoint.convert.files import SummedFile, TensorInfo
-from megatron_ring.checkpoint.convert.folders import commit_folder
+from megatron_ring.checkpoint.convert.folders import commit_folder, write_manifest
 from megatron_ring.checkpoint.convert.hf_config import config_class_files, hf_config
 from megatron_ring.checkpoint.convert.plan import safetensors_files
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsWriter, write_index
-from megatron_ring.checkpoint.convert.stream import BUFFER_BYTES
+from megatron_ring.checkpoint.convert.stream import BUFFER_BYTES, Written
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.errors import CheckpointError
 
@@ -50,6 +50,7 @@ def write_random_checkpoint(
     working.mkdir()
     generator = torch.Generator().manual_seed(seed)
     files = safetensors_files(infos, max_file_bytes)
+    notes: dict[str, Written] = {}
     for file in files:
         sink = SummedFile(working / file.name, lambda _: None)
         writer = SafetensorsWriter(sink, {name: infos[name] for name, _ in file.boxes})
@@ -57,8 +58,10 @@ def write_random_checkpoint(
             for rows in box.rows(BUFFER_BYTES // 4):
                 writer.write(name, rows, _random(name, rows.shape, model, generator).to(infos[name].dtype))
         sink.close(durably=True)
+        notes[file.name] = Written(sink.num_bytes, f"{sink.crc32:08x}", [])
     contents = {file.name: [name for name, _ in file.boxes] for file in files}
     write_index(working, contents, total)
+    write_manifest(working, notes, source=f"random, seed {seed}", family=model.family)
     config = hf_config(model, {}, dtype)
     for name, text in config_class_files(config).items():
         (working / name).write_text(text, encoding="utf-8")
