@@ -9,12 +9,13 @@ A RUN is a run's folder or its metrics.jsonl.
 import argparse
 from pathlib import Path
 
+from megatron_ring.config.load import OneLineParser
 from megatron_ring.launch.entry import run_entry
 from megatron_ring.report.page import render_comparison, render_report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("run", nargs="+", metavar="RUN", help="folder of a run, or its metrics.jsonl")

@@ -1,0 +1,225 @@
+"""Wrong input given to the real entry points: one line, exit code 2, and nothing half-written.
+
+The scripts run in this process under their own name, as ``python examples/...`` runs them. What the configuration
+alone decides is in ``tests/config``; here the mistake lies in a file, a folder or a disk.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.runs import ROOT, TINY, flags
+
+PRETRAIN = "examples/pretrain_ring.py"
+
+
+def files_under(folder: Path) -> dict[str, bytes]:
+    """Every file's content, so that a change shows."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch, capsys) -> Callable[..., str]:
+    """Run a script with words it must refuse; its one line comes back."""
+
+    def run(script: str, words: list[str], **environment: str) -> str:
+        before = files_under(tmp_path)
+        monkeypatch.setattr("sys.argv", [script, *words])
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        stderr = capsys.readouterr().err
+        lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+        assert ended.value.code == 2, stderr
+        assert len(lines) == 1 and "Traceback" not in stderr, stderr
+        assert files_under(tmp_path) == before, "something was written or changed"
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def settings(corpus, tmp_path) -> dict[str, object]:
+    """A run that would work, on a copy of the corpus to do damage to."""
+    prefix = Path(str(corpus["data-path"]))
+    for path in prefix.parent.glob(f"{prefix.name}.*"):
+        shutil.copy(path, tmp_path)
+    return (
+        TINY
+        | corpus
+        | {
+            "data-path": str(tmp_path / prefix.name),
+            "train-iters": 2,
+            "lr-warmup-iters": 0,
+            "log-level": "error",
+        }
+    )
+
+
+def test_a_missing_corpus(refused, settings, tmp_path):
+    line = refused(PRETRAIN, flags(settings | {"data-path": tmp_path / "nowhere"}))
+    assert f"{tmp_path}/nowhere.idx does not exist" in line
+
+
+def test_a_corrupt_index(refused, settings):
+    path = Path(str(settings["data-path"]) + ".idx")
+    path.write_bytes(b"garbage" + path.read_bytes()[7:])
+    assert f"{path} is not a Megatron index" in refused(PRETRAIN, flags(settings))
+
+
+def test_a_corpus_cut_short(refused, settings):
+    path = Path(str(settings["data-path"]) + ".bin")
+    os.truncate(path, path.stat().st_size // 2)
+    assert f"{path} has {path.stat().st_size} bytes" in refused(PRETRAIN, flags(settings))
+
+
+def test_a_tokenizer_the_corpus_was_not_made_with(refused, settings, tmp_path):
+    from megatron_ring.data.builtin import builtin_documents
+    from megatron_ring.data.tokenizer_training import train_tokenizer
+
+    train_tokenizer(builtin_documents(0.2), tmp_path / "other.model", vocab_size=400)
+    line = refused(PRETRAIN, flags(settings | {"tokenizer-model": tmp_path / "other.model"}))
+    assert "was made with another tokenizer" in line and "preprocess it again" in line
+
+
+def test_a_file_that_is_no_tokenizer(refused, settings, tmp_path):
+    (tmp_path / "bad.model").write_bytes(b"\0\1\2 not a model")
+    line = refused(PRETRAIN, flags(settings | {"tokenizer-model": tmp_path / "bad.model"}))
+    assert "bad.model" in line
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers(refused, settings):
+    line = refused(PRETRAIN, flags(settings | {"vocab-size": 256}))
+    assert "512" in line and "256" in line
+
+
+def test_token_ids_past_the_vocabulary_without_a_tokenizer_to_tell(refused, settings):
+    words = {name: value for name, value in settings.items() if name != "tokenizer-model"}
+    line = refused(PRETRAIN, flags(words | {"vocab-size": 256}))
+    assert "256" in line and str(settings["data-path"]) in line
+
+
+def test_a_split_without_validation_documents(refused, settings):
+    line = refused(PRETRAIN, flags(settings | {"split": "100,0,0", "eval-interval": 1}))
+    assert "100,0,0" in line
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory) -> Path:
+    """A run of one step, saved."""
+    from megatron_ring.config.load import load_config
+    from megatron_ring.stages.pretrain import pretrain
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    once = {"save": folder, "train-iters": 1, "lr-warmup-iters": 0, "log-level": "error"}
+    pretrain(load_config(flags(TINY | corpus | once)))
+    return folder
+
+
+@pytest.fixture
+def run_copy(trained, tmp_path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_a_checkpoint_of_another_model(refused, settings, run_copy):
+    line = refused(PRETRAIN, flags(settings | {"load": run_copy, "num-layers": 4}))
+    assert "another model: num_layers=2 there but 4 here" in line
+
+
+def test_a_checkpoint_cut_short(refused, settings, run_copy):
+    path = run_copy / "iter_0000001" / "__0_0.distcp"
+    os.truncate(path, 1000)
+    assert f"{path}: has 1,000 of at least" in refused(PRETRAIN, flags(settings | {"load": run_copy}))
+
+
+def test_a_pointer_to_a_checkpoint_that_is_gone(refused, settings, run_copy):
+    (run_copy / "latest_checkpointed_iteration.txt").write_text("7\n")
+    line = refused(PRETRAIN, flags(settings | {"load": run_copy}))
+    assert "names step 7, which is not there (found: 1)" in line
+
+
+def test_a_resumed_run_on_another_corpus(refused, settings, run_copy):
+    line = refused(PRETRAIN, flags(settings | {"load": run_copy, "split": "50,50,0"}))
+    assert "corpus" in line or "data" in line
+
+
+def test_a_folder_to_load_that_is_none(refused, settings, tmp_path):
+    line = refused(PRETRAIN, flags(settings | {"load": tmp_path / "gone"}))
+    assert f"load={tmp_path}/gone is not a folder" in line
+
+
+def test_a_file_in_place_of_the_folder_to_save_to(refused, settings, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    line = refused(PRETRAIN, flags(settings | {"save": tmp_path / "taken"}))
+    assert f"{tmp_path}/taken" in line and "folder" in line
+
+
+@pytest.fixture
+def full_disk(tmp_path) -> Iterator[Path]:
+    """A real file system with room for settings and metrics but not for a checkpoint."""
+    disk = tmp_path.with_name(tmp_path.name + "-disk")
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk(refused, settings, full_disk):
+    line = refused(PRETRAIN, flags(settings | {"save": full_disk / "run"}))
+    assert "GB free but the checkpoint of step 2 needs" in line and "free space" in line
+    left = {path.name for path in (full_disk / "run").iterdir()}
+    assert not {name for name in left if name.startswith(("iter_", "latest")) or name.endswith(".tmp")}, left
+
+
+def test_an_unknown_flag(refused, settings):
+    line = refused(PRETRAIN, [*flags(settings), "--learning-rate", "1"])
+    assert "--learning-rate" in line
+
+
+def test_tensor_parallel_experts_without_sequence_parallel(refused, settings):
+    line = refused(PRETRAIN, flags(settings | {"tensor-model-parallel-size": 2}), WORLD_SIZE="2")
+    assert "sequence_parallel" in line or "--sequence-parallel" in line
+
+
+def test_a_spike_factor_that_skips_everything(refused, settings):
+    line = refused(PRETRAIN, flags(settings | {"loss-spike-factor": 0.5}))
+    assert "loss_spike_factor=0.5 must be 0 (off) or above 1; try 1.5" in line
+
+
+def test_transformer_engine_where_there_is_none(refused, settings, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "transformer_engine", None)
+    line = refused(PRETRAIN, flags(settings | {"transformer-impl": "transformer_engine"}))
+    assert "transformer_impl=transformer_engine" in line
+
+
+def test_a_toml_file_that_is_none(refused, tmp_path):
+    (tmp_path / "run.toml").write_text("[train\nlr = 1")
+    assert "run.toml is not valid TOML" in refused(PRETRAIN, ["--config", str(tmp_path / "run.toml")])
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        ("tools/report.py", ["{tmp}/nowhere"], "nowhere"),
+        ("tools/report.py", ["{tmp}", "--wrong"], "--wrong"),
+        ("tools/plan_run.py", ["--gpus", "0", "--memory-gib", "80"], "--gpus 0"),
+        ("tools/plan_run.py", ["--gpus", "8", "--memory-gib", "1", "--preset", "ring_lite"], "no layout"),
+        ("tools/convert_checkpoint.py", ["hf-to-megatron", "{tmp}/nowhere", "{tmp}/out"], "nowhere"),
+        ("tools/convert_checkpoint.py", ["sideways"], "sideways"),
+        ("tools/preprocess_data.py", ["--builtin-corpus", "--output-prefix", "{tmp}/c"], "tokenizer"),
+        ("tools/train_tokenizer.py", ["--input", "{tmp}/nowhere", "--output", "{tmp}/t.model"], "nowhere"),
+    ],
+)
+def test_the_tools_refuse_in_one_line_too(refused, tmp_path, script, words, said):
+    assert said in refused(script, [word.format(tmp=tmp_path) for word in words])
