@@ -58,7 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _convert(args: argparse.Namespace, reporter: ConsoleReporter) -> Path:
     import torch
 
-    from megatron_ring.checkpoint.convert.convert import Options, hf_to_megatron, megatron_to_hf, reshard
+    from megatron_ring.checkpoint.convert.convert import (
+        Export,
+        Options,
+        hf_to_megatron,
+        megatron_to_hf,
+        reshard,
+    )
 
     options = Options(
         dtype={"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}[getattr(args, "dtype", "keep")],
@@ -67,9 +73,13 @@ def _convert(args: argparse.Namespace, reporter: ConsoleReporter) -> Path:
         verify=args.verify,
     )
     if args.command == "megatron-to-hf":
-        return megatron_to_hf(
-            args.source, args.target, options, reporter, args.hf_files, args.config, args.normalize_head
+        export = Export(
+            hf_files=args.hf_files,
+            config_file=args.config,
+            normalize_head=args.normalize_head,
+            without_mtp=args.without_mtp,
         )
+        return megatron_to_hf(args.source, args.target, options, reporter, export)
     tensor_size = args.tensor_model_parallel_size
     if tensor_size < 1 or (args.make_vocab_size_divisible_by or 1) < 1:
         raise CheckpointError(
@@ -167,6 +177,11 @@ def _parser() -> OneLineParser:
         "--normalize-head",
         action="store_true",
         help="apply NormHead to lm_head.weight and say norm_head: false",
+    )
+    to_hf.add_argument(
+        "--without-mtp",
+        action="store_true",
+        help="leave multi-token-prediction layers out (vLLM refuses them)",
     )
     return parser
 

@@ -20,9 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ring.checkpoint.convert import files, stream
-from megatron_ring.checkpoint.convert.convert import Options, hf_to_megatron, megatron_to_hf, reshard
+from megatron_ring.checkpoint.convert.convert import Export, Options, hf_to_megatron, megatron_to_hf, reshard
 from megatron_ring.checkpoint.convert.folders import check_manifest
 from megatron_ring.checkpoint.convert.hf_config import hf_config, model_config, read_hf_config
+from megatron_ring.checkpoint.convert.plan import safetensors_files
+from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
+from megatron_ring.checkpoint.convert.tensor_map import Box, Copy
 from megatron_ring.checkpoint.convert.torch_dist_io import TorchDistFolder
 from megatron_ring.config.load import preset_config
 from megatron_ring.errors import CheckpointError
@@ -67,6 +70,23 @@ def test_there_and_back_is_bit_equal(name: str, dtype: str, tmp_path: Path):
         assert not path.name.endswith((".incomplete", ".part", ".lock")) and path.name != ".done", path
 
 
+def test_a_workers_error_is_the_conversions(hf: dict[str, Path], tmp_path: Path):
+    """The parent looks at the source first; what breaks later breaks in a worker."""
+    source = SafetensorsFolder(hf["v1"])
+    boxes = {name: Box.whole(info.shape) for name, info in source.tensors.items()}
+    copies = {name: [Copy(name, box, name, box)] for name, box in boxes.items()}
+    job = stream.Job(
+        source=tmp_path / "gone",
+        source_format="safetensors",
+        target_format="safetensors",
+        copies=copies,
+        tensors=source.tensors,
+        files=safetensors_files(source.tensors, 20_000),
+    )
+    with pytest.raises(CheckpointError, match="gone: no such folder"):
+        stream.write(job, tmp_path, list(job.files), 2, lambda _: None)
+
+
 def test_padding_is_zero_and_follows_the_layout(hf: dict[str, Path], tmp_path: Path):
     folder = hf_to_megatron(hf["v1"], tmp_path / "m", SMALL, Silent(), divisible_by=16, tensor_size=4)
     for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
@@ -101,10 +121,21 @@ def test_casting_is_named_and_spares_the_expert_bias(hf: dict[str, Path], tmp_pa
 
 def test_normalised_head_is_what_the_model_divides_by(hf: dict[str, Path], tmp_path: Path):
     hf_to_megatron(hf["v1"], tmp_path / "m", SMALL, Silent())
-    back = megatron_to_hf(tmp_path / "m", tmp_path / "h", SMALL, Silent(), normalize_head=True)
+    back = megatron_to_hf(tmp_path / "m", tmp_path / "h", SMALL, Silent(), Export(normalize_head=True))
     assert read_hf_config(back)["norm_head"] is False
     raw, normed = read_hf(hf["v1"])["lm_head.weight"], read_hf(back)["lm_head.weight"]
     torch.testing.assert_close(normed, raw / (raw.norm(dim=0) + 1e-7))
+
+
+def test_multi_token_prediction_layers_can_stay_behind(hf: dict[str, Path], tmp_path: Path):
+    hf_to_megatron(hf["v2_mtp"], tmp_path / "m", SMALL, Silent())
+    back = megatron_to_hf(tmp_path / "m", tmp_path / "h", SMALL, Silent(), Export(without_mtp=True))
+    whole = read_hf(hf["v2_mtp"])
+    assert_same(
+        read_hf(back),
+        {n: t for n, t in whole.items() if not n.startswith(("model.layers.3.", "model.layers.4."))},
+    )
+    assert read_hf_config(back)["num_nextn_predict_layers"] == 0
 
 
 def test_reshard_pads_anew_and_keeps_the_optimizer(hf: dict[str, Path], tmp_path: Path):
@@ -435,8 +466,6 @@ def test_nothing_that_exists_is_written_over(hf: dict[str, Path], tmp_path: Path
 def test_a_chunk_is_read_in_place_whatever_its_cut(tmp_path: Path):
     """PyTorch's own writer cuts differently: one chunk per tensor."""
     import torch.distributed.checkpoint as dcp
-
-    from megatron_ring.checkpoint.convert.tensor_map import Box
 
     tensors = {"a": torch.randn(7, 5), "b": torch.randn(3, 2, 4).bfloat16(), "c": torch.randn(5)}
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)

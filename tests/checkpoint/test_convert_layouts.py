@@ -7,6 +7,10 @@ world size runs all its layouts; all start from one conversion per model.
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -33,7 +37,7 @@ from tests.checkpoint.convert_cases import (
     write_hf,
 )
 from tests.checkpoint.reference_model import logits_TV, mtp_logits_TV
-from tests.parallel.test_layouts import spawn
+from tests.parallel.test_layouts import ROOT, spawn
 
 CASES = [
     pytest.param(
@@ -132,3 +136,19 @@ def test_the_tools_own_forward_pass_is_the_reference_models(model: str, converte
     found_TV = plain_logits(SafetensorsFolder(folder), model_of(model), tokens_T)
     reference_TV = expected_logits(folder, model == "v2_mtp")[0]
     assert (found_TV - reference_TV).abs().max() / reference_TV.abs().max() < 1e-5
+
+
+def test_check_logits_tells_the_same_model_from_another(converted: Path, tmp_path: Path):
+    """In processes of their own: the check opens a session."""
+    tool, source = ROOT / "tools/convert_checkpoint.py", converted / "v1/hf"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    words = [str(tool), "hf-to-megatron", str(source), str(tmp_path / "m"), "--check-logits"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "logits agree: log p over 32 tokens x 250" in done.stdout, done.stderr
+    other = write_hf(dataclasses.replace(model_of("v1"), norm_head=False), tmp_path / "other")
+    code = (
+        "from pathlib import Path; from megatron_ring.checkpoint.convert.check_logits import check_logits; "
+        f"check_logits(Path({str(other)!r}), Path({str(tmp_path / 'm')!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "compute different models: log p differs by" in done.stderr

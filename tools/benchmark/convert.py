@@ -59,9 +59,9 @@ def measure(scratch: Path, args: argparse.Namespace) -> dict[str, object]:
     sums = checksums(hf)
     report["copy_gb_s_before"] = copy_speed(hf, scratch)
     report["hf_to_megatron"] = convert("hf-to-megatron", hf, megatron, options, made["bytes"])
-    report["copy_gb_s_between"] = copy_speed(hf, scratch)
     for path in hf.glob("*.safetensors"):
         path.unlink()
+    report["copy_gb_s_between"] = copy_speed(megatron / "iter_0000000", scratch)
     report["megatron_to_hf"] = convert("megatron-to-hf", megatron, back, options, made["bytes"])
     report["copy_gb_s_after"] = copy_speed(back, scratch)
     report["bit_equal"] = checksums(back) == sums
@@ -127,7 +127,7 @@ def rss_anon(pid: int) -> int:
 def copy_speed(folder: Path, scratch: Path) -> float:
     """GB/s of cp for the first files of ``folder``, until the copy is on the disk."""
     files, size = [], 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".distcp")):
         if files and size + path.stat().st_size > COPY_BYTES:
             break
         files.append(path)

@@ -46,7 +46,7 @@ from megatron_ring.config.run import RunConfig
 from megatron_ring.config.show import dump_toml, flat
 from megatron_ring.errors import CheckpointError
 
-_OPTIMIZER = "optimizer."
+_OPTIMIZER, _MTP = "optimizer.", "mtp."
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 _CONTENT = {
     "content_metadata": {
@@ -82,6 +82,20 @@ class Options:
     """Processes that convert."""
     verify: bool = False
     """Read both sides back and compare before the result gets its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What goes into a Hugging Face folder besides the weights. Example: ``Export(without_mtp=True)``."""
+
+    hf_files: Path | None = None
+    """Folder whose config.json and tokenizer go along; None means ``hf`` beside the steps."""
+    config_file: Path | None = None
+    """TOML that describes the model; None means the one beside the weights."""
+    normalize_head: bool = False
+    """Apply NormHead to ``lm_head.weight`` and say ``norm_head: false``, for engines that do not know it."""
+    without_mtp: bool = False
+    """Leave multi-token-prediction layers out, for engines that refuse them (vLLM 0.32 does)."""
 
 
 def hf_to_megatron(
@@ -145,38 +159,31 @@ def hf_to_megatron(
 
 
 def megatron_to_hf(
-    source_path: Path,
-    target: Path,
-    options: Options,
-    reporter: Reporter,
-    hf_files: Path | None = None,
-    config_file: Path | None = None,
-    normalize_head: bool = False,
+    source_path: Path, target: Path, options: Options, reporter: Reporter, export: Export | None = None
 ) -> Path:
     """Write the Hugging Face folder ``target`` from a checkpoint (a run's folder means its latest).
-
-    ``hf_files`` names the folder whose config.json and tokenizer go along; the default is ``hf`` beside the
-    steps.
 
     Raises:
         CheckpointError: bad input, no room, or ``target`` holds something already; nothing half-written has
         its name.
     """
+    export = export or Export()
     folder = find_checkpoint(source_path)
-    config = run_config_of(folder, config_file)
+    config = run_config_of(folder, export.config_file)
+    model = replace(config.model, mtp_num_layers=0) if export.without_mtp else config.model
     source = TorchDistFolder(folder)
-    mapping = tensor_map(config.model, _vocab_rows(source, config))
-    extra = [key for key in source.tensors if key not in mapping.keys and not key.startswith(_OPTIMIZER)]
-    check_tensors(source, mapping.keys, config.model, extra)
+    mapping = tensor_map(model, _vocab_rows(source, model))
+    ignored = (_OPTIMIZER, _MTP) if export.without_mtp else (_OPTIMIZER,)
+    extra = [key for key in source.tensors if key not in mapping.keys and not key.startswith(ignored)]
+    check_tensors(source, mapping.keys, model, extra)
     infos = target_infos(source, mapping.into_names, mapping.names, options.dtype)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: exists already; name another folder or remove it")
-    files_from = hf_files or folder.parent / HF_FILES
-    base = read_hf_config(files_from) if hf_files or (files_from / "config.json").exists() else {}
+    files_from = export.hf_files or folder.parent / HF_FILES
+    base = read_hf_config(files_from) if export.hf_files or (files_from / "config.json").exists() else {}
+    normalize = export.normalize_head and model.norm_head
     theirs = hf_config(
-        replace(config.model, norm_head=config.model.norm_head and not normalize_head),
-        base,
-        _common_dtype(infos),
+        replace(model, norm_head=model.norm_head and not normalize), base, _common_dtype(infos)
     )
     job = Job(
         source=folder,
@@ -185,9 +192,7 @@ def megatron_to_hf(
         copies=mapping.into_names,
         tensors=infos,
         files=safetensors_files(infos, options.max_file_bytes),
-        scales=_head_scale(source, config.model.vocab_size)
-        if normalize_head and config.model.norm_head
-        else {},
+        scales=_head_scale(source, model.vocab_size) if normalize else {},
     )
     working = target.with_name(target.name + ".incomplete")
     with stream.working_folder(working):
@@ -195,17 +200,9 @@ def megatron_to_hf(
         if files_from.is_dir():
             carry_over(files_from, working)
         else:
-            reporter.say(
-                "no config.json or tokenizer to carry over: config.json is made from the checkpoint's, see --hf-files"
-            )
-        for name, text in config_class_files(theirs).items():
-            (working / name).write_text(text, encoding="utf-8")
-        (working / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
-        contents = {file.name: list(dict.fromkeys(name for name, _ in file.boxes)) for file in job.files}
-        write_index(working, contents, sum(info.num_bytes for info in infos.values()))
-        write_manifest(
-            working, notes, source=str(folder), source_format="torch_dist", family=config.model.family
-        )
+            reporter.say("no config.json or tokenizer to carry over (--hf-files): config.json is made anew")
+        _finish_hf(job, working, theirs)
+        write_manifest(working, notes, source=str(folder), source_format="torch_dist", family=model.family)
         if options.verify:
             copies = {key: c for key, c in mapping.into_keys.items() if c[0].source not in job.scales}
             _verify(source, SafetensorsFolder(working), copies, reporter)
@@ -305,6 +302,15 @@ def _write_metadata(job: Job, working: Path, notes: dict[str, Written]) -> None:
     stream.forget_plan(working)
 
 
+def _finish_hf(job: Job, working: Path, config: dict[str, Any]) -> None:
+    """Write config.json, the code that reads it, and the index."""
+    for name, text in config_class_files(config).items():
+        (working / name).write_text(text, encoding="utf-8")
+    (working / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    contents = {file.name: list(dict.fromkeys(name for name, _ in file.boxes)) for file in job.files}
+    write_index(working, contents, sum(info.num_bytes for info in job.tensors.values()))
+
+
 def _finish_step(working: Path, state: dict[str, Any], config: RunConfig) -> None:
     (working / folders.TRAINER_STATE).write_text(json.dumps(state), encoding="utf-8")
     (working / folders.RUN_CONFIG).write_text(dump_toml(config), encoding="utf-8")
@@ -323,10 +329,10 @@ def _common_dtype(infos: dict[str, TensorInfo]) -> str:
     return str(max(bytes_of, key=bytes_of.__getitem__)).removeprefix("torch.")
 
 
-def _vocab_rows(source: TorchDistFolder, config: RunConfig) -> int:
+def _vocab_rows(source: TorchDistFolder, model: ModelConfig) -> int:
     """Rows of the embedding as it was saved: whatever padding it has, never fewer than the vocabulary."""
     rows = source.tensors[_EMBEDDING].shape[0] if _EMBEDDING in source.tensors else 0
-    return max(rows, config.model.vocab_size)
+    return max(rows, model.vocab_size)
 
 
 def _head_scale(source: TorchDistFolder, vocab_size: int) -> dict[str, Tensor]:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from megatron_ring.checkpoint.convert.tensor_map import Box, Shape, TensorMap
 
+_MTP = "mtp."
+
 
 class Shard(NamedTuple):
     """A block of a Megatron tensor. ``shape`` is the whole tensor's, ``data`` may lack leading dimensions of
@@ -54,11 +56,16 @@ def shards_of(state: dict[str, Any]) -> Iterator[Shard]:
 
 
 def hf_parts(mapping: TensorMap, shards: Iterable[Shard]) -> Iterator[Part]:
-    """Cut shards at the borders of the Hugging Face tensors they belong to; vocabulary padding falls away."""
+    """Cut shards at the borders of the Hugging Face tensors they belong to; vocabulary padding falls away.
+
+    So do multi-token-prediction layers that ``mapping`` has none of: rollout engines need none.
+    """
     for shard in shards:
         ahead = len(shard.shape) - shard.data.dim()
         box = Box(shard.offset, (*(1 for _ in range(ahead)), *shard.data.shape))
         data = shard.data.reshape(box.shape)
+        if shard.key.startswith(_MTP) and shard.key not in mapping.keys:
+            continue
         for copy in mapping.into_keys[shard.key]:
             part = copy.within(box)
             if part is not None:
