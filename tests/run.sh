@@ -18,9 +18,11 @@ done
 
 export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false
 if [ -n "$all" ]; then
-    if [ -f tools/setup_vllm.sh ]; then
+    if [ "${RING_VLLM:-0}" = 1 ]; then
         _say "installing vLLM in an environment of its own for the converter's proofs"
         bash tools/setup_vllm.sh || echo "note: vLLM could not be installed; its tests are skipped and say so"
+    else
+        echo "note: not run here without RING_VLLM=1: the comparison with vLLM (an environment of 3.6 GB)"
     fi
     _say "style and types"
     "$PYTHON" -m ruff check .
