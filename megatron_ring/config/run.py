@@ -5,6 +5,8 @@ from typing import Literal
 
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.parallel import ParallelConfig
+from megatron_ring.config.rl import BudgetConfig, ObjectiveConfig, RewardConfig, RolloutConfig
+from megatron_ring.config.sft import SftConfig
 from megatron_ring.config.train import TrainConfig
 
 
@@ -94,3 +96,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)

@@ -1,0 +1,147 @@
+"""Reinforcement learning: rollouts, the token budget, the objective, rewards and what keeps them stable.
+
+Names are the paper's (Ring-lite, arXiv 2506.14731) or those that users of other frameworks know.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """What is asked, and how answers are sampled.
+
+    Example: ``RolloutConfig(prompt_data=("math.jsonl",), prompts_per_step=512, group_size=16)``.
+    """
+
+    prompt_data: tuple[str, ...] = ()
+    """Problems: a JSONL file or reasoning_gym:NAME, or a blend: weight, source, weight, source ..."""
+    eval_prompt_data: tuple[str, ...] = ()
+    """Held-out problems, in the same words; empty evaluates nothing."""
+    eval_prompts: int = 512
+    """Held-out problems per evaluation."""
+    eval_samples: int = 1
+    """Responses sampled to each held-out problem; accuracy is their mean."""
+    prompts_per_step: int = 512
+    """Prompts drawn for one rollout step, summed over data-parallel processes."""
+    group_size: int = 16
+    """Responses sampled to each prompt; advantages compare them with one another."""
+    max_prompt_length: int = 2048
+    """Longest prompt in tokens; longer ones are left out and counted."""
+    max_response_length: int = 22528
+    """Longest response in tokens, end of sequence included."""
+    temperature: float = 1.0
+    """Sampling temperature; log probabilities are taken at it."""
+    top_p: float = 1.0
+    """Sample from the most likely tokens that make up this share; 1 for all."""
+    top_k: int = 0
+    """Sample from this many most likely tokens; 0 for all."""
+    rollout_slots: int = 256
+    """Sequences that one data-parallel process decodes at the same time; a finished one makes room."""
+    rollout_token_budget: int = 0
+    """C3PO++: generation stops at this many tokens per step, summed over processes; 0 lets all finish."""
+    rollout_max_staleness: int = 4
+    """Policy versions after which an unfinished or carried response is dropped."""
+    dynamic_sampling: bool = False
+    """Refill groups whose rewards are all equal with new prompts."""
+    dynamic_sampling_max_rounds: int = 10
+    """Rounds of refilling in one step after which the run stops with an error."""
+    solve_rate_min: float = 0.0
+    """Leave out problems whose recorded solve_rate is below this."""
+    solve_rate_max: float = 1.0
+    """Leave out problems whose recorded solve_rate is above this."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BudgetConfig:
+    """C3PO's token budget, and the static grid of microbatches that it is packed into.
+
+    Example: ``BudgetConfig(token_budget=409600, token_budget_scope="per_gpu", minibatches_per_step=2)``.
+    """
+
+    token_budget: int = 409600
+    """Phi: response tokens that one optimizer step trains on, in the scope of token_budget_scope."""
+    token_budget_scope: Literal["global", "per_dp_rank", "per_gpu"] = "global"
+    """What token_budget counts: the whole step, one data-parallel rank, or one process (the paper, as read)."""
+    minibatches_per_step: int = 2
+    """Optimizer steps fed by one rollout step, each with exactly Phi tokens of its own."""
+    budget_order: Literal["shuffled", "arrival", "groups"] = "shuffled"
+    """Order in which responses fill the budget: shuffled by seed, as they finished, or whole groups."""
+    budget_overshoot: Literal["token", "response", "carry"] = "token"
+    """The response that passes Phi: cut at the token, kept whole (eq. 3 as printed), or its rest carried."""
+    zero_advantage: Literal["count", "aside"] = "count"
+    """Responses without advantage count towards Phi (the paper), or are set aside first."""
+    budget_shortfall: Literal["train", "refill"] = "train"
+    """Fewer tokens than Phi: train on what there is, still divided by Phi, or draw more prompts."""
+    microbatch_capacity: int = 32768
+    """Token slots of one RL microbatch on one data-parallel rank, prompts included."""
+    microbatch_reserve: float = 0.05
+    """Share of microbatches beyond what Phi needs, for prompts longer and fits worse than expected."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """What an RL step minimises.
+
+    Example: ``ObjectiveConfig(objective="c3po", eps_clip=0.2, kl_loss_coef=1e-3, entropy_coef=5e-4)``.
+    """
+
+    objective: Literal["c3po", "grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "c3po"
+    """Loss of the policy: its ratio, clipping and normaliser."""
+    advantage_estimator: Literal["group_norm", "group_mean", "rloo", "gae"] = "group_norm"
+    """group_norm: (R - mean) / (std + 1e-6); group_mean: R - mean; rloo: leave one out; gae: with critic."""
+    eps_clip: float = 0.2
+    """Lower clip of the probability ratio, 1 - eps_clip; the upper one too unless eps_clip_high is given."""
+    eps_clip_high: float | None = None
+    """Upper clip, 1 + eps_clip_high; none means eps_clip."""
+    eps_clip_c: float = 0.0
+    """Dual clip: bound of the loss where the advantage is negative; 0 for none, else above 1."""
+    kl_loss_coef: float = 1e-3
+    """Weight of the divergence from the reference policy; 0 keeps no reference."""
+    kl_loss_type: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the divergence per token."""
+    entropy_coef: float = 5e-4
+    """Weight of the entropy bonus over the full vocabulary."""
+    overlong: Literal["keep", "mask", "penalise"] = "keep"
+    """Responses cut at max_response_length: keep their reward, no loss on them, or a soft length penalty."""
+    overlong_buffer: int = 4096
+    """Tokens before max_response_length over which the penalty grows from 0 to 1 (overlong=penalise)."""
+    old_logprobs: Literal["recompute", "rollout", "current"] = "recompute"
+    """Denominator of the ratio: scored by the trainer before the update, the engine's, or the pass itself."""
+    mismatch_correction: Literal["none", "icepop", "tis", "mis"] = "none"
+    """Weight of pi_train_old / pi_rollout: zero outside bounds (icepop), truncated (tis), masked (mis)."""
+    mismatch_low: float = 0.5
+    """Lower bound of that ratio."""
+    mismatch_high: float = 5.0
+    """Upper bound of that ratio."""
+    mismatch_alarm: float = 0.1
+    """Warn when the mean absolute gap of rollout and trainer log probabilities exceeds this."""
+    routing_replay: Literal["none", "R2", "R3"] = "none"
+    """Train through recorded expert choices: the old policy's (R2) or the rollout engine's (R3)."""
+    critic: bool = False
+    """Train a value model beside the policy (PPO); advantage_estimator=gae needs it."""
+    critic_lr: float = 1e-5
+    """Learning rate of the value model."""
+    gae_gamma: float = 1.0
+    """Discount per token."""
+    gae_lambda: float = 1.0
+    """Trade of bias for variance in generalised advantage estimation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardConfig:
+    """Who judges answers.
+
+    Example: ``RewardConfig(reward_functions=("poem=my_rewards:rhymes",), reward_workers=8)``.
+    """
+
+    reward_functions: tuple[str, ...] = ()
+    """Reward functions beside the built-in ones, as domain=module:function."""
+    reward_workers: int = 2
+    """Verifier processes of one data-parallel process."""
+    reward_timeout: float = 10.0
+    """Seconds after which a verifier is killed and its response scored 0."""
+    sandbox_memory_mb: int = 512
+    """Memory that model-written code may use."""
+    sandbox_timeout: float = 5.0
+    """Seconds of wall clock per test that model-written code may use."""

@@ -1,0 +1,18 @@
+"""Supervised fine-tuning on conversations."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftConfig:
+    """What is imitated.
+
+    Example: ``SftConfig(sft_data=("long_cot.jsonl",), sft_epochs=3)``.
+    """
+
+    sft_data: tuple[str, ...] = ()
+    """Chat JSONL files, one conversation a line under "messages"."""
+    sft_eval_data: tuple[str, ...] = ()
+    """Chat JSONL files for the validation loss."""
+    sft_epochs: float = 3.0
+    """Passes over the data; sets train_iters when that is 0."""

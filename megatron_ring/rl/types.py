@@ -1,0 +1,106 @@
+"""What travels between the lines of an RL step.
+
+Legend: R response tokens (end of sequence included), P prompt tokens, L layers with experts, K experts per
+token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from megatron_ring.data.prompts import Prompt
+
+StopReason = Literal["eos", "length", "unfinished"]
+"""eos: ended by a stop token, which is its last token. length: cut at the longest allowed response.
+unfinished: generation itself stopped, and the next policy goes on."""
+
+RewardStatus = Literal[
+    "correct",
+    "wrong",
+    "parse_error",
+    "timeout",
+    "memory",
+    "crashed",
+    "compile_error",
+    "output_limit",
+    "verifier_error",
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardResult:
+    """What a verifier says of one response; a failure of the response is a value, never an exception.
+
+    Example: ``RewardResult(score=0.0, status="timeout", detail="test 3 of 8: 5.0 s")``.
+    """
+
+    score: float
+    status: RewardStatus
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Response:
+    """One sampled answer.
+
+    ``logprobs_R`` are at the sampling temperature, before top-p and top-k; ``versions_R`` is the policy
+    version that sampled each token. ``routes_SLK`` (S = P + R - 1: every position that was fed to the model)
+    holds the engine's expert choices, for replay; None where they were not asked for.
+
+    Example: ``Response(prompt_uid=17, sample=3, tokens_R=int32[42, 7, 2], logprobs_R=float32[-.1, -.7, -.01],
+    versions_R=int32[5, 5, 5], stop="eos")``.
+    """
+
+    prompt_uid: int
+    sample: int
+    tokens_R: np.ndarray
+    logprobs_R: np.ndarray
+    versions_R: np.ndarray
+    stop: StopReason
+    routes_SLK: np.ndarray | None = None
+
+    @property
+    def length(self) -> int:
+        """R, response tokens."""
+        return len(self.tokens_R)
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What tells a response from every other of the run."""
+        return (self.prompt_uid, self.sample)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Rollout:
+    """A response with its prompt, its reward and, once assigned, the advantage of each of its tokens.
+
+    ``advantages_R`` is float32[R]: the same number everywhere for group-relative estimators.
+    """
+
+    prompt: Prompt
+    response: Response
+    reward: RewardResult
+    advantages_R: np.ndarray | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """P + R."""
+        return len(self.prompt.tokens) + self.response.length
+
+
+class Pick(NamedTuple):
+    """Response tokens ``start`` to ``stop`` (exclusive) of rollout ``index`` carry loss in a minibatch.
+
+    The tokens before ``start`` are context only. Example: ``Pick(index=4, start=0, stop=118)``.
+    """
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
