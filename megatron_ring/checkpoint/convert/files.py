@@ -55,13 +55,25 @@ class MappedFile:
         with open(path, "rb") as file:
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-    def tensor(self, offset: int, info: TensorInfo) -> Tensor:
-        """The tensor whose bytes start at ``offset``, without a copy."""
-        count = Box.whole(info.shape).size
+    def tensor(self, offset: int, info: TensorInfo, box: Box) -> Tensor:
+        """``box`` of the tensor whose bytes start at ``offset``, without a copy.
+
+        Where the box is one run of bytes the result's storage is that run and no more: ``torch.save`` writes
+        whole storages.
+        """
+        whole = Box.whole(info.shape)
+        if not box.is_run_of(whole):
+            return self._run(offset, info.dtype, whole.size).view(info.shape)[box.slices()]
+        start = 0
+        for place, length in zip(box.offset, info.shape, strict=True):
+            start = start * length + place
+        return self._run(offset + start * info.dtype.itemsize, info.dtype, box.size).view(box.shape)
+
+    def _run(self, offset: int, dtype: torch.dtype, count: int) -> Tensor:
         with warnings.catch_warnings():
             # torch warns that such a tensor must not be written to
             warnings.simplefilter("ignore", UserWarning)
-            return torch.frombuffer(self.map, dtype=info.dtype, count=count, offset=offset).view(info.shape)
+            return torch.frombuffer(self.map, dtype=dtype, count=count, offset=offset)
 
 
 class SummedFile:

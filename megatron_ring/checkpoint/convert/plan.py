@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 from megatron_ring.checkpoint.convert.files import TensorInfo
@@ -13,16 +14,19 @@ _LINEARS = tuple(f"{n}.weight" for n in ("linear_qkv", "linear_proj", "linear_fc
 
 
 def torch_dist_files(tensors: dict[str, TensorInfo], max_file_bytes: int) -> tuple[OutputFile, ...]:
-    """``.distcp`` files of small chunks: one per expert, other tensors by rows, so that a reader at any
-    layout reads little more than its share. The first file also has the empty objects that Megatron keeps
+    """``.distcp`` files of small chunks: one per expert matrix, other tensors by rows, so that a reader at
+    any layout reads little more than its share. The first file also has the empty objects that Megatron keeps
     beside linear layers.
     """
 
     def boxes() -> Iterator[tuple[str, Box]]:
         for key, info in tensors.items():
             # stacked experts have three or more dimensions
-            limit = 1 if len(info.shape) > 2 else BUFFER_BYTES // info.dtype.itemsize
-            yield from ((key, box) for box in Box.whole(info.shape).rows(limit))
+            stacked = info.shape[:-2] if len(info.shape) > 2 else ()
+            for index in itertools.product(*(range(n) for n in stacked)):
+                matrix = Box.whole(info.shape[len(stacked) :])
+                for box in matrix.rows(BUFFER_BYTES // info.dtype.itemsize) if not stacked else (matrix,):
+                    yield key, Box((*index, *box.offset), (*(1 for _ in index), *box.shape))
 
     objects = tuple(
         key.removesuffix(".weight") + EXTRA_STATE

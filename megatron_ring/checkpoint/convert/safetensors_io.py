@@ -54,7 +54,7 @@ class SafetensorsFolder:
         path, offset = self._places[name]
         if path not in self._maps:
             self._maps[path] = MappedFile(path)
-        yield box, self._maps[path].tensor(offset, self.tensors[name])[box.slices()]
+        yield box, self._maps[path].tensor(offset, self.tensors[name], box)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -82,8 +82,16 @@ class Written:
 
 
 def fill(source: Source, copies: list[Copy], box: Box, dtype: torch.dtype) -> Tensor:
-    """``box`` of the tensor that ``copies`` describe, read from ``source``; zero where no copy lands."""
+    """``box`` of the tensor that ``copies`` describe, read from ``source``; zero where no copy lands.
+
+    Not to be written to: it may be the source's own memory.
+    """
     parts = [part for part in (copy.within(box) for copy in copies) if part is not None]
+    if len(parts) == 1 and parts[0].target_box == box:
+        views = list(source.views(parts[0].source, parts[0].source_box))
+        if len(views) == 1 and views[0][1].dtype == dtype and views[0][1].is_contiguous():
+            # most bytes of a model go from the source's pages to the target without a copy in between
+            return views[0][1].view(box.shape)
     covered = sum(part.target_box.size for part in parts)
     out = torch.empty(box.shape, dtype=dtype) if covered == box.size else torch.zeros(box.shape, dtype=dtype)
     for part in parts:

@@ -53,6 +53,13 @@ class Box:
         """This box as seen from ``origin``'s corner."""
         return Box(tuple(a - b for a, b in zip(self.offset, origin.offset, strict=True)), self.shape)
 
+    def is_run_of(self, whole: Box) -> bool:
+        """True if this box is one uninterrupted run of ``whole``'s elements in row-major order."""
+        pairs = list(zip(self.shape, whole.shape, strict=True))
+        while pairs and pairs[0][0] == 1:
+            pairs.pop(0)
+        return all(n == m for n, m in pairs[1:])
+
     def slices(self) -> tuple[slice, ...]:
         return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
 

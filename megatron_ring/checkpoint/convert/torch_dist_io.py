@@ -111,6 +111,7 @@ class TorchDistFolder:
         self.tensors: dict[str, TensorInfo] = {}
         self._chunks: dict[str, list[_Chunk]] = {}
         self._maps: dict[str, MappedFile] = {}
+        self._starts: dict[tuple[str, int], int] = {}
         metadata = _read_metadata(folder)
         self.objects = [
             k for k, v in metadata.state_dict_metadata.items() if isinstance(v, BytesStorageMetadata)
@@ -143,7 +144,9 @@ class TorchDistFolder:
             part = chunk.box.intersect(box)
             if part is not None:
                 found += part.size
-                yield part, self._tensor(name, chunk)[part.relative_to(chunk.box).slices()]
+                info = TensorInfo(self.tensors[name].dtype, chunk.box.shape)
+                mapped, start = self._locate(name, chunk, info)
+                yield part, mapped.tensor(start, info, part.relative_to(chunk.box))
         if found != box.size:
             raise CheckpointError(f"{self.folder}: {name} has no chunk for some of {box}; save it again")
 
@@ -162,11 +165,14 @@ class TorchDistFolder:
                     f"{path}: has {path.stat().st_size} bytes but .metadata describes {size}: truncated; copy it again"
                 )
 
-    def _tensor(self, name: str, chunk: _Chunk) -> Tensor:
-        """The whole chunk, in place."""
+    def _locate(self, name: str, chunk: _Chunk, wanted: TensorInfo) -> tuple[MappedFile, int]:
+        """The file that holds ``chunk`` and the byte where its numbers start."""
         if chunk.file not in self._maps:
             self._maps[chunk.file] = MappedFile(self.folder / chunk.file)
-        mapped = self._maps[chunk.file]
+        mapped, place = self._maps[chunk.file], (chunk.file, chunk.offset)
+        if place in self._starts:
+            return mapped, self._starts[place]
+        origin = f"{self.folder / chunk.file}: the chunk of {name} at byte {chunk.offset}"
         try:
             start, info, stride = _locate(_Slice(mapped.map, chunk.offset, chunk.length))
         except (
@@ -177,21 +183,17 @@ class TorchDistFolder:
             ValueError,
             EOFError,
         ) as error:
-            raise CheckpointError(
-                f"{self.folder / chunk.file}: the chunk of {name} at byte {chunk.offset} cannot be read ({error}); "
-                "copy it again"
-            ) from None
-        wanted = TensorInfo(self.tensors[name].dtype, chunk.box.shape)
+            raise CheckpointError(f"{origin} cannot be read ({error}); copy it again") from None
         # a dimension of size 1 may have any stride
         packed = torch.empty(wanted.shape, device="meta").stride()
         if info != wanted or any(
             s != p for s, p, n in zip(stride, packed, wanted.shape, strict=True) if n > 1
         ):
             raise CheckpointError(
-                f"{self.folder / chunk.file}: the chunk of {name} is {info} with strides {stride}, not a packed {wanted}; "
-                "save it again"
+                f"{origin} is {info}, strides {stride}, not a packed {wanted}; save it again"
             )
-        return mapped.tensor(chunk.offset + start, info)
+        self._starts[place] = chunk.offset + start
+        return mapped, chunk.offset + start
 
 
 def _read_metadata(folder: Path) -> Metadata:
