@@ -1,0 +1,116 @@
+"""Which responses a step still waits for: groups from the first draw of a prompt to its last reward.
+
+Pure: no tensors, no collectives. Invariants (one test each): a group leaves whole, once, with every member
+that was not dropped; members leave in the order of their sample numbers, groups in the order of their
+prompts; what is unfinished is asked for again with its prefix; nothing older than the retention bound stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from megatron_ring.data.prompts import Prompt
+from megatron_ring.rl.types import Response, RewardResult, Rollout
+
+
+@dataclass(kw_only=True, slots=True)
+class OpenGroup:
+    """A prompt whose responses are not all there yet.
+
+    Example: 4 samples, of which 0 is judged, 2 was interrupted and 1 and 3 have not begun:
+    ``OpenGroup(prompt=..., waiting={1, 2, 3}, finished={0: rollout}, unfinished={2: response})``.
+    """
+
+    prompt: Prompt
+    waiting: set[int]
+    finished: dict[int, Rollout] = field(default_factory=dict)
+    unfinished: dict[int, Response] = field(default_factory=dict)
+
+
+class GroupBook:
+    """The open groups of one data-parallel rank, in the order of their prompts."""
+
+    def __init__(self, group_size: int):
+        self.group_size = group_size
+        self.open: dict[int, OpenGroup] = {}
+        self.dropped_tokens = 0
+
+    def draw(self, prompts: Iterable[Prompt]) -> None:
+        """Open a group for each prompt."""
+        for prompt in prompts:
+            self.open[prompt.uid] = OpenGroup(prompt=prompt, waiting=set(range(self.group_size)))
+
+    def wanted(self) -> list[tuple[Prompt, int, Response | None]]:
+        """(prompt, sample, prefix to go on from) of every response that is missing, oldest prompt first."""
+        return [
+            (group.prompt, sample, group.unfinished.get(sample))
+            for group in self.open.values()
+            for sample in sorted(group.waiting)
+        ]
+
+    def finish(self, response: Response, reward: RewardResult) -> None:
+        """A response has ended and has been judged."""
+        group = self.open[response.prompt_uid]
+        group.waiting.remove(response.sample)
+        group.unfinished.pop(response.sample, None)
+        group.finished[response.sample] = Rollout(prompt=group.prompt, response=response, reward=reward)
+
+    def interrupt(self, response: Response) -> None:
+        """Generation stopped inside a response: keep its prefix."""
+        if response.length:
+            self.open[response.prompt_uid].unfinished[response.sample] = response
+
+    def drop_stale(self, oldest_version: int) -> int:
+        """Give up unfinished responses with a token from before ``oldest_version``; returns how many."""
+        count = 0
+        for group in self.open.values():
+            stale = [s for s, r in group.unfinished.items() if r.versions_R.min() < oldest_version]
+            for sample in stale:
+                self.dropped_tokens += group.unfinished.pop(sample).length
+                group.waiting.remove(sample)
+            count += len(stale)
+        return count
+
+    def take_complete(self) -> list[list[Rollout]]:
+        """Groups that wait for nothing more, each in the order of its samples; they are forgotten here.
+
+        A group that lost all but one of its members says nothing about their relative worth and is left out.
+        """
+        done = [uid for uid, group in self.open.items() if not group.waiting]
+        groups = [self.open.pop(uid).finished for uid in done]
+        for members in groups:
+            if len(members) == 1:
+                self.dropped_tokens += next(iter(members.values())).response.length
+        return [[members[s] for s in sorted(members)] for members in groups if len(members) > 1]
+
+    def contents(self) -> tuple[list[Prompt], list[Rollout], list[Response]]:
+        """Prompts, judged members and prefixes of the open groups: what a checkpoint has to hold."""
+        groups = self.open.values()
+        return (
+            [group.prompt for group in groups],
+            [rollout for group in groups for rollout in group.finished.values()],
+            [response for group in groups for response in group.unfinished.values()],
+        )
+
+    def restore(
+        self,
+        prompts: Sequence[Prompt],
+        waiting: Sequence[Sequence[int]],
+        finished: Iterable[Rollout],
+        unfinished: Iterable[Response],
+    ) -> None:
+        """Undo :meth:`contents`; ``waiting`` lists each prompt's missing samples."""
+        self.open = {
+            prompt.uid: OpenGroup(prompt=prompt, waiting=set(samples))
+            for prompt, samples in zip(prompts, waiting, strict=True)
+        }
+        for rollout in finished:
+            self.open[rollout.prompt.uid].finished[rollout.response.sample] = rollout
+        for response in unfinished:
+            self.open[response.prompt_uid].unfinished[response.sample] = response
+
+
+def is_informative(group: Sequence[Rollout]) -> bool:
+    """False when all rewards of the group are equal: no response is better than another."""
+    return len({rollout.reward.score for rollout in group}) > 1
