@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,9 +91,16 @@ class Checkpointer:
         self.session = session
         self._caller = TemporalAsyncCaller()
         self._pending: tuple[AsyncRequest, Path, Callable[[], None]] | None = None
+        self.loaded_folder: Path | None = None
+        """The checkpoint that :meth:`load` read last."""
 
-    def save(self, iteration: int, trainer: dict[str, Any]) -> None:
+    def save(
+        self, iteration: int, trainer: dict[str, Any], attachments: Mapping[str, bytes] | None = None
+    ) -> None:
         """Save weights, optimizer, random states and ``trainer`` (JSON-able: step, cursor, rules).
+
+        ``attachments`` are files of this rank's own beside them (name -> contents; names differ between
+        ranks); :attr:`loaded_folder` says where a resumed run finds them.
 
         Raises:
             CheckpointError: the folder cannot be written or the disk is full; the previous checkpoint stays.
@@ -111,6 +118,9 @@ class Checkpointer:
             "trainer": trainer,
         }
         rng = gather_rng(self.session)
+        with self._writing(working):
+            for name, contents in (attachments or {}).items():
+                (working / name).write_bytes(contents)
 
         def complete() -> None:
             save_rng(rng, working)
@@ -173,6 +183,7 @@ class Checkpointer:
             self.engine.optimizer.reload_model_params()
         if settings.finetune:
             return None
+        self.loaded_folder = folder
         if not settings.no_load_rng:
             same = state["layout"] == layout_of(self.config, self.session.world_size)
             load_rng(folder, self.session, same)

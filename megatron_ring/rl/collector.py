@@ -1,0 +1,212 @@
+"""From prompts to judged groups: generation, with verifiers at work beside it.
+
+Lines 1 to 3 of an RL step. The stream of prompts is the same on every rank; each data-parallel rank answers
+its own share (prompt ``uid`` belongs to rank ``uid % dp``), and all ranks of one model-parallel group hold the
+same responses.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megatron_ring.config.rl import RolloutConfig
+from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.tokenizer import Tokenizer
+from megatron_ring.errors import RolloutError
+from megatron_ring.rl.exchange import broadcast_json, gather_json
+from megatron_ring.rl.groups import GroupBook, is_informative
+from megatron_ring.rl.rollout.protocol import Request, RolloutEngine, SamplingParams
+from megatron_ring.rl.serialise import (
+    prompt_from_json,
+    prompt_to_json,
+    responses_to_bytes,
+    rollouts_from_bytes,
+    rollouts_to_bytes,
+)
+from megatron_ring.rl.types import Response, RewardResult, Rollout
+from megatron_ring.runtime.session import Session
+
+
+class Prompts(Protocol):
+    """Where prompts come from: :class:`megatron_ring.data.prompts.PromptStream` is one."""
+
+    def next(self, count: int) -> list[Prompt]: ...
+
+
+class Rewards(Protocol):
+    """Who judges: :class:`megatron_ring.rl.reward.pool.RewardPool` is one."""
+
+    def submit(self, prompt: Prompt, text: str) -> Future[RewardResult]: ...
+
+
+@dataclass(kw_only=True)
+class Collected:
+    """One step's rollouts of this data-parallel rank, and what happened on the way.
+
+    ``statuses`` counts verdicts ("correct", "timeout", ...). Example: ``Collected(groups=[[...], [...]],
+    statuses=Counter(correct=9, wrong=7), generated_tokens=4012)``.
+    """
+
+    groups: list[list[Rollout]] = field(default_factory=list)
+    statuses: Counter[str] = field(default_factory=Counter)
+    generated_tokens: int = 0
+    uninformative_groups: int = 0
+    stale_responses: int = 0
+    rounds: int = 0
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [rollout for group in self.groups for rollout in group]
+
+
+class Collector:
+    """Draws prompts, has them answered and judged. Its methods are collective over the world."""
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        session: Session,
+        *,
+        prompts: Prompts,
+        engine: RolloutEngine,
+        rewards: Rewards | None,
+        tokenizer: Tokenizer,
+        sampling: SamplingParams,
+    ):
+        """``rewards`` is needed on the judging rank of a model-parallel group only (:func:`judges`)."""
+        self.config, self.session = config, session
+        self.prompts, self.engine, self.rewards = prompts, engine, rewards
+        self.tokenizer, self.sampling = tokenizer, sampling
+        self.book = GroupBook(config.group_size)
+
+    def collect(self, version: int) -> Collected:
+        """The judged groups of one step, in the order of their prompts.
+
+        Without C3PO++ that is every prompt drawn; with it, what was finished when the step's tokens had been
+        generated. With dynamic sampling, groups whose rewards are all equal are replaced by new prompts.
+
+        Raises:
+            RolloutError: refilling found nothing to learn from in ``dynamic_sampling_max_rounds`` rounds.
+        """
+        found = Collected(stale_responses=self.book.drop_stale(version - self.config.rollout_max_staleness))
+        missing = self.config.prompts_per_step - self._total(len(self.book.open))
+        while True:
+            self._draw(max(missing, 0))
+            self._answer(found)
+            if not self.config.dynamic_sampling:
+                return found
+            # with C3PO++ groups in the making will come by themselves
+            have = self._total(len(found.groups)) + self._total(len(self.book.open))
+            missing = self.config.prompts_per_step - have
+            if missing <= 0:
+                return found
+            if found.rounds >= self.config.dynamic_sampling_max_rounds:
+                raise RolloutError(
+                    f"dynamic_sampling found {self._total(len(found.groups))} of prompts_per_step="
+                    f"{self.config.prompts_per_step} groups with different rewards in "
+                    f"{found.rounds} rounds; use easier or harder prompts, or raise dynamic_sampling_max_rounds"
+                )
+
+    def refill(self, found: Collected, count: int) -> None:
+        """Draw ``count`` prompts more for a step that lacks tokens, into ``found``."""
+        self._draw(count)
+        self._answer(found)
+
+    def _draw(self, count: int) -> None:
+        topology = self.session.topology
+        own = [p for p in self.prompts.next(count) if p.uid % topology.dp_size == topology.dp_rank]
+        self.book.draw(own)
+
+    def _answer(self, found: Collected) -> None:
+        found.rounds += 1
+        requests = [
+            Request(prompt=prompt, sample=sample, prefix=prefix)
+            for prompt, sample, prefix in self.book.wanted()
+        ]
+        budget = self.config.rollout_token_budget or None
+        ended: list[tuple[Response, Future[RewardResult] | None]] = []
+        before = sum(r.prefix.length for r in requests if r.prefix is not None)
+        produced = 0
+        for response in self.engine.generate(requests, self.sampling, token_budget=budget):
+            produced += response.length
+            if response.stop == "unfinished":
+                self.book.interrupt(response)
+            else:
+                ended.append((response, self._submit(response)))
+        found.generated_tokens += produced - before
+        for (response, _), reward in zip(ended, self._verdicts(ended), strict=True):
+            found.statuses[reward.status] += 1
+            self.book.finish(response, reward)
+        for group in self.book.take_complete():
+            if self.config.dynamic_sampling and not is_informative(group):
+                found.uninformative_groups += 1
+            else:
+                found.groups.append(group)
+
+    def _submit(self, response: Response) -> Future[RewardResult] | None:
+        if self.rewards is None:
+            return None
+        prompt = self.book.open[response.prompt_uid].prompt
+        return self.rewards.submit(prompt, self.tokenizer.decode(response.tokens_R.tolist()))
+
+    def _verdicts(self, ended: list[tuple[Response, Future[RewardResult] | None]]) -> list[RewardResult]:
+        """Each response's reward, once all are judged. Collective over the model-parallel group."""
+        values = None
+        if self.rewards is not None:
+            rewards = [future.result() for _, future in ended if future is not None]
+            values = [(r.score, r.status, r.detail) for r in rewards]
+        topology = self.session.topology
+        values = broadcast_json(values, 0, topology.groups.mp, self.session.device)
+        return [RewardResult(score=score, status=status, detail=detail) for score, status, detail in values]
+
+    def _total(self, count: int) -> int:
+        return sum(gather_json(count, self.session.topology.groups.dp, self.session.device))
+
+    def state_bytes(self) -> dict[str, bytes]:
+        """Open groups of this data-parallel rank, as files of a checkpoint."""
+        prompts, finished, unfinished = self.book.contents()
+        return {
+            "finished": rollouts_to_bytes(finished),
+            "unfinished": responses_to_bytes({p.uid: p for p in prompts}, unfinished),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Open prompts and what each waits for; JSON-able."""
+        return {
+            "prompts": [prompt_to_json(group.prompt) for group in self.book.open.values()],
+            "waiting": [sorted(group.waiting) for group in self.book.open.values()],
+        }
+
+    def restore(self, states: list[dict[str, Any]], files: list[dict[str, bytes]]) -> None:
+        """Take this rank's share of what all ranks had open when a checkpoint was written."""
+        topology = self.session.topology
+
+        def own(uid: int) -> bool:
+            return uid % topology.dp_size == topology.dp_rank
+
+        pairs = [
+            (prompt_from_json(prompt), waiting)
+            for state in states
+            for prompt, waiting in zip(state["prompts"], state["waiting"], strict=True)
+        ]
+        pairs = sorted((pair for pair in pairs if own(pair[0].uid)), key=lambda pair: pair[0].uid)
+
+        def mine(name: str) -> Iterator[Rollout]:
+            for of_rank in files:
+                yield from (r for r in rollouts_from_bytes(of_rank[name]) if own(r.prompt.uid))
+
+        self.book.restore(
+            [prompt for prompt, _ in pairs],
+            [waiting for _, waiting in pairs],
+            mine("finished"),
+            [rollout.response for rollout in mine("unfinished")],
+        )
+
+
+def judges(session: Session) -> bool:
+    """True on the one rank of a model-parallel group that runs verifiers."""
+    return session.topology.groups.mp.rank() == 0
