@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from megatron_ring.config.show import dump_toml
 from megatron_ring.errors import DataError
 from megatron_ring.report import picture
-from megatron_ring.report.facts import differences, phase_seconds, rows, run_facts, shown
+from megatron_ring.report.facts import differences, label, phase_seconds, rows, run_facts, shown
 from megatron_ring.report.read import Run, read_run
 from megatron_ring.runtime.progress import duration
 
@@ -135,10 +135,13 @@ def _subtitle(run: Run) -> str:
 
 def _tiles(run: Run) -> str:
     tiles: list[tuple[str, str]] = []
-    for text, series in (("validation loss", run.eval_series("loss")), ("training loss", run.series("loss"))):
-        if series.values:
-            last = picture.smooth(series.values)[-1] if text == "training loss" else series.values[-1]
-            tiles.append((shown("loss", last), f"{text}, from {shown('loss', series.values[0])}"))
+    main = picture.main_quantity([run])
+    if (evals := run.eval_series(main)).values:
+        text = f"validation {label(main)}, from {shown(main, evals.values[0])}"
+        tiles.append((shown(main, evals.values[-1]), text))
+    if (train := run.series(main)).values:
+        text = f"training {label(main)}, from {shown(main, train.values[0])}"
+        tiles.append((shown(main, picture.smooth(train.values)[-1]), text))
     speeds = sorted(run.series("tokens_per_second").values)
     tiles.append((shown("tokens_per_second", speeds[len(speeds) // 2]), "tokens per second, median"))
     if mfu := sorted(run.series("mfu").values):

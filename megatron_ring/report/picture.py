@@ -57,12 +57,9 @@ class _Line:
 
 
 def draw(runs: Sequence[Run], title: str) -> Figure:
-    """Loss and validation loss large; learning rate, gradient norm and speed small below.
-
-    Runs without a loss show the first quantity they have instead.
-    """
+    """The main quantity and its validation large; learning rate, gradient norm and speed small below."""
     with matplotlib.rc_context(_STYLE):
-        main = _main(runs)
+        main = main_quantity(runs)
         small = [name for name in _SMALL if name != main and any(run.series(name).values for run in runs)]
         rows = 2 if small else 1
         lines = _main_lines(runs, main)
@@ -92,7 +89,7 @@ def draw_others(runs: Sequence[Run]) -> Figure | None:
     others = [
         name
         for name in names
-        if name not in (_main(runs), *_SMALL) and any(len(set(run.series(name).values)) > 1 for run in runs)
+        if name not in (main_quantity(runs), *_SMALL) and any(len(set(run.series(name).values)) > 1 for run in runs)
     ]
     if not others:
         return None
@@ -153,10 +150,10 @@ def thin(series: Series, points: int = _POINTS) -> tuple[Series, Series]:
     return Series(steps=steps, values=low), Series(steps=steps, values=high)
 
 
-def _main(runs: Sequence[Run]) -> str:
-    return next(
-        name for name in ("loss", *quantities(runs[0])) if any(run.series(name).values for run in runs)
-    )
+def main_quantity(runs: Sequence[Run]) -> str:
+    """What the runs are about: the reward where there is one, else the loss, else the first quantity."""
+    names = ("reward", "loss", *quantities(runs[0]))
+    return next(name for name in names if any(run.series(name).values for run in runs))
 
 
 def _main_lines(runs: Sequence[Run], name: str) -> list[_Line]:
