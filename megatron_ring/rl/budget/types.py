@@ -1,0 +1,91 @@
+"""What the token budget is told of a response, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from megatron_ring.rl.types import Pick
+
+
+class Candidate(NamedTuple):
+    """What the budget has to know of a response.
+
+    ``group`` and ``sample`` are the response's key: no two candidates share one. ``arrival`` is its place among
+    finished responses. The tokens before ``start`` were trained on in an earlier step; ``carried`` counts the
+    steps since the response was first on offer.
+
+    Example: ``Candidate(group=17, sample=3, length=118, arrival=5)``.
+    """
+
+    group: int
+    sample: int
+    length: int
+    arrival: int
+    zero_advantage: bool = False
+    start: int = 0
+    carried: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BudgetCounts:
+    """Where every token on offer went: sampled = selected + cut + carried + wasted + set_aside.
+
+    ``cut`` are the rests of responses that were cut at the budget, ``wasted`` the tokens of responses that
+    were not reached, ``set_aside`` those of responses without advantage, ``shortfall`` what the minibatches
+    lack of Phi each, ``overshoot`` what they hold beyond it. ``carried_in`` is the part of ``sampled`` that
+    an earlier step had left.
+
+    Example: responses of 5, 4 and 3 tokens, Phi = 7: ``BudgetCounts(token_budget=7, minibatches=1, sampled=12,
+    carried_in=0, selected=7, cut=2, carried=0, wasted=3, set_aside=0, shortfall=0, overshoot=0,
+    responses_sampled=3, responses_used=2, responses_cut=1, responses_carried=0, responses_set_aside=0)``.
+    """
+
+    token_budget: int
+    minibatches: int
+    sampled: int
+    carried_in: int
+    selected: int
+    cut: int
+    carried: int
+    wasted: int
+    set_aside: int
+    shortfall: int
+    overshoot: int
+    responses_sampled: int
+    responses_used: int
+    responses_cut: int
+    responses_carried: int
+    responses_set_aside: int
+
+    def metrics(self) -> dict[str, float]:
+        """Every count as ``c3po/...``, and ``c3po/utilisation``: selected tokens / (minibatches * Phi)."""
+        counts = {f"c3po/{f.name}": float(getattr(self, f.name)) for f in fields(self)}
+        return counts | {"c3po/utilisation": self.selected / (self.token_budget * self.minibatches)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """Psi, one tuple of picks per optimizer step, and what is left for the next rollout step.
+
+    A carried pick names the tokens of a candidate that no minibatch has taken.
+
+    Example: responses of 5, 4 and 3 tokens, Phi = 7, carry: ``Selection(minibatches=((Pick(0, 0, 5),
+    Pick(1, 0, 2)),), carried=(Pick(1, 2, 4), Pick(2, 0, 3)), counts=...)``.
+    """
+
+    minibatches: tuple[tuple[Pick, ...], ...]
+    carried: tuple[Pick, ...]
+    counts: BudgetCounts
+
+    def metrics(self) -> dict[str, float]:
+        """The counts by name; see :meth:`BudgetCounts.metrics`."""
+        return self.counts.metrics()
+
+    def carried_candidates(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """What is carried, as candidates of the next step, in the order of ``carried``."""
+        return [
+            candidates[pick.index]._replace(start=pick.start, carried=candidates[pick.index].carried + 1)
+            for pick in self.carried
+        ]
