@@ -3,22 +3,26 @@
 ``dispatch`` says which code runs; every op's ``reference.py`` says what it computes.
 """
 
+from megatron_ring.kernels.decode_attention import decode_attention
 from megatron_ring.kernels.expert_mlp import expert_mlp
 from megatron_ring.kernels.grouped_gemm import grouped_gemm
 from megatron_ring.kernels.permute import combine, permute
 from megatron_ring.kernels.rms_norm import rms_norm
 from megatron_ring.kernels.routing import RouteIndex, Routing, route, route_index
+from megatron_ring.kernels.sample_token import sample_token
 from megatron_ring.kernels.token_logprob import token_logprob
 
 __all__ = [
     "RouteIndex",
     "Routing",
     "combine",
+    "decode_attention",
     "expert_mlp",
     "grouped_gemm",
     "permute",
     "rms_norm",
     "route",
     "route_index",
+    "sample_token",
     "token_logprob",
 ]

@@ -15,6 +15,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
+from megatron_ring.kernels import decode_attention
+from megatron_ring.model.kv_cache import CacheView
 from megatron_ring.model.packed import PackedInputs, rotate
 
 
@@ -22,7 +24,7 @@ class RingSelfAttention(SelfAttention):
     """Megatron's projections and head norms around rotary and one packed core attention.
 
     Upstream's ``forward`` loops over segments on the host for rotary and carries every inference mode; this
-    one is the training path only, with positions given per token.
+    one has positions given per token, and one cache for generation.
     """
 
     def forward(self, hidden_T1D: Tensor, packed: PackedInputs, rotary_2TR: Tensor) -> Tensor:
@@ -30,7 +32,11 @@ class RingSelfAttention(SelfAttention):
         q, k, v = self.get_query_key_value_tensors(hidden_T1D)
         q_THC, k_TGC = rotate(q.squeeze(1), rotary_2TR), rotate(k.squeeze(1), rotary_2TR)
         v_TGC = v.squeeze(1)
-        if self.checkpoint_core_attention and self.training:
+        if packed.cache is not None:
+            packed.cache.write(self.layer_number, k_TGC, v_TGC)
+        if packed.cache is not None and packed.cache.decoding:
+            context = self._decode(q_THC, packed.cache)
+        elif self.checkpoint_core_attention and self.training:
             context = tensor_parallel.checkpoint(
                 lambda *qkv: self._core(*qkv, packed), False, q_THC, k_TGC, v_TGC
             )
@@ -38,6 +44,12 @@ class RingSelfAttention(SelfAttention):
             context = self._core(q_THC, k_TGC, v_TGC, packed)
         output_T1D, _ = self.linear_proj(context.reshape(context.shape[0], 1, -1))
         return output_T1D
+
+    def _decode(self, q_THC: Tensor, view: CacheView) -> Tensor:
+        """Every token attends over its slot's positions up to its own."""
+        keys_SLGC, values_SLGC = (store[self.layer_number] for store in (view.cache.keys, view.cache.values))
+        scale = self.config.kv_channels**-0.5
+        return decode_attention(q_THC, keys_SLGC, values_SLGC, view.slots_T, view.lengths_T, scale)
 
     def _core(self, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, packed: PackedInputs) -> Tensor:
         return self.core_attention(

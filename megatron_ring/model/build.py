@@ -5,7 +5,7 @@ Legend: T token slots, D model width, V vocabulary shard of this tensor rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Logits:
 
 
 class RingModel(GPTModel):
-    """Megatron's GPT model with packed inputs, NormHead and multi-token prediction that also scores."""
+    """Megatron's GPT model with packed inputs, a cache, NormHead and multi-token prediction that also scores."""
 
     def __init__(
         self,
@@ -99,9 +99,10 @@ class RingModel(GPTModel):
         )
         if not self.post_process:
             return hidden_T1D
-        mtp_T1D = (
-            self._predict_further(microbatch, hidden_T1D, packed, rotary_2TR) if self.mtp_process else []
-        )
+        if packed.cache is not None and packed.cache.rows_R is not None:
+            hidden_T1D = self._rows(hidden_T1D, packed.cache.rows_R)
+        further = self.mtp_process and packed.cache is None
+        mtp_T1D = self._predict_further(microbatch, hidden_T1D, packed, rotary_2TR) if further else []
         vocab_rows = self.output_layer.output_size_per_partition
         return Logits(
             main_TV=self._logits(hidden_T1D),
@@ -119,6 +120,15 @@ class RingModel(GPTModel):
         logits_T1V, _ = self.output_layer(hidden_T1D)
         return logits_T1V.squeeze(1)
 
+    def _rows(self, hidden_T1D: Tensor, rows_R: Tensor) -> Tensor:
+        """The rows whose logits are wanted; under sequence parallelism this rank's share of them. Gathers over
+        the tensor-parallel group.
+        """
+        if not self.config.sequence_parallel:
+            return hidden_T1D[rows_R]
+        whole_T1D = tensor_parallel.gather_from_sequence_parallel_region(hidden_T1D, group=self.tp_group)
+        return whole_T1D[rows_R].chunk(self.tp_group.size())[self.tp_group.rank()]
+
     def _predict_further(
         self, microbatch: Microbatch, hidden_T1D: Tensor, packed: PackedInputs, rotary_2TR: Tensor
     ) -> list[Tensor]:
@@ -127,6 +137,8 @@ class RingModel(GPTModel):
         Upstream's block requires labels and rolls tokens segment by segment on the host.
         """
         outputs = []
+        # recorded routes are those of the model's own layers
+        packed = replace(packed, routes_LTK=None, recorded=None)
         for depth, layer in enumerate(self.mtp.layers, start=1):
             tokens_T = microbatch.shifted(microbatch.tokens_T, fill=0, by=depth)
             embedded = self._embed(tokens_T, microbatch.positions_T)

@@ -9,6 +9,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_ring.data.microbatch import Microbatch
+from megatron_ring.model.kv_cache import CacheView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +29,11 @@ class RouterSignal:
 
 @dataclass
 class PackedInputs(PackedSeqParams):
-    """Segments for attention, validity for the router, and, where asked, routes to replay.
+    """Segments for attention, validity for the router, and, where asked, routes to replay or a cache to fill.
 
-    ``routes_LTK`` (``int64``, expert ids per layer, token and rank) replays a recorded routing in every
-    layer.
+    ``routes_LTK`` (integer expert ids per layer with experts, token and rank) replays a recorded routing;
+    rows of -1 are unknown and routed anew. ``recorded``, where given, is filled by the routers: experts [T, K]
+    of this rank's tokens by layer with experts, counted from 0. ``cache`` makes the pass one of generation.
     """
 
     segment_lengths: tuple[int, ...] = ()
@@ -39,10 +41,16 @@ class PackedInputs(PackedSeqParams):
     num_valid: int = 0
     router: RouterSignal | None = None
     routes_LTK: Tensor | None = None
+    recorded: dict[int, Tensor] | None = None
+    cache: CacheView | None = None
 
 
 def pack_inputs(
-    microbatch: Microbatch, *, router: RouterSignal | None = None, routes_LTK: Tensor | None = None
+    microbatch: Microbatch,
+    *,
+    router: RouterSignal | None = None,
+    routes_LTK: Tensor | None = None,
+    recorded: dict[int, Tensor] | None = None,
 ) -> PackedInputs:
     """The microbatch as the layers read it."""
     longest = max(microbatch.segment_lengths)
@@ -57,6 +65,7 @@ def pack_inputs(
         num_valid=microbatch.num_valid,
         router=router,
         routes_LTK=routes_LTK,
+        recorded=recorded,
     )
 
 

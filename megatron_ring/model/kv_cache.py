@@ -1,0 +1,104 @@
+"""Keys and values of tokens already read, and how one forward pass writes and reads them.
+
+Legend: S slots (sequences that are decoded at the same time), L positions, T tokens of a pass, G key/value heads
+of this tensor rank, C channels per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+LENGTH_MULTIPLE = 64
+"""Positions are added in these steps."""
+
+
+class KvCache:
+    """Keys and values [S + 1, L, G, C] of every layer of this rank; grows when more slots or positions are needed.
+
+    The last row takes what padding writes, and is never read by a real token.
+
+    Example: ``KvCache({1: (2, 32), 2: (2, 32)}, torch.float32, torch.device("cpu"))`` for two layers with 2
+    heads of 32 channels.
+    """
+
+    def __init__(self, layers: Mapping[int, tuple[int, int]], dtype: torch.dtype, device: torch.device):
+        self.num_slots = 0
+        self.length = 0
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        for layer, (heads, channels) in layers.items():
+            self.keys[layer] = torch.empty(1, 0, heads, channels, dtype=dtype, device=device)
+            self.values[layer] = torch.empty(1, 0, heads, channels, dtype=dtype, device=device)
+
+    @property
+    def scratch(self) -> int:
+        """The row that padding writes to."""
+        return self.num_slots
+
+    def reserve(self, num_slots: int, length: int) -> None:
+        """Have room for ``num_slots`` slots of ``length`` positions; what is cached stays."""
+        if num_slots <= self.num_slots and length <= self.length:
+            return
+        if length > self.length:
+            # a third more than before, so that growing token by token copies each one a few times at most
+            length = max(length, self.length + self.length // 3)
+            length = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        num_slots, length = max(num_slots, self.num_slots), max(length, self.length)
+        for store in (self.keys, self.values):
+            for layer, old in store.items():
+                # zeros, since attention multiplies what lies beyond a sequence's end with a weight of 0
+                new = old.new_zeros(num_slots + 1, length, *old.shape[2:])
+                new[: self.num_slots, : self.length] = old[: self.num_slots]
+                store[layer] = new
+        self.num_slots, self.length = num_slots, length
+
+    def release(self) -> None:
+        """Give the memory back."""
+        for store in (self.keys, self.values):
+            for layer, old in store.items():
+                store[layer] = old.new_empty(1, 0, *old.shape[2:])
+        self.num_slots = self.length = 0
+
+
+@dataclass(kw_only=True)
+class CacheView:
+    """Where one pass writes, and whether it attends over the cache (``decoding``) or over its own segments.
+
+    ``slots_T`` and ``positions_T`` (int64) place every token. ``rows_R``, where given, are the tokens whose logits
+    are wanted.
+
+    Example, one step of three sequences that are 4, 9 and 7 tokens long: ``CacheView(cache=cache,
+    slots_T=tensor([0, 1, 5]), positions_T=tensor([4, 9, 7]), decoding=True)``.
+    """
+
+    cache: KvCache
+    slots_T: Tensor
+    positions_T: Tensor
+    decoding: bool
+    rows_R: Tensor | None = None
+    lengths_T: Tensor = field(init=False)
+    flat_T: Tensor = field(init=False)
+
+    def __post_init__(self):
+        self.lengths_T = self.positions_T + 1
+        self.flat_T = self.slots_T * self.cache.length + self.positions_T
+
+    def write(self, layer: int, k_TGC: Tensor, v_TGC: Tensor) -> None:
+        """Keep the pass's keys and values of ``layer``."""
+        for store, x_TGC in ((self.cache.keys, k_TGC), (self.cache.values, v_TGC)):
+            store[layer].flatten(0, 1).index_copy_(0, self.flat_T, x_TGC)
+
+
+def cache_shape(layers: Sequence) -> dict[int, tuple[int, int]]:
+    """Layer number -> key/value heads and channels, of Megatron's transformer ``layers``."""
+    return {
+        layer.layer_number: (
+            layer.self_attention.num_query_groups_per_partition,
+            layer.self_attention.hidden_size_per_attention_head,
+        )
+        for layer in layers
+    }

@@ -1,0 +1,89 @@
+"""Generation on the training weights themselves: no copy, no second model, any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from megatron_ring.model.kv_cache import KvCache, cache_shape
+from megatron_ring.rl.rollout.forward import Runner
+from megatron_ring.rl.rollout.protocol import Request, SamplingParams
+from megatron_ring.rl.rollout.slots import SlotTable
+from megatron_ring.rl.types import Response
+from megatron_ring.train.engine import Engine
+
+
+class InProcessEngine:
+    """Decodes with the trainer's own modules over a cache of keys and values.
+
+    All ranks of one model-parallel group are given the same requests and yield the same responses in the same
+    order; data-parallel ranks are given different ones. Where experts are spread over data-parallel ranks, or
+    a token budget is shared by them, those ranks step together: each must exhaust its iterator, with no other
+    collective over them in between.
+
+    Args:
+        engine: whose weights.
+        slots: sequences that this data-parallel rank decodes at the same time.
+        prefill_tokens: tokens of new sequences that one pass reads at most (one sequence at least).
+
+    Example::
+
+        rollout = InProcessEngine(engine, slots=256)
+        rollout.load_weights(version=5)
+        for response in rollout.generate(requests, SamplingParams(max_response_length=512, stop_ids=(2,))):
+            ...
+    """
+
+    def __init__(self, engine: Engine, *, slots: int, prefill_tokens: int = 8192):
+        self.engine, self.slots, self.prefill_tokens = engine, slots, prefill_tokens
+        self.version = 0
+        layers = [layer for model in engine.models for layer in model.decoder.layers]
+        session, dtype = engine.session, engine.models[0].config.params_dtype
+        self.cache = KvCache(cache_shape(layers), dtype, session.device)
+        self.runner = Runner(engine.models, engine.config.model, session, self.cache)
+
+    def load_weights(self, version: int) -> None:
+        """Sample from the present weights from here on. Collective over data-parallel ranks."""
+        self.engine.gather_parameters()
+        self.version = version
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingParams, *, token_budget: int | None = None
+    ) -> Iterator[Response]:
+        """Each request's response as it finishes, unfinished ones last; see :class:`RolloutEngine`."""
+        for model in self.engine.models:
+            model.eval()
+        table = SlotTable(
+            requests,
+            sampling,
+            num_slots=self.slots,
+            version=self.version,
+            prefill_tokens=self.prefill_tokens,
+        )
+        yield from table.complete
+        while self._goes_on(table, token_budget):
+            work = table.next_pass() if table.busy else None
+            self.cache.reserve(table.num_slots, max(table.longest, 1))
+            tokens_W, logprobs_W, routes_NLK = self.runner(work, sampling)
+            if work is not None:
+                yield from table.accept(work, tokens_W, logprobs_W, routes_NLK)
+        yield from table.unfinished()
+
+    def _goes_on(self, table: SlotTable, token_budget: int | None) -> bool:
+        """Is anything left to do, here or on a rank that this one has to step with?
+
+        Communicates over the data-parallel group where its ranks step together.
+        """
+        topology = self.engine.topology
+        busy, produced = table.busy, table.produced
+        if topology.dp_size > 1 and (topology.ep_size > 1 or token_budget is not None):
+            both = torch.tensor([float(busy), float(produced)], dtype=torch.float64)
+            both = both.to(self.engine.session.device)
+            torch.distributed.all_reduce(both, group=topology.groups.dp)
+            busy, produced = bool(both[0] > 0), int(both[1])
+        return busy and (token_budget is None or produced < token_budget)
+
+    def close(self) -> None:
+        """Give the cache's memory back; a later call allocates it again."""
+        self.cache.release()

@@ -1,0 +1,161 @@
+"""The in-process engine: what it decodes is what the training model says, however it is batched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ring.rl.rollout import InProcessEngine, Request
+from tests.model.small import small_engine
+from tests.rl.rollout.sequences import assert_same, by_key, requests, sampling, scored
+
+
+@contextmanager
+def small_rollout(model: str, slots: int = 64, **settings) -> Iterator[InProcessEngine]:
+    torch.set_num_threads(1)
+    with small_engine(model) as engine:
+        rollout = InProcessEngine(engine, slots=slots, **settings)
+        rollout.load_weights(5)
+        yield rollout
+        rollout.close()
+
+
+def run(rollout: InProcessEngine, asked, params, **options):
+    return by_key(list(rollout.generate(asked, params, **options)))
+
+
+@pytest.mark.parametrize("model", ["v1", "v2", "v2_mtp", "dense"])
+def test_decoding_says_what_the_training_model_says(model):
+    with small_rollout(model) as rollout:
+        greedy = run(rollout, requests(), sampling(temperature=0))
+        sampled = run(rollout, requests(), sampling(temperature=0.7))
+        for request in requests():
+            key = (request.prompt.uid, request.sample)
+            logp_R, best_R = scored(rollout.engine, request, greedy[key])
+            assert greedy[key].tokens_R.tolist() == best_R.tolist()
+            np.testing.assert_allclose(greedy[key].logprobs_R, logp_R, atol=1e-5)
+            logp_R, _ = scored(rollout.engine, request, sampled[key], 0.7)
+            np.testing.assert_allclose(sampled[key].logprobs_R, logp_R, atol=1e-5)
+            assert sampled[key].versions_R.tolist() == [5] * 12
+            assert sampled[key].stop == "length"
+        assert any(greedy[key].tokens_R.tolist() != sampled[key].tokens_R.tolist() for key in greedy)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 5])
+@pytest.mark.parametrize("prefill_tokens", [1, 40])
+def test_a_response_does_not_depend_on_slots_and_batches(slots, prefill_tokens):
+    asked = requests(samples=2)
+    # different ends, so that slots are taken over one by one
+    params = sampling(20, stop_ids=tuple(range(0, 250, 9)))
+    with small_rollout("v2") as rollout:
+        whole = run(rollout, asked, params)
+    with small_rollout("v2", slots=slots, prefill_tokens=prefill_tokens) as rollout:
+        parts = run(rollout, asked, params)
+    assert whole.keys() == parts.keys() and len(whole) == 16
+    assert len({response.length for response in whole.values()}) > 3
+    assert {response.stop for response in whole.values()} == {"eos", "length"}
+    for key, response in whole.items():
+        assert_same(parts[key], response)
+
+
+def test_a_stop_token_is_kept_and_is_the_last():
+    stop_ids = tuple(range(0, 250, 9))
+    with small_rollout("v1") as rollout:
+        for response in rollout.generate(requests(samples=3), sampling(30, stop_ids=stop_ids)):
+            stops = [token in stop_ids for token in response.tokens_R.tolist()]
+            assert stops.index(True) == len(stops) - 1 if response.stop == "eos" else not any(stops)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_going_on_from_a_prefix_is_an_uninterrupted_run(temperature):
+    params = sampling(14, temperature=temperature, record_routes=True)
+    asked = requests()
+    with small_rollout("v2", slots=3) as rollout:
+        whole = run(rollout, asked, params)
+        parts = run(rollout, asked, params, token_budget=50)
+        assert 50 <= sum(r.length for r in parts.values()) <= 53
+        states = [response.stop for response in parts.values()]
+        assert states == sorted(states, key=lambda stop: stop == "unfinished") and "length" in states
+        assert any(r.length == 0 for r in parts.values())
+        rollout.load_weights(6)
+        again = [
+            Request(prompt=r.prompt, sample=r.sample, prefix=parts[r.prompt.uid, r.sample]) for r in asked
+        ]
+        rest = run(rollout, again, params)
+    for key, response in whole.items():
+        assert_same(rest[key], response)
+        cut = parts[key].length
+        assert rest[key].versions_R.tolist() == [5] * cut + [6] * (14 - cut)
+        assert np.array_equal(rest[key].routes_SLK, response.routes_SLK)
+
+
+def test_a_carried_token_keeps_its_old_log_p_and_route():
+    params = sampling(8, record_routes=True)
+    (asked,) = requests((6,))
+    with small_rollout("v1") as rollout:
+        (part,) = rollout.generate([asked], params, token_budget=3)
+        marked = replace(part, logprobs_R=part.logprobs_R - 1, routes_SLK=part.routes_SLK * 0 + 7)
+        (whole,) = rollout.generate([replace(asked, prefix=marked)], params)
+    assert whole.logprobs_R[:3].tolist() == marked.logprobs_R.tolist()
+    assert (whole.routes_SLK[:8] == 7).all() and not (whole.routes_SLK[8:] == 7).all()
+
+
+def test_routes_are_the_routers_choices():
+    """Replaying them changes nothing: they are the ones that the scoring pass makes itself."""
+    with small_rollout("v2") as rollout:
+        answers = run(rollout, requests(), sampling(record_routes=True))
+        model = rollout.engine.config.model
+        moe_layers = model.num_layers - model.first_k_dense_replace
+        seen: list[torch.Tensor] = []
+        for router in rollout.engine.routers:
+            router.register_forward_hook(lambda *call: seen.append(call[2].experts_TK))
+        for request in requests():
+            response = answers[request.prompt.uid, 0]
+            seen.clear()
+            scored(rollout.engine, request, response)
+            read = len(request.prompt.tokens) + response.length - 1
+            assert response.routes_SLK.shape == (read, moe_layers, model.moe_router_topk)
+            assert response.routes_SLK.dtype == np.int16
+            expected = torch.stack(seen[:moe_layers], 1)[:read]
+            assert np.array_equal(response.routes_SLK, expected.numpy())
+
+
+def test_new_weights_change_what_is_said():
+    with small_rollout("v1") as rollout:
+        before = run(rollout, requests(), sampling(temperature=0))
+        with torch.no_grad():
+            for parameter in rollout.engine.models[0].output_layer.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        rollout.load_weights(6)
+        after = run(rollout, requests(), sampling(temperature=0))
+        for request in requests():
+            response = after[request.prompt.uid, 0]
+            logp_R, best_R = scored(rollout.engine, request, response)
+            assert response.tokens_R.tolist() == best_R.tolist()
+            np.testing.assert_allclose(response.logprobs_R, logp_R, atol=1e-5)
+    assert any(before[key].tokens_R.tolist() != after[key].tokens_R.tolist() for key in before)
+
+
+def test_nothing_asked_and_nothing_left():
+    with small_rollout("dense") as rollout:
+        assert list(rollout.generate([], sampling())) == []
+        assert list(rollout.generate([], sampling(), token_budget=5)) == []
+        (one,) = rollout.generate(requests((4,)), sampling(6))
+        again = Request(prompt=requests((4,))[0].prompt, sample=0, prefix=replace(one, stop="unfinished"))
+        (same,) = rollout.generate([again], sampling(6))
+        assert_same(same, one)
+
+
+def test_responses_come_as_they_finish():
+    """The first one ends while the others go on, and the engine has not run ahead of its reader."""
+    with small_rollout("dense", slots=2) as rollout:
+        stream = rollout.generate(requests((4, 4, 4)), sampling(10, stop_ids=tuple(range(0, 250, 5))))
+        first = next(stream)
+        assert first.stop in ("eos", "length")
+        rest = list(stream)
+    assert len(rest) == 2
