@@ -26,6 +26,9 @@ from megatron_ring.config.model import ModelConfig
 from megatron_ring.kernels import Routing, route
 from megatron_ring.model.packed import PackedInputs
 
+NO_ROUTE = -1
+"""Expert id, in routes to replay, of a token whose routing is unknown: it is routed anew."""
+
 _MOMENTUM = 0.9
 """Decay per step of the running mean and variance of the logits (stochastic warm-up)."""
 
@@ -48,9 +51,9 @@ class RingRouter(nn.Module):
     """Scores, top-k choice, balance and z-loss, expert bias, stochastic warm-up and replay for one layer.
 
     Buffers: ``expert_bias`` [E] is part of the checkpoint where the model has one. The step statistics
-    (``load_E``, ``balance_sum``, ``z_sum``, logit moments) are sums over the step's microbatches on this
-    rank;
-    the engine reduces and clears them.
+    (``load_E``, ``balance_sum``, ``z_sum``, logit moments, and under replay ``flips``: choices that differ
+    from the router's own, choices compared, tokens without recorded routes) are sums over the step's
+    microbatches on this rank; the engine reduces and clears them.
     """
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, pg_collection: ProcessGroupCollection):
@@ -68,7 +71,8 @@ class RingRouter(nn.Module):
             self.register_buffer("expert_bias", torch.zeros(E, dtype=torch.float32))
         else:
             self.expert_bias = None
-        for name, shape in (("load_E", (E,)), ("balance_sum", ()), ("z_sum", ()), ("logit_moments", (3,))):
+        shapes = {"load_E": (E,), "balance_sum": (), "z_sum": (), "logit_moments": (3,), "flips": (3,)}
+        for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64), persistent=False)
         if model.moe_router_warmup_iters:
             self.register_buffer("logit_mean", torch.zeros(()))
@@ -77,6 +81,11 @@ class RingRouter(nn.Module):
     def set_layer_number(self, layer_number: int) -> None:
         self.layer_number = layer_number
 
+    @property
+    def row(self) -> int:
+        """This layer among those with experts, from 0, over all pipeline stages."""
+        return self.layer_number - 1 - self.model.first_k_dense_replace
+
     def forward(self, hidden_TD: Tensor, packed: PackedInputs) -> Routing:
         """Route this rank's tokens. Communicates over the tensor-parallel group when losses are on."""
         valid_T = self._local(packed.valid_T)
@@ -84,10 +93,16 @@ class RingRouter(nn.Module):
         learning = self.training and torch.is_grad_enabled() and packed.router is not None
         if self.training and packed.router is not None and packed.router.warmup < 1.0:
             logits_TE = self._warm_up(logits_TE, valid_T, packed.router.warmup, learning)
-        replay_TK = None
-        if packed.routes_LTK is not None:
-            replay_TK = self._local(packed.routes_LTK[self.layer_number - 1])
-        routing = route(
+        if packed.routes_LTK is None:
+            routing = self._route(logits_TE, valid_T)
+        else:
+            routing = self._replay(logits_TE, valid_T, self._local(packed.routes_LTK[self.row]), learning)
+        if packed.recorded is not None:
+            packed.recorded[self.row] = routing.experts_TK
+        return self._with_losses(routing, packed) if learning else routing
+
+    def _route(self, logits_TE: Tensor, valid_T: Tensor, replay_TK: Tensor | None = None) -> Routing:
+        return route(
             logits_TE,
             topk=self.model.moe_router_topk,
             score_function=self.model.moe_router_score_function,
@@ -98,7 +113,18 @@ class RingRouter(nn.Module):
             valid_T=valid_T,
             replay_TK=replay_TK,
         )
-        return self._with_losses(routing, packed) if learning else routing
+
+    def _replay(self, logits_TE: Tensor, valid_T: Tensor, replay_TK: Tensor, learning: bool) -> Routing:
+        """Route by the recorded choices, by our own where there are none, and count how far they differ."""
+        own_TK = self._route(logits_TE.detach(), valid_T).experts_TK
+        replay_TK = replay_TK.long()
+        known_T = (replay_TK != NO_ROUTE).all(-1)
+        if learning:
+            compared_T = known_T & valid_T
+            flipped_TK = (replay_TK[:, :, None] != own_TK[:, None, :]).all(-1) & compared_T[:, None]
+            counts = (flipped_TK.sum(), compared_T.sum() * own_TK.shape[1], (valid_T & ~known_T).sum())
+            self.flips += torch.stack(counts)
+        return self._route(logits_TE, valid_T, torch.where(known_T[:, None], replay_TK, own_TK))
 
     def _local(self, whole_T: Tensor) -> Tensor:
         """This tensor rank's share of a per-token row (all of it without sequence parallelism)."""
@@ -160,5 +186,5 @@ class RingRouter(nn.Module):
 
     @torch.no_grad()
     def clear_statistics(self) -> None:
-        for buffer in (self.load_E, self.balance_sum, self.z_sum, self.logit_moments):
+        for buffer in (self.load_E, self.balance_sum, self.z_sum, self.logit_moments, self.flips):
             buffer.zero_()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from megatron_ring.train.optimizer import (
     set_learning_rate,
     wrap_data_parallel,
 )
+from megatron_ring.train.replay import ReplayReport, replay_report, routes_of, whole_routes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class StepReport:
 
     ``loss`` is the objective over its normaliser; ``balance_loss`` (1.0 when balanced), ``z_loss`` and
     ``max_violation`` (busiest expert over the mean, minus 1) are means over layers; ``grad_norm`` is before
-    clipping.
+    clipping; ``peaks`` are maxima over the step; ``replay`` is there when routes were replayed.
 
     Example: ``StepReport(loss=6.21, means={"lm_loss": 6.21}, grad_norm=0.8, weight=8192.0, ...)``
     """
@@ -48,6 +49,8 @@ class StepReport:
     balance_loss: float
     z_loss: float
     max_violation: float
+    peaks: dict[str, float] = field(default_factory=dict)
+    replay: ReplayReport | None = None
 
     @property
     def finite(self) -> bool:
@@ -115,7 +118,10 @@ class Engine:
         terms = self._run(microbatches, partial(_training_loss, objective, scale), signal, forward_only=False)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        return self._report(terms, objective, weight, valid, grad_norm)
+        report = self._report(terms, objective, weight, valid, grad_norm)
+        if any(routes_of(microbatch) is not None for microbatch in microbatches):
+            report = replace(report, replay=replay_report(self.routers, self.config.model))
+        return report
 
     def update(self, report: StepReport, lr: float) -> None:
         """Clip and apply the accumulated gradients; then move expert biases and routing statistics."""
@@ -163,29 +169,50 @@ class Engine:
         """
         return self.forward(microbatches, partial(_score, temperature))
 
+    def score_with_routes(
+        self, microbatches: Sequence[Microbatch], temperature: float = 1.0
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+        """What :meth:`score` says, and the experts that were visited: int16 [layers with experts, T, K] on
+        the host, per microbatch, rows of other pipeline stages' layers unknown.
+        """
+        recorded: list[dict[int, Tensor]] = [{} for _ in microbatches]
+        scores = self.forward(microbatches, partial(_score, temperature), recorded)
+        routes = [whole_routes(rows, self.config, self.topology) for rows in recorded]
+        return scores, routes
+
     @torch.no_grad()
     def forward(
-        self, microbatches: Sequence[Microbatch], read: Callable[[Microbatch, Logits], tuple[Tensor, Any]]
+        self,
+        microbatches: Sequence[Microbatch],
+        read: Callable[[Microbatch, Logits], tuple[Tensor, Any]],
+        recorded: Sequence[dict[int, Tensor]] | None = None,
     ) -> list:
         """What ``read`` makes of each microbatch's logits on the last stage (empty elsewhere), without
         gradients.
 
-        ``read`` returns a scalar tensor, which Megatron's schedule wants, and the result. Collective over
-        the world.
+        ``read`` returns a scalar tensor, which Megatron's schedule wants, and the result; ``recorded``, one
+        per microbatch, is filled with this rank's routes. Collective over the world.
         """
         for chunk in self.chunks:
             chunk.eval()
-        return self._run(microbatches, read, None, forward_only=True)
+        return self._run(microbatches, read, None, recorded, forward_only=True)
 
-    def _run(self, microbatches, loss, signal: RouterSignal | None, *, forward_only: bool) -> list:
+    def _run(self, microbatches, loss, signal: RouterSignal | None, recorded=None, *, forward_only: bool):
         device = self.session.device
 
         def forward_step(iterator, model):
-            microbatch = next(iterator).to(device)
-            return model(microbatch, pack_inputs(microbatch, router=signal)), partial(loss, microbatch)
+            index, microbatch = next(iterator)
+            microbatch = microbatch.to(device)
+            packed = pack_inputs(
+                microbatch,
+                router=signal,
+                routes_LTK=routes_of(microbatch),
+                recorded=None if recorded is None else recorded[index],
+            )
+            return model(microbatch, packed), partial(loss, microbatch)
 
         schedule = get_forward_backward_func()
-        iterators = [iter(microbatches) for _ in self.chunks]
+        iterators = [enumerate(microbatches) for _ in self.chunks]
         with torch.set_grad_enabled(not forward_only):
             return schedule(
                 forward_step_func=forward_step,
@@ -238,10 +265,22 @@ class Engine:
             },
             weight=weight,
             grad_norm=grad_norm,
+            peaks=self._peaks(terms, objective),
             balance_loss=balance / layers / max(valid, 1.0),
             z_loss=z / layers / max(valid, 1.0),
             max_violation=violation / layers,
         )
+
+    def _peaks(self, terms: list[LossTerms], objective: Objective) -> dict[str, float]:
+        """The largest of each of the objective's peaks over the world, not below 0."""
+        if not objective.peak_names:
+            return {}
+        peaks = torch.zeros(len(objective.peak_names), dtype=torch.float64, device=self.session.device)
+        for term in terms:
+            own = torch.stack([term.peaks[name].detach().double() for name in objective.peak_names])
+            peaks = torch.maximum(peaks, own)
+        torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
+        return dict(zip(objective.peak_names, peaks.tolist(), strict=True))
 
     def _router_sums(self) -> list[Tensor]:
         """Balance, z-loss, load violation and layer count of this rank, so that a sum over the world gives

@@ -24,18 +24,20 @@ class LossTerms:
     """One microbatch's share of the objective.
 
     ``loss_sum`` is differentiable; ``sums`` are detached scalars that the engine adds up over the step,
-    each over its own weight. Example: ``LossTerms(loss_sum=tensor(812.4), sums={"lm_loss":
-    tensor(806.1)})``.
+    each over its own weight; of ``peaks`` it takes the largest. Example:
+    ``LossTerms(loss_sum=tensor(812.4), sums={"lm_loss": tensor(806.1)})``.
     """
 
     loss_sum: Tensor
     sums: dict[str, Tensor] = field(default_factory=dict)
+    peaks: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol):
     """A pure function of logits and microbatch, and what its sum is divided by."""
 
     sum_names: tuple[str, ...]
+    peak_names: tuple[str, ...]
 
     def local_weight(self, microbatches: Sequence[Microbatch]) -> float:
         """This rank's part of the normaliser; the engine sums it over data-parallel ranks."""
@@ -67,6 +69,7 @@ class NextTokenObjective:
 
     mtp_loss_scaling_factor: float = 0.0
     sum_names: tuple[str, ...] = ("lm_loss", "mtp_loss")
+    peak_names: tuple[str, ...] = ()
 
     def local_weight(self, microbatches: Sequence[Microbatch]) -> float:
         return float(sum(microbatch.loss_mask_T.sum().item() for microbatch in microbatches))

@@ -1,0 +1,147 @@
+"""Advantages from rewards: how much better a response is than what the policy does on average.
+
+Pure functions over numpy. Legend: G responses to one prompt, R response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from megatron_ring.config.rl import ObjectiveConfig
+from megatron_ring.rl.types import Rollout
+
+EPSILON = 1e-6
+"""Added to the standard deviation, as in every framework that users come from."""
+
+
+def group_norm(rewards_G: np.ndarray) -> np.ndarray:
+    """``(R - mean) / (population std + 1e-6)`` (Ring-lite, 3.2); 0 where all rewards of the group are equal.
+
+    Example: ``group_norm([1., 0., 0., 1.])`` is ``[1., -1., -1., 1.]`` (to 2e-6).
+    """
+    if _all_equal(rewards_G):
+        return np.zeros(len(rewards_G))
+    return (rewards_G - rewards_G.mean()) / (rewards_G.std() + EPSILON)
+
+
+def group_mean(rewards_G: np.ndarray) -> np.ndarray:
+    """``R - mean``. Example: ``group_mean([1., 0., 0., 1.])`` is ``[.5, -.5, -.5, .5]``."""
+    return np.zeros(len(rewards_G)) if _all_equal(rewards_G) else rewards_G - rewards_G.mean()
+
+
+def rloo(rewards_G: np.ndarray) -> np.ndarray:
+    """Reward minus the mean of the others'; 0 for a response that is alone.
+
+    Example: ``rloo([1., 0., 0.])`` is ``[1., -.5, -.5]``.
+    """
+    count = len(rewards_G)
+    if _all_equal(rewards_G):
+        return np.zeros(count)
+    return rewards_G - (rewards_G.sum() - rewards_G) / (count - 1)
+
+
+ESTIMATORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "group_norm": group_norm,
+    "group_mean": group_mean,
+    "rloo": rloo,
+}
+"""Group-relative estimators by their name in ``advantage_estimator``."""
+
+
+def _all_equal(rewards_G: np.ndarray) -> bool:
+    """Rounding in the mean must not turn equal rewards into tiny advantages that the std then blows up."""
+    return bool((rewards_G == rewards_G[0]).all())
+
+
+def gae(values_R: np.ndarray, score: float, gamma: float, lam: float) -> tuple[np.ndarray, np.ndarray]:
+    """Generalised advantage estimation of one response whose only reward, ``score``, comes at its end.
+
+    ``delta_t = r_t + gamma V_(t+1) - V_t`` with V = 0 after the last token, ``A_t = delta_t + gamma lam
+    A_(t+1)``.
+
+    Args:
+        values_R: the critic's value before each response token is sampled.
+
+    Returns:
+        advantages [R] and returns [R] (advantages + values: what the critic is trained towards).
+
+    Example: ``gae([.5, .5], 1.0, 1.0, 1.0)`` is ``([.5, .5], [1., 1.])``.
+    """
+    values_R = np.asarray(values_R, dtype=np.float64)
+    advantages_R = np.zeros(len(values_R))
+    following = value_after = 0.0
+    for t in range(len(values_R) - 1, -1, -1):
+        reward = score if t == len(values_R) - 1 else 0.0
+        delta = reward + gamma * value_after - values_R[t]
+        following = delta + gamma * lam * following
+        advantages_R[t] = following
+        value_after = values_R[t]
+    return advantages_R, advantages_R + values_R
+
+
+def length_penalty(length: int, max_response_length: int, buffer: int) -> float:
+    """DAPO's soft punishment of long responses: 0 up to ``max_response_length - buffer``, then down to -1.
+
+    Example: ``length_penalty(90, max_response_length=100, buffer=20)`` is ``-0.5``.
+    """
+    over = length - (max_response_length - buffer)
+    return -min(max(over / buffer, 0.0), 1.0)
+
+
+def assign(
+    rollouts: Sequence[Rollout],
+    config: ObjectiveConfig,
+    max_response_length: int,
+    values: Sequence[np.ndarray] | None = None,
+) -> list[Rollout]:
+    """The rollouts, in their order, each with ``advantages_R``; responses to one prompt are compared.
+
+    Responses cut at ``max_response_length`` keep their reward (overlong=keep), or lose up to 1 by length
+    (penalise), or are left out of what is returned (mask): their rewards still count in their group's mean,
+    but no token of them carries loss or fills the budget.
+
+    Args:
+        rollouts: whole groups; the advantage of a response whose group is elsewhere would be wrong.
+        values: the critic's value per response token, one array per rollout (advantage_estimator=gae).
+    """
+    scores = np.array([_score(rollout, config, max_response_length) for rollout in rollouts])
+    if config.advantage_estimator == "gae":
+        if values is None:
+            raise ValueError("advantage_estimator=gae needs the critic's values")
+        rows = [
+            gae(values_R, score, config.gae_gamma, config.gae_lambda)[0]
+            for values_R, score in zip(values, scores, strict=True)
+        ]
+    else:
+        advantages = _group_relative(rollouts, scores, ESTIMATORS[config.advantage_estimator])
+        rows = [
+            np.full(rollout.response.length, advantage)
+            for rollout, advantage in zip(rollouts, advantages, strict=True)
+        ]
+    return [
+        replace(rollout, advantages_R=row_R.astype(np.float32))
+        for rollout, row_R in zip(rollouts, rows, strict=True)
+        if not (config.overlong == "mask" and rollout.response.stop == "length")
+    ]
+
+
+def _score(rollout: Rollout, config: ObjectiveConfig, max_response_length: int) -> float:
+    score = float(rollout.reward.score)
+    if config.overlong == "penalise":
+        score += length_penalty(rollout.response.length, max_response_length, config.overlong_buffer)
+    return score
+
+
+def _group_relative(
+    rollouts: Sequence[Rollout], scores: np.ndarray, estimator: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    groups: dict[int, list[int]] = {}
+    for index, rollout in enumerate(rollouts):
+        groups.setdefault(rollout.prompt.uid, []).append(index)
+    advantages = np.zeros(len(rollouts))
+    for members in groups.values():
+        advantages[members] = estimator(scores[members])
+    return advantages
