@@ -46,6 +46,8 @@ class RolloutConfig:
     """Refill groups whose rewards are all equal with new prompts."""
     dynamic_sampling_max_rounds: int = 10
     """Rounds of refilling in one step after which the run stops with an error."""
+    prompt_suffix: str = ""
+    """Line behind every problem but code, such as: put your final answer within \\boxed{}."""
     solve_rate_min: float = 0.0
     """Leave out problems whose recorded solve_rate is below this."""
     solve_rate_max: float = 1.0

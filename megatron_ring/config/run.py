@@ -43,6 +43,8 @@ class CheckpointConfig:
     """Folder for checkpoints; none saves nothing."""
     load: str | None = None
     """Folder to load the latest checkpoint from."""
+    pretrained_checkpoint: str | None = None
+    """Folder whose latest weights start the run as long as --load holds no checkpoint yet."""
     save_interval: int = 0
     """Steps between checkpoints; 0 saves only at the end."""
     async_save: bool = False

@@ -16,3 +16,7 @@ class SftConfig:
     """Chat JSONL files for the validation loss."""
     sft_epochs: float = 3.0
     """Passes over the data; sets train_iters when that is 0."""
+    sft_warmup_fraction: float = 0.01
+    """Share of train_iters that warms up; sets lr_warmup_iters when that is 0."""
+    sft_save_every_epoch: bool = False
+    """Save a checkpoint after each pass over the data, beside those of save_interval."""

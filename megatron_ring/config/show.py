@@ -1,6 +1,7 @@
 """A config as text: TOML that loads back to the same config, and a table for people."""
 
 import json
+from collections.abc import Collection
 from typing import Any, cast
 
 from megatron_ring.config.fields import sections, settings
@@ -23,12 +24,13 @@ def dump_toml(config: RunConfig) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def format_config(config: RunConfig) -> str:
-    """A table by section; a star marks what differs from the default."""
+def format_config(config: RunConfig, only: Collection[str] | None = None) -> str:
+    """A table by section, of all sections or ``only`` some; a star marks what differs from the default."""
     values = flat(config)
-    width = max(len(name) for name in values)
+    shown = [section for section in sections() if only is None or section in only]
+    width = max(len(s.name) for s in settings().values() if s.section in shown)
     lines: list[str] = []
-    for section in sections():
+    for section in shown:
         lines += [f"{section}"]
         for s in settings().values():
             if s.section == section:

@@ -1,71 +1,46 @@
 """Every rule a run's config must satisfy, checked in one place before any process group exists.
 
 ``validate`` looks at the config and the number of processes only; ``check_inputs`` looks at the files it
-names.
+names. What one stage alone needs is in ``stage_rules``.
 """
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 from megatron_ring.config.fields import settings, type_problem
 from megatron_ring.config.layout import data_parallel_size, expert_parallel_size, model_parallel_size
 from megatron_ring.config.model_rules import division_problems, model_problems, multiples_near
 from megatron_ring.config.parallel import ParallelConfig
-from megatron_ring.config.run import CheckpointConfig, DataConfig, LoggingConfig, RunConfig
+from megatron_ring.config.run import CheckpointConfig, LoggingConfig, RunConfig
 from megatron_ring.config.show import flat
+from megatron_ring.config.stage_rules import Stage, blend, check_inputs, stage_problems
 from megatron_ring.config.train import TrainConfig
-from megatron_ring.errors import CheckpointError, ConfigError, DataError
+from megatron_ring.errors import ConfigError
+
+__all__ = ["blend", "check_inputs", "problems", "schedule_problems", "validate"]
 
 
-def validate(config: RunConfig, world_size: int) -> None:
+def validate(config: RunConfig, world_size: int, stage: Stage = "pretrain") -> None:
     """Raise ConfigError with the first problem of running ``config`` on ``world_size`` processes."""
-    for problem in problems(config, world_size):
+    for problem in problems(config, world_size, stage):
         raise ConfigError(problem)
 
 
-def problems(config: RunConfig, world_size: int) -> Iterator[str]:
+def problems(config: RunConfig, world_size: int, stage: Stage = "pretrain") -> Iterator[str]:
     """Every problem in turn; a rule may rely on those before it, so only the first is sure to be real."""
     yield from _value_problems(config)
     yield from model_problems(config.model)
     yield from _feature_problems(config.parallel)
     yield from division_problems(config.model, config.parallel)
     yield from _world_problems(config.parallel, world_size)
-    yield from _batch_problems(config, world_size)
-    yield from _schedule_problems(config.train)
+    yield from _size_problems(config, derives_steps=stage == "sft")
+    if stage != "rl":
+        yield from _batch_problems(config.train, config.parallel, world_size)
+    yield from schedule_problems(config.train)
     yield from _step_problems(config.train)
-    yield from _data_problems(config.data, config.train)
     yield from _checkpoint_problems(config.checkpoint)
     yield from _logging_problems(config.logging)
-
-
-def check_inputs(config: RunConfig) -> None:
-    """Raise DataError or CheckpointError when a file or folder to read is missing; a plan needs none."""
-    prefixes = blend(config.data)
-    if not prefixes:
-        raise DataError(
-            "data_path is empty, training needs a corpus; set --data-path PREFIX of a .bin/.idx pair"
-        )
-    for _, prefix in prefixes:
-        for suffix in (".idx", ".bin"):
-            if not Path(prefix + suffix).is_file():
-                raise DataError(
-                    f"data_path={prefix}: {prefix}{suffix} does not exist; write it with preprocess_data"
-                )
-    tokenizer = config.data.tokenizer_model
-    if tokenizer is not None and not Path(tokenizer).exists():
-        raise DataError(f"tokenizer_model={tokenizer} does not exist; name the tokenizer's file or folder")
-    load = config.checkpoint.load
-    if load is not None and load != config.checkpoint.save and not Path(load).is_dir():
-        raise CheckpointError(f"load={load} is not a folder; name one that holds checkpoints, or drop --load")
-
-
-def blend(data: DataConfig) -> list[tuple[float, str]]:
-    """(weight, prefix) of each corpus of a valid data_path; a single prefix has weight 1."""
-    words = data.data_path
-    if len(words) == 1:
-        return [(1.0, words[0])]
-    return [(float(weight), prefix) for weight, prefix in zip(words[::2], words[1::2], strict=True)]
+    yield from stage_problems(config, world_size, stage)
 
 
 def _value_problems(config: RunConfig) -> Iterator[str]:
@@ -128,11 +103,12 @@ def _world_problems(p: ParallelConfig, world_size: int) -> Iterator[str]:
             )
 
 
-def _batch_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+def _size_problems(config: RunConfig, *, derives_steps: bool) -> Iterator[str]:
     t, p = config.train, config.parallel
     for name in ("micro_batch_size", "global_batch_size", "seq_length", "train_iters"):
-        if getattr(t, name) < 1:
-            yield f"{name}={getattr(t, name)} must be at least 1; set --{name.replace('_', '-')}"
+        least = 0 if derives_steps and name == "train_iters" else 1
+        if getattr(t, name) < least:
+            yield f"{name}={getattr(t, name)} must be at least {least}; set --{name.replace('_', '-')}"
     if t.seq_length > config.model.max_position_embeddings:
         yield (
             f"seq_length={t.seq_length} must be at most max_position_embeddings="
@@ -145,6 +121,9 @@ def _batch_problems(config: RunConfig, world_size: int) -> Iterator[str]:
             "of "
             f"tensor_model_parallel_size={tp}; try seq_length={multiples_near(t.seq_length, tp)}"
         )
+
+
+def _batch_problems(t: TrainConfig, p: ParallelConfig, world_size: int) -> Iterator[str]:
     dp = data_parallel_size(p, world_size)
     yield from _rampup_problems(t, t.micro_batch_size * dp)
     for batch in _batch_sizes(t):
@@ -202,13 +181,17 @@ def _rampup_problems(t: TrainConfig, per_pass: int) -> Iterator[str]:
         )
 
 
-def _schedule_problems(t: TrainConfig) -> Iterator[str]:
+def schedule_problems(t: TrainConfig) -> Iterator[str]:
+    """What is wrong with the learning rate's schedule."""
     if t.lr <= 0:
         yield f"lr={t.lr} must be positive; try 3e-4"
     if not 0 <= t.min_lr <= t.lr:
         yield f"min_lr={t.min_lr} must be from 0 to lr={t.lr}; try {t.lr / 10:g}"
     end_name = "train_iters" if t.lr_decay_iters is None else "lr_decay_iters"
     end = t.train_iters if t.lr_decay_iters is None else t.lr_decay_iters
+    if end_name == "train_iters" and end == 0:
+        # the stage derives its steps from the data, and looks again when it knows them
+        return
     if end < 1:
         yield f"lr_decay_iters={end} must be at least 1; drop it to decay over train_iters"
     if not 0 <= t.lr_warmup_iters < end:
@@ -258,32 +241,6 @@ def _step_problems(t: TrainConfig) -> Iterator[str]:
         )
 
 
-def _data_problems(d: DataConfig, t: TrainConfig) -> Iterator[str]:
-    if d.num_workers < 0:
-        yield f"num_workers={d.num_workers} must not be negative; 0 reads in the training process"
-    words = d.data_path
-    if len(words) > 1 and len(words) % 2 != 0:
-        yield f"data_path has {len(words)} words, but a blend is pairs; write weight prefix weight prefix"
-    for weight in words[::2] if len(words) > 1 else ():
-        if not _is_share(weight) or float(weight) == 0:
-            yield f"data_path weight {weight} must be a positive number; write weight prefix weight prefix"
-    shares = d.split.split(",")
-    if len(shares) != 3 or not all(_is_share(share) for share in shares) or float(shares[0]) == 0:
-        yield f"split={d.split} must be three shares, the first above 0; try 949,50,1"
-    elif t.eval_interval > 0 and float(shares[1]) == 0:
-        yield (
-            f"split={d.split} leaves nothing to validate on, but eval_interval={t.eval_interval}; try "
-            "949,50,1"
-        )
-
-
-def _is_share(word: str) -> bool:
-    try:
-        return 0 <= float(word) < math.inf
-    except ValueError:
-        return False
-
-
 def _checkpoint_problems(c: CheckpointConfig) -> Iterator[str]:
     for name in ("save_interval", "keep_last_n"):
         if getattr(c, name) < 0:
@@ -294,6 +251,11 @@ def _checkpoint_problems(c: CheckpointConfig) -> Iterator[str]:
     for name in ("finetune", "no_load_optim", "no_load_rng"):
         if getattr(c, name) and c.load is None:
             yield f"{name}=True needs a checkpoint to load; set --load FOLDER"
+    if c.finetune and c.pretrained_checkpoint:
+        yield (
+            f"finetune=True and pretrained_checkpoint={c.pretrained_checkpoint} both say which weights to start "
+            "from; drop --finetune"
+        )
 
 
 def _logging_problems(g: LoggingConfig) -> Iterator[str]:

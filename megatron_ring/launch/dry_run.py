@@ -22,11 +22,12 @@ from megatron_ring.config.layout import (
 )
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.show import format_config
+from megatron_ring.config.stage_rules import STAGE_SECTIONS, Stage
 
 MAX_RANK_ROWS = 64
 
 
-def dry_run(config: RunConfig, world_size: int, *, styled: bool = False) -> str:
+def dry_run(config: RunConfig, world_size: int, *, stage: Stage = "pretrain", styled: bool = False) -> str:
     """The whole config, layout, sizes and memory of a valid ``config`` on ``world_size`` processes, as text.
 
     ``styled`` adds terminal colours. Memory is weights, gradients and optimizer state; activations come on
@@ -35,9 +36,9 @@ def dry_run(config: RunConfig, world_size: int, *, styled: bool = False) -> str:
     sink = io.StringIO()
     console = Console(file=sink, width=110, force_terminal=styled, color_system="auto" if styled else None)
     parts = (
-        ("Config (* differs from the default)", Text(format_config(config))),
+        ("Config (* differs from the default)", Text(format_config(config, STAGE_SECTIONS[stage]))),
         ("Parameters", _parameters(config)),
-        ("Step", _step(config, world_size)),
+        ("Step", _step(config, world_size, stage)),
         ("Pipeline stages", _stages(config, world_size)),
         ("Ranks", _ranks(config, world_size)),
     )
@@ -79,25 +80,43 @@ def _parameters(config: RunConfig) -> Table:
     return _pairs(rows if model.is_moe else rows[:-1])
 
 
-def _step(config: RunConfig, world_size: int) -> Table:
-    train, model = config.train, config.model
-    tokens = train.global_batch_size * train.seq_length
-    flops = flops_per_token(model, train.seq_length)
+def _step(config: RunConfig, world_size: int, stage: Stage) -> Table:
     rows = [
         ("processes", f"{world_size:,}"),
         ("data parallel", f"{data_parallel_size(config.parallel, world_size):,}"),
         ("expert data parallel", f"{expert_data_parallel_size(config.parallel, world_size):,}"),
+        *(_rollout_rows(config) if stage == "rl" else _batch_rows(config, world_size)),
+    ]
+    if not config.model.is_moe:
+        rows = [row for row in rows if row[0] != "expert data parallel"]
+    return _pairs(rows)
+
+
+def _rollout_rows(config: RunConfig) -> list[tuple[str, str]]:
+    rollout, budget = config.rollout, config.budget
+    return [
+        ("responses per rollout step", f"{rollout.prompts_per_step * rollout.group_size:,}"),
+        ("optimizer steps per rollout step", f"{budget.minibatches_per_step:,}"),
+        ("response tokens per optimizer step", f"{budget.token_budget:,} ({budget.token_budget_scope})"),
+    ]
+
+
+def _batch_rows(config: RunConfig, world_size: int) -> list[tuple[str, str]]:
+    train = config.train
+    tokens = train.global_batch_size * train.seq_length
+    flops = flops_per_token(config.model, train.seq_length)
+    rows = [
         ("microbatches per rank", f"{num_microbatches(config, world_size):,}"),
         ("tokens per step", f"{tokens:,}"),
-        ("tokens in the run", f"{tokens * train.train_iters:,}"),
+        ("tokens in the run", f"{tokens * train.train_iters:,}" if train.train_iters else "by sft_epochs"),
         ("model FLOPs per token", f"{flops:.4g}"),
         ("model FLOPs per step", f"{flops * tokens:.4g}"),
     ]
     if train.rampup_batch_size is not None:
         start, increment, samples = train.rampup_batch_size
         grows = f"{start:,} to {train.global_batch_size:,} samples by {increment:,} over {samples:,} samples"
-        rows[5] = ("batch size warm-up", grows)
-    return _pairs(rows if model.is_moe else [row for row in rows if row[0] != "expert data parallel"])
+        rows[2] = ("batch size warm-up", grows)
+    return rows
 
 
 def _stages(config: RunConfig, world_size: int) -> RenderableType:

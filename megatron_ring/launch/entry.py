@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from megatron_ring.config.load import parse_command
 from megatron_ring.config.run import RunConfig
+from megatron_ring.config.stage_rules import Stage
 from megatron_ring.config.validate import check_inputs, validate
 from megatron_ring.errors import RingError
 from megatron_ring.launch.dry_run import dry_run
@@ -36,20 +37,21 @@ def run_entry(main: Callable[[], object]) -> NoReturn:
     sys.exit(0)
 
 
-def start(argv: Sequence[str] | None = None) -> RunConfig:
-    """The validated config of this command line (``sys.argv`` by default), its inputs found.
+def start(argv: Sequence[str] | None = None, *, stage: Stage = "pretrain") -> RunConfig:
+    """The validated config of this command line (``sys.argv`` by default), the inputs of ``stage`` found.
 
     With ``--dry-run`` prints the plan on rank 0 instead and exits 0. Raises RingError, before any process
     group.
     """
     command = parse_command(sys.argv[1:] if argv is None else argv)
     world_size = command.world_size or int(os.environ.get("WORLD_SIZE", "1"))
-    validate(command.config, world_size)
+    validate(command.config, world_size, stage)
     if command.dry_run:
         if _rank() == 0:
-            print(dry_run(command.config, world_size, styled=sys.stdout.isatty()), flush=True)
+            plan = dry_run(command.config, world_size, stage=stage, styled=sys.stdout.isatty())
+            print(plan, flush=True)
         sys.exit(0)
-    check_inputs(command.config)
+    check_inputs(command.config, stage)
     return command.config
 
 
