@@ -62,17 +62,22 @@ PACKINGS = {
     "one": [list(range(12))],
     "two": [[0, 3, 4, 5, 9, 11], [1, 2, 6, 7, 8, 10]],
     "four": [[11, 1, 0], [2, 3, 4], [6, 5, 7], [9, 8, 10]],
+    "eight": [[0, 1], [2, 3], [4, 5, 6], [7], [8, 9], [], [10], [11]],
     "holes": [[7, 8], [], [6, 9, 10, 11, 5, 4], [0, 1, 2, 3]],
 }
 """Which picks share a microbatch."""
 
 
 def grid(
-    samples: Sequence[Rollout], packing: str, num_slots: int = 0, picks: Sequence[Pick] = tuple(PICKS), **options
+    samples: Sequence[Rollout],
+    packing: str,
+    num_slots: int = 0,
+    picks: Sequence[Pick] = tuple(PICKS),
+    **options,
 ) -> list[RLMicrobatch]:
     """The picks in one of ``PACKINGS``."""
     groups = [[picks[i] for i in row] for row in PACKINGS[packing]]
-    slots = num_slots or {"one": 180, "two": 96, "four": 60, "holes": 96}[packing]
+    slots = num_slots or {"one": 180, "two": 96, "four": 60, "eight": 60, "holes": 96}[packing]
     return [build_microbatch(samples, group, slots, **options) for group in groups]
 
 
@@ -84,7 +89,9 @@ class Scored:
     ref: list[Tensor]
 
 
-def off_policy(own: Sequence[Tensor], samples: Sequence[Rollout], seed: int = 1) -> tuple[Scored, list[Rollout]]:
+def off_policy(
+    own: Sequence[Tensor], samples: Sequence[Rollout], seed: int = 1
+) -> tuple[Scored, list[Rollout]]:
     """Old and reference policies near ``own`` (log p per response), and rollouts sampled by a third; far enough
     apart for every clip and bound to bite somewhere.
     """
@@ -102,7 +109,9 @@ def off_policy(own: Sequence[Tensor], samples: Sequence[Rollout], seed: int = 1)
     return Scored(old=old, ref=ref), moved
 
 
-def columns_of(per_response: Sequence[Tensor], samples: Sequence[Rollout], packing: str, slots: Sequence[int]):
+def columns_of(
+    per_response: Sequence[Tensor], samples: Sequence[Rollout], packing: str, slots: Sequence[int]
+):
     """One [T] column per microbatch from values per response token."""
     out = []
     for row, num_slots in zip(PACKINGS[packing], slots, strict=True):
