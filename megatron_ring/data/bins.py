@@ -1,0 +1,143 @@
+"""Fill as few bins as possible with items that cannot be split.
+
+Pure and without chance: the same sizes give the same bins. Invariants (one test each): every item lies in
+exactly one bin, no bin holds more than its capacity, and there are never more bins than best-fit-decreasing
+needs (at most 11/9 of the fewest possible, and 6/9).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Sequence
+
+Bin = list[int]
+"""Indices of the items in a bin."""
+
+# (how many companions to try, slack in 1/512 of the capacity that is good enough)
+_GREEDS = ((4, 1), (4, 4), (64, 4), (16, 0))
+_REPACKINGS = 40
+# a bin is worth opening again when more than this share of it is empty
+_LOOSE = 1 / 256
+
+
+def fill_bins(sizes: Sequence[int], capacity: int) -> list[Bin]:
+    """Group items into bins.
+
+    Best-fit-decreasing leaves gaps of a middling size, because it puts the largest items that fit together
+    whatever they leave free. So the gap that an item leaves is also filled with pairs whose sum is almost
+    exactly the gap; the best of several such packings is then improved: loose bins are opened together with
+    some full ones and filled again, as long as that saves a bin or gathers the empty space in fewer bins.
+
+    Example: ``fill_bins([6, 5, 4, 3, 2], 10)`` is ``[[0, 2], [1, 3, 4]]``.
+
+    Raises:
+        ValueError: an item is empty or larger than the capacity.
+    """
+    if any(not 0 < size <= capacity for size in sizes):
+        raise ValueError(f"item sizes must be 1 to {capacity}, got {min(sizes)} to {max(sizes)}")
+    bins = best_fit_decreasing(sizes, capacity)
+    fewest = -(-sum(sizes) // capacity)
+    for companions, tolerance in _GREEDS:
+        if len(bins) == fewest:
+            return bins
+        bins = min(
+            bins,
+            _fill_gaps(sizes, range(len(sizes)), capacity, companions, capacity * tolerance // 512),
+            key=len,
+        )
+    return _repack(sizes, capacity, bins, fewest)
+
+
+def best_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[Bin]:
+    """Largest item first, each into the fullest bin that has room for it; O(n log n) comparisons."""
+    bins: list[Bin] = []
+    put_in_gaps(sizes, range(len(sizes)), bins, [], capacity)
+    return bins
+
+
+def put_in_gaps(
+    sizes: Sequence[int],
+    items: Sequence[int],
+    bins: list[Bin],
+    gaps: list[tuple[int, int]],
+    capacity: int | None = None,
+) -> list[int]:
+    """Put ``items`` into ``bins``, largest first, each into the smallest of ``gaps`` that it fits.
+
+    ``gaps`` is a sorted list of (free slots, index of the bin). What fits nowhere opens a new bin of
+    ``capacity``, or, without one, is returned. Both lists are changed.
+    """
+    left: list[int] = []
+    for item in sorted(items, key=lambda i: (-sizes[i], i)):
+        at = bisect_left(gaps, (sizes[item], -1))
+        if at < len(gaps):
+            free, where = gaps.pop(at)
+        elif capacity is not None:
+            free, where = capacity, len(bins)
+            bins.append([])
+        else:
+            left.append(item)
+            continue
+        bins[where].append(item)
+        insort(gaps, (free - sizes[item], where))
+    return left
+
+
+def _fill_gaps(
+    sizes: Sequence[int], items: Sequence[int], capacity: int, companions: int, tolerance: int
+) -> list[Bin]:
+    """Open each bin with the largest item that is left and fill its gap with the best single item or pair."""
+    order = sorted(items, key=lambda i: (sizes[i], i))
+    left = [sizes[i] for i in order]
+    bins: list[Bin] = []
+    while left:
+        gap = capacity - left.pop()
+        bins.append([order.pop()])
+        while left and left[0] <= gap:
+            for at in _companions(left, gap, companions, tolerance):
+                gap -= left.pop(at)
+                bins[-1].append(order.pop(at))
+    return bins
+
+
+def _companions(left: list[int], gap: int, companions: int, tolerance: int) -> tuple[int, ...]:
+    """Places in the ascending list ``left``, larger first, of one or two items that fill ``gap`` best.
+
+    The larger of a pair is looked for at ``companions`` places between half the gap and the gap, from above,
+    so that small items stay for later; the search ends at a slack of ``tolerance``.
+    """
+    end = bisect_right(left, gap)
+    best, slack = (end - 1,), gap - left[end - 1]
+    low = max(bisect_left(left, gap // 2, 0, end), 1)
+    for larger in range(end - 1, low - 1, -max((end - low) // companions, 1)):
+        if slack <= tolerance:
+            break
+        room = gap - left[larger]
+        smaller = bisect_right(left, room, 0, larger) - 1
+        if smaller >= 0 and room - left[smaller] < slack:
+            best, slack = (larger, smaller), room - left[smaller]
+    return best
+
+
+def _repack(sizes: Sequence[int], capacity: int, bins: list[Bin], fewest: int) -> list[Bin]:
+    """Open loose bins again, half as many full ones with them, and fill them anew while it helps."""
+    loose_from = max(int(capacity * _LOOSE), 1)
+    slack = [capacity - sum(sizes[i] for i in bin) for bin in bins]
+    for turn in range(_REPACKINGS):
+        if len(bins) == fewest:
+            break
+        full = [b for b, free in enumerate(slack) if free < loose_from]
+        opened = [b for b, free in enumerate(slack) if free >= loose_from]
+        # other full bins in every turn
+        step = max(2 * len(full) // max(len(opened), 1), 1)
+        opened += full[turn * 7 % step :: step]
+        items = [i for b in opened for i in bins[b]]
+        new = _fill_gaps(sizes, items, capacity, 64, capacity * 4 ** (turn % 4) // 8192)
+        new_slack = [capacity - sum(sizes[i] for i in bin) for bin in new]
+        # of as many bins, those are better that gather the empty space in few
+        before = (len(opened), -sum(slack[b] ** 2 for b in opened))
+        if (len(new), -sum(free**2 for free in new_slack)) < before:
+            kept = sorted(set(range(len(bins))) - set(opened))
+            bins = [bins[b] for b in kept] + new
+            slack = [slack[b] for b in kept] + new_slack
+    return bins
