@@ -33,6 +33,10 @@ DEPENDENCIES = [
     # Megatron-Core's checkpoint writers need it and do not list it: without it a save waits for ever
     "psutil>=7,<8",
     "matplotlib>=3.11,<4",
+    # rewards: equality of answers, generated problems, the filter of the code sandbox
+    "math-verify>=0.9,<0.10",
+    "reasoning-gym>=0.1.25,<0.2",
+    "pyseccomp>=0.1.2,<0.2",
 ]
 # torch for CUDA brings the one Triton it was built for, 3.7.1; a CPU machine has its kernels proven with 3.9
 TRITON = "triton>=3.7,<4"

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Make the sandbox for model-written code ready: bubblewrap and libseccomp of the system, pyseccomp in the environment.
+# Then try it: whether its walls hold here is a matter of the kernel and of the container, not only of packages.
+#
+#   tools/setup_sandbox.sh      # does nothing but the check if all is there; PYTHON names another interpreter
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+python="${PYTHON:-.venv/bin/python}"
+[ -x "$(command -v "$python")" ] || {
+    echo "error: no $python; run source tools/setup_env.sh first, or name an interpreter in PYTHON" >&2
+    exit 2
+}
+
+packages=()
+command -v bwrap >/dev/null || packages+=(bubblewrap)
+"$python" -c 'import ctypes.util, sys; sys.exit(not ctypes.util.find_library("seccomp"))' || packages+=(libseccomp2)
+command -v prlimit >/dev/null || packages+=(util-linux)
+[ -e /usr/bin/python3 ] || packages+=(python3-minimal)
+
+if [ "${#packages[@]}" -gt 0 ]; then
+    as_root=()
+    [ "$(id -u)" = 0 ] || as_root=(sudo -n)
+    if ! command -v apt-get >/dev/null || ! "${as_root[@]}" true 2>/dev/null; then
+        echo "error: ${packages[*]} must be installed, which needs apt-get and root; ask an administrator for it" >&2
+        exit 2
+    fi
+    install=("${as_root[@]}" apt-get install -y --no-install-recommends "${packages[@]}")
+    # a fresh machine's package lists may be missing or old
+    DEBIAN_FRONTEND=noninteractive "${install[@]}" >/dev/null 2>&1 || {
+        "${as_root[@]}" apt-get update -qq >/dev/null
+        DEBIAN_FRONTEND=noninteractive "${install[@]}" >/dev/null || {
+            echo "error: apt-get could not install ${packages[*]}; install them by hand" >&2
+            exit 2
+        }
+    }
+fi
+"$python" -c 'import pyseccomp' 2>/dev/null ||
+    "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt pyseccomp
+
+"$python" - <<'PROBE'
+import sys
+
+from megatron_ring.errors import RewardError
+from megatron_ring.rl.reward.sandbox import Sandbox
+
+try:
+    Sandbox.open()
+except RewardError as error:
+    sys.exit(f"error: {error}")
+print("the sandbox is ready: its isolation has been tried")
+PROBE
