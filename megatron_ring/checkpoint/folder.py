@@ -220,3 +220,17 @@ def check_metadata(folder: Path) -> None:
             raise CheckpointError(
                 f"{folder / name}: has {size:,} of at least {end:,} bytes; copy it again or load another checkpoint"
             )
+
+
+def read_attachment(folder: Path, name: str) -> bytes:
+    """A file that a rank's own saving put beside a checkpoint.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    try:
+        return (folder / name).read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder / name}: {error.strerror}; load a checkpoint that this stage saved"
+        ) from None

@@ -7,8 +7,7 @@ same responses.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -43,16 +42,62 @@ class Rewards(Protocol):
     def submit(self, prompt: Prompt, text: str) -> Future[RewardResult]: ...
 
 
+class Answering:
+    """Has requests answered and the answers judged, verifiers at work beside generation."""
+
+    def __init__(
+        self, session: Session, *, engine: RolloutEngine, rewards: Rewards | None, tokenizer: Tokenizer
+    ):
+        """``rewards`` is needed on the judging rank of a model-parallel group only (:func:`judges`)."""
+        self.session, self.engine, self.rewards, self.tokenizer = session, engine, rewards, tokenizer
+
+    def __call__(
+        self, requests: Sequence[Request], sampling: SamplingParams, token_budget: int | None = None
+    ) -> tuple[list[Rollout], list[Response]]:
+        """(judged responses in the order in which they ended, responses that a budget interrupted).
+
+        Collective over the model-parallel group, and over all ranks where the engine's ranks step together.
+        """
+        prompts = {request.prompt.uid: request.prompt for request in requests}
+        ended: list[tuple[Response, Future[RewardResult] | None]] = []
+        unfinished: list[Response] = []
+        for response in self.engine.generate(requests, sampling, token_budget=token_budget):
+            if response.stop == "unfinished":
+                unfinished.append(response)
+            else:
+                ended.append((response, self._submit(prompts[response.prompt_uid], response)))
+        rollouts = [
+            Rollout(prompt=prompts[response.prompt_uid], response=response, reward=reward)
+            for (response, _), reward in zip(ended, self._verdicts(ended), strict=True)
+        ]
+        return rollouts, unfinished
+
+    def _submit(self, prompt: Prompt, response: Response) -> Future[RewardResult] | None:
+        if self.rewards is None:
+            return None
+        return self.rewards.submit(prompt, self.tokenizer.decode(response.tokens_R.tolist()))
+
+    def _verdicts(self, ended: list[tuple[Response, Future[RewardResult] | None]]) -> list[RewardResult]:
+        """Each response's reward, once all are judged."""
+        values = None
+        if self.rewards is not None:
+            rewards = [future.result() for _, future in ended if future is not None]
+            values = [(r.score, r.status, r.detail) for r in rewards]
+        group, device = self.session.topology.groups.mp, self.session.device
+        values = broadcast_json(values, 0, group, device)
+        return [RewardResult(score=score, status=status, detail=detail) for score, status, detail in values]
+
+
 @dataclass(kw_only=True)
 class Collected:
     """One step's rollouts of this data-parallel rank, and what happened on the way.
 
-    ``statuses`` counts verdicts ("correct", "timeout", ...). Example: ``Collected(groups=[[...], [...]],
-    statuses=Counter(correct=9, wrong=7), generated_tokens=4012)``.
+    ``arrived`` lists the keys of responses as they ended. Example: ``Collected(groups=[[...], [...]],
+    arrived=[(7, 1), (7, 0), ...], generated_tokens=4012)``.
     """
 
     groups: list[list[Rollout]] = field(default_factory=list)
-    statuses: Counter[str] = field(default_factory=Counter)
+    arrived: list[tuple[int, int]] = field(default_factory=list)
     generated_tokens: int = 0
     uninformative_groups: int = 0
     stale_responses: int = 0
@@ -60,7 +105,10 @@ class Collected:
 
     @property
     def rollouts(self) -> list[Rollout]:
-        return [rollout for group in self.groups for rollout in group]
+        """All of them, in the order in which they ended; those that ended in an earlier step come first."""
+        place = {key: index for index, key in enumerate(self.arrived)}
+        everyone = [rollout for group in self.groups for rollout in group]
+        return sorted(everyone, key=lambda rollout: place.get(rollout.response.key, -1))
 
 
 class Collector:
@@ -72,15 +120,11 @@ class Collector:
         session: Session,
         *,
         prompts: Prompts,
-        engine: RolloutEngine,
-        rewards: Rewards | None,
-        tokenizer: Tokenizer,
+        answer: Answering,
         sampling: SamplingParams,
     ):
-        """``rewards`` is needed on the judging rank of a model-parallel group only (:func:`judges`)."""
         self.config, self.session = config, session
-        self.prompts, self.engine, self.rewards = prompts, engine, rewards
-        self.tokenizer, self.sampling = tokenizer, sampling
+        self.prompts, self.answer, self.sampling = prompts, answer, sampling
         self.book = GroupBook(config.group_size)
 
     def collect(self, version: int) -> Collected:
@@ -127,41 +171,20 @@ class Collector:
             Request(prompt=prompt, sample=sample, prefix=prefix)
             for prompt, sample, prefix in self.book.wanted()
         ]
-        budget = self.config.rollout_token_budget or None
-        ended: list[tuple[Response, Future[RewardResult] | None]] = []
-        before = sum(r.prefix.length for r in requests if r.prefix is not None)
-        produced = 0
-        for response in self.engine.generate(requests, self.sampling, token_budget=budget):
-            produced += response.length
-            if response.stop == "unfinished":
-                self.book.interrupt(response)
-            else:
-                ended.append((response, self._submit(response)))
-        found.generated_tokens += produced - before
-        for (response, _), reward in zip(ended, self._verdicts(ended), strict=True):
-            found.statuses[reward.status] += 1
-            self.book.finish(response, reward)
+        before = sum(request.prefix.length for request in requests if request.prefix is not None)
+        rollouts, unfinished = self.answer(requests, self.sampling, self.config.rollout_token_budget or None)
+        for response in unfinished:
+            self.book.interrupt(response)
+        for rollout in rollouts:
+            found.arrived.append(rollout.response.key)
+            self.book.finish(rollout)
+        after = sum(r.response.length for r in rollouts) + sum(r.length for r in unfinished)
+        found.generated_tokens += after - before
         for group in self.book.take_complete():
             if self.config.dynamic_sampling and not is_informative(group):
                 found.uninformative_groups += 1
             else:
                 found.groups.append(group)
-
-    def _submit(self, response: Response) -> Future[RewardResult] | None:
-        if self.rewards is None:
-            return None
-        prompt = self.book.open[response.prompt_uid].prompt
-        return self.rewards.submit(prompt, self.tokenizer.decode(response.tokens_R.tolist()))
-
-    def _verdicts(self, ended: list[tuple[Response, Future[RewardResult] | None]]) -> list[RewardResult]:
-        """Each response's reward, once all are judged. Collective over the model-parallel group."""
-        values = None
-        if self.rewards is not None:
-            rewards = [future.result() for _, future in ended if future is not None]
-            values = [(r.score, r.status, r.detail) for r in rewards]
-        topology = self.session.topology
-        values = broadcast_json(values, 0, topology.groups.mp, self.session.device)
-        return [RewardResult(score=score, status=status, detail=detail) for score, status, detail in values]
 
     def _total(self, count: int) -> int:
         return sum(gather_json(count, self.session.topology.groups.dp, self.session.device))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_ring.data.prompts import Prompt
-from megatron_ring.rl.types import Response, RewardResult, Rollout
+from megatron_ring.rl.types import Response, Rollout
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,12 +49,12 @@ class GroupBook:
             for sample in sorted(group.waiting)
         ]
 
-    def finish(self, response: Response, reward: RewardResult) -> None:
+    def finish(self, rollout: Rollout) -> None:
         """A response has ended and has been judged."""
-        group = self.open[response.prompt_uid]
-        group.waiting.remove(response.sample)
-        group.unfinished.pop(response.sample, None)
-        group.finished[response.sample] = Rollout(prompt=group.prompt, response=response, reward=reward)
+        group, sample = self.open[rollout.prompt.uid], rollout.response.sample
+        group.waiting.remove(sample)
+        group.unfinished.pop(sample, None)
+        group.finished[sample] = rollout
 
     def interrupt(self, response: Response) -> None:
         """Generation stopped inside a response: keep its prefix."""

@@ -25,6 +25,10 @@ def response(uid: int, sample: int, length: int = 3, version: int = 0, stop: str
     )
 
 
+def judged(response: Response, reward: RewardResult) -> Rollout:
+    return Rollout(prompt=prompt(response.prompt_uid), response=response, reward=reward)
+
+
 RIGHT = RewardResult(score=1.0, status="correct")
 WRONG = RewardResult(score=0.0, status="wrong", detail="7 is not 8 \N{SNOWMAN}")
 
@@ -33,11 +37,11 @@ def test_a_group_leaves_whole_and_once_whatever_the_order_of_arrival():
     book = GroupBook(3)
     book.draw([prompt(5), prompt(6)])
     for uid, sample in [(6, 2), (5, 1), (6, 0), (6, 1), (5, 2)]:
-        book.finish(response(uid, sample), RIGHT if sample else WRONG)
+        book.finish(judged(response(uid, sample), RIGHT if sample else WRONG))
     (group,) = book.take_complete()
     assert [r.response.key for r in group] == [(6, 0), (6, 1), (6, 2)]
     assert book.take_complete() == []
-    book.finish(response(5, 0), RIGHT)
+    book.finish(judged(response(5, 0), RIGHT))
     (group,) = book.take_complete()
     assert [r.response.sample for r in group] == [0, 1, 2]
     assert not book.open
@@ -59,8 +63,8 @@ def test_a_stale_prefix_is_dropped_and_its_group_goes_on_without_it():
     book.interrupt(response(1, 1, length=5, version=3, stop="unfinished"))
     assert book.drop_stale(oldest_version=3) == 1
     assert book.dropped_tokens == 4
-    book.finish(response(1, 1), RIGHT)
-    book.finish(response(1, 2), WRONG)
+    book.finish(judged(response(1, 1), RIGHT))
+    book.finish(judged(response(1, 2), WRONG))
     (group,) = book.take_complete()
     assert [r.response.sample for r in group] == [1, 2]
 
@@ -70,7 +74,7 @@ def test_a_group_of_one_says_nothing_and_is_counted():
     book.draw([prompt(1)])
     book.interrupt(response(1, 0, length=4, version=0, stop="unfinished"))
     book.drop_stale(oldest_version=1)
-    book.finish(response(1, 1, length=6), RIGHT)
+    book.finish(judged(response(1, 1, length=6), RIGHT))
     assert book.take_complete() == []
     assert book.dropped_tokens == 10
 
@@ -78,7 +82,7 @@ def test_a_group_of_one_says_nothing_and_is_counted():
 def test_contents_restore_the_book():
     book = GroupBook(2)
     book.draw([prompt(1), prompt(2)])
-    book.finish(response(1, 0), RIGHT)
+    book.finish(judged(response(1, 0), RIGHT))
     book.interrupt(response(2, 1, length=4, stop="unfinished"))
     prompts, finished, unfinished = book.contents()
     other = GroupBook(2)

@@ -1,0 +1,231 @@
+"""From every rank's rollouts to this rank's microbatches: the budget, the grid, and who trains on what.
+
+Lines 5 and 6 of an RL step. Lengths and rewards of all rollouts are known to every rank, so that each makes
+the same choice by itself; tokens move once, from the rank that sampled them to the rank that trains on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_ring.config.run import RunConfig
+from megatron_ring.data.packing import Grid, grid_shape, pack
+from megatron_ring.data.shuffle import Shuffle
+from megatron_ring.rl.batch import RLMicrobatch, build_microbatch, sequence_slots
+from megatron_ring.rl.budget import Candidate, audit, global_token_budget, select
+from megatron_ring.rl.exchange import gather_json, send_rollouts
+from megatron_ring.rl.types import Pick, Rollout
+from megatron_ring.runtime.session import Session
+
+
+class Carried(NamedTuple):
+    """A rollout whose tokens from ``start`` on open the next step, offered for the ``steps``-th time."""
+
+    rollout: Rollout
+    start: int
+    steps: int
+
+
+class _Row(NamedTuple):
+    """What every rank knows of one rollout: who has it, and a :class:`Candidate` in the making."""
+
+    rank: int
+    place: int
+    uid: int
+    sample: int
+    prompt_tokens: int
+    length: int
+    zero_advantage: bool
+    score: float
+    start: int
+    carried: int
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """One step's work for this rank.
+
+    ``grids`` has one list of microbatches per optimizer step, as many on every rank.
+    """
+
+    grids: list[list[RLMicrobatch]]
+    carried: list[Carried]
+    metrics: dict[str, float]
+    shortfall: int
+
+
+class MinibatchPlanner:
+    """Fills the budget and the grid. Collective over the data-parallel group."""
+
+    def __init__(self, config: RunConfig, session: Session):
+        self.config, self.session = config, session
+        budget, topology = config.budget, session.topology
+        self.dp_size = topology.dp_size
+        self.token_budget = (
+            global_token_budget(budget, self.dp_size, session.world_size) if budget.token_budget else 0
+        )
+        stages = topology.pp_size if topology.vpp_size > 1 else 1
+        self.num_microbatches = (
+            grid_shape(
+                token_budget=self.token_budget,
+                longest_prompt=config.rollout.max_prompt_length,
+                longest_response=config.rollout.max_response_length,
+                capacity=budget.microbatch_capacity,
+                dp_size=self.dp_size,
+                reserve=budget.microbatch_reserve,
+                multiple_of=stages,
+            )
+            if self.token_budget
+            else 0
+        )
+        self._multiple_of = stages
+
+    def plan(self, rollouts: Sequence[Rollout], carried: Sequence[Carried], seed: int) -> Plan:
+        """Choose this step's tokens from what this rank has, and all others have, and pack them.
+
+        Args:
+            rollouts: this rank's new ones, advantages assigned, in the order in which they finished.
+            carried: what :attr:`Plan.carried` said last time.
+            seed: of the step, the same on every rank.
+        """
+        own = [c.rollout for c in carried] + list(rollouts)
+        rows = self._everyones_rows(rollouts, carried)
+        candidates = [
+            Candidate(
+                group=row.uid,
+                sample=row.sample,
+                length=row.length,
+                arrival=row.place * self.dp_size + row.rank,
+                zero_advantage=row.zero_advantage,
+                start=row.start,
+                carried=row.carried,
+            )
+            for row in rows
+        ]
+        budget = self.config.budget
+        if self.token_budget:
+            selection = select(
+                candidates,
+                self.token_budget,
+                num_minibatches=budget.minibatches_per_step,
+                order=budget.budget_order,
+                overshoot=budget.budget_overshoot,
+                zero_advantage=budget.zero_advantage,
+                seed=seed,
+            )
+            minibatches, left = selection.minibatches, selection.carried
+            metrics, shortfall = selection.counts.metrics(), selection.counts.shortfall
+        else:
+            minibatches, left, metrics, shortfall = self._everything(candidates, seed), (), {}, 0
+        if any(minibatches):
+            metrics |= audit(candidates, [row.score for row in rows], minibatches).metrics()
+        grids = [self._grid(rows, picks) for picks in minibatches]
+        for name in grids[0].metrics():
+            metrics[name] = sum(grid.metrics()[name] for grid in grids) / len(grids)
+        metrics["packing/microbatches"] = float(sum(len(grid.placements[0]) for grid in grids))
+        plan = self._exchange(own, rows, minibatches, grids)
+        oldest = self.config.rollout.rollout_max_staleness
+        kept = [
+            Carried(own[rows[p.index].place], p.start, rows[p.index].carried + 1)
+            for p in left
+            if rows[p.index].rank == self.session.topology.dp_rank and rows[p.index].carried < oldest
+        ]
+        return Plan(grids=plan, carried=kept, metrics=metrics, shortfall=shortfall)
+
+    def _everyones_rows(self, rollouts: Sequence[Rollout], carried: Sequence[Carried]) -> list[_Row]:
+        entries: list[tuple[Rollout, int, int]] = [
+            *carried,
+            *((rollout, 0, 0) for rollout in rollouts),
+        ]
+        own: list[Any] = [
+            [
+                rollout.prompt.uid,
+                rollout.response.sample,
+                len(rollout.prompt.tokens),
+                rollout.response.length,
+                not np.any(rollout.advantages_R),
+                rollout.reward.score,
+                start,
+                steps,
+            ]
+            for rollout, start, steps in entries
+        ]
+        everyone = gather_json(own, self.session.topology.groups.dp, self.session.device)
+        return [
+            _Row(rank, place, *values)
+            for rank, of_rank in enumerate(everyone)
+            for place, values in enumerate(of_rank)
+        ]
+
+    def _everything(self, candidates: Sequence[Candidate], seed: int) -> list[tuple[Pick, ...]]:
+        """Every response, in minibatches of equally many: the recipe without a token budget."""
+        order = sorted(range(len(candidates)), key=lambda i: (candidates[i].group, candidates[i].sample))
+        if order:
+            shuffle = Shuffle(len(order), "minibatches", seed)
+            order = [order[i] for i in shuffle.many(np.arange(len(order))).tolist()]
+        count = self.config.budget.minibatches_per_step
+        return [
+            tuple(Pick(i, candidates[i].start, candidates[i].length) for i in part.tolist())
+            for part in np.array_split(np.array(order, dtype=np.int64), count)
+        ]
+
+    def _grid(self, rows: Sequence[_Row], picks: Sequence[Pick]) -> Grid:
+        """Where each pick goes; without a budget, as many microbatches as it takes."""
+        sizes = [rows[pick.index].prompt_tokens + pick.stop - 1 for pick in picks]
+        capacity, step = self.config.budget.microbatch_capacity, self._multiple_of
+        count = self.num_microbatches
+        if not count:
+            needed = -(-sum(sizes) // (capacity * self.dp_size))
+            count = max(-(-needed // step) * step, step)
+        grid = pack(sizes, capacity=capacity, dp_size=self.dp_size, num_microbatches=count)
+        while grid.dropped and not self.num_microbatches:
+            count += step
+            grid = pack(sizes, capacity=capacity, dp_size=self.dp_size, num_microbatches=count)
+        return grid
+
+    def _exchange(
+        self,
+        own: Sequence[Rollout],
+        rows: Sequence[_Row],
+        minibatches: Sequence[Sequence[Pick]],
+        grids: Sequence[Grid],
+    ) -> list[list[RLMicrobatch]]:
+        """Move rollouts to the ranks that train on them and build this rank's microbatches."""
+        topology = self.session.topology
+        wanted: list[dict[int, None]] = [{} for _ in range(self.dp_size)]
+        for picks, grid in zip(minibatches, grids, strict=True):
+            for rank, slots in enumerate(grid.placements):
+                wanted[rank].update((picks[i].index, None) for items in slots for i in items)
+        parcels = [
+            [own[rows[index].place] for index in of_rank if rows[index].rank == topology.dp_rank]
+            for of_rank in wanted
+        ]
+        arrived = send_rollouts(parcels, topology.groups.dp, self.session.device)
+        mine = {rollout.response.key: rollout for parcel in arrived for rollout in parcel}
+
+        def microbatch(picks: Sequence[Pick], items: Sequence[int]) -> RLMicrobatch:
+            chosen = [picks[i] for i in items]
+            rollouts = [mine[rows[pick.index].uid, rows[pick.index].sample] for pick in chosen]
+            local = [Pick(place, pick.start, pick.stop) for place, pick in enumerate(chosen)]
+            assert sum(map(sequence_slots, rollouts, local)) <= self.config.budget.microbatch_capacity
+            return build_microbatch(
+                rollouts,
+                local,
+                self.config.budget.microbatch_capacity,
+                replay_layers=self._replay_layers(),
+            )
+
+        return [
+            [microbatch(picks, items) for items in grid.placements[topology.dp_rank]]
+            for picks, grid in zip(minibatches, grids, strict=True)
+        ]
+
+    def _replay_layers(self) -> tuple[int, int] | None:
+        model = self.config.model
+        if self.config.objective.routing_replay != "R3":
+            return None
+        return model.num_moe_layers, model.moe_router_topk

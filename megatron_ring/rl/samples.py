@@ -1,0 +1,67 @@
+"""What the policy says: a step's best and worst responses, for a person to read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_ring.data.tokenizer import Tokenizer
+from megatron_ring.errors import ConfigError
+from megatron_ring.rl.types import Rollout
+
+FILE = "samples.jsonl"
+
+
+def best_and_worst(rollouts: Sequence[Rollout], count: int = 2) -> list[Rollout]:
+    """The ``count`` best and the ``count`` worst responses; of equals, the first drawn. None stands twice."""
+    ranked = sorted(rollouts, key=lambda r: (-r.reward.score, r.response.key))
+    return ranked if len(ranked) <= 2 * count else [*ranked[:count], *ranked[-count:]]
+
+
+class SampleTable:
+    """Appends a step's best and worst responses to ``samples.jsonl``; steps after a resume replace older words.
+
+    Example line: ``{"step": 20, "prompt": "12 + 7 - 3 = ?", "response": "...", "score": 1.0, "status":
+    "correct", "tokens": 14, "stop": "eos"}``.
+    """
+
+    def __init__(self, folder: Path | None, tokenizer: Tokenizer, *, resume_step: int, every: int):
+        self._path = None if folder is None else folder / FILE
+        self._tokenizer, self._every = tokenizer, every
+        if self._path is not None and self._path.exists():
+            kept = [row for row in read_samples(self._path) if row["step"] <= resume_step]
+            self._path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+    def write(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        """Raises ConfigError when the file cannot be written."""
+        if self._path is None or step % self._every:
+            return
+        rows = [
+            {
+                "step": step,
+                "prompt": rollout.prompt.text,
+                "response": self._tokenizer.decode(rollout.response.tokens_R.tolist()),
+                "score": rollout.reward.score,
+                "status": rollout.reward.status,
+                "tokens": rollout.response.length,
+                "stop": rollout.response.stop,
+            }
+            for rollout in best_and_worst(rollouts)
+        ]
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        except OSError as error:
+            raise ConfigError(f"{self._path}: {error.strerror}; see that the disk has space") from None
+
+
+def read_samples(path: Path) -> list[dict]:
+    """The rows of a ``samples.jsonl``; a last line that was cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows

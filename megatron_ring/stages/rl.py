@@ -1,0 +1,306 @@
+"""Reinforcement learning with C3PO (Ring-lite, arXiv 2506.14731, 3.2): the page to read for a step.
+
+A step draws prompts, samples groups of responses, judges them while others are sampled, assigns advantages,
+fills the token budget, packs it into a static grid, scores it under the old and the reference policy, updates
+once per minibatch, and publishes the weights to the rollout engine. ``train_iters`` counts such steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from megatron_ring.checkpoint.folder import read_attachment
+from megatron_ring.config.run import RunConfig
+from megatron_ring.config.stage_rules import Stage
+from megatron_ring.data.prompts import open_prompts
+from megatron_ring.rl.advantage import assign
+from megatron_ring.rl.batch import RLMicrobatch, with_column, with_routes
+from megatron_ring.rl.collector import Answering, Collected, Collector, judges
+from megatron_ring.rl.exchange import gather_json
+from megatron_ring.rl.minibatches import Carried, MinibatchPlanner, Plan
+from megatron_ring.rl.objective import PolicyObjective, StepFacts
+from megatron_ring.rl.objective import metrics as objective_metrics
+from megatron_ring.rl.reference import ReferencePolicy
+from megatron_ring.rl.reward.pool import RewardPool
+from megatron_ring.rl.rollout.engine import InProcessEngine
+from megatron_ring.rl.rollout.protocol import Request, SamplingParams
+from megatron_ring.rl.samples import SampleTable
+from megatron_ring.rl.serialise import rollouts_from_bytes, rollouts_to_bytes
+from megatron_ring.rl.statistics import add_up, rollout_metrics, rollout_sums
+from megatron_ring.runtime.metrics import MetricsLogger
+from megatron_ring.runtime.session import Session, open_session
+from megatron_ring.stages.loop import StageRun
+from megatron_ring.train.engine import StepReport
+from megatron_ring.train.schedule import learning_rate
+
+log = logging.getLogger("megatron_ring")
+
+EVAL_SEED = 1_000_003
+"""Held-out problems are answered with random numbers of their own, the same at every evaluation."""
+
+
+def train_rl(config: RunConfig) -> None:
+    """Run the whole stage on this process. Every rank of the world calls it with the same configuration.
+
+    Raises:
+        RingError: bad input (one line says what to do), nothing to learn from, or a loss that is not finite
+            several steps running.
+    """
+    logging.basicConfig(level=config.logging.log_level.upper(), format="%(message)s")
+    with open_session(config.parallel, config.train.seed) as session, contextlib.ExitStack() as stack:
+        # before the model: verifiers load their libraries meanwhile
+        rewards = stack.enter_context(RewardPool.open(config.reward)) if judges(session) else None
+        run = RlRun(config, session, rewards)
+        stack.callback(run.rollout.close)
+        run.train()
+
+
+class RlRun(StageRun):
+    """The parts of one RL run and its step."""
+
+    stage: ClassVar[Stage] = "rl"
+    shown: ClassVar[tuple[str, ...]] = ("reward", "response_length", "entropy", "grad_norm")
+    validates_at_start: ClassVar[bool] = True
+
+    def __init__(self, config: RunConfig, session: Session, rewards: RewardPool | None):
+        super().__init__(config, session)
+        assert self.tokenizer is not None
+        rollout, seed = config.rollout, config.train.seed
+        self.prompts = open_prompts(rollout.prompt_data, rollout, self.tokenizer, seed=seed)
+        self.held_out = []
+        if rollout.eval_prompt_data:
+            held_out = open_prompts(rollout.eval_prompt_data, rollout, self.tokenizer, seed=0)
+            self.held_out = held_out.next(rollout.eval_prompts)
+        self.sampling = SamplingParams(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_response_length=rollout.max_response_length,
+            stop_ids=(self.tokenizer.eos_id,),
+            seed=seed,
+            record_routes=config.objective.routing_replay == "R3",
+        )
+        self.planner = MinibatchPlanner(config, session)
+        self.objective = PolicyObjective(
+            config=config.objective,
+            facts=StepFacts(
+                token_budget=self.planner.token_budget,
+                dp_size=session.topology.dp_size,
+                max_response_length=rollout.max_response_length,
+            ),
+            temperature=rollout.temperature,
+        )
+        self.carried: list[Carried] = []
+        self.resumed: dict[str, Any] | None = None
+        self.open_engine()
+        self.rollout = InProcessEngine(self.engine, slots=rollout.rollout_slots)
+        self.rollout.load_weights(self.step)
+        self.answer = Answering(session, engine=self.rollout, rewards=rewards, tokenizer=self.tokenizer)
+        self.collector = Collector(
+            rollout, session, prompts=self.prompts, answer=self.answer, sampling=self.sampling
+        )
+        if self.resumed is not None:
+            self._restore_rollouts(self.resumed)
+        every = config.logging.log_interval
+        folder = self.run_dir() if session.is_writer else None
+        self.samples = SampleTable(folder, self.tokenizer, resume_step=self.step, every=every)
+
+    def train_step(self, metrics: MetricsLogger) -> None:
+        """Prompts, responses and rewards; the budget and its grid; old and reference log p; the updates."""
+        begun = time.perf_counter()
+        with metrics.phase("rollout"):
+            collected = self.collector.collect(self.step)
+        with metrics.phase("budget"):
+            plan = self._plan(collected)
+        with metrics.phase("score"):
+            grids = [self._score(grid) for grid in plan.grids]
+        with metrics.phase("update"):
+            lr = learning_rate(self.step, self.config.train)
+            reports = [self._update(grid, lr) for grid in grids]
+        self.step += 1
+        with metrics.phase("publish"):
+            self.rollout.load_weights(self.step)
+        values = self._values(collected, plan, reports) | {"lr": lr}
+        tokens = int(values["generated_tokens"])
+        metrics.log(self.step, values, tokens=tokens, seconds=time.perf_counter() - begun)
+        self._warn(values)
+        self.samples.write(self.step, collected.rollouts)
+
+    def _plan(self, collected: Collected) -> Plan:
+        """Advantages, budget and grid; draws more prompts where tokens are missing and refilling is asked for."""
+        while True:
+            rollouts = assign(
+                collected.rollouts, self.config.objective, self.config.rollout.max_response_length
+            )
+            plan = self.planner.plan(rollouts, self.carried, seed=self.step)
+            refill = self.config.budget.budget_shortfall == "refill" and plan.shortfall
+            if not refill or collected.rounds >= self.config.rollout.dynamic_sampling_max_rounds:
+                self.carried = plan.carried
+                return plan
+            sampled = max(plan.metrics["c3po/sampled"], 1.0)
+            share = plan.shortfall / sampled * self.config.rollout.prompts_per_step
+            self.collector.refill(collected, max(round(share), self.session.topology.dp_size))
+
+    def _score(self, grid: list[RLMicrobatch]) -> list[RLMicrobatch]:
+        """The minibatch with log p under the policy before this step and under the reference, and routes."""
+        objective, temperature = self.config.objective, self.config.rollout.temperature
+        if objective.routing_replay == "R2":
+            scores, routes = self.engine.score_with_routes(grid, temperature)
+            grid = with_routes(grid, routes)
+        elif objective.old_logprobs == "recompute":
+            scores = self.engine.score(grid, temperature)
+        else:
+            scores = []
+        if objective.old_logprobs == "recompute":
+            grid = with_column(grid, "old_logp_T", [logp_T for logp_T, _ in scores])
+        if self.reference is not None:
+            grid = with_column(grid, "ref_logp_T", self.reference.score(grid, temperature))
+        return grid
+
+    def _update(self, grid: list[RLMicrobatch], lr: float) -> StepReport:
+        report = self.engine.accumulate(grid, self.objective)
+        # without a token momentum alone would move the weights
+        if self.refuses(report) or not report.means["tokens"]:
+            self.engine.discard()
+        else:
+            self.engine.update(report, lr)
+        return report
+
+    def _values(self, collected: Collected, plan: Plan, reports: Sequence[StepReport]) -> dict[str, float]:
+        """What is logged of a step. Collective over the data-parallel group."""
+        own = rollout_sums(collected.rollouts) | {
+            "generated_tokens": float(collected.generated_tokens),
+            "uninformative_groups": float(collected.uninformative_groups),
+            "stale_responses": float(collected.stale_responses),
+        }
+        topology = self.session.topology
+        sums = add_up(own, topology.groups.dp, self.session.device)
+        per_update = [
+            {
+                **objective_metrics(report),
+                "grad_norm": report.grad_norm,
+                "balance_loss": report.balance_loss,
+                "router_z_loss": report.z_loss,
+                "max_violation": report.max_violation,
+                **_flips(report),
+            }
+            for report in reports
+        ]
+        means = {name: sum(u[name] for u in per_update) / len(per_update) for name in per_update[0]}
+        counted = ("generated_tokens", "uninformative_groups", "stale_responses")
+        values = rollout_metrics(sums) | means | plan.metrics | {name: sums[name] for name in counted}
+        return values | {"rollout_rounds": float(collected.rounds)}
+
+    def _warn(self, values: dict[str, float]) -> None:
+        if not self.session.is_writer:
+            return
+        if values["mismatch"] > self.config.objective.mismatch_alarm:
+            log.warning(
+                "step %d: rollout and trainer log p differ by %.4f on average, more than mismatch_alarm=%s",
+                self.step,
+                values["mismatch"],
+                self.config.objective.mismatch_alarm,
+            )
+        if values.get("c3po/shortfall", 0) > 0:
+            log.warning(
+                "step %d: %d of the token budget were missing; the loss is still divided by all of it",
+                self.step,
+                values["c3po/shortfall"],
+            )
+
+    def validate(self) -> dict[str, float]:
+        """Mean reward and accuracy on held-out problems, sampled as in training. Collective over the world."""
+        rollout, topology = self.config.rollout, self.session.topology
+        requests = [
+            Request(prompt=prompt, sample=sample, prefix=None)
+            for prompt in self.held_out
+            if prompt.uid % topology.dp_size == topology.dp_rank
+            for sample in range(rollout.eval_samples)
+        ]
+        rollouts, _ = self.answer(requests, self._eval_sampling())
+        sums = add_up(rollout_sums(rollouts), topology.groups.dp, self.session.device)
+        found = rollout_metrics(sums)
+        accuracy = sums.get("status/correct", 0.0) / max(sums.get("responses", 0.0), 1.0)
+        names = ("reward", "response_length", *(n for n in found if n.startswith("reward/")))
+        return {"accuracy": accuracy, **{name: found[name] for name in names}}
+
+    def _eval_sampling(self) -> SamplingParams:
+        s = self.sampling
+        return SamplingParams(
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
+            max_response_length=s.max_response_length,
+            stop_ids=s.stop_ids,
+            seed=EVAL_SEED,
+        )
+
+    def at_start_weights(self) -> None:
+        """The reference is what the run starts from, so that a resumed run has the same."""
+        wanted = self.config.objective.kl_loss_coef > 0
+        self.reference = ReferencePolicy(self.engine) if wanted else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Collective over the data-parallel group: one list entry per rank for what ranks hold by themselves."""
+        group, device = self.session.topology.groups.dp, self.session.device
+        return {
+            "step": self.step,
+            "prompts": self.prompts.state_dict(),
+            "open": gather_json(self.collector.state_dict(), group, device),
+            "carried": gather_json([[c.start, c.steps] for c in self.carried], group, device),
+        }
+
+    def attachments(self) -> dict[str, bytes]:
+        if not judges(self.session):
+            return {}
+        files = {
+            **self.collector.state_bytes(),
+            "carried": rollouts_to_bytes([c.rollout for c in self.carried]),
+        }
+        return {_file(name, self.session.topology.dp_rank): data for name, data in files.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.prompts.load_state_dict(state["prompts"])
+        self.resumed = state
+
+    def _restore_rollouts(self, state: dict[str, Any]) -> None:
+        """Take this rank's share of the open groups and carried responses that all ranks had."""
+        folder, topology = self.checkpointer.loaded_folder, self.session.topology
+        assert folder is not None
+        ranks = range(len(state["open"]))
+
+        def read(name: str, rank: int) -> bytes:
+            return read_attachment(folder, _file(name, rank))
+
+        files = [{name: read(name, rank) for name in ("finished", "unfinished")} for rank in ranks]
+        self.collector.restore(state["open"], files)
+        self.carried = [
+            Carried(rollout, start, steps)
+            for rank in ranks
+            for rollout, (start, steps) in zip(
+                rollouts_from_bytes(read("carried", rank)), state["carried"][rank], strict=True
+            )
+            if rollout.prompt.uid % topology.dp_size == topology.dp_rank
+        ]
+
+
+def _file(name: str, dp_rank: int) -> str:
+    return f"rollouts-{name}-{dp_rank}.safetensors"
+
+
+def _flips(report: StepReport) -> dict[str, float]:
+    """Routing replay: share of choices that the routers would have made otherwise, by layer and overall."""
+    if report.replay is None:
+        return {}
+    rates = report.replay.flip_rates
+    by_layer = {f"router_flip_rate/{layer}": rate for layer, rate in enumerate(rates)}
+    return {
+        "router_flip_rate": sum(rates) / max(len(rates), 1),
+        "missing_routes": report.replay.missing_share,
+        **by_layer,
+    }
