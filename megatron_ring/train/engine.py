@@ -177,7 +177,10 @@ class Engine:
         """
         recorded: list[dict[int, Tensor]] = [{} for _ in microbatches]
         scores = self.forward(microbatches, partial(_score, temperature), recorded)
-        routes = [whole_routes(rows, self.config, self.topology) for rows in recorded]
+        routes = [
+            whole_routes(rows, microbatch.num_slots, self.config, self.topology)
+            for rows, microbatch in zip(recorded, microbatches, strict=True)
+        ]
         return scores, routes
 
     @torch.no_grad()

@@ -57,21 +57,25 @@ def routers_device(routers: Sequence[RingRouter]) -> torch.device | None:
     return routers[0].flips.device if routers else None
 
 
-def whole_routes(recorded: dict[int, Tensor], config: RunConfig, topology: Topology) -> Tensor:
+def whole_routes(
+    recorded: dict[int, Tensor], num_slots: int, config: RunConfig, topology: Topology
+) -> Tensor:
     """int16 [L, T, K] on the host from what this rank's routers recorded of one microbatch.
 
     Communicates over the tensor-parallel group where tokens are split over it.
     """
-    if not recorded:
-        raise ValueError("no router of this rank recorded anything: the stage has no layer with experts")
-    rows = sorted(recorded)
-    own_ltK = torch.stack([recorded[row] for row in rows]).to(torch.int16)
-    whole_lTK = own_ltK
-    if config.parallel.sequence_parallel and topology.tp_size > 1:
-        parts = [torch.empty_like(own_ltK) for _ in range(topology.tp_size)]
-        torch.distributed.all_gather(parts, own_ltK, group=topology.groups.tp)
-        whole_lTK = torch.cat(parts, dim=1)
-    shape = (config.model.num_moe_layers, *whole_lTK.shape[1:])
+    shape = (config.model.num_moe_layers, num_slots, config.model.moe_router_topk)
     routes_LTK = torch.full(shape, NO_ROUTE, dtype=torch.int16)
+    if not recorded:
+        # a stage of dense layers alone
+        return routes_LTK
+    rows = sorted(recorded)
+    whole_lTK = torch.stack([recorded[row] for row in rows]).to(torch.int16)
+    if config.parallel.sequence_parallel and topology.tp_size > 1:
+        # gloo knows no 16-bit integers
+        own_bytes = whole_lTK.view(torch.uint8)
+        parts = [torch.empty_like(own_bytes) for _ in range(topology.tp_size)]
+        torch.distributed.all_gather(parts, own_bytes, group=topology.groups.tp)
+        whole_lTK = torch.cat(parts, dim=1).view(torch.int16)
     routes_LTK[rows] = whole_lTK.cpu()
     return routes_LTK

@@ -1,0 +1,87 @@
+"""The reference policy scores with the start's weights and leaves no trace of itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_ring.errors import CheckpointError
+from megatron_ring.rl.reference import ReferencePolicy
+from tests.model.small import batch, small_engine, weights
+from tests.train.test_engine import OBJECTIVE, moments_of
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("model", ["v1", "v2"])
+def test_scores_are_the_starts_and_the_policys_weights_come_back_bit_for_bit(model, settings):
+    with small_engine(model, **settings) as engine:
+        at_start = [logp_T for logp_T, _ in engine.score(batch())]
+        reference = ReferencePolicy(engine)
+        for _ in range(3):
+            engine.step(batch(), OBJECTIVE, 1e-2)
+        before, moments = weights(engine), moments_of(engine)
+        mains = [p.clone() for group in engine.optimizer.param_groups for p in group["params"]]
+        learnt = [logp_T for logp_T, _ in engine.score(batch())]
+        scored = reference.score(batch())
+        assert all(map(torch.equal, scored, at_start))
+        assert not any(map(torch.equal, scored, learnt))
+        assert all(map(torch.equal, learnt, [logp_T for logp_T, _ in engine.score(batch())]))
+        after = weights(engine)
+        assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+        assert all(map(torch.equal, moments, moments_of(engine)))
+        now = [p for group in engine.optimizer.param_groups for p in group["params"]]
+        assert all(map(torch.equal, mains, now))
+
+
+def test_a_step_after_scoring_is_the_step_without():
+    results = []
+    for scores in (False, True):
+        with small_engine("v2") as engine:
+            reference = ReferencePolicy(engine)
+            engine.step(batch(), OBJECTIVE, 1e-2)
+            if scores:
+                reference.score(batch(seed=9))
+            report = engine.step(batch(seed=8), OBJECTIVE, 1e-2)
+            results.append((report, weights(engine)))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[0][1][n], w) for n, w in results[1][1].items())
+
+
+def test_the_weights_come_back_when_scoring_fails():
+    with small_engine("v1") as engine:
+        reference = ReferencePolicy(engine)
+        engine.step(batch(), OBJECTIVE, 1e-2)
+        before = weights(engine)
+        with pytest.raises(KeyError), reference.in_place():
+            raise KeyError("scoring failed")
+        assert all(torch.equal(before[n], w) for n, w in weights(engine).items())
+
+
+def test_a_resumed_run_reads_the_starts_weights_back(tmp_path):
+    with small_engine("v1", bf16=True) as engine:
+        reference = ReferencePolicy(engine)
+        reference.save(tmp_path / "reference")
+        expected = reference.score(batch())
+        engine.step(batch(), OBJECTIVE, 1e-2)
+        resumed = ReferencePolicy(engine)
+        assert not any(map(torch.equal, resumed.score(batch()), expected))
+        resumed.load(tmp_path / "reference")
+        assert all(map(torch.equal, resumed.score(batch()), expected))
+        assert resumed.num_bytes == reference.num_bytes > 0
+
+
+def test_a_missing_damaged_or_foreign_reference_is_one_line(tmp_path):
+    with small_engine("v1") as engine:
+        reference = ReferencePolicy(engine)
+        with pytest.raises(CheckpointError, match="no reference policy for this layout"):
+            reference.load(tmp_path / "nothing")
+        reference.save(tmp_path)
+        path = next(tmp_path.iterdir())
+    with (
+        small_engine("v2") as engine,
+        pytest.raises(CheckpointError, match="the reference policy of another model"),
+    ):
+        ReferencePolicy(engine).load(tmp_path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with small_engine("v1") as engine, pytest.raises(CheckpointError, match="is damaged"):
+        ReferencePolicy(engine).load(tmp_path)
