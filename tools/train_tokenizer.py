@@ -38,7 +38,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     documents = iter(builtin_documents(args.max_mb)) if args.builtin_corpus else _documents(args)
     started = time.monotonic()
     print(f"training a tokenizer of {args.vocab_size} tokens ...", flush=True)
-    size = train_tokenizer(documents, args.output, vocab_size=args.vocab_size, split_digits=args.split_digits)
+    size = train_tokenizer(
+        documents,
+        args.output,
+        vocab_size=args.vocab_size,
+        split_digits=args.split_digits,
+        symbols=args.symbol,
+    )
     print(f"{args.output}: {size:,} tokens, trained in {time.monotonic() - started:.1f} s")
 
 
@@ -58,6 +64,9 @@ def _parser() -> OneLineParser:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="each digit is a token of its own",
+    )
+    parser.add_argument(
+        "--symbol", nargs="+", default=[], metavar="TEXT", help="text that is one token, such as '\\boxed{'"
     )
     parser.add_argument("--output", required=True, metavar="FILE.model")
     parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")

@@ -165,11 +165,34 @@ class Checkpointer:
         folder = self._find(Path(root))
         if folder is None:
             return None
+        settings = self.config.checkpoint
+        state = self._restore(folder, with_optimizer=not (settings.finetune or settings.no_load_optim))
+        if settings.finetune:
+            return None
+        self.loaded_folder = folder
+        if not settings.no_load_rng:
+            same = state["layout"] == layout_of(self.config, self.session.world_size)
+            load_rng(folder, self.session, same)
+        return state["trainer"]
+
+    def load_weights(self, root: str | Path) -> None:
+        """Load the weights alone of the latest checkpoint under ``root`` (or ``root`` itself).
+
+        Raises:
+            CheckpointError: there is none, pieces are missing, or it is of another model.
+        """
+        folder = Path(root)
+        if not (folder / folders.TRAINER_STATE).exists():
+            folder = folders.latest(folder) if folder.is_dir() else None
+        if folder is None:
+            raise CheckpointError(f"{root}: holds no checkpoint; name a folder that a run saved to")
+        self._restore(folder, with_optimizer=False)
+
+    def _restore(self, folder: Path, *, with_optimizer: bool) -> dict[str, Any]:
+        """Put a checkpoint's tensors in place; its trainer state comes back."""
         state = folders.read_trainer_state(folder)
         self._check_model(folder, state["model"])
         folders.check_contents(folder)
-        settings = self.config.checkpoint
-        with_optimizer = not (settings.finetune or settings.no_load_optim)
         model = model_state(self.engine)
         wanted: dict[str, Any] = {name: tensors_only(state) for name, state in model.items()}
         if with_optimizer:
@@ -181,13 +204,7 @@ class Checkpointer:
             load_optimizer(self.engine, loaded, state["optimizer_steps"])
         else:
             self.engine.optimizer.reload_model_params()
-        if settings.finetune:
-            return None
-        self.loaded_folder = folder
-        if not settings.no_load_rng:
-            same = state["layout"] == layout_of(self.config, self.session.world_size)
-            load_rng(folder, self.session, same)
-        return state["trainer"]
+        return state
 
     def _find(self, root: Path) -> Path | None:
         if (root / folders.TRAINER_STATE).exists():

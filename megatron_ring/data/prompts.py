@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
+
+from megatron_ring.config.rl import RolloutConfig
+from megatron_ring.data.blend import Blend
+from megatron_ring.data.chat import render_prompt
+from megatron_ring.data.prompt_sources import Problem, PromptSource, open_source, with_suffix
+from megatron_ring.data.shuffle import Shuffle
+from megatron_ring.data.tokenizer import Tokenizer
+from megatron_ring.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,3 +34,158 @@ class Prompt:
     text: str
     tokens: tuple[int, ...]
     reference: Mapping[str, Any]
+
+
+def open_prompts(
+    words: Sequence[str],
+    tokenizer: Tokenizer,
+    settings: RolloutConfig,
+    *,
+    seed: int,
+    excluded: Collection[str] = (),
+) -> PromptStream:
+    """The stream of ``settings.prompt_data`` or ``settings.eval_prompt_data``.
+
+    Args:
+        words: one source, or weight, source, weight, source ... (see
+            :func:`~megatron_ring.data.prompt_sources.open_source`).
+        tokenizer: its chat template is applied.
+        settings: lengths, solve rates and the suffix.
+        seed: of the order; the same on every rank.
+        excluded: texts of problems that must not come, such as those held out.
+
+    Raises:
+        DataError: a source cannot be read or holds no problem.
+    """
+    if not words:
+        raise DataError(
+            "prompt_data is empty, there is nothing to ask; name a JSONL file or reasoning_gym:NAME"
+        )
+    pairs = [("1", words[0])] if len(words) == 1 else list(zip(words[::2], words[1::2], strict=True))
+    rates = {"solve_rate_min": settings.solve_rate_min, "solve_rate_max": settings.solve_rate_max}
+    return PromptStream(
+        [(Fraction(weight), open_source(source, **rates)) for weight, source in pairs],
+        tokenizer,
+        seed=seed,
+        max_prompt_length=settings.max_prompt_length,
+        prompt_suffix=settings.prompt_suffix,
+        excluded=excluded,
+    )
+
+
+class PromptStream:
+    """Problems to answer, epoch after epoch, blended by weight. Every rank moves its own copy alike.
+
+    Each source is passed through in a new order per epoch, at a rate given by its weight; a problem that is
+    left out (too long, or excluded) is replaced by the next one of its own source, so that shares stay exact.
+
+    Example: ``PromptStream([(Fraction(1), source)], tokenizer, seed=1).next(512)``.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Fraction, PromptSource]],
+        tokenizer: Tokenizer,
+        *,
+        seed: int,
+        max_prompt_length: int,
+        prompt_suffix: str = "",
+        excluded: Collection[str] = (),
+    ) -> None:
+        """
+        Args:
+            sources: weight and problems of each.
+            tokenizer: its chat template is applied.
+            seed: of the order.
+            max_prompt_length: a prompt of more tokens, generation prompt included, is left out.
+            prompt_suffix: line behind the problem, in every domain but code.
+            excluded: texts of problems that must not come.
+        """
+        self._sources = [source for _, source in sources]
+        self._blend = Blend([weight for weight, _ in sources])
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._max_prompt_length = max_prompt_length
+        self._suffix = prompt_suffix
+        self._excluded = frozenset(excluded)
+        self._drawn = 0
+        self._positions = [0] * len(sources)
+        self.num_too_long = 0
+        """Prompts left out so far for their length; each epoch counts them again."""
+        self.num_excluded = 0
+        """Prompts left out so far because they were excluded."""
+        self.num_outside_solve_rates = sum(source.num_left_out for source in self._sources)
+        """Problems that the sources left out from the start."""
+        identity = [(str(weight), source.fingerprint) for weight, source in sources]
+        self.fingerprint = hashlib.blake2b(repr((identity, seed)).encode(), digest_size=8).hexdigest()
+        """Equal fingerprints give equal problems in equal order."""
+
+    def next(self, count: int) -> list[Prompt]:
+        """The next ``count`` prompts; their uids go on from the last one's.
+
+        Raises:
+            DataError: a source holds no problem that may come, or the chat template refuses one.
+        """
+        return [self._draw() for _ in range(count)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on, as numbers, strings and lists."""
+        return {
+            "drawn": self._drawn,
+            "positions": list(self._positions),
+            "num_too_long": self.num_too_long,
+            "num_excluded": self.num_excluded,
+            "fingerprint": self.fingerprint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            DataError: the state belongs to other problems: some would come twice or never.
+        """
+        if state["fingerprint"] != self.fingerprint:
+            raise DataError(
+                f"the checkpoint was asking other problems (fingerprint {state['fingerprint']}, now "
+                f"{self.fingerprint}); keep prompt_data, solve rates and seed, or start from its weights alone with "
+                "--pretrained-checkpoint and another --save"
+            )
+        self._drawn = state["drawn"]
+        self._positions = list(state["positions"])
+        self.num_too_long, self.num_excluded = state["num_too_long"], state["num_excluded"]
+
+    def _draw(self) -> Prompt:
+        place, _ = self._blend.locate(self._drawn)
+        source = self._sources[place]
+        for _ in range(len(source)):
+            epoch, index = divmod(self._positions[place], len(source))
+            problem = source[Shuffle(len(source), self._seed, "prompts", place, epoch)(index)]
+            self._positions[place] += 1
+            prompt = self._prompt(problem)
+            if prompt is not None:
+                self._drawn += 1
+                return prompt
+        raise DataError(
+            f"{source.name}: none of its {len(source)} problems may come ({self.num_too_long} longer than "
+            f"max_prompt_length={self._max_prompt_length} tokens, {self.num_excluded} excluded); raise "
+            "--max-prompt-length or name other problems"
+        )
+
+    def _prompt(self, problem: Problem) -> Prompt | None:
+        if problem.text in self._excluded:
+            self.num_excluded += 1
+            return None
+        messages = problem.messages
+        if self._suffix and problem.domain != "code":
+            messages = with_suffix(messages, self._suffix)
+        tokens = render_prompt(self._tokenizer, messages)
+        if len(tokens) > self._max_prompt_length:
+            self.num_too_long += 1
+            return None
+        return Prompt(
+            uid=self._drawn,
+            domain=problem.domain,
+            text=problem.text,
+            tokens=tuple(tokens),
+            reference=problem.reference,
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_ring.data.chat import CHAT_SYMBOLS
@@ -20,7 +20,12 @@ _MAX_CHUNK = 4096
 
 
 def train_tokenizer(
-    documents: Iterable[str], path: str | Path, *, vocab_size: int, split_digits: bool = True
+    documents: Iterable[str],
+    path: str | Path,
+    *,
+    vocab_size: int,
+    split_digits: bool = True,
+    symbols: Sequence[str] = (),
 ) -> int:
     """Train on documents and write a .model file, whole or not at all. The same input gives the same bytes.
 
@@ -33,6 +38,7 @@ def train_tokenizer(
         path: of the .model file.
         vocab_size: tokens wanted.
         split_digits: each digit is its own token, so that numbers look alike wherever they stand.
+        symbols: further text that is always one token, such as ``\\boxed{``.
 
     Returns:
         Tokens in the vocabulary.
@@ -43,10 +49,12 @@ def train_tokenizer(
     """
     from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-    if vocab_size < _MIN_VOCAB_SIZE + 1:
-        raise DataError(
-            f"vocab_size={vocab_size} must exceed the {_MIN_VOCAB_SIZE} reserved tokens; try 2048"
-        )
+    reserved = list(dict.fromkeys([*CHAT_SYMBOLS, *symbols]))
+    if "" in reserved:
+        raise DataError("a symbol is empty; name text that is to be one token")
+    least = _MIN_VOCAB_SIZE + len(reserved) - len(CHAT_SYMBOLS)
+    if vocab_size < least + 1:
+        raise DataError(f"vocab_size={vocab_size} must exceed the {least} reserved tokens; try 2048")
     model = io.BytesIO()
     # whole before training starts: the trainer would turn an error of the reader into one of its own
     chunks = list(_chunks(documents))
@@ -68,7 +76,7 @@ def train_tokenizer(
                 add_dummy_prefix=False,
                 allow_whitespace_only_pieces=True,
                 max_sentence_length=16 * _MAX_CHUNK,
-                user_defined_symbols=list(CHAT_SYMBOLS),
+                user_defined_symbols=reserved,
                 unk_id=0,
                 eos_id=1,
                 bos_id=-1,

@@ -63,7 +63,7 @@ def records(folder: Path, kind: str = "train") -> list[dict]:
 def spoil(monkeypatch, factors: list[float]) -> list[PretrainRun]:
     """Multiply the loss of the n-th step by ``factors[n]``; the run comes back."""
     runs: list[PretrainRun] = []
-    accumulate = PretrainRun._train_step
+    accumulate = PretrainRun.train_step
 
     def step(self: PretrainRun, metrics) -> None:
         if not runs:
@@ -72,7 +72,7 @@ def spoil(monkeypatch, factors: list[float]) -> list[PretrainRun]:
         original = self.objective
 
         class Spoiled:
-            sum_names = original.sum_names
+            sum_names, peak_names = original.sum_names, original.peak_names
             local_weight = staticmethod(original.local_weight)
 
             def __call__(self, logits, microbatch):
@@ -87,7 +87,7 @@ def spoil(monkeypatch, factors: list[float]) -> list[PretrainRun]:
         finally:
             self.objective = original
 
-    monkeypatch.setattr(PretrainRun, "_train_step", step)
+    monkeypatch.setattr(PretrainRun, "train_step", step)
     return runs
 
 
@@ -173,14 +173,14 @@ def test_exit_interval_saves_and_leaves_and_the_next_start_goes_on(configure, tm
 
 
 def test_a_signal_ends_the_run_after_its_step(configure, tmp_path, monkeypatch):
-    train_step = PretrainRun._train_step
+    train_step = PretrainRun.train_step
 
     def step(self, metrics):
         if self.step == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
         train_step(self, metrics)
 
-    monkeypatch.setattr(PretrainRun, "_train_step", step)
+    monkeypatch.setattr(PretrainRun, "train_step", step)
     pretrain(configure())
     assert [record["step"] for record in records(tmp_path)] == [1, 2]
 

@@ -1,0 +1,276 @@
+"""Where problems come from: JSONL files, and reasoning-gym's generators."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import parse_qsl
+
+from megatron_ring.config.stage_rules import GYM_PREFIX
+from megatron_ring.data.chat import Message
+from megatron_ring.data.documents import Record, read_records
+from megatron_ring.errors import DataError
+
+GYM_DOMAIN = "reasoning_gym"
+GYM_SIZE = 100_000
+"""Problems of a generated source that names no size."""
+
+HASH_DEPENDENT = frozenset(
+    {"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"}
+)
+"""Data sets whose problems change from process to process, with Python's hash seed (reasoning-gym 0.1.25)."""
+
+UNSUITABLE = {
+    "acre": "its problems depend on the size",
+    "arc_agi": "its verifier refuses answers once the problem has been JSON",
+    "boxnet": "its own answers do not get the full score",
+    "composite": "it is a mixture; blend its data sets by weight instead",
+    "game_of_life_halting": "its verifier rewards nonsense",
+    "graph_color": "its own answers do not get the full score",
+    "propositional_logic": "its own answers do not get the full score",
+    "rearc": "its verifier refuses answers once the problem has been JSON",
+    "rubiks_cube": "its own answers do not get the full score",
+    "rush_hour": "its own answers do not get the full score",
+}
+"""Data sets that cannot be learned from, and why (reasoning-gym 0.1.25)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """A problem as its source has it.
+
+    Example: ``Problem(domain="math", text="1 + 1 = ?", messages=({"role": "user", "content": "1 + 1 = ?"},),
+    reference={"answer": "2"})``.
+    """
+
+    domain: str
+    text: str
+    """What the user asks last."""
+    messages: tuple[Message, ...]
+    reference: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The line of JSONL that :class:`JsonlSource` reads as this problem."""
+        return {"messages": list(self.messages), "domain": self.domain, "reference": dict(self.reference)}
+
+
+class PromptSource(Protocol):
+    """A fixed list of problems. Equal fingerprints mean equal lists."""
+
+    name: str
+    num_left_out: int
+    """Problems outside the solve rates asked for."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Problem: ...
+
+
+def open_source(
+    source: str, *, solve_rate_min: float = 0.0, solve_rate_max: float = 1.0, freezing: bool = False
+) -> PromptSource:
+    """The problems that ``source`` names: a JSONL file, or ``reasoning_gym:NAME?PARAMETERS``.
+
+    Args:
+        source: see :class:`JsonlSource` and :class:`GymSource`.
+        solve_rate_min: leave out problems of a file with a recorded ``solve_rate`` below this,
+        solve_rate_max: and above this.
+        freezing: allow generators that repeat themselves in this process only.
+
+    Raises:
+        DataError: it cannot be read, or holds no problem.
+    """
+    if source.startswith(GYM_PREFIX):
+        return GymSource.parse(source, freezing=freezing)
+    return JsonlSource(source, solve_rate_min=solve_rate_min, solve_rate_max=solve_rate_max)
+
+
+class JsonlSource:
+    """Problems of a JSONL file.
+
+    Example of a line: ``{"prompt": "1 + 1 = ?", "domain": "math", "answer": "2", "solve_rate": 0.4}``. In place
+    of ``prompt`` (text) there may be ``messages``; in place of ``answer``, ``tests`` or a whole ``reference``.
+    """
+
+    def __init__(self, path: str | Path, *, solve_rate_min: float = 0.0, solve_rate_max: float = 1.0) -> None:
+        self.name = str(path)
+        self._problems: list[Problem] = []
+        self.num_left_out = 0
+        digest = hashlib.blake2b(f"{solve_rate_min} {solve_rate_max}".encode(), digest_size=8)
+        for record in read_records([path]):
+            digest.update(record.raw)
+            fields = _fields(record)
+            rate = fields.get("solve_rate")
+            if rate is not None and not _is_rate(rate):
+                raise DataError(f"{record.origin}: solve_rate={rate!r} must be a number from 0 to 1")
+            problem = _problem(fields, record.origin)
+            if rate is None or solve_rate_min <= rate <= solve_rate_max:
+                self._problems.append(problem)
+            else:
+                self.num_left_out += 1
+        if not self._problems:
+            some = (
+                f"all {self.num_left_out} problems lie outside solve rates {solve_rate_min} to {solve_rate_max}; "
+                "widen --solve-rate-min and --solve-rate-max"
+            )
+            raise DataError(
+                f"{path}: {some if self.num_left_out else 'no problems in it; write one JSON object per line'}"
+            )
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def __getitem__(self, index: int) -> Problem:
+        return self._problems[index]
+
+
+class GymSource:
+    """A reasoning-gym data set, whose problems are generated when they are asked for.
+
+    Example: ``reasoning_gym:chain_sum?min_terms=2&max_terms=3&seed=7&size=10000``: ``seed`` and ``size`` as
+    here, all other parameters the data set's own. reasoning-gym makes problem i from seed + i; the seed is
+    therefore spread first, so that seeds 7 and 8 have (but for rare repetitions) no problem in common.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        *,
+        size: int = GYM_SIZE,
+        seed: int = 0,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name = GYM_PREFIX + dataset
+        self.num_left_out = 0
+        self._dataset = dataset
+        self._identity = (dataset, size, seed, sorted((parameters or {}).items()))
+        digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
+        # numpy's seeds end at 2**32
+        spread = int.from_bytes(digest) % (1 << 31)
+        create = _gym_factory()
+        try:
+            self._entries = create(dataset, size=size, seed=spread, **(parameters or {}))
+        except (ValueError, TypeError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(
+                f"{self.name}: {reason}; see reasoning-gym's data sets and their parameters"
+            ) from None
+
+    @classmethod
+    def parse(cls, source: str, *, freezing: bool = False) -> GymSource:
+        """The data set of ``reasoning_gym:NAME?PARAMETERS``. Raises DataError as :func:`open_source`."""
+        name, _, query = source.removeprefix(GYM_PREFIX).partition("?")
+        if name in UNSUITABLE:
+            raise DataError(f"{source}: {UNSUITABLE[name]}; take another data set")
+        if name in HASH_DEPENDENT and not freezing:
+            raise DataError(
+                f"{source}: its problems differ from process to process (Python's hash seed); freeze them with "
+                f"tools/freeze_prompts.py --source '{source}' --output FILE.jsonl and name that file"
+            )
+        try:
+            parameters = {key: _value(text) for key, text in parse_qsl(query, strict_parsing=bool(query))}
+        except ValueError:
+            raise DataError(f"{source}: parameters must be name=value, joined by &; see --help") from None
+        size, seed = parameters.pop("size", GYM_SIZE), parameters.pop("seed", 0)
+        if not isinstance(size, int) or not isinstance(seed, int) or size < 1:
+            raise DataError(f"{source}: size={size} and seed={seed} must be whole numbers, the size positive")
+        return cls(name, size=size, seed=seed, parameters=parameters)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        text = json.dumps([self._identity, version("reasoning-gym")], default=str)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: int) -> Problem:
+        # what a checkpoint or another process gets back from JSON is what the verifier is given here
+        entry = json.loads(json.dumps(self._entries[index]))
+        return Problem(
+            domain=GYM_DOMAIN,
+            text=entry["question"],
+            messages=({"role": "user", "content": entry["question"]},),
+            reference={"dataset": self._dataset, "entry": entry},
+        )
+
+
+def _gym_factory() -> Any:
+    try:
+        from reasoning_gym.factory import create_dataset
+    except ImportError as error:
+        raise DataError(
+            f"reasoning-gym cannot be imported ({error}); pip install reasoning-gym, or name a JSONL file of problems"
+        ) from error
+    return create_dataset
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _fields(record: Record) -> dict[str, Any]:
+    try:
+        fields = json.loads(record.raw) if record.is_json else None
+    except ValueError as error:
+        raise DataError(f"{record.origin} is not JSON ({error}); write one object per line") from None
+    if not isinstance(fields, dict):
+        raise DataError(f"{record.origin} is no JSON object; name a .jsonl file with one problem per line")
+    return fields
+
+
+def _problem(fields: Mapping[str, Any], origin: str) -> Problem:
+    messages = fields.get("messages") or fields.get("prompt")
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    domain = fields.get("domain")
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise DataError(f"{origin}: neither prompt (text) nor messages (role and content) says what to ask")
+    if messages[-1]["role"].lower() != "user":
+        raise DataError(f"{origin}: the last message is the {messages[-1]['role']}'s, it must be the user's")
+    if not isinstance(domain, str) or not domain:
+        raise DataError(f"{origin}: domain={domain!r} must name who judges the answer, such as math or code")
+    return Problem(
+        domain=domain,
+        text=messages[-1]["content"],
+        messages=tuple(messages),
+        reference=_reference(fields, origin),
+    )
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+def _reference(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    whole = fields.get("reference")
+    reference = dict(whole) if isinstance(whole, dict) else {}
+    if whole is not None and not isinstance(whole, dict):
+        reference["answer"] = whole
+    reference |= {key: fields[key] for key in ("answer", "tests") if fields.get(key) is not None}
+    if not reference:
+        raise DataError(f"{origin}: none of answer, tests and reference says what is right; add one")
+    return reference
+
+
+def with_suffix(messages: Sequence[Message], suffix: str) -> list[Message]:
+    """``messages`` with a line added to the last one. Example: "1+1?" and "Be brief." give "1+1?\\nBe brief."."""
+    last = {**messages[-1], "content": f"{messages[-1]['content']}\n{suffix}"}
+    return [*messages[:-1], last]

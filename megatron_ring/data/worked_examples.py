@@ -1,0 +1,90 @@
+r"""Worked examples of sums: a teacher that shows its steps, and errs as often as it is told to.
+
+Problems are reasoning-gym's ``chain_sum``; the reasoning is the running sum, in few tokens::
+
+    12 + 7 - 3   ->   <think>12+7=19;19-3=16</think>\boxed{16}
+
+A slip changes one step's result by 1 or 10; what follows builds on it, so the answer is wrong. A policy that
+has learned from such a teacher is able but unsure, which is what reinforcement learning needs to start from.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ring.data.prompt_sources import GymSource
+from megatron_ring.errors import DataError
+
+SLIPS = (-10, -1, 1, 10)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkedExamplesConfig:
+    """What the teacher shows. Example: ``WorkedExamplesConfig(count=12000, slip_share=0.5, seed=1)``."""
+
+    count: int = 12000
+    """Problems."""
+    slip_share: float = 0.5
+    """Share of them with a slip in one step."""
+    seed: int = 1
+    min_terms: int = 2
+    max_terms: int = 3
+    min_digits: int = 1
+    max_digits: int = 2
+
+    @property
+    def source(self) -> str:
+        """The problems, as a run's prompt_data names them."""
+        shape = "&".join(
+            f"{n}={getattr(self, n)}" for n in ("min_terms", "max_terms", "min_digits", "max_digits")
+        )
+        return f"reasoning_gym:chain_sum?{shape}&seed={self.seed}&size={self.count}"
+
+
+def worked_examples(config: WorkedExamplesConfig) -> Iterator[dict[str, Any]]:
+    """``config.count`` conversations, ``{"messages": [question, worked answer]}``; the same for the same config.
+
+    Exactly ``round(slip_share * count)`` of them have a slip, spread by the seed.
+
+    Raises:
+        DataError: reasoning-gym is not installed, or the config has no such problems.
+    """
+    if config.count < 1:
+        raise DataError(f"count={config.count} must be at least 1; try 12000")
+    if not 0 <= config.slip_share <= 1:
+        raise DataError(f"slip_share={config.slip_share} must be from 0 to 1; try 0.5")
+    problems = GymSource.parse(config.source)
+    chance = random.Random(f"worked examples {config.seed}")
+    slipping = set(chance.sample(range(config.count), round(config.slip_share * config.count)))
+    for index in range(config.count):
+        question = problems[index].text
+        answer = running_sum(question, chance if index in slipping else None)
+        yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def running_sum(question: str, slip: random.Random | None = None) -> str:
+    r"""The sum in ``question``, worked step by step; with ``slip``, one step's result is off by 1 or 10.
+
+    Example: ``running_sum("12 + 7 - 3 =") == r"<think>12+7=19;19-3=16</think>\boxed{16}"``.
+
+    Raises:
+        DataError: there is no sum in it.
+    """
+    found = re.search(r"(-?\d+(?: [+-] -?\d+)+)\s*=?\s*$", question)
+    if found is None:
+        raise DataError(f"{question[:60]!r} does not end in a sum; take problems of chain_sum")
+    first, *rest = found[1].split(" ")
+    total, steps = int(first), list(zip(rest[::2], rest[1::2], strict=True))
+    wrong = slip.randrange(len(steps)) if slip else -1
+    lines: list[str] = []
+    for number, (sign, term) in enumerate(steps):
+        result = total + int(term) if sign == "+" else total - int(term)
+        if slip and number == wrong:
+            result += slip.choice(SLIPS)
+        lines.append(f"{total}{sign}{term}={result}")
+        total = result
+    return f"<think>{';'.join(lines)}</think>\\boxed{{{total}}}"

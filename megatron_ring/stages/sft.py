@@ -1,0 +1,157 @@
+"""Supervised fine-tuning, from chat JSONL to a checkpoint: imitate the assistant's turns.
+
+One step: draw packed microbatches, accumulate gradients, update unless the loss is broken, report, validate,
+save. A step's loss is divided by its tokens of assistants, wherever they are packed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from megatron_ring.config.run import RunConfig
+from megatron_ring.config.validate import schedule_problems
+from megatron_ring.data.microbatch import Microbatch
+from megatron_ring.data.sft import SftStream, load_conversations
+from megatron_ring.errors import ConfigError, DataError
+from megatron_ring.runtime.metrics import MetricsLogger
+from megatron_ring.runtime.session import Session, open_session
+from megatron_ring.stages.loop import StageRun
+from megatron_ring.train.objective import NextTokenObjective
+from megatron_ring.train.schedule import learning_rate
+
+log = logging.getLogger("megatron_ring")
+
+
+def train_sft(config: RunConfig) -> None:
+    """Run the whole stage on this process. Every rank of the world calls it with the same configuration.
+
+    Raises:
+        RingError: bad input (one line says what to do), or a loss that is not finite several steps running.
+    """
+    logging.basicConfig(level=config.logging.log_level.upper(), format="%(message)s")
+    with open_session(config.parallel, config.train.seed) as session:
+        run = SftRun(config, session)
+        run.train()
+
+
+class SftRun(StageRun):
+    """The parts of one fine-tuning run and its step."""
+
+    stage = "sft"
+
+    def __init__(self, config: RunConfig, session: Session):
+        super().__init__(config, session)
+        train = config.train
+        self.per_step = train.global_batch_size // train.micro_batch_size
+        self.stream = self._stream(config.sft.sft_data)
+        self.valid = self._stream(config.sft.sft_eval_data) if train.eval_interval else None
+        steps = max(round(self.stream.microbatches_in(config.sft.sft_epochs) / self.per_step), 1)
+        self.config = with_derived_steps(config, steps)
+        self.objective = NextTokenObjective(mtp_loss_scaling_factor=config.model.mtp_loss_scaling_factor)
+        self.epoch_ended = False
+        self.open_engine()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "stream": self.stream.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "stream" not in state:
+            raise DataError(
+                f"load={self.config.checkpoint.load} is a checkpoint of another stage; start from its weights with "
+                "--pretrained-checkpoint, and give --save a folder of its own"
+            )
+        self.step = state["step"]
+        self.stream.load_state_dict(state["stream"])
+
+    def train_step(self, metrics: MetricsLogger) -> None:
+        begun = time.perf_counter()
+        with metrics.phase("data"):
+            epoch = self.stream.epoch
+            groups = self.stream.take(self.per_step)
+            self.epoch_ended = self.stream.epoch != epoch
+            microbatches = self._own(self.stream, groups)
+        with metrics.phase("forward_backward"):
+            report = self.engine.accumulate(microbatches, self.objective)
+        lr = learning_rate(self.step, self.config.train)
+        skipped = self.refuses(report)
+        with metrics.phase("optimizer"):
+            if skipped:
+                self.engine.discard()
+            else:
+                self.engine.update(report, lr)
+        self.step += 1
+        tokens = self.stream.num_tokens(groups)
+        values = self.step_values(report, 0.0 if skipped else lr) | {
+            "skipped": float(skipped),
+            "epoch": float(epoch),
+            "conversations": float(sum(map(len, groups))),
+            "loss_tokens": report.weight,
+            "packing": tokens / (len(groups) * self.stream.capacity),
+        }
+        metrics.log(self.step, values, tokens=tokens, seconds=time.perf_counter() - begun)
+
+    def validate(self) -> dict[str, float]:
+        """Loss over the same ``eval_iters`` global batches every time, or over all there is if that is less."""
+        assert self.valid is not None
+        groups = self.valid.first(self.per_step * self.config.train.eval_iters)
+        # as many on every rank, and as many as a pipeline with virtual stages wants
+        groups += [()] * (-len(groups) % self.per_step)
+        loss = self.engine.evaluate(self._own(self.valid, groups), self.objective)["lm_loss"]
+        return {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
+
+    def save_due(self) -> bool:
+        return super().save_due() or (self.config.sft.sft_save_every_epoch and self.epoch_ended)
+
+    def sample_prompt(self) -> Sequence[int]:
+        shown = self.valid or self.stream
+        return shown.conversations.prompt(0)
+
+    def _own(self, stream: SftStream, groups: Sequence[Sequence[int]]) -> list[Microbatch]:
+        """This data-parallel rank's slice of a step's microbatches."""
+        share = len(groups) // self.session.topology.dp_size
+        rank = self.session.topology.dp_rank
+        return [stream.microbatch(group) for group in groups[rank * share : (rank + 1) * share]]
+
+    def _stream(self, paths: Sequence[str]) -> SftStream:
+        data, train = self.config.data, self.config.train
+        assert data.tokenizer_model is not None
+        conversations = load_conversations(
+            paths,
+            tokenizer_type=data.tokenizer_type,
+            tokenizer_model=data.tokenizer_model,
+            longest=train.seq_length,
+            workers=data.num_workers,
+        )
+        if self.session.is_writer:
+            log.info(
+                "%s: %s conversations, %s tokens, %s of them learned; %s longer than seq_length=%d left out",
+                ", ".join(paths),
+                f"{len(conversations):,}",
+                f"{len(conversations.tokens):,}",
+                f"{int(conversations.learned.sum()):,}",
+                f"{conversations.num_too_long:,}",
+                train.seq_length,
+            )
+        return SftStream(conversations, capacity=train.micro_batch_size * train.seq_length, seed=train.seed)
+
+
+def with_derived_steps(config: RunConfig, steps: int) -> RunConfig:
+    """``config`` with what it leaves to the data: ``train_iters`` and ``lr_warmup_iters`` where they are 0.
+
+    Raises:
+        ConfigError: the schedule does not fit so many steps.
+    """
+    train = config.train
+    if not train.train_iters:
+        train = replace(train, train_iters=steps)
+    if not train.lr_warmup_iters:
+        warmup = math.ceil(config.sft.sft_warmup_fraction * train.train_iters)
+        train = replace(train, lr_warmup_iters=min(warmup, train.train_iters - 1))
+    for problem in schedule_problems(train):
+        raise ConfigError(problem)
+    return replace(config, train=train)
