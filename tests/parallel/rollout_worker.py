@@ -1,0 +1,103 @@
+"""One process of the proof that every layout generates alike: runs every case of its world size.
+
+Started by ``test_rollout_layouts.py`` through torchrun: ``rollout_worker.py WORLD FOLDER``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ring.checkpoint.checkpointer import Checkpointer
+from megatron_ring.config.load import config_from_mapping
+from megatron_ring.config.validate import validate
+from megatron_ring.rl.rollout import InProcessEngine
+from megatron_ring.rl.types import Response
+from megatron_ring.runtime.session import Session, open_session
+from megatron_ring.train.engine import Engine
+from tests.parallel.cases import Case
+from tests.parallel.worker import randomise
+from tests.rl.rollout.sequences import requests, sampling
+
+REFERENCES = [Case(model, 1) for model in ("v1", "v2_mtp", "dense")]
+CASES = [
+    *(Case("v1", 2, layout) for layout in (dict(tp=2), dict(pp=2), dict(ep=2), dict())),
+    *(Case("v2_mtp", 2, layout) for layout in (dict(tp=2), dict(pp=2, vpp=2), dict(ep=2, overlap=True))),
+    Case("dense", 2, dict(tp=2, sp=False)),
+    *(Case("v1", 4, layout) for layout in (dict(tp=2, pp=2), dict(pp=2, ep=2))),
+    *(Case("v2_mtp", 4, layout) for layout in (dict(tp=2, ep=2), dict(tp=2, etp=1, ep=4))),
+]
+BUDGET = 60
+PARAMS = sampling(15, stop_ids=tuple(range(0, 250, 9)), record_routes=True)
+
+
+def written(responses: list[Response]) -> list[dict[str, Any]]:
+    return [
+        dict(
+            key=list(r.key),
+            tokens=r.tokens_R.tolist(),
+            logprobs=r.logprobs_R.tolist(),
+            stop=r.stop,
+            routes=r.routes_SLK.tolist() if r.routes_SLK is not None else None,
+        )
+        for r in responses
+    ]
+
+
+def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) -> None:
+    settings = case.settings()
+    initial = folder / f"initial-{case.model}"
+    settings.update({"save": str(initial)} if is_reference else {"load": str(initial)})
+    config = config_from_mapping(settings)
+    validate(config, session.world_size)
+    engine = Engine(config, session)
+    checkpointer = Checkpointer(config, engine, session)
+    if is_reference:
+        randomise(engine)
+        checkpointer.save(0, {"step": 0})
+    else:
+        checkpointer.load(initial)
+    asked = requests(samples=2)
+    # uneven shares: one rank is done long before the other and steps along
+    cuts = [0, 11, 16] if session.topology.dp_size == 2 else [0, 16]
+    own = asked[cuts[session.topology.dp_rank] : cuts[session.topology.dp_rank + 1]]
+    rollout = InProcessEngine(engine, slots=5)
+    rollout.load_weights(1)
+    whole = list(rollout.generate(own, PARAMS))
+    parts = list(rollout.generate(own, PARAMS, token_budget=BUDGET))
+    rest = {r.key: r for r in parts if r.stop == "unfinished"}
+    again = [replace(a, prefix=rest[k]) for a in own if (k := (a.prompt.uid, a.sample)) in rest]
+    resumed = list(rollout.generate(again, PARAMS))
+    # a rank without any request
+    single = list(rollout.generate(asked[:1] if session.topology.dp_rank == 0 else [], PARAMS))
+    rollout.close()
+    result = dict(
+        dp_rank=session.topology.dp_rank,
+        whole=written(whole),
+        parts=written(parts),
+        resumed=written([r for r in parts if r.stop != "unfinished"] + resumed),
+        single=written(single),
+    )
+    (folder / f"{case.name}.{session.rank}.json").write_text(json.dumps(result))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    world, folder = int(sys.argv[1]), Path(sys.argv[2])
+    todo = [(case, True) for case in REFERENCES] if world == 1 else []
+    todo += [(case, False) for case in CASES if case.world == world]
+    for case, is_reference in todo:
+        config = config_from_mapping(case.settings())
+        with open_session(config.parallel, seed=11 if is_reference else 99) as session:
+            run_case(case, session, folder, is_reference=is_reference)
+            if session.is_main:
+                print(f"done {case.name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Every layout generates the tokens, log probabilities and routes of one process, from the same checkpoint."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.cases import Case
+from tests.parallel.rollout_worker import BUDGET, CASES
+from tests.parallel.test_layouts import spawn
+
+
+@pytest.fixture(scope="module")
+def run_world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rollouts")
+
+    @cache
+    def run(world: int) -> Path:
+        if world > 1:
+            run(1)
+        result = spawn(world, "tests.parallel.rollout_worker", str(world), str(folder), timeout=300)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+        return folder
+
+    return run
+
+
+def by_data_rank(folder: Path, case: Case) -> list[dict]:
+    """What each data-parallel rank answered; the ranks of its model-parallel group must agree."""
+    found: dict[int, dict] = {}
+    for rank in range(case.world):
+        answer = json.loads((folder / f"{case.name}.{rank}.json").read_text())
+        assert found.setdefault(answer["dp_rank"], answer) == answer
+    return list(found.values())
+
+
+def assert_same(ours: list[dict], theirs: list[dict]) -> None:
+    expected = {tuple(response["key"]): response for response in theirs}
+    assert sorted(tuple(response["key"]) for response in ours) == sorted(expected)
+    for response in ours:
+        reference = expected[tuple(response["key"])]
+        assert response["tokens"] == reference["tokens"]
+        assert response["stop"] == reference["stop"]
+        assert response["logprobs"] == pytest.approx(reference["logprobs"], abs=2e-5)
+        assert response["routes"] == reference["routes"]
+
+
+def cases() -> list:
+    marks = {4: [pytest.mark.slow]}
+    return [
+        pytest.param(case, id=f"world{case.world}-{case.name}", marks=marks.get(case.world, []))
+        for case in CASES
+    ]
+
+
+@pytest.mark.parametrize("case", cases())
+def test_a_layout_generates_what_one_process_does(case: Case, run_world):
+    folder = run_world(case.world)
+    (reference,) = by_data_rank(folder, Case(case.model, 1))
+    answers = by_data_rank(folder, case)
+    assert_same([r for answer in answers for r in answer["whole"]], reference["whole"])
+    assert_same([r for answer in answers for r in answer["resumed"]], reference["whole"])
+    assert_same([r for answer in answers for r in answer["single"]], reference["single"])
+    produced = sum(len(r["tokens"]) for answer in answers for r in answer["parts"])
+    # one step of every slot may pass it
+    assert BUDGET <= produced < BUDGET + 5 * len(answers)
+    stops = {r["stop"] for answer in answers for r in answer["parts"]}
+    assert "unfinished" in stops and len(stops) > 1
