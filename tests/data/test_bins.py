@@ -50,12 +50,12 @@ def test_gaps_are_filled_by_pairs_where_single_items_leave_space():
     assert len(best_fit_decreasing(sizes, 100)) == 4 and len(fill_bins(sizes, 100)) == 3
 
 
-def test_bins_are_full_to_99_3_percent_at_the_papers_scale():
+def test_bins_are_full_to_99_6_percent_at_the_papers_scale():
     rng = np.random.default_rng(5)
     responses = np.exp(rng.normal(np.log(12_800) - 0.45**2 / 2, 0.45, 8192)).astype(int).clip(1, 24_576)
     sizes = (responses + rng.integers(80, 401, 8192)).tolist()
     bins = fill_bins(sizes, 32_768)
-    assert sum(sizes) / (len(bins) * 32_768) >= 0.993
+    assert sum(sizes) / (len(bins) * 32_768) >= 0.996
     assert len(bins) < len(best_fit_decreasing(sizes, 32_768))
 
 

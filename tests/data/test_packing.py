@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ring.data.bins import fill_bins
-from megatron_ring.data.packing import Grid, grid_shape, pack
+from megatron_ring.data.packing import Grid, _level, grid_shape, pack
 from megatron_ring.errors import ConfigError
 
 CAPACITY = 100
@@ -85,6 +85,20 @@ def test_ranks_are_even_in_attention_and_tokens_at_the_papers_scale():
     assert metrics["packing/attention_imbalance"] < 1.005
     assert metrics["packing/tokens_imbalance"] < 1.01
     assert metrics["packing/dropped_tokens"] == 0
+
+
+def test_ranks_of_few_microbatches_trade_until_they_are_even():
+    grid = pack(lognormal(3, 1000, 12_800, 24_576).tolist(), capacity=32_768, dp_size=64, num_microbatches=8)
+    assert grid.metrics()["packing/attention_imbalance"] < 1.01
+
+
+def test_an_uneven_round_stays_whole_where_its_items_do_not_fit_when_spread():
+    triples = [(26, 30, 44), (44, 39, 17), (43, 41, 16), (33, 29, 38), (29, 32, 39), (43, 45, 12)]
+    sizes = [size for bin in (*triples, (38, 45, 17), (35, 30, 35), (59, 41)) for size in bin]
+    bins = [[3 * b, 3 * b + 1, 3 * b + 2] for b in range(8)] + [[24, 25]]
+    level = _level(sizes, bins, 100, 10)
+    assert len(level) == 10 and max(sum(sizes[i] for i in bin) for bin in level) == 100
+    assert sorted(i for bin in level for i in bin) == list(range(26))
 
 
 def test_heavy_microbatches_are_spread_over_time_and_fall_together_on_all_ranks():

@@ -75,14 +75,13 @@ def select(
     set_aside, taken = taken[aside], taken[~aside]
 
     parts, cut, at, start_at = _fill(left[taken], token_budget, num_minibatches, overshoot)
-    sizes = [int((stop - begin).sum()) for _, begin, stop in parts]
     # the first response that is left may have given its head to the last minibatch
     rest = taken[at:]
     rest_start = start[rest]
     rest_start[:1] += start_at
-    left_over = int((length[rest] - rest_start).sum())
+    rest_tokens = int((length[rest] - rest_start).sum())
     keeps = overshoot == "carry"
-    used = np.unique(np.concatenate([indices for indices, _, _ in parts]))
+    sizes = [int((stop - begin).sum()) for _, begin, stop in parts]
     counts = BudgetCounts(
         token_budget=token_budget,
         minibatches=num_minibatches,
@@ -90,25 +89,23 @@ def select(
         carried_in=int(left[carried > 0].sum()),
         selected=sum(sizes),
         cut=sum(cut),
-        carried=left_over if keeps else 0,
-        wasted=0 if keeps else left_over,
+        carried=rest_tokens if keeps else 0,
+        wasted=0 if keeps else rest_tokens,
         set_aside=int(left[set_aside].sum()),
         shortfall=sum(max(token_budget - size, 0) for size in sizes),
         overshoot=sum(max(size - token_budget, 0) for size in sizes),
         responses_sampled=len(candidates),
-        responses_used=len(used),
+        responses_used=len(np.unique(np.concatenate([places for places, _, _ in parts]))),
         responses_cut=len(cut),
         responses_carried=len(rest) if keeps else 0,
         responses_set_aside=len(set_aside),
     )
-    return Selection(
-        minibatches=tuple(
-            _picks(taken[places], begin + start[taken[places]], stop + start[taken[places]])
-            for places, begin, stop in parts
-        ),
-        carried=_picks(rest, rest_start, length[rest]) if keeps else (),
-        counts=counts,
+    minibatches = tuple(
+        _picks(taken[places], begin + start[taken[places]], stop + start[taken[places]])
+        for places, begin, stop in parts
     )
+    carried_picks = _picks(rest, rest_start, length[rest]) if keeps else ()
+    return Selection(minibatches=minibatches, carried=carried_picks, counts=counts)
 
 
 def _in_order(
