@@ -66,6 +66,8 @@ class PromptSource(Protocol):
     name: str
     num_left_out: int
     """Problems outside the solve rates asked for."""
+    domains: frozenset[str]
+    """Domains of its problems: each needs a reward function."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -125,6 +127,7 @@ class JsonlSource:
             raise DataError(
                 f"{path}: {some if self.num_left_out else 'no problems in it; write one JSON object per line'}"
             )
+        self.domains = frozenset(problem.domain for problem in self._problems)
         self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -152,6 +155,7 @@ class GymSource:
     ) -> None:
         self.name = GYM_PREFIX + dataset
         self.num_left_out = 0
+        self.domains = frozenset({GYM_DOMAIN})
         self._dataset = dataset
         self._identity = (dataset, size, seed, sorted((parameters or {}).items()))
         digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()

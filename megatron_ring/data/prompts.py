@@ -102,6 +102,8 @@ class PromptStream:
             excluded: texts of problems that must not come.
         """
         self._sources = [source for _, source in sources]
+        self.domains = frozenset[str]().union(*(source.domains for source in self._sources))
+        """Domains of the problems."""
         self._blend = Blend([weight for weight, _ in sources])
         self._tokenizer = tokenizer
         self._seed = seed

@@ -22,8 +22,9 @@ from megatron_ring.rl.batch import RLMicrobatch, with_column, with_routes
 from megatron_ring.rl.collector import Answering, Collected, Collector, judges
 from megatron_ring.rl.exchange import gather_json
 from megatron_ring.rl.minibatches import Carried, MinibatchPlanner, Plan
-from megatron_ring.rl.objective import PolicyObjective, StepFacts
+from megatron_ring.rl.objective import PolicyObjective
 from megatron_ring.rl.objective import metrics as objective_metrics
+from megatron_ring.rl.objective.recipes import StepFacts
 from megatron_ring.rl.reference import ReferencePolicy
 from megatron_ring.rl.reward.pool import RewardPool
 from megatron_ring.rl.rollout.engine import InProcessEngine
@@ -52,11 +53,7 @@ def train_rl(config: RunConfig) -> None:
     """
     logging.basicConfig(level=config.logging.log_level.upper(), format="%(message)s")
     with open_session(config.parallel, config.train.seed) as session, contextlib.ExitStack() as stack:
-        # before the model: verifiers load their libraries meanwhile
-        rewards = stack.enter_context(RewardPool.open(config.reward)) if judges(session) else None
-        run = RlRun(config, session, rewards)
-        stack.callback(run.rollout.close)
-        run.train()
+        RlRun(config, session, stack).train()
 
 
 class RlRun(StageRun):
@@ -66,15 +63,26 @@ class RlRun(StageRun):
     shown: ClassVar[tuple[str, ...]] = ("reward", "response_length", "entropy", "grad_norm")
     validates_at_start: ClassVar[bool] = True
 
-    def __init__(self, config: RunConfig, session: Session, rewards: RewardPool | None):
+    def __init__(self, config: RunConfig, session: Session, stack: contextlib.ExitStack):
+        """``stack`` closes verifiers and engine when the run ends."""
         super().__init__(config, session)
         assert self.tokenizer is not None
         rollout, seed = config.rollout, config.train.seed
-        self.prompts = open_prompts(rollout.prompt_data, rollout, self.tokenizer, seed=seed)
         self.held_out = []
         if rollout.eval_prompt_data:
-            held_out = open_prompts(rollout.eval_prompt_data, rollout, self.tokenizer, seed=0)
+            held_out = open_prompts(rollout.eval_prompt_data, self.tokenizer, rollout, seed=0)
             self.held_out = held_out.next(rollout.eval_prompts)
+        self.prompts = open_prompts(
+            rollout.prompt_data,
+            self.tokenizer,
+            rollout,
+            seed=seed,
+            excluded={prompt.text for prompt in self.held_out},
+        )
+        rewards = None
+        if judges(session):
+            # before the model, so that verifiers load their libraries meanwhile
+            rewards = stack.enter_context(RewardPool.open(config.reward, self.prompts.domains))
         self.sampling = SamplingParams(
             temperature=rollout.temperature,
             top_p=rollout.top_p,
@@ -98,6 +106,7 @@ class RlRun(StageRun):
         self.resumed: dict[str, Any] | None = None
         self.open_engine()
         self.rollout = InProcessEngine(self.engine, slots=rollout.rollout_slots)
+        stack.callback(self.rollout.close)
         self.rollout.load_weights(self.step)
         self.answer = Answering(session, engine=self.rollout, rewards=rewards, tokenizer=self.tokenizer)
         self.collector = Collector(
