@@ -1,0 +1,134 @@
+"""Each stage refuses in one line what it alone cannot do, asks for its own inputs, and prints its own sections."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ring.config.load import load_config
+from megatron_ring.config.show import format_config
+from megatron_ring.config.stage_rules import STAGE_SECTIONS, check_inputs, weighted
+from megatron_ring.config.validate import validate
+from megatron_ring.errors import CheckpointError, ConfigError, DataError
+
+# flags, processes, how the line starts
+SFT = [
+    ("--sft-epochs 0", 1, "sft_epochs=0.0 must be above 0; try 3"),
+    ("--sft-warmup-fraction 1", 1, "sft_warmup_fraction=1.0 must be from 0 to below 1; try 0.01"),
+    ("--sft-save-every-epoch", 1, "sft_save_every_epoch=True needs a folder to save in; set --save FOLDER"),
+    ("--eval-interval 5", 1, "eval_interval=5 needs conversations to validate on; set --sft-eval-data"),
+    ("--loss-spike-factor 2", 1, "loss_spike_factor=2.0 is for pre-training; set it to 0"),
+    ("--rampup-batch-size 4 4 16", 1, "rampup_batch_size is for pre-training"),
+    ("--train-iters -1", 1, "train_iters=-1 must be at least 0"),
+    ("--num-workers -1", 1, "num_workers=-1 must not be negative"),
+]
+RL = [
+    ("--train-iters 0", 1, "train_iters=0 must be at least 1"),
+    ("--prompt-data 0.5 a 0.5", 1, "prompt_data has 3 words, but a blend is pairs; write weight source"),
+    ("--eval-prompt-data 0 a 1 b", 1, "eval_prompt_data weight 0 must be a positive number"),
+    ("--prompts-per-step 6", 4, "prompts_per_step=6 must be a multiple of data_parallel_size=4; try 4 or 8"),
+    ("--group-size 1", 1, "group_size=1 gives advantage_estimator=group_norm nothing to compare; try 16"),
+    ("--temperature 0", 1, "temperature=0.0 must be above 0"),
+    ("--top-p 1.5", 1, "top_p=1.5 must be above 0 and at most 1"),
+    ("--solve-rate-min 0.9 --solve-rate-max 0.1", 1, "solve_rate_min=0.9 and solve_rate_max=0.1 must be"),
+    (
+        "--max-response-length 600 --max-position-embeddings 512",
+        1,
+        "max_prompt_length+max_response_length=32+600=632 must be at most max_position_embeddings=512",
+    ),
+    ("--microbatch-capacity 64", 1, "max_prompt_length+max_response_length=32+64=96 must fit into"),
+    ("--token-budget 0", 1, "token_budget=0 must be at least 1"),
+    ("--microbatch-reserve -1", 1, "microbatch_reserve=-1.0 must be at least 0"),
+    ("--advantage-estimator gae", 1, "advantage_estimator=gae needs a value model; add --critic"),
+    ("--eps-clip 0", 1, "eps_clip=0.0 must be above 0 and below 1"),
+    ("--eps-clip-c 0.5", 1, "eps_clip_c=0.5 must be 0 (off) or above 1"),
+    ("--mismatch-low 9", 1, "mismatch_low=9.0 must be at most mismatch_high=5.0"),
+    ("--reward-workers 0", 1, "reward_workers=0 must be at least 1"),
+    ("--reward-timeout 0", 1, "reward_timeout=0.0 must be above 0 seconds"),
+    ("--reward-functions rhymes", 1, "reward_functions=rhymes must be domain=module:function"),
+]
+BASE = {
+    "sft": ["--train-iters", "0"],
+    "rl": ["--max-prompt-length", "32", "--max-response-length", "64", "--lr-warmup-iters", "0"],
+}
+
+
+def config(stage: str, flags: str = ""):
+    return load_config(["--preset", "ring_lite_tiny", *BASE[stage], *flags.split()])
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "processes", "line"), [*(("sft", *w) for w in SFT), *(("rl", *w) for w in RL)]
+)
+def test_one_line_names_value_rule_and_remedy(stage, flags, processes, line):
+    with pytest.raises(ConfigError) as caught:
+        validate(config(stage, flags), processes, stage)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_right_passes():
+    for stage in ("sft", "rl"):
+        validate(config(stage), 1, stage)
+    with pytest.raises(ConfigError, match="train_iters=0 must be at least 1"):
+        validate(config("sft"), 1)
+    # the corpus' split is nothing that fine-tuning reads
+    validate(config("sft", "--split nonsense"), 1, "sft")
+
+
+def test_weights_to_start_from_are_named_once():
+    line = "finetune=True and pretrained_checkpoint=a both say which weights to start from; drop --finetune"
+    with pytest.raises(ConfigError, match=line):
+        validate(config("sft", "--finetune --load b --pretrained-checkpoint a"), 1, "sft")
+
+
+def test_each_stage_asks_for_its_own_inputs(tmp_path: Path):
+    data, tokenizer = tmp_path / "a.jsonl", tmp_path / "t.model"
+
+    def refused(stage, error: type[Exception], **words: object) -> str:
+        flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in words.items())
+        with pytest.raises(error) as caught:
+            check_inputs(config(stage, flags), stage)
+        return str(caught.value)
+
+    for stage, name, what in (("sft", "sft_data", "conversations"), ("rl", "prompt_data", "problems")):
+        assert refused(stage, DataError).startswith(f"{name} is empty")
+        words = {name: data}
+        data.unlink(missing_ok=True)
+        assert refused(stage, DataError, **words).startswith(
+            f"{name}={data} does not exist; name a JSONL file of {what}"
+        )
+        data.touch()
+        assert refused(stage, DataError, **words).startswith(
+            f"tokenizer_model is not set, stage {stage} reads text"
+        )
+        assert "t.model does not exist" in refused(stage, DataError, **words, tokenizer_model=tokenizer)
+        tokenizer.touch()
+        words["tokenizer_model"] = tokenizer
+        check_inputs(config(stage, " ".join(f"--{k.replace('_', '-')} {v}" for k, v in words.items())), stage)
+        gone = refused(stage, CheckpointError, **words, pretrained_checkpoint=tmp_path / "gone")
+        assert (
+            gone == f"pretrained_checkpoint={tmp_path}/gone is not a folder; name one that holds checkpoints"
+        )
+        tokenizer.unlink()
+    gym = f"--prompt-data 1 reasoning_gym:chain_sum 1 {data} --tokenizer-model {data}"
+    check_inputs(config("rl", gym), "rl")
+
+
+def test_a_blend_of_sources():
+    assert weighted(("a",)) == [(1.0, "a")]
+    assert weighted(("0.8", "a", "0.2", "b")) == [(0.8, "a"), (0.2, "b")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "shown", "hidden"),
+    [
+        ("pretrain", "lr", "sft_epochs"),
+        ("sft", "sft_epochs", "group_size"),
+        ("rl", "group_size", "sft_epochs"),
+    ],
+)
+def test_only_the_sections_of_a_stage_are_printed(stage, shown, hidden):
+    lines = format_config(load_config([]), STAGE_SECTIONS[stage]).splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == list(STAGE_SECTIONS[stage])
+    names = {line.split()[-2] for line in lines if line.startswith(" ")}
+    assert shown in names and hidden not in names

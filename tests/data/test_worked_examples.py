@@ -1,0 +1,73 @@
+"""The teacher of sums: right where it is to be right, off by one slip where it is not."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+import pytest
+
+from megatron_ring.data.prompt_sources import GymSource
+from megatron_ring.data.worked_examples import SLIPS, WorkedExamplesConfig, running_sum, worked_examples
+from megatron_ring.errors import DataError
+
+
+def steps(answer: str) -> list[tuple[int, str, int, int]]:
+    return [
+        (int(a), sign, int(b), int(c))
+        for a, sign, b, c in re.findall(r"(-?\d+)([+-])(-?\d+)=(-?\d+)", answer.partition("</think>")[0])
+    ]
+
+
+def slips(answer: str) -> list[int]:
+    """What each step's result is off by; a step must start where the one before ended."""
+    found = steps(answer)
+    assert all(before[3] == after[0] for before, after in pairwise(found))
+    assert answer.endswith(rf"</think>\boxed{{{found[-1][3]}}}")
+    return [c - (a + b if sign == "+" else a - b) for a, sign, b, c in found]
+
+
+def test_the_docstrings_example():
+    assert running_sum("12 + 7 - 3 =") == r"<think>12+7=19;19-3=16</think>\boxed{16}"
+    assert running_sum("what is 5 - -9 = ") == r"<think>5--9=14</think>\boxed{14}"
+
+
+def test_the_share_with_exactly_one_slip_is_the_one_asked_for():
+    config = WorkedExamplesConfig(count=400, slip_share=0.3, seed=5)
+    problems = GymSource.parse(config.source)
+    wrong = 0
+    for index, example in enumerate(worked_examples(config)):
+        question, answer = (message["content"] for message in example["messages"])
+        assert question == problems[index].text
+        off = [slip for slip in slips(answer) if slip]
+        assert len(off) <= 1 and set(off) <= set(SLIPS)
+        right = rf"\boxed{{{problems[index].reference['entry']['answer']}}}"
+        assert answer.endswith(right) == (not off)
+        wrong += bool(off)
+    assert wrong == 120
+
+
+def test_the_same_config_gives_the_same_lines_and_another_seed_others():
+    def lines(seed: int) -> list:
+        return list(worked_examples(WorkedExamplesConfig(count=20, seed=seed)))
+
+    assert lines(1) == lines(1)
+    assert lines(1) != lines(2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"count": 0}, "count=0 must be"),
+        ({"slip_share": 1.5}, "slip_share=1.5"),
+        ({"min_terms": 9}, "max_terms"),
+    ],
+)
+def test_an_impossible_teacher_is_one_line(settings, said):
+    with pytest.raises(DataError, match=said):
+        next(worked_examples(WorkedExamplesConfig(**settings)))
+
+
+def test_no_sum_no_answer():
+    with pytest.raises(DataError, match="does not end in a sum"):
+        running_sum("Who are you?")
