@@ -88,8 +88,8 @@ class RingModel(GPTModel):
                 vocab_size=model.vocab_size,
             )
 
-    def forward(self, microbatch: Microbatch, packed: PackedInputs) -> Tensor | Logits:
-        """Hidden states [T, 1, D] for the next stage, or the last stage's :class:`Logits`."""
+    def forward(self, microbatch: Microbatch, packed: PackedInputs) -> Any:
+        """Hidden states [T, 1, D] for the next stage, or the last stage's answer: :class:`Logits`."""
         rotary_2TR = rotary_table(
             microbatch.positions_T, self.model.kv_channels, self.model.rotary_percent, self.model.rotary_base
         )
@@ -99,6 +99,12 @@ class RingModel(GPTModel):
         )
         if not self.post_process:
             return hidden_T1D
+        return self._answer(microbatch, hidden_T1D, packed, rotary_2TR)
+
+    def _answer(
+        self, microbatch: Microbatch, hidden_T1D: Tensor, packed: PackedInputs, rotary_2TR: Tensor
+    ) -> Any:
+        """What the last stage makes of its final hidden states."""
         if packed.cache is not None and packed.cache.rows_R is not None:
             hidden_T1D = self._rows(hidden_T1D, packed.cache.rows_R)
         further = self.mtp_process and packed.cache is None
@@ -164,14 +170,19 @@ class RingModel(GPTModel):
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, topology: Topology, device: torch.device, seed: int
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    topology: Topology,
+    device: torch.device,
+    seed: int,
+    kind: type[RingModel] = RingModel,
 ) -> list[RingModel]:
     """This rank's model chunks on ``device``: one, or one per virtual pipeline stage; weights as ``seed``
     says.
     """
     config = transformer_config(model, parallel)
     stages = [None] if topology.vpp_size == 1 else list(range(topology.vpp_size))
-    chunks = [RingModel(model, parallel, config, topology, vp_stage=stage).to(device) for stage in stages]
+    chunks = [kind(model, parallel, config, topology, vp_stage=stage).to(device) for stage in stages]
     for chunk in chunks:
         initialise(chunk, model, seed, sharding_metadata(topology))
     return chunks

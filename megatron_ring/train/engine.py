@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_ring.config.run import RunConfig
 from megatron_ring.data.microbatch import Microbatch
-from megatron_ring.model.build import Logits, build_model
+from megatron_ring.model.build import Logits, RingModel, build_model
 from megatron_ring.model.packed import RouterSignal, pack_inputs
 from megatron_ring.runtime.session import Session
 from megatron_ring.train.objective import LossTerms, Objective, logprob
@@ -60,12 +60,12 @@ class StepReport:
 class Engine:
     """Model chunks, their gradients and their optimizer on one rank."""
 
-    def __init__(self, config: RunConfig, session: Session):
+    def __init__(self, config: RunConfig, session: Session, kind: type[RingModel] = RingModel):
         self.config = config
         self.session = session
         self.topology = session.topology
         models = build_model(
-            config.model, config.parallel, session.topology, session.device, config.train.seed
+            config.model, config.parallel, session.topology, session.device, config.train.seed, kind
         )
         self.chunks = wrap_data_parallel(models, config.parallel, session.topology)
         self.models = models

@@ -1,0 +1,128 @@
+"""One process of the proof that a policy step is the same at every layout: ``rl_worker.py WORLD FOLDER``.
+
+The single process packs everything into one microbatch; every layout packs it into eight, one of them empty.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_ring.checkpoint.checkpointer import Checkpointer
+from megatron_ring.config.load import config_from_mapping
+from megatron_ring.config.validate import validate
+from megatron_ring.rl.batch import with_routes
+from megatron_ring.rl.objective import metrics
+from megatron_ring.runtime.session import Session, open_session
+from megatron_ring.train.engine import Engine
+from tests.parallel.cases import Case
+from tests.parallel.collect import local_shards
+from tests.parallel.worker import randomise, reduce_whole_gradients
+from tests.rl.policy_cases import PACKINGS, PICKS, Scored, rollouts
+from tests.rl.test_gradient import TEMPERATURE, microbatches_of, objective_of, scored_rollouts
+
+REFERENCES = [Case("v1", 1), Case("v2", 1)]
+CASES = [
+    *(Case("v1", 2, layout) for layout in (dict(tp=2), dict(pp=2), dict(ep=2), dict(), dict(pp=2, vpp=2))),
+    Case("v1", 2, dict(tp=2, recompute="full")),
+    Case("v2", 2, dict(pp=2)),
+    *(Case("v1", 4, layout) for layout in (dict(tp=2, pp=2), dict(tp=2, ep=2), dict(pp=2, ep=2))),
+    Case("v2", 4, dict(tp=2, pp=2, recompute="full")),
+    Case("v1", 8, dict(tp=2, pp=2, ep=2)),
+    Case("v1", 8, dict()),
+    Case("v2", 8, dict(tp=2, pp=2, ep=2)),
+]
+
+
+def foreign_routes(case_model: str, layers: int, topk: int, microbatches, packing: str) -> list[torch.Tensor]:
+    """The same random experts for the same token of the same response, wherever it is packed."""
+    out = []
+    for row, microbatch in zip(PACKINGS[packing], microbatches, strict=True):
+        routes_LTK = torch.full((layers, microbatch.num_slots, topk), -1, dtype=torch.int16)
+        place = 0
+        for index in row:
+            generator = torch.Generator().manual_seed(1000 + index)
+            slots = len(rollouts()[index].prompt.tokens) + PICKS[index].stop - 1
+            for layer in range(layers):
+                scores = torch.rand(slots, 8, generator=generator)
+                routes_LTK[layer, place : place + slots] = scores.topk(topk).indices.to(torch.int16)
+            # a few tokens without recorded routes
+            routes_LTK[:, place + 1] = -1
+            place += slots
+        out.append(routes_LTK)
+    return out
+
+
+def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) -> None:
+    initial, samples_file = folder / f"initial-{case.model}", folder / f"own-{case.model}.pt"
+    where = {"save": str(initial)} if is_reference else {"load": str(initial)}
+    config = config_from_mapping({**case.settings(), "moe_aux_loss_coeff": 0.0, **where})
+    validate(config, session.world_size)
+    engine = Engine(config, session)
+    reduce_whole_gradients(engine)
+    checkpointer = Checkpointer(config, engine, session)
+    packing = "one" if is_reference else "eight"
+    if is_reference:
+        randomise(engine)
+        checkpointer.save(0, {"step": 0})
+        scored, samples = scored_rollouts(engine)
+        torch.save([scored.old, scored.ref, [s.response.logprobs_R.tolist() for s in samples]], samples_file)
+    else:
+        checkpointer.load(initial)
+    scored, samples = read_samples(samples_file)
+    whole = microbatches_of(scored, samples, packing)
+    layers, topk = config.model.num_moe_layers, config.model.moe_router_topk
+    foreign = foreign_routes(case.model, layers, topk, whole, packing)
+    dp, rank = session.topology.dp_size, session.topology.dp_rank
+    share = slice(rank * len(whole) // dp, (rank + 1) * len(whole) // dp)
+    own, routes = whole[share], foreign[share]
+    out = folder / case.name
+    out.mkdir(exist_ok=True)
+    objective = objective_of()
+    objective = replace(objective, facts=replace(objective.facts, dp_size=dp))
+    summary = {}
+    for name, microbatches in (("plain", own), ("replayed", with_routes(own, routes))):
+        report = engine.accumulate(microbatches, objective)
+        torch.save(local_shards(engine, gradients=True), out / f"{name}.{session.rank}.pt")
+        summary[name] = {**metrics(report), "grad_norm": report.grad_norm, "z": report.z_loss}
+        if report.replay:
+            rates = {f"flips{i}": rate for i, rate in enumerate(report.replay.flip_rates)}
+            summary[name] |= {**rates, "missing": report.replay.missing_share}
+    _, recorded = engine.score_with_routes(own, TEMPERATURE)
+    report = engine.accumulate(with_routes(own, recorded), objective)
+    summary["own"] = {"loss": report.loss, "grad_norm": report.grad_norm}
+    summary["own_flips"] = max(report.replay.flip_rates) + report.replay.missing_share
+    if session.is_main:
+        (out / "summary.json").write_text(json.dumps(summary))
+
+
+def read_samples(path: Path):
+    """The policies that the single process scored, and rollouts with the third one's log probabilities."""
+    old, ref, rolled = torch.load(path, weights_only=True)
+    samples = [
+        replace(s, response=replace(s.response, logprobs_R=np.array(row, dtype=np.float32)))
+        for s, row in zip(rollouts(), rolled, strict=True)
+    ]
+    return Scored(old=old, ref=ref), samples
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    world, folder = int(sys.argv[1]), Path(sys.argv[2])
+    todo = [(case, True) for case in REFERENCES] if world == 1 else []
+    todo += [(case, False) for case in CASES if case.world == world]
+    for case, is_reference in todo:
+        config = config_from_mapping(case.settings())
+        with open_session(config.parallel, seed=11 if is_reference else 99) as session:
+            run_case(case, session, folder, is_reference=is_reference)
+            if session.is_main:
+                print(f"done {case.name}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

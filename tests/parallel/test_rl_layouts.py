@@ -1,0 +1,58 @@
+"""A C3PO step is the same at every layout and packing: loss, metrics, every gradient, with and without replay.
+
+One spawn per world size runs all its layouts, as in ``test_layouts``.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.cases import Case
+from tests.parallel.collect import largest_gap, whole_tensors
+from tests.parallel.rl_worker import CASES
+from tests.parallel.test_layouts import spawn
+
+
+@pytest.fixture(scope="module")
+def run_world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rl-parity")
+
+    @cache
+    def run(world: int) -> Path:
+        if world > 1:
+            run(1)
+        result = spawn(world, "tests.parallel.rl_worker", str(world), str(folder))
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+        return folder
+
+    return run
+
+
+@cache
+def reference(folder: Path, model: str, kind: str):
+    return whole_tensors(folder / model, kind)
+
+
+def cases() -> list:
+    return [
+        pytest.param(case, id=f"world{case.world}-{case.name}", marks=[pytest.mark.slow] * (case.world == 8))
+        for case in CASES
+    ]
+
+
+@pytest.mark.parametrize("case", cases())
+def test_a_policy_step_is_the_same_at_every_layout(case: Case, run_world):
+    folder = run_world(case.world)
+    own = json.loads((folder / case.name / "summary.json").read_text())
+    ref = json.loads((folder / case.model / "summary.json").read_text())
+    assert ref["replayed"]["flips0"] > 0.2 and ref["replayed"]["missing"] > 0
+    for kind in ("plain", "replayed"):
+        assert own[kind] == pytest.approx(ref[kind], rel=2e-5, abs=1e-7), kind
+        gap, key = largest_gap(whole_tensors(folder / case.name, kind), reference(folder, case.model, kind))
+        assert gap < 1e-5, f"{kind}: gradient of {key} differs by {gap:.1e}"
+    assert own["own_flips"] == 0, "every stage and tensor rank replays what it recorded"
+    assert own["own"] == {name: own["plain"][name] for name in ("loss", "grad_norm")}
