@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -157,7 +156,6 @@ class GymSource:
         self.num_left_out = 0
         self.domains = frozenset({GYM_DOMAIN})
         self._dataset = dataset
-        self._identity = (dataset, size, seed, sorted((parameters or {}).items()))
         digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
         # numpy's seeds end at 2**32
         spread = int.from_bytes(digest) % (1 << 31)
@@ -169,6 +167,8 @@ class GymSource:
             raise DataError(
                 f"{self.name}: {reason}; see reasoning-gym's data sets and their parameters"
             ) from None
+        identity = [dataset, size, seed, sorted((parameters or {}).items()), version("reasoning-gym")]
+        self.fingerprint = hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
 
     @classmethod
     def parse(cls, source: str, *, freezing: bool = False) -> GymSource:
@@ -189,11 +189,6 @@ class GymSource:
         if not isinstance(size, int) or not isinstance(seed, int) or size < 1:
             raise DataError(f"{source}: size={size} and seed={seed} must be whole numbers, the size positive")
         return cls(name, size=size, seed=seed, parameters=parameters)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        text = json.dumps([self._identity, version("reasoning-gym")], default=str)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def __len__(self) -> int:
         return len(self._entries)

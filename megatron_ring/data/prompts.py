@@ -62,9 +62,17 @@ def open_prompts(
             "prompt_data is empty, there is nothing to ask; name a JSONL file or reasoning_gym:NAME"
         )
     pairs = [("1", words[0])] if len(words) == 1 else list(zip(words[::2], words[1::2], strict=True))
-    rates = {"solve_rate_min": settings.solve_rate_min, "solve_rate_max": settings.solve_rate_max}
+    sources = [
+        (
+            Fraction(weight),
+            open_source(
+                source, solve_rate_min=settings.solve_rate_min, solve_rate_max=settings.solve_rate_max
+            ),
+        )
+        for weight, source in pairs
+    ]
     return PromptStream(
-        [(Fraction(weight), open_source(source, **rates)) for weight, source in pairs],
+        sources,
         tokenizer,
         seed=seed,
         max_prompt_length=settings.max_prompt_length,

@@ -216,11 +216,10 @@ class SftStream:
         tokens = np.concatenate([c.tokens[start : end - 1] for start, end in spans])
         labels = np.concatenate([c.tokens[start + 1 : end] for start, end in spans])
         learned = np.concatenate([c.learned[start + 1 : end] for start, end in spans])
-        return pack_microbatch(
-            [(tokens.astype(np.int64), labels.astype(np.int64), learned.astype(np.float32))],
-            self.capacity,
-            segment_lengths=[[end - start - 1 for start, end in spans]],
-        )
+        lengths = [end - start - 1 for start, end in spans]
+        # arrays pass for sequences of numbers
+        columns: Any = (tokens, labels, learned)
+        return pack_microbatch([columns], self.capacity, segment_lengths=[lengths])
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on, as numbers and strings."""

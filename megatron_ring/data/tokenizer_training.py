@@ -49,12 +49,7 @@ def train_tokenizer(
     """
     from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-    reserved = list(dict.fromkeys([*CHAT_SYMBOLS, *symbols]))
-    if "" in reserved:
-        raise DataError("a symbol is empty; name text that is to be one token")
-    least = _MIN_VOCAB_SIZE + len(reserved) - len(CHAT_SYMBOLS)
-    if vocab_size < least + 1:
-        raise DataError(f"vocab_size={vocab_size} must exceed the {least} reserved tokens; try 2048")
+    reserved = _reserved(symbols, vocab_size)
     model = io.BytesIO()
     # whole before training starts: the trainer would turn an error of the reader into one of its own
     chunks = list(_chunks(documents))
@@ -90,6 +85,17 @@ def train_tokenizer(
             raise _explained(error, vocab_size) from error
         temporary.write_bytes(model.getvalue())
     return SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
+
+
+def _reserved(symbols: Sequence[str], vocab_size: int) -> list[str]:
+    """The chat symbols and further ones, once each, if they leave room for anything else."""
+    reserved = list(dict.fromkeys([*CHAT_SYMBOLS, *symbols]))
+    if "" in reserved:
+        raise DataError("a symbol is empty; name text that is to be one token")
+    least = _MIN_VOCAB_SIZE + len(reserved) - len(CHAT_SYMBOLS)
+    if vocab_size < least + 1:
+        raise DataError(f"vocab_size={vocab_size} must exceed the {least} reserved tokens; try 2048")
+    return reserved
 
 
 def _chunks(documents: Iterable[str]) -> Iterator[bytes]:

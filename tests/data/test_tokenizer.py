@@ -155,6 +155,17 @@ def test_bad_settings_beside_a_tokenizer_json_are_named(
         load_tokenizer("huggingface", tmp_path)
 
 
+def test_further_symbols_are_single_tokens(tmp_path: Path):
+    path = tmp_path / "boxed.model"
+    train_tokenizer(builtin_documents(0.1), path, vocab_size=420, symbols=["\\boxed{", "<think>"])
+    tokenizer = SentencePieceTokenizer(path)
+    text = r"<think>1+2=3</think>\boxed{3}"
+    ids = tokenizer.encode(text)
+    assert len(ids) == 10 and tokenizer.decode(ids) == text
+    with pytest.raises(DataError, match="vocab_size=266 must exceed the 266 reserved tokens"):
+        train_tokenizer(["text"], path, vocab_size=266, symbols=["\\boxed{"])
+
+
 def test_training_is_deterministic_and_digits_can_stay_together(tmp_path: Path):
     documents = [f"in {year} there were a number of things" for year in range(1900, 2000)]
     for name, split in [("a", True), ("b", True), ("c", False)]:
