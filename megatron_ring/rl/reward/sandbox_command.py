@@ -3,6 +3,7 @@
 Each part closes a hole that the others leave:
 - bwrap never starts as root: root's /proc/sys is writable inside, and RLIMIT_NPROC does not bind root;
 - ``/`` and ``/dev`` are remounted read-only, or code fills their memory-backed file systems;
+- the first process of the namespace, bwrap's own, is outside the limits: ``/proc/1/mem`` would hand it over;
 - memory that no process's RSS shows (memfd, System V segments) cannot be made;
 - clone3 hides its flags from a filter, so it does not exist inside, and libc falls back to clone.
 """
@@ -84,7 +85,20 @@ def command(program: Program, limits: Limits, data_fds: Mapping[str, int], secco
         *(find_tool("bwrap", "the code sandbox"), "--unshare-all", "--unshare-user"),
         *("--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--die-with-parent", "--new-session"),
         *_system(),
-        *("--proc", "/proc", "--dev", "/dev", "--size", str(limits.tmp_bytes), "--tmpfs", "/tmp"),
+        *(
+            "--proc",
+            "/proc",
+            "--tmpfs",
+            "/proc/1",
+            "--remount-ro",
+            "/proc/1",
+            "--dev",
+            "/dev",
+            "--size",
+            str(limits.tmp_bytes),
+            "--tmpfs",
+            "/tmp",
+        ),
         *("--chdir", "/tmp", "--clearenv", "--setenv", "PATH", "/usr/bin", "--setenv", "HOME", "/tmp"),
         *("--setenv", "LANG", "C.UTF-8", "--disable-userns", "--cap-drop", "ALL"),
         *("--seccomp", str(seccomp_fd), "--json-status-fd", str(status_fd)),

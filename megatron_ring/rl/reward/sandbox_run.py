@@ -97,6 +97,8 @@ def _start(program: Program, limits: Limits, stdin: bytes, stack: contextlib.Exi
             stderr=subprocess.PIPE,
             bufsize=0,
             cwd="/",
+            # --clearenv does not reach /proc/1/environ, which is what bwrap itself was started with
+            env={"PATH": "/usr/bin:/bin"},
             pass_fds=(*data_fds.values(), seccomp_fd, status_write),
             **identity(),
         )
@@ -217,7 +219,11 @@ def _result(watched: _Watched) -> RunResult:
     else:
         status = "ok"
     return RunResult(
-        status=status, stdout=bytes(watched.stdout), stderr=stderr, exit_code=exit_code, seconds=seconds
+        status=status,
+        stdout=bytes(watched.stdout[: watched.limits.output_bytes]),
+        stderr=stderr,
+        exit_code=exit_code,
+        seconds=seconds,
     )
 
 

@@ -69,6 +69,7 @@ def serve(trainer: Connection) -> None:
         # what a verifier prints stays readable after it dies, but never fills a disk
         if os.fstat(2).st_size > _LOG_BYTES:
             os.ftruncate(2, 0)
+            os.lseek(2, 0, os.SEEK_SET)
         try:
             judges[prompt.domain].load()
         except RewardError as error:

@@ -1,0 +1,119 @@
+"""Problems to judge, and the sandbox where the machine can have one."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ring.data.prompts import Prompt
+from megatron_ring.errors import RewardError
+from megatron_ring.rl.reward.sandbox import Sandbox
+from megatron_ring.rl.reward.sandbox_command import FIRST_UID
+
+PLUGIN = """
+import os, signal, sys, time
+from megatron_ring.rl.types import RewardResult
+
+def right(prompt, text):
+    return RewardResult(score=1.0, status="correct", detail=f"{os.getpid()} {text}")
+
+def sleep(prompt, text):
+    time.sleep(float(text))
+    return right(prompt, text)
+
+def hang(prompt, text):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    open(text, "w").write(str(os.getpid()))
+    while True:
+        pass
+
+def die(prompt, text):
+    print("the last words of a verifier", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+def leave(prompt, text):
+    os._exit(0)
+
+def fail(prompt, text):
+    raise KeyError("no such thing")
+
+def number(prompt, text):
+    return 1.0
+
+def chatter(prompt, text):
+    print("x" * (3 << 20), flush=True)
+    return RewardResult(score=0.0, status="wrong", detail=str(os.fstat(1).st_size))
+
+def modules(prompt, text):
+    main = os.path.basename(sys.modules["__main__"].__file__)
+    return RewardResult(score=0.0, status="wrong", detail=f"{main}, torch: {'torch' in sys.modules}")
+
+def one_argument(prompt):
+    return right(prompt, "")
+
+not_a_function = 3
+
+def sandboxed(prompt, text):
+    from megatron_ring.rl.reward.sandbox import Sandbox
+    from megatron_ring.rl.reward.sandbox_command import Limits
+    sandbox = Sandbox.open()
+    source = "import os, time" + chr(10) + "os.fork(); os.fork(); time.sleep(60)"
+    sandbox.run(sandbox.python(source), Limits(seconds=60.0))
+"""
+
+
+def problem(domain: str, **reference: Any) -> Prompt:
+    return Prompt(uid=3, domain=domain, text="?", tokens=(1, 2), reference=reference)
+
+
+def sandbox_processes() -> list[str]:
+    """Command lines of processes that a sandbox started and that have not ended (root starts them by uid)."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            uid = folder.stat().st_uid
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            words = (folder / "cmdline").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        mine = FIRST_UID <= uid < FIRST_UID + 1000 if os.geteuid() == 0 else "/code/" in words
+        if mine and state != "Z":
+            found.append(words)
+    return found
+
+
+def no_sandbox_process_within(seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while sandbox_processes():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Sandbox:
+    try:
+        return Sandbox.open()
+    except RewardError as error:
+        # a sandbox that starts and does not isolate is a failure, not a machine without one
+        if "is not installed" in str(error) or "did not start" in str(error):
+            pytest.skip(f"no sandbox on this machine: {error}")
+        raise
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Name of a module of reward functions, good and bad, that workers can import."""
+    name = "ring_test_rewards"
+    (tmp_path / f"{name}.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    import sys
+
+    sys.modules.pop(name, None)

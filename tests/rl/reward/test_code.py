@@ -1,0 +1,207 @@
+"""Code is right when every test passes, in each language and mode."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from megatron_ring.config.rl import RewardConfig
+from megatron_ring.errors import RewardError
+from megatron_ring.rl.reward.code import CodeJob, CodeJudge, same_output, same_value
+from megatron_ring.rl.reward.registry import check_reward_function
+from megatron_ring.rl.reward.sandbox import Sandbox
+from megatron_ring.rl.types import RewardResult
+from tests.rl.reward.conftest import problem, sandbox_processes
+
+SUMS = ({"input": "1 2\n", "output": "3"}, {"input": "5 6\n", "output": "11\n"})
+SORTS = ({"input": [[3, 1, 2]], "output": [1, 2, 3]}, {"input": "[2, 1]\n", "output": "[1, 2]"})
+UNITS = (
+    "assert add(1, 2) == 3",
+    "import unittest\nclass T(unittest.TestCase):\n    def test_it(self): self.assertEqual(add(2, 2), 4)",
+    "from solution import add\ndef test_zero(): assert add(0, 0) == 0",
+)
+CPP_SUM = "#include <iostream>\nint main() { int a, b; std::cin >> a >> b; std::cout << a + b << std::endl; }"
+JAVA_SUM = (
+    "import java.util.Scanner;\nclass Helper { static int add(int a, int b) { return a + b; } }\n"
+    "public class Solve { public static void main(String[] words) {\n  Scanner in = new Scanner(System.in);\n"
+    "  System.out.println(Helper.add(in.nextInt(), in.nextInt()));\n} }"
+)
+
+
+@pytest.fixture(scope="module")
+def judge(sandbox: Sandbox) -> CodeJudge:
+    return CodeJudge(RewardConfig(sandbox_timeout=20.0, sandbox_memory_mb=256, reward_timeout=60.0))
+
+
+@pytest.fixture(scope="module")
+def impatient() -> CodeJudge:
+    return CodeJudge(RewardConfig(sandbox_timeout=1.0, reward_timeout=60.0))
+
+
+def verdict(judge: CodeJudge, source: str, **job) -> RewardResult:
+    result = judge.judge(CodeJob(source=source, **{"tests": SUMS, **job}))
+    assert result.score == float(result.status == "correct")
+    assert "\n" not in result.detail
+    return result
+
+
+@pytest.mark.parametrize(
+    ("source", "status"),
+    [
+        ("a, b = map(int, input().split()); print(a + b); exit()", "correct"),
+        ("if __name__ == '__main__':\n    print(sum(map(int, open(0).read().split())))", "correct"),
+        ("print(sum(map(int, input().split())) or exit(1), end='\\n\\n')", "correct"),
+        ("print(3)", "wrong"),
+        ("print(3, 3)", "wrong"),
+        ("pass", "wrong"),
+        ("def f(:", "compile_error"),
+        ("print(sys.argv)", "crashed"),
+        ("raise SystemExit(3)", "crashed"),
+        ("hog = [0] * (1 << 40)", "memory"),
+        ("while True: print('x' * 1000)", "output_limit"),
+        ("x = 1 #" + "x" * (200 << 20), "compile_error"),
+        ("(" * 100_000, "compile_error"),
+    ],
+)
+def test_python_from_stdin(judge: CodeJudge, source: str, status: str):
+    result = verdict(judge, source)
+    assert result.status == status, result.detail
+
+
+@pytest.mark.parametrize(
+    ("source", "status"),
+    [
+        ("class Solution:\n    def arrange(self, x: List[int]):\n        print('hi')\n        return sorted(x)", "correct"),
+        ("def arrange(x): return tuple(sorted(x))", "correct"),
+        ("def arrange(x): return x", "wrong"),
+        ("def arrange(x): return set(x)", "wrong"),
+        ("import os\nprint('[1, 2, 3]', flush=True)\nos._exit(0)", "wrong"),
+        ("def other(x): return sorted(x)", "crashed"),
+        ("def arrange(x): raise ValueError", "crashed"),
+    ],
+)  # fmt: skip
+def test_python_functions(judge: CodeJudge, source: str, status: str):
+    assert verdict(judge, source, mode="function", function="arrange", tests=SORTS).status == status
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "test"),
+    [
+        ("def add(a, b): return a + b", "correct", ""),
+        ("def add(a, b): return 3", "wrong", "test 2 of 3"),
+        ("def add(a, b): return a + b or 1", "wrong", "test 3 of 3"),
+        ("import os; os._exit(0)", "crashed", "test 1 of 3"),
+        ("raise SystemExit(0)", "crashed", "test 1 of 3"),
+        ("def add(a, b): exit()", "crashed", "test 1 of 3"),
+        ("def other(): pass", "crashed", "test 1 of 3"),
+    ],
+)
+def test_python_unit_tests(judge: CodeJudge, source: str, status: str, test: str):
+    result = verdict(judge, source, mode="unit_test", tests=UNITS)
+    assert (result.status, result.detail[: len(test)]) == (status, test)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
+@pytest.mark.parametrize(
+    ("source", "status"),
+    [
+        (CPP_SUM, "correct"),
+        (CPP_SUM.replace("+ b", "- b"), "wrong"),
+        ("int main() {", "compile_error"),
+        ('#include "/etc/shadow"\nint main() {}', "compile_error"),
+        ("int main() { int *nothing = 0; *nothing = 1; }", "crashed"),
+        ("#include <vector>\nint main() { return std::vector<char>(10ull << 30, 1)[5]; }", "memory"),
+    ],
+)
+def test_cpp(judge: CodeJudge, source: str, status: str):
+    result = verdict(judge, source, language="cpp")
+    assert result.status == status, result.detail
+
+
+@pytest.mark.skipif(shutil.which("javac") is None, reason="no javac on this machine")
+@pytest.mark.parametrize(
+    ("source", "status"),
+    [
+        (JAVA_SUM, "correct"),
+        (JAVA_SUM.replace("a + b", "a - b"), "wrong"),
+        ("class Main { int x = ; }", "compile_error"),
+        ("class Main { public static void main(String[] w) { long[][] x = new long[999][];"
+         " for (int i = 0; i < 999; i++) x[i] = new long[9999999]; } }", "memory"),
+    ],
+)  # fmt: skip
+def test_java(judge: CodeJudge, source: str, status: str):
+    result = verdict(judge, source, language="java")
+    assert result.status == status, result.detail
+
+
+@pytest.mark.parametrize(
+    ("language", "source"),
+    [("python", "input()\nwhile True: pass"), ("cpp", "int main() { for (volatile int i = 0;; i = 1); }")],
+)
+def test_endless_solutions_time_out(impatient: CodeJudge, language: str, source: str):
+    assert verdict(impatient, source, language=language).status == "timeout"
+
+
+def test_all_tests_together_are_bounded(sandbox: Sandbox):
+    judge = CodeJudge(RewardConfig(sandbox_timeout=5.0, reward_timeout=3.0))
+    result = verdict(
+        judge, "import time\ntime.sleep(0.6)\nprint(1)", tests=({"input": "", "output": "1"},) * 9
+    )
+    assert result.status == "timeout" and result.detail.endswith(("s", "over"))
+    assert sandbox_processes() == []
+
+
+def test_a_batch_keeps_its_order(judge: CodeJudge):
+    jobs = [
+        CodeJob(source=f"import time; time.sleep({0.2 if n == 0 else 0}); print({n})",
+                tests=({"input": "", "output": str(n - n % 2)},))
+        for n in range(8)
+    ]  # fmt: skip
+    assert [r.status for r in judge.run_batch(jobs, workers=2)] == ["correct", "wrong"] * 4
+
+
+def test_the_last_block_of_a_response_is_judged(judge: CodeJudge):
+    prompt = problem("code", language="python", mode="stdin", tests=list(SUMS))
+    good, bad = "```python\nprint(sum(map(int, input().split())))\n```\n", "```\nprint(0)\n```\n"
+    assert judge(prompt, bad + "Or:\n" + good).status == "correct"
+    assert judge(prompt, good + bad).status == "wrong"
+    assert judge(prompt, "print(3)").status == "parse_error"
+    check_reward_function(judge, prompt)
+
+
+def test_what_cannot_be_judged_is_an_error_in_one_line(judge: CodeJudge):
+    for language, mode in [("rust", "stdin"), ("cpp", "function"), ("python", "essay")]:
+        with pytest.raises(
+            RewardError, match=f"language={language}, mode={mode} cannot be judged; python takes"
+        ):
+            judge.judge(CodeJob(source="x", tests=SUMS, language=language, mode=mode))
+    with pytest.raises(ValueError, match="without tests"):
+        CodeJob.of({"tests": []}, "print(1)")
+
+
+@pytest.mark.parametrize(
+    ("output", "expected", "equal"),
+    [
+        ("1 2\n", "1 2", True),
+        ("1  2 \n\n", "1 2\n", True),
+        ("1\n2", "1 2", False),
+        ("", "0", False),
+        ("0.33333331", "0.33333333", True),
+        ("0.333", "0.3333", False),
+        ("3", "3.0", True),
+        ("3.0", "3", False),
+        ("nan", "1.0", False),
+        ("yes", "1.0", False),
+    ],
+)
+def test_outputs_are_compared_word_by_word(output: str, expected: str, equal: bool):
+    assert same_output(output, expected) is equal
+
+
+def test_values_are_compared_deeply():
+    assert same_value([1, {"a": [0.30000000000000004]}], [1, {"a": [0.3]}])
+    assert not same_value([1, 2], [1, 2, 3])
+    assert not same_value({"a": 1}, {"a": 1, "b": 2})
+    assert not same_value("1", 1)
+    assert not same_value(None, [])

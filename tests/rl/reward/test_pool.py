@@ -1,0 +1,250 @@
+"""Verifiers that hang or die cost one response its score, and nothing else. Real processes throughout."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import pytest
+
+from megatron_ring.config.rl import RewardConfig
+from megatron_ring.errors import RewardError
+from megatron_ring.rl.reward.pool import RewardPool
+from tests.rl.reward.conftest import no_sandbox_process_within, problem
+
+ROOT = Path(__file__).parents[3]
+FUNCTIONS = ("right", "sleep", "hang", "die", "leave", "fail", "number", "chatter", "modules", "sandboxed")
+
+
+def config(plugin: str, **words) -> RewardConfig:
+    functions = tuple(f"{name}={plugin}:{name}" for name in FUNCTIONS)
+    return RewardConfig(
+        **{"reward_functions": functions, "reward_workers": 1, "reward_timeout": 20.0, **words}
+    )
+
+
+def ends_within(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+
+
+def wait_for(found: Callable[[], str], seconds: float = 20.0) -> str:
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return found()
+
+
+def test_every_response_gets_its_own_verdict_whatever_order_they_end_in(plugin: str):
+    with RewardPool.open(config(plugin, reward_workers=2), domains={"math"}) as pool:
+        slow = pool.submit(problem("sleep"), "0.3")
+        fast = [pool.submit(problem("math", answer=str(n % 3)), rf"\boxed{{{n}}}") for n in range(30)]
+        assert [f.result().score for f in fast] == [1.0, 1.0, 1.0] + [0.0] * 27
+        assert slow.result().detail.endswith(" 0.3")
+        assert pool.submit(problem("math", answer="1/2"), r"\boxed{0.5}").result().status == "correct"
+        assert pool.num_replaced == 0
+
+
+def test_scoring_goes_on_beside_the_callers_work_in_as_many_processes_as_asked(plugin: str):
+    with RewardPool.open(config(plugin, reward_workers=2)) as pool:
+        futures = [pool.submit(problem("sleep"), "0.5") for _ in range(2)]
+        assert not any(future.done() for future in futures)
+        assert len({future.result().detail.split()[0] for future in futures}) == 2
+
+
+def test_a_verifier_that_hangs_is_killed_and_replaced(plugin: str, tmp_path: Path):
+    with RewardPool.open(config(plugin, reward_timeout=0.5)) as pool:
+        hung = pool.submit(problem("hang"), str(tmp_path / "pid"))
+        after = pool.submit(problem("right"), "x")
+        result = hung.result()
+        assert (result.score, result.status, result.detail) == (0.0, "timeout", "verifier killed after 0.5 s")
+        pid = int((tmp_path / "pid").read_text())
+        assert ends_within(pid, 0.0)
+        assert after.result().score == 1.0
+        assert after.result().detail.split()[0] != str(pid)
+        assert pool.num_replaced == 1
+
+
+def test_a_verifier_that_dies_is_replaced_and_its_last_words_are_kept(plugin: str):
+    with RewardPool.open(config(plugin)) as pool:
+        died, left = pool.submit(problem("die"), ""), pool.submit(problem("leave"), "")
+        after = pool.submit(problem("right"), "x")
+        assert died.result().status == left.result().status == "verifier_error"
+        assert died.result().detail == "verifier died: signal SIGSEGV: the last words of a verifier"
+        assert left.result().detail == "verifier died: exit code 0"
+        assert after.result().score == 1.0
+        assert pool.num_replaced == 2
+
+
+def test_many_deaths_over_responses_do_not_break_the_pool(plugin: str):
+    with RewardPool.open(config(plugin)) as pool:
+        futures = [pool.submit(problem("leave"), "") for _ in range(4)]
+        assert {f.result().status for f in futures} == {"verifier_error"}
+        assert pool.submit(problem("right"), "x").result().score == 1.0
+
+
+def test_exceptions_and_other_results_are_values(plugin: str):
+    with RewardPool.open(config(plugin)) as pool:
+        failed, number = pool.submit(problem("fail"), ""), pool.submit(problem("number"), "")
+        assert (failed.result().status, failed.result().detail) == (
+            "verifier_error",
+            "KeyError: 'no such thing'",
+        )
+        assert number.result().detail == "returned float, not RewardResult"
+        broken = pool.submit(problem("math"), r"\boxed{1}").result()
+        assert (broken.status, broken.detail) == ("verifier_error", "KeyError: 'answer'")
+
+
+def test_what_verifiers_print_does_not_pile_up(plugin: str):
+    with RewardPool.open(config(plugin)) as pool:
+        sizes = [int(pool.submit(problem("chatter"), "").result().detail) for _ in range(3)]
+        assert max(sizes) < 4 << 20
+
+
+def test_neither_process_holds_what_the_other_needs():
+    code = f"""
+import sys, time
+import torch
+from megatron_ring.rl.reward.pool import RewardPool
+sys.path[:0] = [{str(ROOT)!r}]
+from tests.rl.reward.conftest import PLUGIN, problem
+import tempfile, pathlib
+folder = tempfile.TemporaryDirectory()
+pathlib.Path(folder.name, "mine.py").write_text(PLUGIN)
+sys.path[:0] = [folder.name]
+from megatron_ring.config.rl import RewardConfig
+# no guard: a verifier never imports the entry script
+with RewardPool.open(RewardConfig(reward_functions=("modules=mine:modules",)), domains=["math"]) as pool:
+    assert pool.submit(problem("math", answer="1/2"), r"\\boxed{{0.5}}").result().score == 1.0
+    print(pool.submit(problem("modules"), "").result().detail)
+assert not {{"math_verify", "sympy.core", "reasoning_gym", "mine"}} & (set(sys.modules) - before)
+""".replace("import torch\n", "import torch\nbefore = set(sys.modules)\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "worker.py, torch: False\n"), done.stderr
+
+
+def test_workers_die_with_the_trainer(plugin: str, tmp_path: Path):
+    code = f"""
+import sys, time
+sys.path[:] = {sys.path!r}
+from tests.rl.reward.conftest import problem
+from tests.rl.reward.test_pool import config
+from megatron_ring.rl.reward.pool import RewardPool
+with RewardPool.open(config({plugin!r}, reward_workers=2, reward_timeout=600.0)) as pool:
+    pool.submit(problem("hang"), {str(tmp_path / "busy")!r})
+    print(pool.submit(problem("right"), "x").result().detail.split()[0], flush=True)
+    time.sleep(600)
+"""
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT) as trainer:
+        assert trainer.stdout is not None
+        idle = int(trainer.stdout.readline())
+        busy = int(wait_for(lambda: (tmp_path / "busy").read_text() if (tmp_path / "busy").exists() else ""))
+        trainer.kill()
+    assert idle != busy
+    assert ends_within(idle, 3.0) and ends_within(busy, 3.0)
+
+
+def test_closing_kills_what_runs_and_cancels_what_waits(plugin: str, tmp_path: Path):
+    with RewardPool.open(config(plugin, reward_timeout=600.0)) as pool:
+        running = pool.submit(problem("hang"), str(tmp_path / "pid"))
+        waiting = [pool.submit(problem("right"), "x") for _ in range(3)]
+        pid = int(wait_for(lambda: (tmp_path / "pid").read_text() if (tmp_path / "pid").exists() else ""))
+    assert ends_within(pid, 0.0)
+    for future in [running, *waiting]:
+        with pytest.raises(CancelledError):
+            future.result(0)
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(problem("right"), "x")
+
+
+def test_a_killed_verifier_takes_its_sandbox_along(plugin: str, sandbox):
+    with RewardPool.open(config(plugin, reward_timeout=2.0)) as pool:
+        assert pool.submit(problem("sandboxed"), "").result().status == "timeout"
+    assert no_sandbox_process_within(2.0)
+
+
+def test_code_is_judged_in_the_sandbox(plugin: str, sandbox):
+    with RewardPool.open(config(plugin, reward_workers=2), domains={"code"}) as pool:
+        prompt = problem("code", tests=[{"input": "2", "output": "4"}])
+        futures = [pool.submit(prompt, f"```python\nprint(int(input()) * {n})\n```") for n in (2, 3)]
+        assert [f.result().status for f in futures] == ["correct", "wrong"]
+
+
+def test_a_domain_without_a_function_is_refused_at_once(plugin: str):
+    line = (
+        "domain=song has no reward function, only .*right.* have; add --reward-functions song=module:function"
+    )
+    with pytest.raises(RewardError, match=line), RewardPool.open(config(plugin), domains={"math", "song"}):
+        pass
+    with RewardPool.open(config(plugin)) as pool, pytest.raises(RewardError, match=line):
+        pool.submit(problem("song"), "x")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ({"reward_workers": 0}, "reward_workers=0 must be at least 1; try 2"),
+        ({"reward_functions": ("p=no_such:f",)}, "no module no_such; install it or set PYTHONPATH"),
+        ({"reward_functions": ("p=ring_test_rewards:nothing",)}, "module ring_test_rewards has no nothing"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_judged(plugin: str, words: dict, line: str):
+    with pytest.raises(RewardError, match=line), RewardPool.open(RewardConfig(**words)):
+        pass
+
+
+def test_workers_that_cannot_start_are_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "ring_test_deadly.py").write_text(
+        "import os, sys\nprint('no luck', file=sys.stderr)\nos._exit(9)"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    deadly = RewardConfig(reward_functions=("p=ring_test_deadly:f",))
+    with pytest.raises(RewardError) as caught, RewardPool.open(deadly):
+        pass
+    line = str(caught.value)
+    assert "reward workers died 3 times in a row" in line and "exit code 9: no luck" in line
+    assert "\n" not in line
+
+
+def test_a_missing_sandbox_is_refused_at_the_start_or_by_the_future(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    # workers inherit the path on which a package hides the sandbox's filter
+    (tmp_path / "pyseccomp.py").write_text("raise ImportError('not here')")
+    monkeypatch.syspath_prepend(tmp_path)
+    line = (
+        r"pyseccomp cannot be used \(not here\), but the code sandbox needs it; run tools/setup_sandbox\.sh"
+    )
+    with pytest.raises(RewardError, match=line), RewardPool.open(RewardConfig(), domains={"code"}):
+        pass
+    with RewardPool.open(RewardConfig(reward_workers=1)) as pool:
+        prompt = problem("code", tests=[{"input": "", "output": "1"}])
+        future = pool.submit(prompt, "```\nprint(1)\n```")
+        with pytest.raises(RewardError, match=line):
+            future.result()
+        assert pool.submit(problem("math", answer="1"), r"\boxed{1}").result().score == 1.0
+
+
+def test_no_descriptor_is_left_open(plugin: str, tmp_path: Path):
+    def use() -> int:
+        with RewardPool.open(config(plugin, reward_timeout=0.3)) as pool:
+            pool.submit(problem("hang"), str(tmp_path / "pid")).result()
+            pool.submit(problem("die"), "").result()
+        return len(os.listdir("/proc/self/fd"))
+
+    assert use() == use()
