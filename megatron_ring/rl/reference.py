@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from megatron_ring.data.microbatch import Microbatch
 from megatron_ring.errors import CheckpointError
 from megatron_ring.model.build import RingModel
+from megatron_ring.rl.batch import RLMicrobatch
 from megatron_ring.runtime.session import Session
 
 
@@ -50,10 +52,12 @@ class ReferencePolicy:
     def score(self, microbatches: Sequence[Microbatch], temperature: float = 1.0) -> list[Tensor]:
         """log p [T] of every label under the reference, per microbatch; empty except on the last stage.
 
-        Collective over the world. Routes that the microbatches carry are replayed.
+        Collective over the world. Routes that the microbatches carry are the policy's: the reference is a
+        policy of its own and routes by itself.
         """
+        free = [replace(m, routes_LTK=None) if isinstance(m, RLMicrobatch) else m for m in microbatches]
         with self.in_place():
-            return [logp_T for logp_T, _ in self.engine.score(microbatches, temperature)]
+            return [logp_T for logp_T, _ in self.engine.score(free, temperature)]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

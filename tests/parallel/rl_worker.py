@@ -17,7 +17,9 @@ from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.validate import validate
 from megatron_ring.rl.batch import with_routes
+from megatron_ring.rl.critic import Critic
 from megatron_ring.rl.objective import metrics
+from megatron_ring.rl.reference import ReferencePolicy
 from megatron_ring.runtime.session import Session, open_session
 from megatron_ring.train.engine import Engine
 from tests.parallel.cases import Case
@@ -61,7 +63,9 @@ def foreign_routes(case_model: str, layers: int, topk: int, microbatches, packin
 def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) -> None:
     initial, samples_file = folder / f"initial-{case.model}", folder / f"own-{case.model}.pt"
     where = {"save": str(initial)} if is_reference else {"load": str(initial)}
-    config = config_from_mapping({**case.settings(), "moe_aux_loss_coeff": 0.0, **where})
+    config = config_from_mapping(
+        {**case.settings(), "moe_aux_loss_coeff": 0.0, "microbatch_capacity": 48, **where}
+    )
     validate(config, session.world_size)
     engine = Engine(config, session)
     reduce_whole_gradients(engine)
@@ -97,8 +101,52 @@ def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) 
     report = engine.accumulate(with_routes(own, recorded), objective)
     summary["own"] = {"loss": report.loss, "grad_norm": report.grad_norm}
     summary["own_flips"] = max(report.replay.flip_rates) + report.replay.missing_share
+    summary["critic"] = critic_step(engine, own, out)
+    summary["reference_leaves_no_trace"] = reference_leaves_no_trace(engine, report, own)
     if session.is_main:
         (out / "summary.json").write_text(json.dumps(summary))
+
+
+def critic_step(engine: Engine, own, out: Path) -> dict[str, float]:
+    """Loss of a value model with a head that is not 0; its gradients go to disk."""
+    critic = Critic(engine.config, engine.session, engine)
+    reduce_whole_gradients(critic.engine)
+    last = critic.engine.models[-1]
+    if last.post_process:
+        with torch.no_grad():
+            last.output_layer.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    critic.engine.optimizer.reload_model_params()
+    report = critic.engine.accumulate(critic.targets(own), critic.objective)
+    torch.save(local_shards(critic.engine, gradients=True), out / f"critic.{engine.session.rank}.pt")
+    # packed by the critic itself: whole responses, given out to the ranks in turn
+    topology = engine.topology
+    mine = rollouts()[topology.dp_rank :: topology.dp_size]
+    total = torch.tensor([float(sum(values_R.sum() for values_R in critic.values(mine)))])
+    torch.distributed.all_reduce(total, group=topology.groups.dp)
+    return {"loss": report.loss, "grad_norm": report.grad_norm, **report.means, "values": total.item()}
+
+
+def reference_leaves_no_trace(engine: Engine, report, own) -> float:
+    """1 where the start is scored after an update, and this rank's weights come back bit for bit."""
+    start = engine.score(own)
+    reference = ReferencePolicy(engine)
+    engine.update(report, 1e-2)
+    engine.gather_parameters()
+    before = [
+        value.clone() for model in engine.models for value in model.state_dict().values() if value is not None
+    ]
+    scored = reference.score(own)
+    after = [value for model in engine.models for value in model.state_dict().values() if value is not None]
+    same = all(map(torch.equal, before, after)) and all(
+        torch.equal(logp_T, row_T) for (logp_T, _), row_T in zip(start, scored, strict=True)
+    )
+    now = engine.score(own)
+    moved = not any(
+        torch.equal(logp_T, row_T) for (logp_T, _), row_T in zip(now, scored, strict=True) if row_T.any()
+    )
+    good = torch.tensor(float(same and moved))
+    torch.distributed.all_reduce(good, op=torch.distributed.ReduceOp.MIN)
+    return good.item()
 
 
 def read_samples(path: Path):

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from megatron_ring.errors import CheckpointError
+from megatron_ring.rl.batch import with_routes
 from megatron_ring.rl.reference import ReferencePolicy
 from tests.model.small import batch, small_engine, weights
+from tests.rl.policy_cases import grid, rollouts
 from tests.train.test_engine import OBJECTIVE, moments_of
 
 
@@ -45,6 +47,17 @@ def test_a_step_after_scoring_is_the_step_without():
             results.append((report, weights(engine)))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[0][1][n], w) for n, w in results[1][1].items())
+
+
+def test_the_reference_routes_by_itself_whatever_the_microbatches_replay():
+    with small_engine("v1") as engine:
+        reference = ReferencePolicy(engine)
+        parts = grid(rollouts(), "two")
+        free = reference.score(parts)
+        foreign = [torch.arange(3).expand(4, part.num_slots, 3).short() for part in parts]
+        replayed = with_routes(parts, foreign)
+        assert not any(map(torch.equal, [logp_T for logp_T, _ in engine.score(replayed)], free))
+        assert all(map(torch.equal, reference.score(replayed), free))
 
 
 def test_the_weights_come_back_when_scoring_fails():
