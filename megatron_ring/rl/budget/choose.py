@@ -60,8 +60,7 @@ def select(
         seed: a new one for every step, the same on every process.
 
     Raises:
-        ValueError: token_budget or num_minibatches is not positive, two candidates share a key, or one has no
-            unused token.
+        ValueError: a number is not positive, two candidates share a key, or one has no unused token.
     """
     if token_budget < 1 or num_minibatches < 1:
         raise ValueError(f"{token_budget=} and {num_minibatches=} must be positive")
@@ -104,8 +103,8 @@ def select(
         _picks(taken[places], begin + start[taken[places]], stop + start[taken[places]])
         for places, begin, stop in parts
     )
-    carried_picks = _picks(rest, rest_start, length[rest]) if keeps else ()
-    return Selection(minibatches=minibatches, carried=carried_picks, counts=counts)
+    kept = _picks(rest, rest_start, length[rest]) if keeps else ()
+    return Selection(minibatches=minibatches, carried=kept, counts=counts)
 
 
 def _in_order(
