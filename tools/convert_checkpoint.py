@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise CheckpointError(
             f"workers={args.workers} must be at least 1; this machine has {os.cpu_count()} cores"
         )
-    if args.max_file_gb <= 0:
+    if not 0 < args.max_file_gb < float("inf"):
         raise CheckpointError(f"max_file_gb={args.max_file_gb} must be positive; try 2")
     result = _convert(args, reporter)
     reporter.say(f"wrote {result}")

@@ -37,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise CheckpointError(
             f"num_layers={args.num_layers} must be above {model.first_k_dense_replace}; try 2"
         )
+    if (args.mtp_num_layers or 0) < 0:
+        raise CheckpointError(f"mtp_num_layers={args.mtp_num_layers} must not be negative; try 0")
+    if not 0 < args.max_file_gb < float("inf"):
+        raise CheckpointError(f"max_file_gb={args.max_file_gb} must be positive; try 2")
     if args.output.exists():
         raise CheckpointError(f"{args.output}: exists already; name another folder or remove it")
     size = write_random_checkpoint(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +13,9 @@ from typing import Any
 
 from megatron_ring.config.model import ModelConfig
 from tests.parallel.cases import MODELS
+
+ROOT = Path(__file__).parents[2]
+TOOL = [sys.executable, str(ROOT / "tools/convert_checkpoint.py")]
 
 _ODD: dict[str, Any] = dict(
     num_layers=3,
@@ -149,3 +155,11 @@ NUM_TOKENS = 24
 
 def prompt(vocab_size: int) -> list[int]:
     return [(37 * i * i + 11 * i + 5) % vocab_size for i in range(NUM_TOKENS)]
+
+
+def run_tool(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """``tools/convert_checkpoint.py`` in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*TOOL, *map(str, words)], capture_output=True, text=True, env=environment, **options
+    )

@@ -3,25 +3,18 @@ taken as finished.
 """
 
 import dataclasses
-import errno
-import io
 import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ring.checkpoint.convert import files, stream
+from megatron_ring.checkpoint.convert import stream
 from megatron_ring.checkpoint.convert.convert import Export, Options, hf_to_megatron, megatron_to_hf, reshard
-from megatron_ring.checkpoint.convert.folders import check_manifest
 from megatron_ring.checkpoint.convert.hf_config import hf_config, model_config, read_hf_config
 from megatron_ring.checkpoint.convert.plan import safetensors_files
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
@@ -29,10 +22,16 @@ from megatron_ring.checkpoint.convert.tensor_map import Box, Copy
 from megatron_ring.checkpoint.convert.torch_dist_io import TorchDistFolder
 from megatron_ring.config.load import preset_config
 from megatron_ring.errors import CheckpointError
-from tests.checkpoint.convert_cases import ODD, Silent, assert_same, read_hf, read_megatron, write_hf
+from tests.checkpoint.convert_cases import (
+    ODD,
+    Silent,
+    assert_same,
+    read_hf,
+    read_megatron,
+    run_tool,
+    write_hf,
+)
 
-ROOT = Path(__file__).parents[2]
-TOOL = [sys.executable, str(ROOT / "tools/convert_checkpoint.py")]
 SMALL = Options(max_file_bytes=20_000, verify=True)
 
 
@@ -41,13 +40,6 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random Hugging Face folder per model; tests that damage one copy it first."""
     root = tmp_path_factory.mktemp("hf")
     return {name: write_hf(model, root / name) for name, model in ODD.items()}
-
-
-def run(*words: object, **options) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*TOOL, *map(str, words)], capture_output=True, text=True, env=environment, **options
-    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -96,7 +88,7 @@ def test_padding_is_zero_and_follows_the_layout(hf: dict[str, Path], tmp_path: P
 
 def test_two_processes_write_what_one_does(hf: dict[str, Path], tmp_path: Path):
     one = hf_to_megatron(hf["v2_mtp"], tmp_path / "one", SMALL, Silent())
-    done = run("hf-to-megatron", hf["v2_mtp"], tmp_path / "two", "--workers", 2, "--max-file-gb", 2e-5)
+    done = run_tool("hf-to-megatron", hf["v2_mtp"], tmp_path / "two", "--workers", 2, "--max-file-gb", 2e-5)
     assert done.returncode == 0, done.stderr
     two = tmp_path / "two/iter_0000000"
     assert "GB/s" in done.stdout
@@ -165,107 +157,6 @@ def _rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         path.unlink()
     objects = {"decoder.layers.0.self_attention.linear_qkv._extra_state/shard_0_1": {"amax": 3}}
     dcp.save({**tensors, **objects}, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
-
-
-def test_an_interrupted_conversion_goes_on_where_it_stopped(hf: dict[str, Path], tmp_path: Path, monkeypatch):
-    target, working = tmp_path / "m", tmp_path / "m/iter_0000000.incomplete"
-    room = [150_000]
-
-    class SmallDisk(io.FileIO):
-        def write(self, data) -> int:
-            room[0] -= len(data)
-            if room[0] < 0:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return super().write(data)
-
-    monkeypatch.setattr(files, "open", lambda path, mode, buffering=0: SmallDisk(path, mode), raising=False)
-    with pytest.raises(
-        CheckpointError, match="No space left on device; when that is mended, run the same command"
-    ):
-        hf_to_megatron(hf["v1"], target, SMALL, Silent())
-    assert working.is_dir() and not (target / "iter_0000000").exists()
-    assert (
-        not (target / "latest_checkpointed_iteration.txt").exists() and not (working / ".metadata").exists()
-    )
-    finished = {p.name: p.stat().st_mtime_ns for p in working.glob("*.distcp")}
-    assert len(finished) > 2
-    room[0] = 10_000_000
-    reporter = Silent()
-    folder = hf_to_megatron(hf["v1"], target, SMALL, reporter)
-    assert any(line.startswith(f"resuming: {len(finished)} of") for line in reporter.lines)
-    assert all((folder / name).stat().st_mtime_ns == when for name, when in finished.items())
-    assert_same(
-        read_megatron(folder), read_megatron(hf_to_megatron(hf["v1"], tmp_path / "whole", SMALL, Silent()))
-    )
-
-
-def test_another_plan_starts_afresh(hf: dict[str, Path], tmp_path: Path):
-    working = tmp_path / "h.incomplete"
-    hf_to_megatron(hf["v1"], tmp_path / "m", SMALL, Silent())
-    shutil.copytree(tmp_path / "m/iter_0000000", working)
-    reporter = Silent()
-    back = megatron_to_hf(tmp_path / "m", tmp_path / "h", SMALL, reporter)
-    assert any("starting afresh" in line for line in reporter.lines)
-    assert not list(back.glob("*.distcp"))
-    assert_same(read_hf(back), read_hf(hf["v1"]))
-
-
-def test_a_terminated_conversion_never_looks_finished(tmp_path: Path):
-    model = dataclasses.replace(ODD["v1"], num_layers=40, num_experts=48)
-    source = write_hf(model, tmp_path / "hf", max_file_bytes=1_000_000)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = ["hf-to-megatron", str(source), str(tmp_path / "m"), "--max-file-gb", "1e-5"]
-    process = subprocess.Popen(
-        [*TOOL, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
-    )
-    working = tmp_path / "m/iter_0000000.incomplete"
-    deadline = time.monotonic() + 60
-    while not list(working.glob("*.distcp")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
-    assert [p.name for p in (tmp_path / "m").iterdir() if p.is_dir()] == ["iter_0000000.incomplete"]
-    done = run(*words, "--verify")
-    assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
-
-
-def test_a_full_disk_is_refused_before_the_first_byte(hf: dict[str, Path], tmp_path: Path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
-    with pytest.raises(CheckpointError, match=r"0\.00 GB free but the conversion writes"):
-        hf_to_megatron(hf["v1"], tmp_path / "m", SMALL, Silent())
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and not p.name.endswith(".lock")]
-
-
-def test_the_manifest_notices_a_flipped_bit(hf: dict[str, Path], tmp_path: Path):
-    folder = hf_to_megatron(hf["dense"], tmp_path / "m", SMALL, Silent())
-    assert run("check", tmp_path / "m").returncode == 0
-    path = sorted(folder.glob("*.distcp"))[1]
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="CRC-32 is"):
-        check_manifest(folder)
-    path.unlink()
-    with pytest.raises(CheckpointError, match="no bytes, not"):
-        check_manifest(folder)
-
-
-def test_verify_notices_a_flipped_bit(hf: dict[str, Path], tmp_path: Path, monkeypatch):
-    written = stream.written
-
-    def damage(*arguments):
-        notes = written(*arguments)
-        path = sorted(arguments[1].glob("*.distcp"))[1]
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-        return notes
-
-    monkeypatch.setattr(stream, "written", damage)
-    with pytest.raises(CheckpointError, match=r"elements of .* differ from"):
-        hf_to_megatron(hf["dense"], tmp_path / "m", SMALL, Silent())
-    assert not (tmp_path / "m/iter_0000000").exists()
 
 
 def _edit_config(folder: Path, **values) -> None:
@@ -397,6 +288,12 @@ def _garble_chunks(folder: Path) -> None:
         path.write_bytes(b"\0" * path.stat().st_size)
 
 
+def _cut_object(folder: Path) -> None:
+    """The last of the first file: not a tensor."""
+    path = folder / "__0_0.distcp"
+    os.truncate(path, path.stat().st_size - 10)
+
+
 BAD_MEGATRON = {
     "metadata missing": (lambda f: (f / ".metadata").unlink(), "neither .metadata nor"),
     "metadata damaged": (lambda f: os.truncate(f / ".metadata", 100), "cannot be read safely"),
@@ -406,6 +303,7 @@ BAD_MEGATRON = {
     ),
     "file missing": (lambda f: sorted(f.glob("*.distcp"))[0].unlink(), "missing although .metadata names it"),
     "file truncated": (_cut_chunk_file, "truncated; copy it again"),
+    "file cut in an object": (_cut_object, "truncated; copy it again"),
     "chunks damaged": (_garble_chunks, "cannot be read"),
     "config missing": (lambda f: (f / "config.toml").unlink(), "--config FILE.toml"),
     "config of another model": (
@@ -443,7 +341,7 @@ def test_bad_megatron_input_is_refused_and_nothing_looks_finished(
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(words: list[str], message: str, tmp_path: Path):
-    done = run(*words, cwd=tmp_path)
+    done = run_tool(*words, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert list(tmp_path.iterdir()) == []

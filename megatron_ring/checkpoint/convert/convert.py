@@ -149,12 +149,10 @@ def hf_to_megatron(
             working, notes, source=str(source_folder), source_format="safetensors", family=model.family
         )
         if options.verify:
-            result = TorchDistFolder(working)
-            _verify(source, result, mapping.into_names, reporter)
-            if not padding_is_zero(result, mapping.into_keys):
-                raise CheckpointError(f"{working}: vocabulary padding is not zero; convert again")
+            _verify(source, TorchDistFolder(working), mapping.into_names, reporter, padded=mapping.into_keys)
         (target / HF_FILES).mkdir(exist_ok=True)
         carry_over(source_folder, target / HF_FILES)
+        stream.forget_plan(working)
         return folders.commit(working, 0)
 
 
@@ -274,6 +272,7 @@ def reshard(
         if (folder.parent / HF_FILES).is_dir():
             (target / HF_FILES).mkdir(exist_ok=True)
             carry_over(folder.parent / HF_FILES, target / HF_FILES)
+        stream.forget_plan(working)
         return folders.commit(working, iteration)
 
 
@@ -285,21 +284,37 @@ def _run(job: Job, working: Path, options: Options, reporter: Reporter) -> dict[
     return stream.written(job, working)
 
 
-def _verify(original: Source, result: Source, copies: dict[str, list[Copy]], reporter: Reporter) -> None:
+def _verify(
+    original: Source,
+    result: Source,
+    copies: dict[str, list[Copy]],
+    reporter: Reporter,
+    padded: dict[str, list[Copy]] | None = None,
+) -> None:
+    """Compare, and look at the vocabulary padding of ``padded``. What differs is not resumed from.
+
+    Raises:
+        CheckpointError: something differs.
+    """
     total = sum(
         copy.target_box.size * original.tensors[name].dtype.itemsize
         for name in copies
         for copy in copies[name]
     )
-    with reporter.progress("verifying", total) as on_bytes:
-        comparison = compare(original, result, copies, on_bytes)
+    try:
+        with reporter.progress("verifying", total) as on_bytes:
+            comparison = compare(original, result, copies, on_bytes)
+        if padded and not padding_is_zero(result, padded):
+            raise CheckpointError(f"{result.folder}: vocabulary padding is not zero; convert again")
+    except CheckpointError:
+        stream.forget_plan(result.folder)
+        raise
     reporter.say(f"verified: {comparison}")
 
 
 def _write_metadata(job: Job, working: Path, notes: dict[str, Written]) -> None:
     places = ((file, *place) for file, note in notes.items() for place in note.places)
     write_metadata(working, job.tensors, places, _CONTENT)
-    stream.forget_plan(working)
 
 
 def _finish_hf(job: Job, working: Path, config: dict[str, Any]) -> None:

@@ -47,13 +47,25 @@ class Source(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Give the memory of what was read back; views stay valid."""
+        ...
+
 
 class MappedFile:
     """A file in memory as the kernel pages it in; read-only."""
 
     def __init__(self, path: Path):
-        with open(path, "rb") as file:
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = open(path, "rb")  # noqa: SIM115 - open as long as the map is
+        self.map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def release(self) -> None:
+        """Give its pages back; whoever looks at one again has it read again.
+
+        A page that was just used costs far less to take than one that a full memory has to find.
+        """
+        self.map.madvise(mmap.MADV_DONTNEED)
+        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def tensor(self, offset: int, info: TensorInfo, box: Box) -> Tensor:
         """``box`` of the tensor whose bytes start at ``offset``, without a copy.
@@ -104,10 +116,13 @@ class SummedFile:
     def flush(self) -> None:
         """torch.save asks for it; nothing is buffered here."""
 
+    def settle(self) -> None:
+        """Wait until what was written is on the disk, then give its memory back."""
+        os.fsync(self._file.fileno())
+        os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def close(self, *, durably: bool) -> None:
         """Close, and with ``durably`` only after the bytes are on the disk."""
         if durably:
-            os.fsync(self._file.fileno())
-            # what is on the disk need not stay in memory: the next files' pages do
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self.settle()
         self._file.close()

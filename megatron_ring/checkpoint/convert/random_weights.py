@@ -33,8 +33,17 @@ def write_random_checkpoint(
     init_method_std.
 
     Raises:
-        CheckpointError: the disk is too small; nothing has been written then.
+        CheckpointError: the disk is too small, or it failed; nothing has ``folder``'s name then.
     """
+    try:
+        return _write(model, folder, dtype, max_file_bytes, seed)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: {error.strerror or error}; free space or name another folder"
+        ) from None
+
+
+def _write(model: ModelConfig, folder: Path, dtype: str, max_file_bytes: int, seed: int) -> Size:
     names = tensor_map(model, model.vocab_size).names
     kind = getattr(torch, dtype)
     infos = {n: TensorInfo(torch.float32 if n.endswith("expert_bias") else kind, s) for n, s in names.items()}

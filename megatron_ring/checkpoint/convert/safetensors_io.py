@@ -50,6 +50,10 @@ class SafetensorsFolder:
     def files(self) -> list[Path]:
         return self._files
 
+    def release(self) -> None:
+        for mapped in self._maps.values():
+            mapped.release()
+
     def views(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
         path, offset = self._places[name]
         if path not in self._maps:

@@ -16,7 +16,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -34,6 +34,8 @@ from megatron_ring.errors import CheckpointError
 Format = Literal["safetensors", "torch_dist"]
 BUFFER_BYTES = 32_000_000
 """What is assembled at once; a few of these are a process's memory."""
+SETTLE_BYTES = 128_000_000
+"""After as many bytes the disk is waited for and pages are given back: memory that circulates is fast."""
 _DONE = ".done"
 _PLAN = "plan.json"
 _OPEN = {"safetensors": SafetensorsFolder, "torch_dist": TorchDistFolder}
@@ -128,10 +130,13 @@ def group_into_files(
 def working_folder(working: Path) -> Iterator[Path]:
     """``working``, made if need be, held against a second conversion until the block ends.
 
+    A block that fails before it has written anything leaves no trace.
+
     Raises:
-        CheckpointError: it cannot be made, or another process holds it.
+        CheckpointError: it cannot be made, another process holds it, or the disk failed.
     """
     lock = working.with_name(working.name + ".lock")
+    made = [folder for folder in working.parents if not folder.exists()]
     try:
         working.mkdir(parents=True, exist_ok=True)
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
@@ -144,8 +149,19 @@ def working_folder(working: Path) -> Iterator[Path]:
             raise CheckpointError(
                 f"{working}: another conversion is writing it; wait for it or stop it"
             ) from None
-        yield working
-        lock.unlink(missing_ok=True)
+        try:
+            yield working
+        except OSError as error:
+            raise _resumable(working, error) from None
+        finally:
+            wrote_nothing = working.is_dir() and not any(working.iterdir())
+            if wrote_nothing:
+                working.rmdir()
+            if wrote_nothing or not working.exists():
+                lock.unlink(missing_ok=True)
+            for folder in made if wrote_nothing else ():
+                with suppress(OSError):  # somebody else's now
+                    folder.rmdir()
     finally:
         os.close(handle)
 
@@ -265,16 +281,20 @@ def _write_files(job: Job, working: Path, files: list[OutputFile], on_bytes: Cal
         with ThreadPoolExecutor(1) as writing, ThreadPoolExecutor(1) as closing:
             closed: Future[None] | None = None
             for file in files:
-                finish = _write_file(job, source, working, file, on_bytes, writing)
+                finish = _write_file(job, source, working, file, on_bytes, writing, closing)
                 if closed is not None:
                     closed.result()
                 closed = closing.submit(finish)
             if closed is not None:
                 closed.result()
     except OSError as error:
-        raise CheckpointError(
-            f"{working}: {error.strerror or error}; when that is mended, run the same command again to go on"
-        ) from None
+        raise _resumable(working, error) from None
+
+
+def _resumable(working: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{working}: {error.strerror or error}; when that is mended, run the same command again to go on"
+    )
 
 
 def _write_file(
@@ -284,12 +304,26 @@ def _write_file(
     file: OutputFile,
     on_bytes: Callable[[int], None],
     writing: ThreadPoolExecutor,
+    closing: ThreadPoolExecutor,
 ) -> Callable[[], None]:
     """Write one file; returns what is left to do: make it durable, give it its name, note it."""
     temporary = working / f"{file.name}.{os.getpid()}.part"
     sink = SummedFile(temporary, on_bytes)
     names = dict.fromkeys(name for name, _ in file.boxes)
     writer = _WRITERS[job.target_format](sink, {name: job.tensors[name] for name in names})
+    settled = [0]
+    settling: list[Future[None]] = []
+
+    def put(name: str, rows: Box, values: Tensor) -> list[int]:
+        place = writer.write(name, rows, values)
+        if sink.num_bytes - settled[0] > SETTLE_BYTES:
+            source.release()
+            settled[0] = sink.num_bytes
+            if settling:
+                settling.pop().result()
+            settling.append(closing.submit(sink.settle))
+        return place
+
     pending: deque[Future[list[int]]] = deque()
     places: list[tuple[str, Box | None, list[int]]] = []
     for name, box in file.boxes:
@@ -300,7 +334,7 @@ def _write_file(
             values = fill(source, job.copies[name], rows, dtype)
             if name in job.scales:
                 values = (values.float() * job.scales[name]).to(dtype)
-            pending.append(writing.submit(writer.write, name, rows, values))
+            pending.append(writing.submit(put, name, rows, values))
             places.append((name, rows, []))
             if len(pending) > 1:
                 places[-len(pending)][2].extend(pending.popleft().result())
@@ -310,6 +344,8 @@ def _write_file(
         places.append((name, None, writer.write_empty_object()))
 
     def finish() -> None:
+        for settle in settling:
+            settle.result()
         sink.close(durably=True)
         temporary.replace(working / file.name)
         note = {

@@ -130,13 +130,18 @@ class TorchDistFolder:
                     )
                 box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
                 self._chunks[key].append(_Chunk(box, info.relative_path, info.offset, info.length))
-        self._check_files()
+        # objects are not read, but a file that ends in the middle of one is damaged
+        self._check_files(metadata.storage_data.values())
 
     def files(self) -> list[Path]:
         return [
             self.folder / name
             for name in sorted({c.file for chunks in self._chunks.values() for c in chunks})
         ]
+
+    def release(self) -> None:
+        for mapped in self._maps.values():
+            mapped.release()
 
     def views(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
         found = 0
@@ -150,10 +155,10 @@ class TorchDistFolder:
         if found != box.size:
             raise CheckpointError(f"{self.folder}: {name} has no chunk for some of {box}; save it again")
 
-    def _check_files(self) -> None:
+    def _check_files(self, places: Iterable[Any]) -> None:
         needed: dict[str, int] = {}
-        for chunk in (c for chunks in self._chunks.values() for c in chunks):
-            needed[chunk.file] = max(needed.get(chunk.file, 0), chunk.offset + chunk.length)
+        for place in places:
+            needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
         for name, size in sorted(needed.items()):
             path = self.folder / name
             if Path(name).name != name or not path.is_file():
@@ -329,4 +334,7 @@ def write_metadata(
     with open(folder / ".metadata", "wb") as file:
         pickle.dump(metadata, file)
     (folder / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
-    torch.save(common, folder / "common.pt")
+    # torch.save hides what a disk says; in memory it is a few hundred bytes
+    data = io.BytesIO()
+    torch.save(common, data)
+    (folder / "common.pt").write_bytes(data.getvalue())

@@ -1,0 +1,177 @@
+"""Conversions that are stopped, run out of disk, or are damaged: resumed, and never taken as finished."""
+
+import dataclasses
+import errno
+import io
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_ring.checkpoint.convert import convert, files, stream
+from megatron_ring.checkpoint.convert.convert import Options, hf_to_megatron, megatron_to_hf
+from megatron_ring.checkpoint.convert.folders import check_manifest
+from megatron_ring.errors import CheckpointError
+from tests.checkpoint.convert_cases import (
+    ODD,
+    ROOT,
+    TOOL,
+    Silent,
+    assert_same,
+    read_hf,
+    read_megatron,
+    run_tool,
+    write_hf,
+)
+
+SMALL = Options(max_file_bytes=20_000, verify=True)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random Hugging Face folder per model; tests that damage one copy it first."""
+    root = tmp_path_factory.mktemp("hf")
+    return {name: write_hf(ODD[name], root / name) for name in ("v1", "v2_mtp", "dense")}
+
+
+def test_an_interrupted_conversion_goes_on_where_it_stopped(hf: dict[str, Path], tmp_path: Path, monkeypatch):
+    target, working = tmp_path / "m", tmp_path / "m/iter_0000000.incomplete"
+    room = [150_000]
+
+    class SmallDisk(io.FileIO):
+        def write(self, data) -> int:
+            room[0] -= len(data)
+            if room[0] < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    monkeypatch.setattr(files, "open", lambda path, mode, buffering=0: SmallDisk(path, mode), raising=False)
+    with pytest.raises(
+        CheckpointError, match="No space left on device; when that is mended, run the same command"
+    ):
+        hf_to_megatron(hf["v1"], target, SMALL, Silent())
+    assert working.is_dir() and not (target / "iter_0000000").exists()
+    assert (
+        not (target / "latest_checkpointed_iteration.txt").exists() and not (working / ".metadata").exists()
+    )
+    finished = {p.name: p.stat().st_mtime_ns for p in working.glob("*.distcp")}
+    assert len(finished) > 2
+    room[0] = 10_000_000
+    reporter = Silent()
+    folder = hf_to_megatron(hf["v1"], target, SMALL, reporter)
+    assert any(line.startswith(f"resuming: {len(finished)} of") for line in reporter.lines)
+    assert all((folder / name).stat().st_mtime_ns == when for name, when in finished.items())
+    assert_same(
+        read_megatron(folder), read_megatron(hf_to_megatron(hf["v1"], tmp_path / "whole", SMALL, Silent()))
+    )
+
+
+def test_another_plan_starts_afresh(hf: dict[str, Path], tmp_path: Path):
+    working = tmp_path / "h.incomplete"
+    hf_to_megatron(hf["v1"], tmp_path / "m", SMALL, Silent())
+    shutil.copytree(tmp_path / "m/iter_0000000", working)
+    reporter = Silent()
+    back = megatron_to_hf(tmp_path / "m", tmp_path / "h", SMALL, reporter)
+    assert any("starting afresh" in line for line in reporter.lines)
+    assert not list(back.glob("*.distcp"))
+    assert_same(read_hf(back), read_hf(hf["v1"]))
+
+
+def test_a_terminated_conversion_never_looks_finished(tmp_path: Path):
+    model = dataclasses.replace(ODD["v1"], num_layers=40, num_experts=48)
+    source = write_hf(model, tmp_path / "hf", max_file_bytes=1_000_000)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = ["hf-to-megatron", str(source), str(tmp_path / "m"), "--max-file-gb", "1e-5"]
+    process = subprocess.Popen(
+        [*TOOL, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    working = tmp_path / "m/iter_0000000.incomplete"
+    deadline = time.monotonic() + 60
+    while not list(working.glob("*.distcp")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert [p.name for p in (tmp_path / "m").iterdir() if p.is_dir()] == ["iter_0000000.incomplete"]
+    done = run_tool(*words, "--verify")
+    assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
+
+
+def test_a_full_disk_is_refused_before_the_first_byte(hf: dict[str, Path], tmp_path: Path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    with pytest.raises(CheckpointError, match=r"0\.00 GB free but the conversion writes"):
+        hf_to_megatron(hf["v1"], tmp_path / "m", SMALL, Silent())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fails_after_the_weights_is_one_line_and_resumed(
+    hf: dict[str, Path], tmp_path: Path, monkeypatch
+):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left on device"):
+        patch.setattr(convert, "write_manifest", fail)
+        hf_to_megatron(hf["dense"], tmp_path / "m", SMALL, Silent())
+    reporter = Silent()
+    hf_to_megatron(hf["dense"], tmp_path / "m", SMALL, reporter)
+    assert any(line.startswith("resuming: ") for line in reporter.lines)
+
+
+def test_memory_is_given_back_while_a_file_is_written(hf: dict[str, Path], tmp_path: Path, monkeypatch):
+    """At every few bytes: what was read is read again wherever it is looked at later."""
+    released = []
+    monkeypatch.setattr(stream, "SETTLE_BYTES", 3000)
+    monkeypatch.setattr(files.MappedFile, "release", _counted(files.MappedFile.release, released))
+    hf_to_megatron(hf["v2_mtp"], tmp_path / "m", dataclasses.replace(SMALL, max_file_bytes=10**9), Silent())
+    assert len(released) > 20
+    assert_same(
+        read_hf(megatron_to_hf(tmp_path / "m", tmp_path / "h", SMALL, Silent())), read_hf(hf["v2_mtp"])
+    )
+
+
+def _counted(method, calls: list):
+    def counted(self):
+        calls.append(self)
+        return method(self)
+
+    return counted
+
+
+def test_the_manifest_notices_a_flipped_bit(hf: dict[str, Path], tmp_path: Path):
+    folder = hf_to_megatron(hf["dense"], tmp_path / "m", SMALL, Silent())
+    assert run_tool("check", tmp_path / "m").returncode == 0
+    path = sorted(folder.glob("*.distcp"))[1]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="CRC-32 is"):
+        check_manifest(folder)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="no bytes, not"):
+        check_manifest(folder)
+
+
+def test_verify_notices_a_flipped_bit(hf: dict[str, Path], tmp_path: Path, monkeypatch):
+    written = stream.written
+
+    def damage(*arguments):
+        notes = written(*arguments)
+        path = sorted(arguments[1].glob("*.distcp"))[1]
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        return notes
+
+    monkeypatch.setattr(stream, "written", damage)
+    with pytest.raises(CheckpointError, match=r"elements of .* differ from"):
+        hf_to_megatron(hf["dense"], tmp_path / "m", SMALL, Silent())
+    assert not (tmp_path / "m/iter_0000000").exists()
+    monkeypatch.undo()
+    reporter = Silent()
+    hf_to_megatron(hf["dense"], tmp_path / "m", SMALL, reporter)
+    assert any("starting afresh" in line for line in reporter.lines)
