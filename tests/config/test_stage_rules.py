@@ -10,6 +10,8 @@ from megatron_ring.config.stage_rules import STAGE_SECTIONS, check_inputs, weigh
 from megatron_ring.config.validate import validate
 from megatron_ring.errors import CheckpointError, ConfigError, DataError
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
 # flags, processes, how the line starts
 SFT = [
     ("--sft-epochs 0", 1, "sft_epochs=0.0 must be above 0; try 3"),
@@ -132,3 +134,18 @@ def test_only_the_sections_of_a_stage_are_printed(stage, shown, hidden):
     assert [line for line in lines if not line.startswith(" ")] == list(STAGE_SECTIONS[stage])
     names = {line.split()[-2] for line in lines if line.startswith(" ")}
     assert shown in names and hidden not in names
+
+
+@pytest.mark.parametrize(
+    ("config_file", "processes"), [("tiny/sft.toml", 1), ("tiny/sft.toml", 4), ("ring_lite/sft.toml", 256)]
+)
+def test_the_examples_are_valid_where_they_run(config_file: str, processes: int):
+    validate(load_config(["--config", str(EXAMPLES / config_file)]), processes, "sft")
+
+
+def test_ring_lite_is_fine_tuned_with_the_papers_settings():
+    run = load_config(["--config", str(EXAMPLES / "ring_lite/sft.toml")])
+    train, sft = run.train, run.sft
+    assert (train.lr, train.lr_decay_style, train.weight_decay) == (3e-4, "cosine", 0.1)
+    assert (train.global_batch_size, train.seq_length, train.train_iters) == (256, 32768, 0)
+    assert (sft.sft_epochs, sft.sft_warmup_fraction, run.model.rotary_base) == (3, 0.01, 600_000)
