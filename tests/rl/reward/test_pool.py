@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -88,6 +89,14 @@ def test_a_verifier_that_dies_is_replaced_and_its_last_words_are_kept(plugin: st
         assert left.result().detail == "verifier died: exit code 0"
         assert after.result().score == 1.0
         assert pool.num_replaced == 2
+
+
+def test_a_worker_that_dies_idle_costs_no_response_its_score(plugin: str):
+    with RewardPool.open(config(plugin)) as pool:
+        idle = int(pool.submit(problem("right"), "x").result().detail.split()[0])
+        os.kill(idle, signal.SIGKILL)
+        assert pool.submit(problem("right"), "x").result().score == 1.0
+        assert pool.num_replaced == 0
 
 
 def test_many_deaths_over_responses_do_not_break_the_pool(plugin: str):
