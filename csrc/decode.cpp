@@ -10,44 +10,76 @@
 namespace megatron_ring {
 namespace {
 
-Tensor decode_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cache_rows,
-                        const Tensor& lengths, double scale) {
+// first and second half of the rotated channels turned by their angle, the rest as it is
+template <class S>
+void rotate(S* x, const float* cos, const float* sin, int64_t half) {
+  using A = arithmetic_t<S>;
+  for (int64_t i = 0; i < half; ++i) {
+    const A first = widen(x[i]), second = widen(x[i + half]);
+    x[i] = narrow<S>(first * cos[i] - second * sin[i]);
+    x[i + half] = narrow<S>(second * cos[i] + first * sin[i]);
+  }
+}
+
+// mixed [T, G, R + 2, C]: R queries, key and value of every group. The key and value are kept at (row, position); the
+// queries attend over positions 0 to theirs: [T, G * R, C]
+Tensor decode_attention(const Tensor& mixed_in, const Tensor& rotary_in, const Tensor& keys, const Tensor& values,
+                        const Tensor& rows_in, const Tensor& positions_in, double scale, const OptionalTensor& q_weight,
+                        const OptionalTensor& k_weight, double eps) {
   const char* op = "decode_attention";
-  check_cpu(q, 3, op, "q");
-  check_cpu(k, 4, op, "k");
-  check_int64(cache_rows, 1, op, "rows");
-  check_int64(lengths, 1, op, "lengths");
-  const int64_t T = q.size(0), H = q.size(1), C = q.size(2), S = k.size(0), L = k.size(1), G = k.size(2);
-  TORCH_CHECK(v.sizes() == k.sizes() && k.size(3) == C && G > 0 && H % G == 0 && cache_rows.size(0) == T &&
-                  lengths.size(0) == T && k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
-              op, ": k and v must be alike, of q's dtype and channels, with one row and length per token");
-  TORCH_CHECK(q.is_contiguous() && k.is_contiguous() && v.is_contiguous(), op, ": needs contiguous tensors");
-  const Tensor row_of = cache_rows.contiguous(), length_of = lengths.contiguous();
-  Tensor out = at::empty_like(q);
-  const int64_t R = H / G;
-  over_floats(q.scalar_type(), op, [&](auto tag) {
-    using S_ = decltype(tag);
-    using A = arithmetic_t<S_>;
-    const S_ *queries = data<S_>(q), *keys = data<S_>(k), *values = data<S_>(v);
-    S_* context = data<S_>(out);
-    const int64_t *row = data<int64_t>(row_of), *length = data<int64_t>(length_of);
-    at::parallel_for(0, T * G, 1, [&](int64_t begin, int64_t end) {
-      std::vector<A> scores(L), weights(L);
-      std::vector<const S_*> places(L);
+  check_cpu(mixed_in, 4, op, "mixed");
+  check_cpu(keys, 4, op, "keys");
+  check_cpu(rotary_in, 3, op, "rotary");
+  check_int64(rows_in, 1, op, "rows");
+  check_int64(positions_in, 1, op, "positions");
+  const Tensor mixed = mixed_in.contiguous(), rotary = rotary_in.contiguous();
+  const int64_t T = mixed.size(0), G = mixed.size(1), M = mixed.size(2), C = mixed.size(3), R = M - 2;
+  const int64_t slots = keys.size(0), L = keys.size(1), half = rotary.size(2);
+  const auto dtype = mixed.scalar_type();
+  TORCH_CHECK(keys.size(2) == G && keys.size(3) == C && values.sizes() == keys.sizes() && R >= 1 &&
+                  keys.scalar_type() == dtype && values.scalar_type() == dtype && keys.is_contiguous() &&
+                  values.is_contiguous(),
+              op, ": keys and values must be alike, contiguous, and of mixed's dtype, groups and channels");
+  TORCH_CHECK(rotary.size(0) == 2 && rotary.size(1) == T && 2 * half <= C && rotary.scalar_type() == at::kFloat &&
+                  rows_in.size(0) == T && positions_in.size(0) == T,
+              op, ": needs cos and sin (fp32), a row and a position for every token");
+  const Tensor row_of = rows_in.contiguous(), position_of = positions_in.contiguous();
+  auto norm = [&](const OptionalTensor& weight) {
+    return weight.has_value() && weight->defined() ? weight->to(dtype).contiguous() : Tensor();
+  };
+  const Tensor q_norm = norm(q_weight), k_norm = norm(k_weight);
+  Tensor out = at::empty({T, G * R, C}, mixed.options());
+  over_floats(dtype, op, [&](auto tag) {
+    using S = decltype(tag);
+    using A = arithmetic_t<S>;
+    const S* from = data<S>(mixed);
+    S *kept_keys = data<S>(keys), *kept_values = data<S>(values), *context = data<S>(out);
+    const S* q_scale = q_norm.defined() ? data<S>(q_norm) : nullptr;
+    const S* k_scale = k_norm.defined() ? data<S>(k_norm) : nullptr;
+    const float *cos = data<float>(rotary), *sin = cos + T * half;
+    const int64_t *row = data<int64_t>(row_of), *position = data<int64_t>(position_of);
+    auto ready = [&](S* to, const S* x, const S* weight, int64_t t) {
+      if (weight) {
+        rows<S>().rms_norm(to, x, weight, static_cast<A>(eps), C);
+      } else {
+        std::memcpy(static_cast<void*>(to), x, C * sizeof(S));
+      }
+      rotate<S>(to, cos + t * half, sin + t * half, half);
+    };
+    at::parallel_for(0, T * G, 8, [&](int64_t begin, int64_t end) {
+      std::vector<A> scratch(L);
+      std::vector<S> queries(R * C);
       for (int64_t item = begin; item < end; ++item) {
-        const int64_t t = item / G, g = item % G, n = length[t];
-        TORCH_CHECK(row[t] >= 0 && row[t] < S && n >= 1 && n <= L, op, ": row ", row[t], " or length ", n,
+        const int64_t t = item / G, g = item % G, n = position[t] + 1;
+        TORCH_CHECK(row[t] >= 0 && row[t] < slots && n >= 1 && n <= L, op, ": row ", row[t], " or position ", n - 1,
                     " is outside the cache");
-        const int64_t base = (row[t] * L * G + g) * C, stride = G * C;
-        for (int64_t i = 0; i < n; ++i) places[i] = values + base + i * stride;
-        for (int64_t r = 0; r < R; ++r) {
-          const int64_t at = (t * H + g * R + r) * C;
-          for (int64_t i = 0; i < n; ++i) {
-            scores[i] = rows<S_>().dot(queries + at, keys + base + i * stride, C) * static_cast<A>(scale);
-          }
-          megatron_ring::scores<A>().softmax(scores.data(), weights.data(), n);
-          rows<S_>().weighted_sum(context + at, places.data(), weights.data(), n, C);
-        }
+        const S* x = from + item * M * C;
+        const int64_t base = (row[t] * L * G + g) * C, stride = G * C, own = base + (n - 1) * stride;
+        for (int64_t r = 0; r < R; ++r) ready(queries.data() + r * C, x + r * C, q_scale, t);
+        ready(kept_keys + own, x + R * C, k_scale, t);
+        std::memcpy(static_cast<void*>(kept_values + own), x + (R + 1) * C, C * sizeof(S));
+        rows<S>().attend(queries.data(), R, kept_keys + base, kept_values + base, stride, n, static_cast<A>(scale),
+                         scratch.data(), context + item * R * C, C);
       }
     });
   });
@@ -105,7 +137,9 @@ std::tuple<Tensor, Tensor> sample_token(const Tensor& logits, const Tensor& unif
 }  // namespace megatron_ring
 
 TORCH_LIBRARY_FRAGMENT(megatron_ring, m) {
-  m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor rows, Tensor lengths, float scale) -> Tensor");
+  m.def(
+      "decode_attention(Tensor mixed, Tensor rotary, Tensor(a!) keys, Tensor(b!) values, Tensor rows, Tensor positions, "
+      "float scale, Tensor? q_weight, Tensor? k_weight, float eps) -> Tensor");
   m.def("sample_token(Tensor logits, Tensor uniform, float temperature, Tensor? threshold) -> (Tensor, Tensor)");
 }
 

@@ -438,10 +438,74 @@ A sigmoid(const A* x, A* out, int64_t n) {
   return lse;
 }
 
+// ---- attention of one token over a cache --------------------------------------------------------------------------
+
+// as total, in log2 steps: what is short enough to wait for it
+template <class V, class A>
+MR_INLINE A quick_total(V v, A) {
+  constexpr int n = sizeof(V) / sizeof(A);
+  A part[n];
+  std::memcpy(part, &v, sizeof(v));
+  for (int width = n / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  }
+  return part[0];
+}
+
+template <class S>
+void attend(const S* q, int64_t heads, const S* k, const S* v, int64_t stride, int64_t count, arithmetic_t<S> scale,
+            arithmetic_t<S>* scratch, S* out, int64_t C) {
+  using L = Lane<S>;
+  using V = typename L::V;
+  using A = arithmetic_t<S>;
+  const int64_t whole = C / L::n * L::n, rest = C - whole;
+  for (int64_t r = 0; r < heads; ++r, q += C, out += C) {
+    for (int64_t i = 0; i < count; ++i) {
+      const S* row = k + i * stride;
+      V even = V{}, odd = V{};
+      int64_t c = 0;
+      for (; c + 2 * L::n <= whole; c += 2 * L::n) {
+        even += L::load(q + c) * L::load(row + c);
+        odd += L::load(q + c + L::n) * L::load(row + c + L::n);
+      }
+      if (c < whole) even += L::load(q + c) * L::load(row + c);
+      if (rest) odd += load_tail<S>(q + whole, rest, V{}) * load_tail<S>(row + whole, rest, V{});
+      scratch[i] = quick_total(even + odd, A{}) * scale;
+    }
+    softmax<A>(scratch, scratch, count);
+    int64_t c = 0;
+    for (; c + 4 * L::n <= whole; c += 4 * L::n) {
+      V s0 = V{}, s1 = V{}, s2 = V{}, s3 = V{};
+      for (int64_t i = 0; i < count; ++i) {
+        const S* row = v + i * stride + c;
+        const A weight = scratch[i];
+        s0 += L::load(row) * weight;
+        s1 += L::load(row + L::n) * weight;
+        s2 += L::load(row + 2 * L::n) * weight;
+        s3 += L::load(row + 3 * L::n) * weight;
+      }
+      L::store(out + c, s0);
+      L::store(out + c + L::n, s1);
+      L::store(out + c + 2 * L::n, s2);
+      L::store(out + c + 3 * L::n, s3);
+    }
+    for (; c < whole; c += L::n) {
+      V sum = V{};
+      for (int64_t i = 0; i < count; ++i) sum += L::load(v + i * stride + c) * scratch[i];
+      L::store(out + c, sum);
+    }
+    if (rest) {
+      V sum = V{};
+      for (int64_t i = 0; i < count; ++i) sum += load_tail<S>(v + i * stride + c, rest, V{}) * scratch[i];
+      store_tail<S>(out + c, sum, rest);
+    }
+  }
+}
+
 template <class S>
 Rows<S> row_table() {
   return {logprob_partials<S>, logprob_gradient<S>, weighted_sum<S>,    scale<S>,   dot<S>,
-          swiglu<S>,           swiglu_backward<S>,  rms_norm<S>, rms_norm_backward<S>};
+          swiglu<S>,           swiglu_backward<S>,  rms_norm<S>, rms_norm_backward<S>, attend<S>};
 }
 
 template <class A>

@@ -3,7 +3,7 @@
 ``dispatch`` says which code runs; every op's ``reference.py`` says what it computes.
 """
 
-from megatron_ring.kernels.decode_attention import decode_attention
+from megatron_ring.kernels.decode_attention import HeadNorms, decode_attention
 from megatron_ring.kernels.expert_mlp import expert_mlp
 from megatron_ring.kernels.grouped_gemm import grouped_gemm
 from megatron_ring.kernels.permute import combine, permute
@@ -13,6 +13,7 @@ from megatron_ring.kernels.sample_token import sample_token
 from megatron_ring.kernels.token_logprob import token_logprob
 
 __all__ = [
+    "HeadNorms",
     "RouteIndex",
     "Routing",
     "combine",

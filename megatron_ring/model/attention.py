@@ -15,8 +15,9 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
-from megatron_ring.kernels import decode_attention
+from megatron_ring.kernels import HeadNorms, decode_attention
 from megatron_ring.model.kv_cache import CacheView
+from megatron_ring.model.linear import project
 from megatron_ring.model.packed import PackedInputs, rotate
 
 
@@ -29,14 +30,14 @@ class RingSelfAttention(SelfAttention):
 
     def forward(self, hidden_T1D: Tensor, packed: PackedInputs, rotary_2TR: Tensor) -> Tensor:
         """Attention output [T, 1, D] of one microbatch."""
+        if packed.cache is not None and packed.cache.decoding:
+            return self._decode(hidden_T1D, packed.cache, rotary_2TR)
         q, k, v = self.get_query_key_value_tensors(hidden_T1D)
         q_THC, k_TGC = rotate(q.squeeze(1), rotary_2TR), rotate(k.squeeze(1), rotary_2TR)
         v_TGC = v.squeeze(1)
         if packed.cache is not None:
             packed.cache.write(self.layer_number, k_TGC, v_TGC)
-        if packed.cache is not None and packed.cache.decoding:
-            context = self._decode(q_THC, packed.cache)
-        elif self.checkpoint_core_attention and self.training:
+        if self.checkpoint_core_attention and self.training:
             context = tensor_parallel.checkpoint(
                 lambda *qkv: self._core(*qkv, packed), False, q_THC, k_TGC, v_TGC
             )
@@ -45,11 +46,24 @@ class RingSelfAttention(SelfAttention):
         output_T1D, _ = self.linear_proj(context.reshape(context.shape[0], 1, -1))
         return output_T1D
 
-    def _decode(self, q_THC: Tensor, view: CacheView) -> Tensor:
-        """Every token attends over its slot's positions up to its own."""
-        keys_SLGC, values_SLGC = (store[self.layer_number] for store in (view.cache.keys, view.cache.values))
-        scale = self.config.kv_channels**-0.5
-        return decode_attention(q_THC, keys_SLGC, values_SLGC, view.slots_T, view.lengths_T, scale)
+    def _decode(self, hidden_T1D: Tensor, view: CacheView, rotary_2TR: Tensor) -> Tensor:
+        """One new token of each sequence, which attends over its slot's positions up to its own."""
+        mixed_T1X = project(self.linear_qkv, hidden_T1D)
+        groups, channels = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        norms = None
+        if self.config.qk_layernorm:
+            norms = HeadNorms(self.q_layernorm.weight, self.k_layernorm.weight, self.config.layernorm_epsilon)
+        context_THC = decode_attention(
+            mixed_T1X.view(mixed_T1X.shape[0], groups, -1, channels),
+            rotary_2TR,
+            view.cache.keys[self.layer_number],
+            view.cache.values[self.layer_number],
+            view.slots_T,
+            view.positions_T,
+            self.config.kv_channels**-0.5,
+            norms,
+        )
+        return project(self.linear_proj, context_THC.view(context_THC.shape[0], 1, -1))
 
     def _core(self, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, packed: PackedInputs) -> Tensor:
         return self.core_attention(

@@ -21,6 +21,7 @@ from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.data.microbatch import Microbatch
 from megatron_ring.model.head import NormHead
 from megatron_ring.model.initialise import initialise
+from megatron_ring.model.linear import project
 from megatron_ring.model.packed import PackedInputs, rotary_table
 from megatron_ring.model.router import RingRouter
 from megatron_ring.model.spec import block_spec, mtp_spec
@@ -123,8 +124,7 @@ class RingModel(GPTModel):
 
     def _logits(self, hidden_T1D: Tensor) -> Tensor:
         """[T, V]: gathers the sequence and keeps the vocabulary sharded."""
-        logits_T1V, _ = self.output_layer(hidden_T1D)
-        return logits_T1V.squeeze(1)
+        return project(self.output_layer, hidden_T1D).squeeze(1)
 
     def _rows(self, hidden_T1D: Tensor, rows_R: Tensor) -> Tensor:
         """The rows whose logits are wanted; under sequence parallelism this rank's share of them. Gathers over

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
@@ -22,16 +26,40 @@ class NormHead(ColumnParallelLinear):
         first = self.output_size_per_partition * self.tp_group.rank()
         self.num_real_rows = max(0, min(self.output_size_per_partition, vocab_size - first))
         self.weight.is_embedding_or_output_parameter = True
+        self.held_inverse_D: Tensor | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, the weight does not change and its norm is computed once. Communicates over the
+        tensor-parallel group on entry.
+        """
+        self.held_inverse_D = norm_head_inverse(self.weight, self.num_real_rows, self.tp_group)
+        try:
+            yield
+        finally:
+            self.held_inverse_D = None
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ):
-        scaled = norm_head_scale(input_, self.weight, self.num_real_rows, self.tp_group)
+        inverse_D = self.held_inverse_D
+        if inverse_D is None:
+            scaled = norm_head_scale(input_, self.weight, self.num_real_rows, self.tp_group)
+        else:
+            scaled = (input_.float() * inverse_D).to(input_.dtype)
+        if not torch.is_grad_enabled() and self.tp_group.size() == 1:
+            return F.linear(scaled, self.weight), None
         return super().forward(scaled, weight, runtime_gather_output)
 
 
 def norm_head_scale(hidden_T1D: Tensor, weight_VD: Tensor, num_rows: int, tp_group) -> Tensor:
-    """``hidden / norm``, where norm[d] is the L2 norm of the weight's column d over the whole vocabulary
+    """``hidden / norm`` of :func:`norm_head_inverse`. Communicates over the tensor-parallel group."""
+    inverse_D = norm_head_inverse(weight_VD, num_rows, tp_group)
+    return (hidden_T1D.float() * inverse_D).to(hidden_T1D.dtype)
+
+
+def norm_head_inverse(weight_VD: Tensor, num_rows: int, tp_group) -> Tensor:
+    """``1 / norm`` [D] in fp32, where norm[d] is the L2 norm of the weight's column d over the whole vocabulary
     (plus 1e-7).
 
     Communicates over the tensor-parallel group (one all-reduce of D sums): this rank holds ``weight_VD``,
@@ -42,5 +70,4 @@ def norm_head_scale(hidden_T1D: Tensor, weight_VD: Tensor, num_rows: int, tp_gro
         squares_D = weight_VD[:num_rows].float().square().sum(0)
         if tp_group.size() > 1:
             torch.distributed.all_reduce(squares_D, group=tp_group)
-        inverse_D = 1.0 / (squares_D.sqrt() + NORM_EPSILON)
-    return (hidden_T1D.float() * inverse_D).to(hidden_T1D.dtype)
+        return 1.0 / (squares_D.sqrt() + NORM_EPSILON)

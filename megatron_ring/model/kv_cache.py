@@ -7,7 +7,7 @@ of this tensor rank, C channels per head.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -80,17 +80,12 @@ class CacheView:
     positions_T: Tensor
     decoding: bool
     rows_R: Tensor | None = None
-    lengths_T: Tensor = field(init=False)
-    flat_T: Tensor = field(init=False)
-
-    def __post_init__(self):
-        self.lengths_T = self.positions_T + 1
-        self.flat_T = self.slots_T * self.cache.length + self.positions_T
 
     def write(self, layer: int, k_TGC: Tensor, v_TGC: Tensor) -> None:
         """Keep the pass's keys and values of ``layer``."""
+        flat_T = self.slots_T * self.cache.length + self.positions_T
         for store, x_TGC in ((self.cache.keys, k_TGC), (self.cache.values, v_TGC)):
-            store[layer].flatten(0, 1).index_copy_(0, self.flat_T, x_TGC)
+            store[layer].flatten(0, 1).index_copy_(0, flat_T, x_TGC)
 
 
 def cache_shape(layers: Sequence) -> dict[int, tuple[int, int]]:

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megatron_ring.model.linear import swiglu_mlp
 from megatron_ring.model.moe import RingMoELayer
 from megatron_ring.model.packed import PackedInputs
 
@@ -64,4 +65,4 @@ class RingTransformerLayer(TransformerLayer):
     def _dense_mlp(self, normed_T1D: Tensor) -> Tensor:
         if self.recompute_dense_mlp and self.training:
             return tensor_parallel.checkpoint(lambda x: self.mlp(x)[0], False, normed_T1D)
-        return self.mlp(normed_T1D)[0]
+        return swiglu_mlp(self.mlp, normed_T1D)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.kernels import RouteIndex, Routing, combine, expert_mlp, permute, route_index
+from megatron_ring.model.linear import swiglu_mlp
 from megatron_ring.model.packed import PackedInputs
 from megatron_ring.model.router import RingRouter
 
@@ -119,7 +120,9 @@ class RingMoELayer(BaseMoELayer):
             self._compute_here(hidden_TD, routing) if local else self._compute_there(hidden_TD, routing)
         )
         output_T1D = routed_TD.view_as(hidden_T1D)
-        return output_T1D + self.shared_experts(hidden_T1D) if self.use_shared_expert else output_T1D
+        return (
+            output_T1D + swiglu_mlp(self.shared_experts, hidden_T1D) if self.use_shared_expert else output_T1D
+        )
 
     def _compute_here(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
         index = route_index(routing.experts_TK, self.model.num_experts)

@@ -1,5 +1,5 @@
-"""Attention of one new token per sequence over cached keys and values."""
+"""From the projection of one new token per sequence to its context, over cached keys and values."""
 
-from megatron_ring.kernels.decode_attention.op import decode_attention
+from megatron_ring.kernels.decode_attention.op import HeadNorms, decode_attention
 
-__all__ = ["decode_attention"]
+__all__ = ["HeadNorms", "decode_attention"]

@@ -1,8 +1,10 @@
-"""``decode_attention``: one query token per sequence over that sequence's cached keys and values. No backward.
+"""``decode_attention``: from the projection of one new token per sequence to its context. No backward.
 
-Legend: T query tokens, H query heads, G key/value heads (H / G query heads share one), C channels, S cache rows,
-L positions of the cache.
+Legend: T tokens (one of each sequence), G key/value heads, R query heads that share one, M = R + 2, C channels per
+head, S cache rows, L positions of the cache, H half of the rotated channels.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,17 +12,48 @@ from torch import Tensor
 from megatron_ring.kernels import dispatch
 
 
+class HeadNorms(NamedTuple):
+    """RMSNorm of every query and key head: weights [C] and epsilon."""
+
+    q_weight_C: Tensor
+    k_weight_C: Tensor
+    eps: float
+
+
 @torch.no_grad()
 def decode_attention(
-    q_THC: Tensor, k_SLGC: Tensor, v_SLGC: Tensor, rows_T: Tensor, lengths_T: Tensor, scale: float
+    mixed_TGMC: Tensor,
+    rotary_2TH: Tensor,
+    keys_SLGC: Tensor,
+    values_SLGC: Tensor,
+    rows_T: Tensor,
+    positions_T: Tensor,
+    scale: float,
+    norms: HeadNorms | None = None,
 ) -> Tensor:
-    """``softmax(scale * q k^T) v`` of token t over the first ``lengths[t]`` positions of cache row ``rows[t]``.
+    """Norm and rotate, keep key and value, and attend: context [T, G * R, C] in mixed's dtype.
 
-    ``rows_T`` and ``lengths_T`` (>= 1) are int64; the result is [T, H, C] in q's dtype, computed in fp32.
-    Positions beyond a length are not read into the result, whatever they hold (finite). Example, one head of one
-    channel, scale 1::
+    ``mixed_TGMC`` holds the R queries, the key and the value of every group, as Megatron's ``linear_qkv`` lays
+    them out. Queries and keys are normed (where ``norms`` are given), and their first 2 H channels rotated by
+    cos and sin ``rotary_2TH`` (fp32), channel i with i + H. Key and value are **written into** the cache at row
+    ``rows[t]``, position ``positions[t]`` (int64); each query then attends over its row's positions up to its own:
+    ``softmax(scale * q k^T) v``, accumulated in fp32. What the cache holds further on is not read.
 
-        q = [[[0.]]], k = v = [[[[1.]], [[3.]], [[9.]]]], rows = [0], lengths = [2]   ->  [[[2.]]]
+    Example, one head of one channel, no rotation, scale 1, at position 1 of a cache whose position 0 holds k = 0
+    and v = 1: ``mixed = [[[[0.], [5.], [3.]]]]`` (q, k, v) gives ``[[[2.]]]`` and leaves k = 5, v = 3 at
+    position 1.
     """
-    kernels = dispatch.implementation(q_THC, "decode_attention")
-    return kernels.decode_attention(q_THC.contiguous(), k_SLGC, v_SLGC, rows_T, lengths_T, scale)
+    kernels = dispatch.implementation(mixed_TGMC, "decode_attention")
+    q_weight_C, k_weight_C, eps = norms if norms is not None else (None, None, 0.0)
+    return kernels.decode_attention(
+        mixed_TGMC,
+        rotary_2TH,
+        keys_SLGC,
+        values_SLGC,
+        rows_T,
+        positions_T,
+        scale,
+        q_weight_C,
+        k_weight_C,
+        eps,
+    )

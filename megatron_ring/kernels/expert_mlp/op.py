@@ -39,9 +39,11 @@ def expert_mlp(
     ``z = [x Wgate^T, x Wup^T]`` [N, 2F]. Neither h nor y is kept: h is recomputed from z, and the gradient of
     p is ``<dy Wdown, silu(gate) * up>``.
     """
+    if not torch.is_grad_enabled():
+        kernels = _kernels(x_ND, w_down_eDF)
+        return kernels.forward(x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, False)[0]
     differentiable = (x_ND, w_up_e2FD, w_down_eDF, *(() if probs_N is None else (probs_N,)))
-    # inside the Function gradients are off, and its inputs still say that they want one under no_grad
-    keep_z = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
+    keep_z = any(t.requires_grad for t in differentiable)
     return _ExpertMlp.apply(x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, main_grads, keep_z)
 
 

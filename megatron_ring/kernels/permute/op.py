@@ -20,7 +20,9 @@ def permute(x_TD: Tensor, index: RouteIndex) -> Tensor:
 
     Backward sums each token's K row gradients in fp32. Kept for it: the index, nothing of x.
     """
-    return _Permute.apply(x_TD, index.offsets_E, index.gather_N, index.position_TK)
+    if torch.is_grad_enabled():
+        return _Permute.apply(x_TD, index.offsets_E, index.gather_N, index.position_TK)
+    return dispatch.implementation(x_TD, "permute").permute_rows(x_TD, index.gather_N, index.offsets_E)
 
 
 def combine(y_ND: Tensor, index: RouteIndex, weights_TK: Tensor | None = None) -> Tensor:
@@ -32,7 +34,9 @@ def combine(y_ND: Tensor, index: RouteIndex, weights_TK: Tensor | None = None) -
 
     Kept for backward: the index, the weights, and y only if the weights need a gradient.
     """
-    return _Combine.apply(y_ND, weights_TK, index.position_TK, index.offsets_E)
+    if torch.is_grad_enabled():
+        return _Combine.apply(y_ND, weights_TK, index.position_TK, index.offsets_E)
+    return dispatch.implementation(y_ND, "permute").combine_rows(y_ND, index.position_TK, weights_TK)
 
 
 class _Permute(torch.autograd.Function):

@@ -82,7 +82,9 @@ def route(
         replay_TK = replay_TK.long()
     sigmoid = score_function == "sigmoid"
     options = (topk, sigmoid, expert_bias_E, num_groups, group_topk, scaling_factor, valid_T, replay_TK)
-    return Routing(*_Route.apply(logits_TE, options))
+    if torch.is_grad_enabled():
+        return Routing(*_Route.apply(logits_TE, options))
+    return Routing(*dispatch.implementation(logits_TE, "routing").route(logits_TE, *options))
 
 
 @torch.no_grad()

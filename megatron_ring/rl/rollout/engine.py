@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 
 import torch
 
+from megatron_ring.model.head import NormHead
 from megatron_ring.model.kv_cache import KvCache, cache_shape
 from megatron_ring.rl.rollout.forward import Runner
 from megatron_ring.rl.rollout.protocol import Request, SamplingParams
@@ -51,7 +53,10 @@ class InProcessEngine:
     def generate(
         self, requests: Sequence[Request], sampling: SamplingParams, *, token_budget: int | None = None
     ) -> Iterator[Response]:
-        """Each request's response as it finishes, unfinished ones last; see :class:`RolloutEngine`."""
+        """Each request's response as it finishes, unfinished ones last; see :class:`RolloutEngine`.
+
+        The weights must not change before the iterator is exhausted or closed.
+        """
         for model in self.engine.models:
             model.eval()
         table = SlotTable(
@@ -62,12 +67,16 @@ class InProcessEngine:
             prefill_tokens=self.prefill_tokens,
         )
         yield from table.complete
-        while self._goes_on(table, token_budget):
-            work = table.next_pass() if table.busy else None
-            self.cache.reserve(table.num_slots, max(table.longest, 1))
-            tokens_W, logprobs_W, routes_NLK = self.runner(work, sampling)
-            if work is not None:
-                yield from table.accept(work, tokens_W, logprobs_W, routes_NLK)
+        with ExitStack() as stack:
+            for model in self.engine.models:
+                if isinstance(head := getattr(model, "output_layer", None), NormHead):
+                    stack.enter_context(head.held())
+            while self._goes_on(table, token_budget):
+                work = table.next_pass() if table.busy else None
+                self.cache.reserve(table.num_slots, max(table.longest, 1))
+                tokens_W, logprobs_W, routes_NLK = self.runner(work, sampling)
+                if work is not None:
+                    yield from table.accept(work, tokens_W, logprobs_W, routes_NLK)
         yield from table.unfinished()
 
     def _goes_on(self, table: SlotTable, token_budget: int | None) -> bool:
