@@ -62,7 +62,10 @@ class BudgetConfig:
     """
 
     token_budget: int = 409600
-    """Phi: response tokens that one optimizer step trains on, in the scope of token_budget_scope."""
+    """Phi: response tokens that one optimizer step trains on, in the scope of token_budget_scope.
+
+    0 for no budget: every response is trained on, in as many microbatches as it takes (the usual recipe).
+    """
     token_budget_scope: Literal["global", "per_dp_rank", "per_gpu"] = "global"
     """What token_budget counts: the whole step, one data-parallel rank, or one process (the paper, as read)."""
     minibatches_per_step: int = 2

@@ -27,6 +27,13 @@ def objective_problems(config: RunConfig) -> Iterator[str]:
             f"critic=True trains values that advantage_estimator={o.advantage_estimator} never reads; "
             "set --advantage-estimator gae or drop --critic"
         )
+    if o.objective == "c3po" and b.token_budget == 0:
+        yield "token_budget=0 trains on every response, but objective=c3po divides by it; set --token-budget"
+    if b.token_budget == 0 and (b.budget_overshoot == "carry" or b.budget_shortfall == "refill"):
+        yield (
+            f"token_budget=0 leaves nothing to carry or refill (budget_overshoot={b.budget_overshoot}, "
+            f"budget_shortfall={b.budget_shortfall}); set --token-budget or drop those"
+        )
     if o.objective == "gspo" and o.advantage_estimator == "gae":
         yield "objective=gspo has one ratio per response, gae one advantage per token; set --objective c3po"
     if o.objective == "cispo" and o.eps_clip_c:

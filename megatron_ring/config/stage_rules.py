@@ -9,6 +9,7 @@ from typing import Literal
 from megatron_ring.config.layout import data_parallel_size
 from megatron_ring.config.model_rules import multiples_near
 from megatron_ring.config.rl import BudgetConfig, ObjectiveConfig, RewardConfig, RolloutConfig
+from megatron_ring.config.rl_rules import rl_problems
 from megatron_ring.config.run import DataConfig, RunConfig
 from megatron_ring.config.train import TrainConfig
 from megatron_ring.errors import CheckpointError, DataError
@@ -41,6 +42,7 @@ def stage_problems(config: RunConfig, world_size: int, stage: Stage) -> Iterator
         yield from _budget_problems(config.budget)
         yield from _objective_problems(config.objective, config.rollout)
         yield from _reward_problems(config.reward)
+        yield from rl_problems(config, world_size)
 
 
 def check_inputs(config: RunConfig, stage: Stage = "pretrain") -> None:
@@ -199,8 +201,8 @@ def _length_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _budget_problems(b: BudgetConfig) -> Iterator[str]:
-    yield from _least(b, "token_budget minibatches_per_step microbatch_capacity", 1)
-    yield from _least(b, "microbatch_reserve", 0)
+    yield from _least(b, "minibatches_per_step microbatch_capacity", 1)
+    yield from _least(b, "token_budget microbatch_reserve", 0)
 
 
 def _objective_problems(o: ObjectiveConfig, r: RolloutConfig) -> Iterator[str]:

@@ -23,7 +23,7 @@ class TrainConfig:
     seq_length: int = 256
     """Tokens per sample."""
     train_iters: int = 100
-    """Optimizer steps in the whole run, those before a resume included."""
+    """Steps in the whole run, those before a resume included; an RL step has minibatches_per_step updates."""
     eval_interval: int = 0
     """Steps between validations; 0 for none."""
     eval_iters: int = 10

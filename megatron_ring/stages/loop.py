@@ -178,18 +178,19 @@ class StageRun:
         with metrics.phase("save"):
             self.checkpointer.poll()
             if self.config.checkpoint.save and self.save_due():
-                self._save()
+                self.save_checkpoint()
 
     def _save_last(self) -> None:
         if self.config.checkpoint.save and self.saved_step != self.step:
-            self._save()
+            self.save_checkpoint()
         self.checkpointer.finish()
 
     def attachments(self) -> dict[str, bytes]:
         """Files of this rank's own that a checkpoint carries (name -> contents; names differ between ranks)."""
         return {}
 
-    def _save(self) -> None:
+    def save_checkpoint(self) -> None:
+        """Save the whole state under the present step. Collective over the world."""
         self.checkpointer.save(self.step, self.state_dict(), self.attachments())
         self.saved_step = self.step
 

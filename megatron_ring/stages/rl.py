@@ -11,15 +11,18 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
-from megatron_ring.checkpoint.folder import read_attachment
+from megatron_ring.checkpoint.checkpointer import Checkpointer
+from megatron_ring.checkpoint.folder import folder_of, read_attachment
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.stage_rules import Stage
 from megatron_ring.data.prompts import open_prompts
 from megatron_ring.rl.advantage import assign
 from megatron_ring.rl.batch import RLMicrobatch, with_column, with_routes
 from megatron_ring.rl.collector import Answering, Collected, Collector, judges
+from megatron_ring.rl.critic import Critic
 from megatron_ring.rl.exchange import gather_json
 from megatron_ring.rl.minibatches import Carried, MinibatchPlanner, Plan
 from megatron_ring.rl.objective import PolicyObjective
@@ -105,6 +108,8 @@ class RlRun(StageRun):
         self.carried: list[Carried] = []
         self.resumed: dict[str, Any] | None = None
         self.open_engine()
+        self.critic = Critic(config, session, self.engine) if config.objective.critic else None
+        self.critic_checkpointer = self._open_critic(self.critic) if self.critic else None
         self.rollout = InProcessEngine(self.engine, slots=rollout.rollout_slots)
         stack.callback(self.rollout.close)
         self.rollout.load_weights(self.step)
@@ -127,13 +132,15 @@ class RlRun(StageRun):
             plan = self._plan(collected)
         with metrics.phase("score"):
             grids = [self._score(grid) for grid in plan.grids]
+            value_grids = [self.critic.targets(grid) for grid in plan.grids] if self.critic else []
         with metrics.phase("update"):
             lr = learning_rate(self.step, self.config.train)
             reports = [self._update(grid, lr) for grid in grids]
+            value_reports = [self.critic.step(grid) for grid in value_grids] if self.critic else []
         self.step += 1
         with metrics.phase("publish"):
             self.rollout.load_weights(self.step)
-        values = self._values(collected, plan, reports) | {"lr": lr}
+        values = self._values(collected, plan, reports) | _mean_values(value_reports) | {"lr": lr}
         tokens = int(values["generated_tokens"])
         metrics.log(self.step, values, tokens=tokens, seconds=time.perf_counter() - begun)
         self._warn(values)
@@ -142,9 +149,9 @@ class RlRun(StageRun):
     def _plan(self, collected: Collected) -> Plan:
         """Advantages, budget and grid; draws more prompts where tokens are missing and refilling is asked for."""
         while True:
-            rollouts = assign(
-                collected.rollouts, self.config.objective, self.config.rollout.max_response_length
-            )
+            rollouts, longest = collected.rollouts, self.config.rollout.max_response_length
+            values = self.critic.values(rollouts) if self.critic else None
+            rollouts = assign(rollouts, self.config.objective, longest, values)
             plan = self.planner.plan(rollouts, self.carried, seed=self.step)
             refill = self.config.budget.budget_shortfall == "refill" and plan.shortfall
             if not refill or collected.rounds >= self.config.rollout.dynamic_sampling_max_rounds:
@@ -253,6 +260,21 @@ class RlRun(StageRun):
         wanted = self.config.objective.kl_loss_coef > 0
         self.reference = ReferencePolicy(self.engine) if wanted else None
 
+    def _open_critic(self, critic: Critic) -> Checkpointer:
+        """The critic's own checkpoints; on a resume, the one of the policy's step."""
+        checkpointer = Checkpointer(critic.config, critic.engine, self.session)
+        if self.resumed is not None:
+            root = Path(self.checkpointer.loaded_folder or "").parent / "critic"
+            checkpointer.load(folder_of(root, self.step))
+        return checkpointer
+
+    def save_checkpoint(self) -> None:
+        # the policy's pointer moves last: a step that it names has its critic
+        if self.critic_checkpointer is not None:
+            self.critic_checkpointer.save(self.step, {"step": self.step})
+            self.critic_checkpointer.finish()
+        super().save_checkpoint()
+
     def state_dict(self) -> dict[str, Any]:
         """Collective over the data-parallel group: one list entry per rank for what ranks hold by themselves."""
         group, device = self.session.topology.groups.dp, self.session.device
@@ -296,6 +318,12 @@ class RlRun(StageRun):
             )
             if rollout.prompt.uid % topology.dp_size == topology.dp_rank
         ]
+
+
+def _mean_values(reports: Sequence[StepReport]) -> dict[str, float]:
+    """What the critic's updates say, over their tokens."""
+    names = ("value_loss", "value_error", "value_mean", "return_mean") if reports else ()
+    return {name: sum(report.means[name] for report in reports) / len(reports) for name in names}
 
 
 def _file(name: str, dp_rank: int) -> str:
