@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From a clone to a trained model in minutes, on the CPU: installs into .venv, trains a tokenizer on the Python standard
-# library's sources, turns them into a corpus, trains a tiny Ring mixture-of-experts on it, and makes a report.
+# From a clone to a reasoner in minutes, on the CPU: installs into .venv, pre-trains a tiny Ring mixture-of-experts on the
+# Python standard library's sources, supervises it with an imperfect teacher's worked sums, improves it by
+# reinforcement learning with C3PO on sums that reasoning-gym poses and judges, and makes a report.
 #
 #   bash examples/quickstart.sh [RUN_FOLDER]        (default: runs/quickstart)
 set -euo pipefail
@@ -15,20 +16,38 @@ if [ -e "$run" ]; then
 fi
 mkdir -p "$run"
 
-_say "1/4 training a tokenizer on the standard library's sources"
-"$PYTHON" tools/train_tokenizer.py --builtin-corpus --max-mb 4 --vocab-size 2048 --output "$run/tokenizer.model"
+_stage() {  # _stage NAME [FLAG ...]: examples/NAME_ring.py with its tiny settings, files below $run
+    local name="$1"
+    shift
+    "$PYTHON" "examples/${name}_ring.py" --config "examples/tiny/$name.toml" --tokenizer-model "$run/tokenizer.model" \
+        --save "$run/$name" --load "$run/$name" --metrics-file "$run/$name/metrics.jsonl" "$@"
+}
 
-_say "2/4 writing the corpus"
+_say "1/7 training a tokenizer on the standard library's sources"
+"$PYTHON" tools/train_tokenizer.py --builtin-corpus --max-mb 4 --vocab-size 2048 --symbol '\boxed{' \
+    --output "$run/tokenizer.model"
+
+_say "2/7 writing the corpus"
 "$PYTHON" tools/preprocess_data.py --builtin-corpus --max-mb 4 --append-eod \
     --tokenizer-model "$run/tokenizer.model" --output-prefix "$run/corpus"
 
-_say "3/4 training a 1.6M-parameter Ring mixture-of-experts"
-"$PYTHON" examples/pretrain_ring.py --config examples/tiny/pretrain.toml \
-    --data-path "$run/corpus" --tokenizer-model "$run/tokenizer.model" \
-    --save "$run/checkpoints" --load "$run/checkpoints" --metrics-file "$run/metrics.jsonl"
+_say "3/7 pre-training a 1.6M-parameter Ring mixture-of-experts"
+_stage pretrain --data-path "$run/corpus"
 
-_say "4/4 report"
-"$PYTHON" tools/report.py "$run" --out "$run/report.html"
+_say "4/7 writing worked examples: half of the teacher's have a slip"
+"$PYTHON" tools/make_worked_examples.py --output "$run/sums.jsonl"
+"$PYTHON" tools/make_worked_examples.py --count 300 --seed 2 --slip-share 0 --output "$run/sums_held_out.jsonl"
+
+_say "5/7 supervised fine-tuning on them"
+_stage sft --sft-data "$run/sums.jsonl" --sft-eval-data "$run/sums_held_out.jsonl" --pretrained-checkpoint "$run/pretrain"
+
+_say "6/7 reinforcement learning with C3PO"
+_stage rl --pretrained-checkpoint "$run/sft"
+
+_say "7/7 report"
+for stage in pretrain sft rl; do
+    "$PYTHON" tools/report.py "$run/$stage" --out "$run/$stage/report.html"
+done
 "$PYTHON" - "$run" <<'PY'
 import sys
 from pathlib import Path
@@ -38,18 +57,21 @@ from megatron_ring.report.console import print_summary
 run = Path(sys.argv[1])
 python = Path(sys.executable).relative_to(Path.cwd()) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
 print_summary(
-    run,
+    run / "rl",
     files=[
-        ("report", run / "report.html"),
-        ("picture", run / "loss.png"),
-        ("metrics", run / "metrics.jsonl"),
-        ("checkpoints", run / "checkpoints"),
+        ("report", run / "rl/report.html"),
+        ("picture", run / "rl/loss.png"),
+        ("responses", run / "rl/samples.jsonl"),
+        ("earlier stages", run / "pretrain/report.html"),
+        ("", run / "sft/report.html"),
+        ("checkpoints", run / "rl"),
     ],
     next_commands=[
-        ("train it further", f"{python} examples/pretrain_ring.py --config {run}/config.toml --train-iters 600"),
-        ("see the plan of Ring-lite itself on 64 GPUs", f"{python} examples/pretrain_ring.py "
-         "--config examples/ring_lite/pretrain.toml --dry-run --world-size 64"),
-        ("every setting", f"{python} examples/pretrain_ring.py --help"),
+        ("train it further", f"{python} examples/rl_ring.py --config {run}/rl/config.toml --train-iters 120"),
+        ("C3PO beside GRPO, three seeds each", f"{python} tools/benchmark/c3po_grpo.py --start {run}"),
+        ("see the plan of Ring-lite itself on 64 GPUs", f"{python} examples/rl_ring.py "
+         "--config examples/ring_lite/rl_math.toml --dry-run --world-size 64"),
+        ("every setting", f"{python} examples/rl_ring.py --help"),
         ("pass the tests", "bash tests/run.sh"),
     ],
 )

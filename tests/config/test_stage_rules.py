@@ -38,7 +38,7 @@ RL = [
         "max_prompt_length+max_response_length=32+600=632 must be at most max_position_embeddings=512",
     ),
     ("--microbatch-capacity 64", 1, "max_prompt_length+max_response_length=32+64=96 must fit into"),
-    ("--token-budget 0", 1, "token_budget=0 must be at least 1"),
+    ("--token-budget -1", 1, "token_budget=-1 must be at least 0"),
     ("--microbatch-reserve -1", 1, "microbatch_reserve=-1.0 must be at least 0"),
     ("--advantage-estimator gae", 1, "advantage_estimator=gae needs a value model; add --critic"),
     ("--eps-clip 0", 1, "eps_clip=0.0 must be above 0 and below 1"),
