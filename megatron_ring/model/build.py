@@ -91,9 +91,7 @@ class RingModel(GPTModel):
 
     def forward(self, microbatch: Microbatch, packed: PackedInputs) -> Any:
         """Hidden states [T, 1, D] for the next stage, or the last stage's answer: :class:`Logits`."""
-        rotary_2TR = rotary_table(
-            microbatch.positions_T, self.model.kv_channels, self.model.rotary_percent, self.model.rotary_base
-        )
+        rotary_2TR = self._rotary(microbatch.positions_T, packed)
         embedded = self._embed(microbatch.tokens_T, microbatch.positions_T) if self.pre_process else None
         hidden_T1D = self.decoder(
             hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary_2TR, packed_seq_params=packed
@@ -118,6 +116,12 @@ class RingModel(GPTModel):
             vocab_size=self.model.vocab_size,
             tp_group=self.tp_group,
         )
+
+    def _rotary(self, positions_T: Tensor, packed: PackedInputs) -> Tensor:
+        sizes = (self.model.kv_channels, self.model.rotary_percent, self.model.rotary_base)
+        if packed.cache is None:
+            return rotary_table(positions_T, *sizes)
+        return packed.cache.cache.rotary(positions_T, lambda all_L: rotary_table(all_L, *sizes))
 
     def _embed(self, tokens_T: Tensor, positions_T: Tensor) -> Tensor:
         return self.embedding(input_ids=tokens_T[None], position_ids=positions_T[None])

@@ -6,7 +6,7 @@ of this tensor rank, C channels per head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ class KvCache:
         self.length = 0
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self.rotary_2LR: Tensor | None = None
         for layer, (heads, channels) in layers.items():
             self.keys[layer] = torch.empty(1, 0, heads, channels, dtype=dtype, device=device)
             self.values[layer] = torch.empty(1, 0, heads, channels, dtype=dtype, device=device)
@@ -62,6 +63,13 @@ class KvCache:
             for layer, old in store.items():
                 store[layer] = old.new_empty(1, 0, *old.shape[2:])
         self.num_slots = self.length = 0
+        self.rotary_2LR = None
+
+    def rotary(self, positions_T: Tensor, table: Callable[[Tensor], Tensor]) -> Tensor:
+        """``table(positions_T)`` [2, T, R/2], from a table of all positions that is computed once."""
+        if self.rotary_2LR is None or self.rotary_2LR.shape[1] < self.length:
+            self.rotary_2LR = table(torch.arange(self.length, device=positions_T.device))
+        return self.rotary_2LR[:, positions_T]
 
 
 @dataclass(kw_only=True)

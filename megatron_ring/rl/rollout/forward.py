@@ -58,17 +58,15 @@ class Runner:
         """Padded to a multiple of the tensor-parallel size; padding writes to the cache's scratch row."""
         num = 0 if work is None else len(work.tokens_N)
         padding = max(num, 1) + (-max(num, 1)) % self.tp_size - num
-
-        def row(values: np.ndarray | Sequence[int], fill: int) -> Tensor:
-            padded = np.concatenate([values, np.full(padding, fill, np.int64)]) if padding else values
-            return torch.from_numpy(np.ascontiguousarray(padded, np.int64)).to(self.device)
-
-        empty = np.zeros(0, np.int64)
-        tokens_T = row(empty if work is None else work.tokens_N, 0)
-        positions_T = row(empty if work is None else work.positions_N, 0)
-        slots_T = row(empty if work is None else work.slots_N, self.cache.scratch)
+        nothing = np.zeros(0, np.int64)
+        columns = (nothing,) * 3 if work is None else (work.tokens_N, work.positions_N, work.slots_N)
+        tokens_T, positions_T, slots_T = (
+            self._to_device(values, padding, fill)
+            for values, fill in zip(columns, (0, 0, self.cache.scratch), strict=True)
+        )
         decoding = work is None or work.lengths is None
-        valid_T = torch.arange(num + padding, device=self.device) < num
+        valid_T = torch.ones(num + padding, dtype=torch.bool, device=self.device)
+        valid_T[num:] = False
         view = CacheView(
             cache=self.cache,
             slots_T=slots_T,
@@ -76,14 +74,15 @@ class Runner:
             decoding=decoding,
             rows_R=None if work is None or decoding else self._rows(work),
         )
-        lengths = (1,) if decoding else (*work.lengths, *((padding,) if padding else ()))
-        cu_seqlens = torch.tensor((0, *np.cumsum(lengths)), dtype=torch.int32, device=self.device)
+        lengths = () if decoding else (*work.lengths, *((padding,) if padding else ()))
+        ends = torch.tensor((0, *np.cumsum(lengths)), dtype=torch.int32, device=self.device)
+        longest = max(lengths, default=1)
         packed = PackedInputs(
             qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=max(lengths),
-            max_seqlen_kv=max(lengths),
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
             segment_lengths=lengths,
             valid_T=valid_T,
             num_valid=num,
@@ -96,11 +95,15 @@ class Runner:
             loss_mask_T=valid_T,
             positions_T=positions_T,
             valid_T=valid_T,
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=ends,
             segment_lengths=lengths,
             num_valid=num,
         )
         return microbatch, packed
+
+    def _to_device(self, values: np.ndarray, padding: int, fill: int) -> Tensor:
+        padded = np.concatenate([values, np.full(padding, fill, np.int64)]) if padding else values
+        return torch.from_numpy(np.ascontiguousarray(padded, np.int64)).to(self.device)
 
     def _rows(self, work: Pass) -> Tensor:
         multiple = self.tp_size if self.sequence_parallel else 1

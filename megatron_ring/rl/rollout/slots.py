@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_ring.errors import RolloutError
 from megatron_ring.rl.rollout import randomness
 from megatron_ring.rl.rollout.protocol import Request, SamplingParams
 from megatron_ring.rl.types import Response, StopReason
@@ -46,6 +47,9 @@ class SlotTable:
         num_slots: sequences decoded at the same time.
         version: policy version that new tokens are marked with.
         prefill_tokens: tokens that one pass reads of new sequences at most; a longer one goes alone.
+
+    Raises:
+        RolloutError: a prompt is empty.
     """
 
     def __init__(
@@ -58,9 +62,12 @@ class SlotTable:
         prefill_tokens: int,
     ):
         self.sampling, self.version, self.prefill_tokens = sampling, version, prefill_tokens
+        self.stop_ids = np.asarray(sampling.stop_ids, np.int64)
         self.waiting: deque[Request] = deque()
         self.complete: list[Response] = []
         for request in requests:
+            if not request.prompt.tokens:
+                raise RolloutError(f"prompt {request.prompt.uid} has no tokens; leave it out")
             prefix = request.prefix
             if prefix is not None and prefix.length >= sampling.max_response_length:
                 self.complete.append(_with_stop(prefix, "length"))
@@ -169,7 +176,7 @@ class SlotTable:
         self.count_S[slots_W] += 1
         self.length_S[slots_W] += 1
         self.produced += len(slots_W)
-        ended_W = np.isin(tokens_W, self.sampling.stop_ids)
+        ended_W = (tokens_W[:, None] == self.stop_ids).any(1)
         full_W = count_W + 1 >= self.sampling.max_response_length
         finished = [(int(slots_W[i]), bool(ended_W[i])) for i in np.flatnonzero(ended_W | full_W)]
         # before the first yield: the caller may look at the table in between
