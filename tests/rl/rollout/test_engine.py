@@ -159,3 +159,28 @@ def test_responses_come_as_they_finish():
         assert first.stop in ("eos", "length")
         rest = list(stream)
     assert len(rest) == 2
+
+
+def test_the_cache_grows_under_what_it_holds():
+    """Positions beyond the first allocation, and a second call with more slots."""
+    with small_rollout("v2", slots=8) as rollout:
+        run(rollout, requests((3,)), sampling(5))
+        small = rollout.cache.length
+        asked = requests((40, 7))
+        answers = run(rollout, asked, sampling(2 * small, temperature=0))
+        assert rollout.cache.length > 2 * small and rollout.cache.num_slots == 2
+        for request in asked:
+            response = answers[request.prompt.uid, 0]
+            logp_R, best_R = scored(rollout.engine, request, response)
+            assert response.tokens_R.tolist() == best_R.tolist()
+            np.testing.assert_allclose(response.logprobs_R, logp_R, atol=1e-5)
+
+
+def test_a_closed_iterator_leaves_the_head_as_training_needs_it():
+    with small_rollout("v1", slots=1) as rollout:
+        head = rollout.engine.models[0].output_layer
+        stream = rollout.generate(requests((4, 4)), sampling(3))
+        next(stream)
+        assert head.held_inverse_D is not None
+        stream.close()
+        assert head.held_inverse_D is None
