@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -69,16 +71,25 @@ def runs(corpus, problems, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rl")
     (folder / "settings.json").write_text(json.dumps(settings(corpus, problems)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.rl_worker", str(folder)],
-        env=environment,
-        text=True,
-        capture_output=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    # to a file: what a killed run leaves behind would hold a pipe open
+    output = folder / "output.txt"
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.rl_worker", str(folder)],
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=900)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    said = output.read_text()[-4000:]
+    assert code == 0, said
     codes = json.loads((folder / "codes.json").read_text())
-    assert codes["straight"] == [0], done.stdout[-3000:] + done.stderr[-3000:]
+    assert codes["straight"] == [0], said
     return folder
 
 
