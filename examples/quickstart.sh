@@ -16,16 +16,23 @@ if [ -e "$run" ]; then
 fi
 mkdir -p "$run"
 
+# the model is so small that two processes of one thread train it faster than one of two threads
+launch=("$PYTHON")
+if [ "$(nproc)" -ge 2 ]; then
+    export OMP_NUM_THREADS=1
+    launch=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2)
+fi
+
 _stage() {  # _stage NAME [FLAG ...]: examples/NAME_ring.py with its tiny settings, files below $run
     local name="$1"
     shift
-    "$PYTHON" "examples/${name}_ring.py" --config "examples/tiny/$name.toml" --tokenizer-model "$run/tokenizer.model" \
+    "${launch[@]}" "examples/${name}_ring.py" --config "examples/tiny/$name.toml" --tokenizer-model "$run/tokenizer.model" \
         --save "$run/$name" --load "$run/$name" --metrics-file "$run/$name/metrics.jsonl" "$@"
 }
 
 _say "1/7 training a tokenizer on the standard library's sources"
-"$PYTHON" tools/train_tokenizer.py --builtin-corpus --max-mb 4 --vocab-size 2048 --symbol '\boxed{' \
-    --output "$run/tokenizer.model"
+"$PYTHON" tools/train_tokenizer.py --builtin-corpus --max-mb 4 --vocab-size 2048 \
+    --symbol '\boxed{' 'State the final answer to the following arithmetic problem:' --output "$run/tokenizer.model"
 
 _say "2/7 writing the corpus"
 "$PYTHON" tools/preprocess_data.py --builtin-corpus --max-mb 4 --append-eod \
@@ -34,9 +41,11 @@ _say "2/7 writing the corpus"
 _say "3/7 pre-training a 1.6M-parameter Ring mixture-of-experts"
 _stage pretrain --data-path "$run/corpus"
 
-_say "4/7 writing worked examples: half of the teacher's have a slip"
-"$PYTHON" tools/make_worked_examples.py --output "$run/sums.jsonl"
-"$PYTHON" tools/make_worked_examples.py --count 300 --seed 2 --slip-share 0 --output "$run/sums_held_out.jsonl"
+_say "4/7 writing worked examples: two in five of the teacher's have a slip"
+sums=(--min-terms 2 --max-terms 4 --min-digits 1 --max-digits 1)
+"$PYTHON" tools/make_worked_examples.py "${sums[@]}" --count 60000 --slip-share 0.4 --output "$run/sums.jsonl"
+"$PYTHON" tools/make_worked_examples.py "${sums[@]}" --count 300 --seed 2 --slip-share 0 \
+    --output "$run/sums_held_out.jsonl"
 
 _say "5/7 supervised fine-tuning on them"
 _stage sft --sft-data "$run/sums.jsonl" --sft-eval-data "$run/sums_held_out.jsonl" --pretrained-checkpoint "$run/pretrain"
