@@ -43,7 +43,7 @@ _stage pretrain --data-path "$run/corpus"
 
 _say "4/7 writing worked examples: two in five of the teacher's have a slip"
 sums=(--min-terms 2 --max-terms 4 --min-digits 1 --max-digits 1)
-"$PYTHON" tools/make_worked_examples.py "${sums[@]}" --count 60000 --slip-share 0.4 --output "$run/sums.jsonl"
+"$PYTHON" tools/make_worked_examples.py "${sums[@]}" --count 100000 --slip-share 0.4 --output "$run/sums.jsonl"
 "$PYTHON" tools/make_worked_examples.py "${sums[@]}" --count 300 --seed 2 --slip-share 0 \
     --output "$run/sums_held_out.jsonl"
 

@@ -89,7 +89,9 @@ def train_tokenizer(
 
 def _reserved(symbols: Sequence[str], vocab_size: int) -> list[str]:
     """The chat symbols and further ones, once each, if they leave room for anything else."""
-    reserved = list(dict.fromkeys([*CHAT_SYMBOLS, *symbols]))
+    # sentencepiece looks for symbols in text whose spaces it has replaced
+    spaced = [symbol.replace(" ", "\u2581") for symbol in symbols]
+    reserved = list(dict.fromkeys([*CHAT_SYMBOLS, *spaced]))
     if "" in reserved:
         raise DataError("a symbol is empty; name text that is to be one token")
     least = _MIN_VOCAB_SIZE + len(reserved) - len(CHAT_SYMBOLS)
