@@ -69,6 +69,7 @@ def render_report(run_dir: str | Path, out_html: str | Path) -> Path:
         _phases_card(run),
         _others([run]),
         _sample_card(run, "What the trained model writes"),
+        _responses_card(run),
         _config_card(run),
     ]
     return _write(out_html, run.name, parts, [run])
@@ -230,6 +231,19 @@ def _sample_card(run: Run, title: str) -> str:
     if not run.sample:
         return ""
     return _card(title, f"<pre>{escape(run.sample.strip())}</pre>")
+
+
+def _responses_card(run: Run) -> str:
+    if not run.responses:
+        return ""
+    body = "".join(
+        f"<tr><td>{escape(row['prompt'])}</td><td><pre>{escape(row['response'])}</pre></td>"
+        f"{_cell(format(row['score'], 'g'))}<td>{escape(row['status'])}</td></tr>"
+        for row in run.responses
+    )
+    head = '<th>problem</th><th>response</th><th class="n">reward</th><th>verdict</th>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return _card(f"Best and worst responses of step {run.responses[0]['step']:,}", table)
 
 
 def _config_card(run: Run) -> str:

@@ -89,7 +89,8 @@ def draw_others(runs: Sequence[Run]) -> Figure | None:
     others = [
         name
         for name in names
-        if name not in (main_quantity(runs), *_SMALL) and any(len(set(run.series(name).values)) > 1 for run in runs)
+        if name not in (main_quantity(runs), *_SMALL)
+        and any(len(set(run.series(name).values)) > 1 for run in runs)
     ]
     if not others:
         return None

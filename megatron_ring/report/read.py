@@ -7,6 +7,7 @@ from typing import Any
 from megatron_ring.config import RunConfig
 from megatron_ring.config.load import config_from_mapping, read_toml
 from megatron_ring.errors import DataError
+from megatron_ring.rl.samples import FILE, read_samples
 from megatron_ring.runtime.metrics_file import read_records
 
 
@@ -39,6 +40,8 @@ class Run:
     config: RunConfig | None
     sample: str | None
     """Text the trained model wrote."""
+    responses: tuple[dict[str, Any], ...] = ()
+    """Best and worst responses of the last step of which some were kept (``samples.jsonl``)."""
 
     def series(self, name: str) -> Series:
         """The values of ``name`` over the steps. Example: ``run.series("grad_norm")``."""
@@ -83,7 +86,13 @@ def read_run(path: str | Path) -> Run:
         wall_seconds=max(record.get("wall_seconds", 0.0) for record in records),
         config=config_from_mapping(read_toml(config)[1]) if config.exists() else None,
         sample=sample.read_text(encoding="utf-8", errors="replace") if sample.exists() else None,
+        responses=_last_responses(folder / FILE),
     )
+
+
+def _last_responses(path: Path) -> tuple[dict[str, Any], ...]:
+    rows = read_samples(path) if path.exists() else []
+    return tuple(row for row in rows if row["step"] == rows[-1]["step"])
 
 
 def _series(records: list[dict[str, Any]], name: str) -> Series:
