@@ -1,5 +1,6 @@
 """The page stands alone, shows what the run wrote and lets nothing of it act as HTML."""
 
+import json
 import re
 import subprocess
 import sys
@@ -102,3 +103,13 @@ def test_the_tool_writes_beside_the_run_and_refuses_in_one_line(write_run, tmp_p
     refused = tool(tmp_path / "nowhere", cwd=tmp_path)
     assert refused.returncode == 2 and refused.stdout == ""
     assert re.fullmatch(r"error: metrics file .*nowhere.*; name a run that wrote one\n", refused.stderr)
+
+
+def test_the_last_steps_responses_are_shown_as_text(write_run):
+    folder = write_run()
+    row = {"prompt": "1 + 1 = ?", "score": 0.0, "status": "wrong", "tokens": 3, "stop": "eos"}
+    rows = [{**row, "step": 2, "response": "older"}, {**row, "step": 4, "response": "<script>3</script>"}]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "pro')
+    page = render_report(folder, folder / "report.html").read_text()
+    assert "responses of step 4" in page and "&lt;script&gt;3" in page
+    assert "older" not in page and "script" not in Checker(page).seen
