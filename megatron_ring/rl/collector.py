@@ -131,7 +131,8 @@ class Collector:
         """The judged groups of one step, in the order of their prompts.
 
         Without C3PO++ that is every prompt drawn; with it, what was finished when the step's tokens had been
-        generated. With dynamic sampling, groups whose rewards are all equal are replaced by new prompts.
+        generated. With dynamic sampling, groups whose rewards are all equal are replaced by new prompts, as long
+        as C3PO++ has tokens left; what is missing then is drawn in the next step.
 
         Raises:
             RolloutError: refilling found nothing to learn from in ``dynamic_sampling_max_rounds`` rounds.
@@ -140,13 +141,13 @@ class Collector:
         missing = self.config.prompts_per_step - self._total(len(self.book.open))
         while True:
             self._draw(max(missing, 0))
-            self._answer(found)
+            self._answer(found, self._tokens_left(found))
             if not self.config.dynamic_sampling:
                 return found
             # with C3PO++ groups in the making will come by themselves
             have = self._total(len(found.groups)) + self._total(len(self.book.open))
             missing = self.config.prompts_per_step - have
-            if missing <= 0:
+            if missing <= 0 or self._tokens_left(found) == 0:
                 return found
             if found.rounds >= self.config.dynamic_sampling_max_rounds:
                 raise RolloutError(
@@ -156,23 +157,32 @@ class Collector:
                 )
 
     def refill(self, found: Collected, count: int) -> None:
-        """Draw ``count`` prompts more for a step that lacks tokens, into ``found``."""
+        """Draw ``count`` prompts more for a step that lacks tokens, into ``found``.
+
+        With C3PO++ this is one more round of ``rollout_token_budget`` tokens.
+        """
         self._draw(count)
-        self._answer(found)
+        self._answer(found, self.config.rollout_token_budget or None)
 
     def _draw(self, count: int) -> None:
         topology = self.session.topology
         own = [p for p in self.prompts.next(count) if p.uid % topology.dp_size == topology.dp_rank]
         self.book.draw(own)
 
-    def _answer(self, found: Collected) -> None:
+    def _tokens_left(self, found: Collected) -> int | None:
+        """Tokens that C3PO++ may still generate in this step; None without it."""
+        if not self.config.rollout_token_budget:
+            return None
+        return max(self.config.rollout_token_budget - self._total(found.generated_tokens), 0)
+
+    def _answer(self, found: Collected, token_budget: int | None) -> None:
         found.rounds += 1
         requests = [
             Request(prompt=prompt, sample=sample, prefix=prefix)
             for prompt, sample, prefix in self.book.wanted()
         ]
         before = sum(request.prefix.length for request in requests if request.prefix is not None)
-        rollouts, unfinished = self.answer(requests, self.sampling, self.config.rollout_token_budget or None)
+        rollouts, unfinished = self.answer(requests, self.sampling, token_budget)
         for response in unfinished:
             self.book.interrupt(response)
         for rollout in rollouts:

@@ -55,7 +55,7 @@ def send_rollouts(
 ) -> list[list[Rollout]]:
     """Collective over ``group``: ``rollouts_of[r]`` goes to rank r; returns what came from each rank.
 
-    Moves only what is asked for: 12 bytes a token plus the prompt, and the routes where they are kept.
+    Moves only what is asked for: 16 bytes a token plus the prompt, and the routes where they are kept.
     """
     if group.size() == 1:
         return [list(rollouts_of[0])]

@@ -75,14 +75,16 @@ class GroupBook:
     def take_complete(self) -> list[list[Rollout]]:
         """Groups that wait for nothing more, each in the order of its samples; they are forgotten here.
 
-        A group that lost all but one of its members says nothing about their relative worth and is left out.
+        A group that lost all but one of its members says nothing about their relative worth and is left out;
+        with ``group_size`` 1 (a critic judges worth) every group has one.
         """
         done = [uid for uid, group in self.open.items() if not group.waiting]
         groups = [self.open.pop(uid).finished for uid in done]
+        least = min(self.group_size, 2)
         for members in groups:
-            if len(members) == 1:
-                self.dropped_tokens += next(iter(members.values())).response.length
-        return [[members[s] for s in sorted(members)] for members in groups if len(members) > 1]
+            if len(members) < least:
+                self.dropped_tokens += sum(rollout.response.length for rollout in members.values())
+        return [[members[s] for s in sorted(members)] for members in groups if len(members) >= least]
 
     def contents(self) -> tuple[list[Prompt], list[Rollout], list[Response]]:
         """Prompts, judged members and prefixes of the open groups: what a checkpoint has to hold."""

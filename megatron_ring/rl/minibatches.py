@@ -7,7 +7,7 @@ the same choice by itself; tokens move once, from the rank that sampled them to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,11 +88,13 @@ class MinibatchPlanner:
         """Choose this step's tokens from what this rank has, and all others have, and pack them.
 
         Args:
-            rollouts: this rank's new ones, advantages assigned, in the order in which they finished.
+            rollouts: this rank's new ones, advantages assigned, in the order in which they finished. One without
+                any token has nothing to train on and is left out.
             carried: what :attr:`Plan.carried` said last time.
             seed: of the step, the same on every rank.
         """
-        own = [c.rollout for c in carried] + list(rollouts)
+        rollouts = [rollout for rollout in rollouts if rollout.response.length]
+        own = [c.rollout for c in carried] + rollouts
         rows = self._everyones_rows(rollouts, carried)
         candidates = [
             Candidate(
@@ -124,15 +126,17 @@ class MinibatchPlanner:
         if any(minibatches):
             metrics |= audit(candidates, [row.score for row in rows], minibatches).metrics()
         grids = [self._grid(rows, picks) for picks in minibatches]
-        for name in grids[0].metrics():
-            metrics[name] = sum(grid.metrics()[name] for grid in grids) / len(grids)
-        metrics["packing/microbatches"] = float(sum(len(grid.placements[0]) for grid in grids))
+        metrics |= _packing_metrics(grids)
         plan = self._exchange(own, rows, minibatches, grids)
         oldest = self.config.rollout.rollout_max_staleness
+        fresh = [p for p in left if rows[p.index].carried < oldest]
+        if budget.budget_overshoot == "carry":
+            stale = sum(p.num_tokens for p in left) - sum(p.num_tokens for p in fresh)
+            metrics["c3po/carried_stale"] = float(stale)
         kept = [
             Carried(own[rows[p.index].place], p.start, rows[p.index].carried + 1)
-            for p in left
-            if rows[p.index].rank == self.session.topology.dp_rank and rows[p.index].carried < oldest
+            for p in fresh
+            if rows[p.index].rank == self.session.topology.dp_rank
         ]
         return Plan(grids=plan, carried=kept, metrics=metrics, shortfall=shortfall)
 
@@ -201,7 +205,7 @@ class MinibatchPlanner:
             for rank, slots in enumerate(grid.placements):
                 wanted[rank].update((picks[i].index, None) for items in slots for i in items)
         parcels = [
-            [own[rows[index].place] for index in of_rank if rows[index].rank == topology.dp_rank]
+            [_bare(own[rows[index].place]) for index in of_rank if rows[index].rank == topology.dp_rank]
             for of_rank in wanted
         ]
         arrived = send_rollouts(parcels, topology.groups.dp, self.session.device)
@@ -229,3 +233,17 @@ class MinibatchPlanner:
         if self.config.objective.routing_replay != "R3":
             return None
         return model.num_moe_layers, model.moe_router_topk
+
+
+def _bare(rollout: Rollout) -> Rollout:
+    """Without what only verifiers need: the tests of a problem in code can be larger than its answers."""
+    return replace(rollout, prompt=replace(rollout.prompt, text="", reference={}))
+
+
+def _packing_metrics(grids: Sequence[Grid]) -> dict[str, float]:
+    """Sums over the step's minibatches of what is counted, means of what is a share."""
+    each = [grid.metrics() for grid in grids]
+    sums = {name: sum(metrics[name] for metrics in each) for name in each[0]}
+    counted = ("packing/dropped_sequences", "packing/dropped_tokens")
+    found = {name: value if name in counted else value / len(grids) for name, value in sums.items()}
+    return found | {"packing/microbatches": float(sum(len(grid.placements[0]) for grid in grids))}

@@ -31,7 +31,7 @@ class SampleTable:
         self._tokenizer, self._every = tokenizer, every
         if self._path is not None and self._path.exists():
             kept = [row for row in read_samples(self._path) if row["step"] <= resume_step]
-            self._path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+            self._path.write_text("".join(map(_line, kept)), encoding="utf-8")
 
     def write(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """Raises ConfigError when the file cannot be written."""
@@ -51,15 +51,22 @@ class SampleTable:
         ]
         try:
             with open(self._path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                file.writelines(map(_line, rows))
         except OSError as error:
             raise ConfigError(f"{self._path}: {error.strerror}; see that the disk has space") from None
+
+
+def _line(row: dict) -> str:
+    """Readable in every script; half a surrogate pair, which no file can hold, as JSON's escape."""
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
 def read_samples(path: Path) -> list[dict]:
     """The rows of a ``samples.jsonl``; a last line that was cut short is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # not splitlines: responses hold line separators that JSON leaves as they are
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             rows.append(json.loads(line))
         except ValueError:

@@ -33,8 +33,8 @@ def rollouts_to_bytes(rollouts: Sequence[Rollout]) -> bytes:
             (r.routes_SLK.reshape(-1) for r in responses if r.routes_SLK is not None), np.int16
         ),
     }
-    text = json.dumps(entries, ensure_ascii=False)
-    arrays["entries"] = np.frombuffer(text.encode(), dtype=np.uint8)
+    # escaped: texts of others may hold half a surrogate pair, which has no UTF-8
+    arrays["entries"] = np.frombuffer(json.dumps(entries).encode(), dtype=np.uint8)
     return save(arrays)
 
 

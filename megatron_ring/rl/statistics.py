@@ -27,6 +27,7 @@ def rollout_sums(rollouts: Sequence[Rollout]) -> dict[str, float]:
         sums["length"] += length
         sums["length_squared"] += length**2
         sums["cut"] += rollout.response.stop == "length"
+        sums["empty"] += length == 0
         sums[f"status/{reward.status}"] += 1
         sums[f"domain/{rollout.prompt.domain}/responses"] += 1
         sums[f"domain/{rollout.prompt.domain}/reward"] += reward.score
@@ -45,7 +46,9 @@ def rollout_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     """Means of what :func:`rollout_sums` added up.
 
     Example: ``{"reward": .5, "reward_std": .5, "response_length": 15., "response_length_std": 5.,
-    "cut_share": 0., "status/correct": .5, ..., "reward/math": .5}``; ``reward/...`` only with several domains.
+    "cut_share": 0., "empty_share": 0., "status/correct": .5, ...,
+    "reward/math": .5}``; ``reward/...`` only with several domains. ``empty_share``: responses of no token at all,
+    which nothing is trained on.
     """
     count = sums.get("responses", 0.0)
     if not count:
@@ -57,9 +60,11 @@ def rollout_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         "response_length": length,
         "response_length_std": max(sums["length_squared"] / count - length**2, 0.0) ** 0.5,
         "cut_share": sums["cut"] / count,
+        "empty_share": sums["empty"] / count,
     }
     found |= {name: value / count for name, value in sums.items() if name.startswith("status/")}
-    domains = [n.split("/")[1] for n in sums if n.startswith("domain/") and n.endswith("/responses")]
+    ends = ("domain/", "/responses")
+    domains = [n[len(ends[0]) : -len(ends[1])] for n in sums if n.startswith(ends[0]) and n.endswith(ends[1])]
     if len(domains) > 1:
         for name in domains:
             found[f"reward/{name}"] = sums[f"domain/{name}/reward"] / sums[f"domain/{name}/responses"]

@@ -1,0 +1,49 @@
+"""Two processes tell each other things, and each rollout arrives where it is to be trained on, bit for bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.parallel.test_layouts import spawn
+from tests.rl.exchange_cases import parcel, words
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("exchange")
+    result = spawn(2, "tests.rl.exchange_worker", str(folder), timeout=120)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_everyone_hears_everyone_in_the_order_of_ranks(found):
+    for heard in found:
+        assert heard["gathered"] == [words(0), words(1)]
+        assert heard["nothing"] == [None, None]
+
+
+def test_one_speaks_for_all(found):
+    for heard in found:
+        assert heard["first"] == words(0) and heard["last"] == words(1)
+
+
+def test_rollouts_arrive_where_they_were_sent(found):
+    for rank, heard in enumerate(found):
+        for source in range(2):
+            sent = [
+                [
+                    *r.response.key,
+                    r.prompt.text,
+                    r.response.tokens_R.tolist(),
+                    r.response.logprobs_R.tolist(),
+                    r.response.versions_R.tolist(),
+                    None if r.advantages_R is None else r.advantages_R.tolist(),
+                    r.reward.detail,
+                ]
+                for r in parcel(source, rank)
+            ]
+            assert heard["rollouts"][source] == sent
+        assert heard["empty"] == [0, 0]
+    assert found[0]["routes"] == [2] and found[1]["routes"] == []

@@ -1,0 +1,63 @@
+"""The table of samples: the best and the worst, readable, and of one run however often it was resumed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_ring.errors import ConfigError
+from megatron_ring.rl.samples import SampleTable, best_and_worst, read_samples
+from megatron_ring.rl.serialise import rollouts_from_bytes, rollouts_to_bytes
+from tests.rl.collecting import Places
+from tests.rl.test_minibatches import rollout, step_of
+
+
+def scored(uid: int, score: float):
+    plain = rollout(uid, 0, 3)
+    return replace(plain, reward=replace(plain.reward, score=score))
+
+
+def test_the_best_and_the_worst_and_none_twice():
+    rollouts = [scored(uid, score) for uid, score in enumerate([0.5, 1.0, 0.0, 0.7, -1.0, 1.0])]
+    assert [r.prompt.uid for r in best_and_worst(rollouts)] == [1, 5, 2, 4]
+    assert [r.prompt.uid for r in best_and_worst(rollouts[:3])] == [1, 0, 2]
+
+
+def test_a_resume_replaces_what_was_said_after_the_checkpoint(tmp_path):
+    table = SampleTable(tmp_path, Places(), resume_step=0, every=2)
+    for step in range(1, 9):
+        table.write(step, step_of(0))
+    assert {row["step"] for row in read_samples(tmp_path / "samples.jsonl")} == {2, 4, 6, 8}
+    with open(tmp_path / "samples.jsonl", "a") as file:
+        file.write('{"step": 10, "cut sho')
+    SampleTable(tmp_path, Places(), resume_step=5, every=2).write(6, step_of(1))
+    steps = [row["step"] for row in read_samples(tmp_path / "samples.jsonl")]
+    assert steps == [2] * 4 + [4] * 4 + [6] * 4
+
+
+class Odd:
+    """What a young policy says: line separators that are no newline, and half a character."""
+
+    def decode(self, tokens) -> str:
+        return "a\u2028b\x85c\x1ed\ud800e\nf"
+
+
+def test_any_text_comes_back_as_it_was(tmp_path):
+    table = SampleTable(tmp_path, Odd(), resume_step=0, every=1)
+    table.write(1, step_of(0))
+    for _ in range(2):
+        rows = read_samples(tmp_path / "samples.jsonl")
+        assert [row["response"] for row in rows] == [Odd().decode([])] * 4
+        SampleTable(tmp_path, Odd(), resume_step=1, every=1)
+    odd = rollout(0, 0, 3)
+    odd = replace(odd, reward=replace(odd.reward, detail=Odd().decode([])))
+    (back,) = rollouts_from_bytes(rollouts_to_bytes([odd]))
+    assert back.reward == odd.reward
+
+
+def test_ranks_without_a_folder_write_nothing_and_a_full_disk_is_one_line(tmp_path):
+    SampleTable(None, Places(), resume_step=0, every=1).write(1, step_of(0))
+    gone = SampleTable(tmp_path / "gone", Places(), resume_step=0, every=1)
+    with pytest.raises(ConfigError, match=r"samples\.jsonl: No such file"):
+        gone.write(1, step_of(0))
