@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_ring.checkpoint.checkpointer import Checkpointer
-from megatron_ring.checkpoint.folder import folder_of, read_attachment
+from megatron_ring.checkpoint.folder import TRAINER_STATE, folder_of, read_attachment
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.stage_rules import Stage
 from megatron_ring.data.prompts import open_prompts
+from megatron_ring.errors import CheckpointError
 from megatron_ring.rl.advantage import assign
 from megatron_ring.rl.batch import RLMicrobatch, with_column, with_routes
 from megatron_ring.rl.collector import Answering, Collected, Collector, judges
-from megatron_ring.rl.critic import Critic
+from megatron_ring.rl.critic import Critic, ValueMicrobatch
 from megatron_ring.rl.exchange import gather_json
 from megatron_ring.rl.minibatches import Carried, MinibatchPlanner, Plan
 from megatron_ring.rl.objective import PolicyObjective
@@ -136,7 +137,7 @@ class RlRun(StageRun):
         with metrics.phase("update"):
             lr = learning_rate(self.step, self.config.train)
             reports = [self._update(grid, lr) for grid in grids]
-            value_reports = [self.critic.step(grid) for grid in value_grids] if self.critic else []
+            value_reports = self._update_critic(value_grids, reports)
         self.step += 1
         with metrics.phase("publish"):
             self.rollout.load_weights(self.step)
@@ -186,6 +187,15 @@ class RlRun(StageRun):
             self.engine.update(report, lr)
         return report
 
+    def _update_critic(
+        self, grids: list[list[ValueMicrobatch]], reports: Sequence[StepReport]
+    ) -> list[StepReport]:
+        """One update per minibatch that has a token."""
+        if self.critic is None:
+            return []
+        pairs = zip(grids, reports, strict=True)
+        return [self.critic.step(grid) for grid, report in pairs if report.means["tokens"]]
+
     def _values(self, collected: Collected, plan: Plan, reports: Sequence[StepReport]) -> dict[str, float]:
         """What is logged of a step. Collective over the data-parallel group."""
         own = rollout_sums(collected.rollouts) | {
@@ -227,6 +237,17 @@ class RlRun(StageRun):
                 self.step,
                 values["c3po/shortfall"],
             )
+        if values["packing/dropped_sequences"]:
+            log.warning(
+                "step %d: %d responses found no room in the grid; raise microbatch_reserve=%s",
+                self.step,
+                values["packing/dropped_sequences"],
+                self.config.budget.microbatch_reserve,
+            )
+
+    def _validate(self, metrics: MetricsLogger) -> None:
+        if self.held_out:
+            super()._validate(metrics)
 
     def validate(self) -> dict[str, float]:
         """Mean reward and accuracy on held-out problems, sampled as in training. Collective over the world."""
@@ -261,11 +282,21 @@ class RlRun(StageRun):
         self.reference = ReferencePolicy(self.engine) if wanted else None
 
     def _open_critic(self, critic: Critic) -> Checkpointer:
-        """The critic's own checkpoints; on a resume, the one of the policy's step."""
+        """The critic's own checkpoints; on a resume, the one of the policy's step.
+
+        Raises:
+            CheckpointError: there is none: a critic that begins anew would judge a policy that does not.
+        """
         checkpointer = Checkpointer(critic.config, critic.engine, self.session)
         if self.resumed is not None:
             root = Path(self.checkpointer.loaded_folder or "").parent / "critic"
-            checkpointer.load(folder_of(root, self.step))
+            folder = folder_of(root, self.step)
+            if not (folder / TRAINER_STATE).exists():
+                raise CheckpointError(
+                    f"{folder}: holds no critic for the policy of step {self.step}; drop --critic, or start from the "
+                    "policy's weights with --pretrained-checkpoint and another --save"
+                )
+            checkpointer.load(folder)
         return checkpointer
 
     def save_checkpoint(self) -> None:

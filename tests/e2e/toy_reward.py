@@ -8,3 +8,8 @@ def even(prompt: Prompt, text: str) -> RewardResult:
     """1 where the answer has an even number of characters."""
     right = len(text) % 2 == 0
     return RewardResult(score=float(right), status="correct" if right else "wrong")
+
+
+def never(prompt: Prompt, text: str) -> RewardResult:
+    """0 whatever the answer."""
+    return RewardResult(score=0.0, status="wrong")

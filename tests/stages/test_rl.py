@@ -1,0 +1,221 @@
+"""Reinforcement learning in this process: what a step says, what is replayed, resumed and refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import runpy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ring.config.load import config_from_mapping
+from megatron_ring.config.validate import validate
+from megatron_ring.data.builtin import builtin_documents
+from megatron_ring.data.tokenizer_training import train_tokenizer
+from megatron_ring.errors import CheckpointError
+from megatron_ring.rl.critic import Critic
+from megatron_ring.runtime.session import open_session
+from megatron_ring.stages.rl import RlRun, train_rl
+from tests.e2e.runs import ROOT, flags
+from tests.e2e.test_rl_resume import settings as tiny
+from tests.model.small import weights
+from tests.stages.test_sft import records
+
+PLAIN = {
+    "rollout_token_budget": 0,
+    "budget_overshoot": "token",
+    "minibatches_per_step": 1,
+    "train_iters": 2,
+    "kl_loss_coef": 0.0,
+    "save_interval": 0,
+    "log_level": "error",
+}
+NEVER = {
+    "dynamic_sampling": True,
+    "dynamic_sampling_max_rounds": 2,
+    "reward_functions": ["toy=tests.e2e.toy_reward:never"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rl")
+    train_tokenizer(builtin_documents(0.1), folder / "tok.model", vocab_size=400)
+    for name, first, count, domain in (
+        ("train", 0, 40, "toy"),
+        ("held_out", 90, 4, "toy"),
+        ("strange", 0, 4, "astrology"),
+    ):
+        rows = [
+            {"prompt": f"f{i}(x):", "domain": domain, "answer": str(i)} for i in range(first, first + count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "empty.jsonl").write_text("")
+    return folder
+
+
+@pytest.fixture
+def values(folder, tmp_path) -> Callable[..., dict[str, object]]:
+    def make(**settings: object) -> dict[str, object]:
+        corpus = {"tokenizer-model": folder / "tok.model"}
+        where = {"metrics_file": str(tmp_path / "metrics.jsonl")}
+        return tiny(corpus, folder / "train.jsonl", **{**PLAIN, **where, **settings})
+
+    return make
+
+
+@pytest.fixture
+def configure(values) -> Callable:
+    def make(**settings: object):
+        flat = {k: tuple(v) if isinstance(v, list) else v for k, v in values(**settings).items()}
+        config = config_from_mapping(flat)
+        validate(config, 1, "rl")
+        return config
+
+    return make
+
+
+def test_a_step_says_what_it_did(configure, folder, tmp_path):
+    held_out = {"eval_prompt_data": (str(folder / "held_out.jsonl"),), "eval_prompts": 4, "eval_interval": 2}
+    train_rl(configure(**held_out, minibatches_per_step=2, kl_loss_coef=1e-2, save=str(tmp_path / "run")))
+    steps, evals = records(tmp_path), records(tmp_path, "eval")
+    assert [step["step"] for step in steps] == [1, 2] and [e["step"] for e in evals] == [0, 2]
+    for step in steps:
+        assert 0 < step["reward"] < 1 and step["reward"] == pytest.approx(step["status/correct"])
+        assert 1 <= step["response_length"] <= 24
+        assert step["c3po/selected"] == 160 and step["loss_tokens"] == 80 and step["c3po/shortfall"] == 0
+        assert step["mismatch"] < 1e-4
+        assert step["generated_tokens"] == pytest.approx(24 * step["response_length"])
+        assert step["balance_loss"] >= 0.99 and step["max_violation"] > 0
+        assert step["packing/dropped_sequences"] == 0 and step["kl"] >= 0 and step["entropy"] > 0
+    assert steps[0]["kl"] < steps[1]["kl"], "the policy leaves the reference"
+    for held in evals:
+        assert held["accuracy"] == pytest.approx(held["reward"]) and held["response_length"] > 0
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dapo"])
+def test_without_a_budget_every_sampled_token_is_trained_on(configure, tmp_path, objective):
+    # an evaluation without held-out problems evaluates nothing
+    train_rl(configure(objective=objective, token_budget=0, train_iters=1, eval_interval=1))
+    (step,) = records(tmp_path)
+    assert step["loss_tokens"] == step["generated_tokens"] > 0
+    assert "c3po/selected" not in step and step["mismatch"] < 1e-4
+    assert records(tmp_path, "eval") == []
+
+
+@pytest.mark.parametrize("replay", ["R2", "R3"])
+def test_replayed_routes_are_those_that_the_routers_choose_until_the_weights_move(
+    configure, tmp_path, replay
+):
+    train_rl(configure(routing_replay=replay, train_iters=1))
+    train_rl(configure(routing_replay=replay, train_iters=1, minibatches_per_step=4, lr=0.1, token_budget=60))
+    old = tmp_path / "metrics.jsonl.old"
+    (moved,) = records(tmp_path)
+    old.rename(tmp_path / "metrics.jsonl")
+    (first,) = records(tmp_path)
+    assert first["router_flip_rate"] == 0 and first["router_flip_rate/0"] == 0
+    assert moved["router_flip_rate"] > 0, "after an update the routers choose otherwise"
+    assert first["missing_routes"] == 0 and first["loss_tokens"] == 80
+
+
+def test_a_step_in_which_nobody_finishes_trains_on_nothing(configure, tmp_path, caplog):
+    state: list[dict[str, torch.Tensor]] = []
+
+    class Watched(RlRun):
+        def train_step(self, metrics):
+            state.append(weights(self.engine))
+            super().train_step(metrics)
+            state.append(weights(self.engine))
+
+    run_with(Watched, configure(rollout_token_budget=4, train_iters=1, log_level="warning"))
+    assert all(map(torch.equal, state[0].values(), state[1].values()))
+    (step,) = records(tmp_path)
+    assert "reward" not in step and step["loss_tokens"] == 0 and step["generated_tokens"] >= 4
+    assert step["c3po/shortfall"] == 80
+    assert "80 of the token budget were missing" in caplog.text
+
+
+def run_with(stage: type[RlRun], config) -> None:
+    """:func:`train_rl` with a stage that is watched."""
+    with open_session(config.parallel, config.train.seed) as session, contextlib.ExitStack() as stack:
+        stage(config, session, stack).train()
+
+
+def test_a_run_with_a_critic_is_resumed_with_its_critic(configure, tmp_path):
+    critic = {"critic": True, "advantage_estimator": "gae", "critic_lr": 1e-3, "train_iters": 3}
+    found: dict[str, list] = {}
+    for name, stops in (("straight", [{}]), ("stopped", [{"exit_interval": 2}, {}])):
+        where = tmp_path / name
+        for more in stops:
+            where_to = {"save": str(where), "load": str(where), "metrics_file": str(where / "metrics.jsonl")}
+            train_rl(configure(**critic, **where_to, **more))
+        found[name] = [
+            (r["step"], r["loss"], r["value_loss"], r["value_mean"], r["reward"]) for r in records(where)
+        ]
+    assert found["straight"] == found["stopped"] and len(found["straight"]) == 3
+    assert found["straight"][0][3] == 0 != found["straight"][2][3], "values start at 0 and are learnt"
+    critics = tmp_path / "stopped" / "critic"
+    for step in (2, 3):
+        assert (critics / f"iter_{step:07d}").is_dir()
+    shutil.rmtree(critics / "iter_0000003")
+    with pytest.raises(CheckpointError, match="holds no critic for the policy of step 3; drop --critic"):
+        where_to = {"save": str(tmp_path / "stopped"), "load": str(tmp_path / "stopped")}
+        train_rl(configure(**critic, **where_to))
+
+
+def test_a_critic_needs_one_response_to_a_prompt_only(configure, tmp_path):
+    critic = {"critic": True, "advantage_estimator": "gae", "group_size": 1, "prompts_per_step": 24}
+    train_rl(configure(**critic, train_iters=1))
+    (step,) = records(tmp_path)
+    assert step["c3po/responses_sampled"] == 24 and step["loss_tokens"] == 80
+
+
+def test_a_minibatch_without_tokens_moves_no_critic(configure, monkeypatch, tmp_path):
+    updates = []
+    original = Critic.step
+    monkeypatch.setattr(Critic, "step", lambda self, grid: updates.append(1) or original(self, grid))
+    critic = {"critic": True, "advantage_estimator": "gae", "minibatches_per_step": 2}
+    train_rl(configure(**critic, train_iters=1, token_budget=600))
+    (step,) = records(tmp_path)
+    assert len(updates) == 1 and step["c3po/shortfall"] > 600
+
+
+def test_a_shortfall_is_refilled_with_new_prompts(configure, tmp_path):
+    train_rl(configure(train_iters=1, budget_shortfall="refill", token_budget=900))
+    (step,) = records(tmp_path)
+    assert step["rollout_rounds"] > 1 and step["loss_tokens"] == 900 and step["c3po/shortfall"] == 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"prompt_data": ["{folder}/strange.jsonl"]}, "domain=astrology has no reward function"),
+        ({"prompt_data": ["{folder}/empty.jsonl"]}, "empty.jsonl"),
+        ({"eval_prompt_data": ["{folder}/train.jsonl"], "eval_prompts": 40}, "none of its 40 problems"),
+        ({"prompt_data": ["{folder}/nowhere.jsonl"]}, "nowhere.jsonl does not exist"),
+        ({"reward_functions": ["toy=tests.nowhere:even"]}, "tests.nowhere"),
+        ({"group_size": 1}, "group_size=1"),
+        ({"max_response_length": 400}, "max_position_embeddings=128"),
+        ({"token_budget": 0}, "token_budget=0"),
+        ({"critic": True}, "critic=True"),
+        ({"routing_replay": "R4"}, "R4"),
+        (NEVER, "dynamic_sampling found 0 of prompts_per_step=6"),
+    ],
+)
+def test_wrong_input_ends_in_one_line(values, folder, monkeypatch, capsys, wrong, said):
+    wrong = {
+        name: [str(v).format(folder=folder) for v in value] if isinstance(value, list) else value
+        for name, value in wrong.items()
+    }
+    words = flags({name.replace("_", "-"): value for name, value in values(**wrong).items()})
+    monkeypatch.setattr("sys.argv", ["rl_ring.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "examples/rl_ring.py"), run_name="__main__")
+    stderr = capsys.readouterr().err
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 2 and len(lines) == 1 and "Traceback" not in stderr, stderr
+    assert said in lines[0]
