@@ -31,6 +31,12 @@ MAX_NON_FINITE_STEPS = 3
 SAMPLE_TOKENS = 120
 
 
+def start_logging(config: RunConfig) -> None:
+    """Have our messages shown from ``log_level`` on, and Megatron-Core's from warnings on."""
+    logging.basicConfig(level=config.logging.log_level.upper(), format="%(message)s")
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)
+
+
 class StageRun:
     """One run of a stage on one process. Every rank of the world makes the same calls."""
 

@@ -38,7 +38,7 @@ from megatron_ring.rl.serialise import rollouts_from_bytes, rollouts_to_bytes
 from megatron_ring.rl.statistics import add_up, rollout_metrics, rollout_sums
 from megatron_ring.runtime.metrics import MetricsLogger
 from megatron_ring.runtime.session import Session, open_session
-from megatron_ring.stages.loop import StageRun
+from megatron_ring.stages.loop import StageRun, start_logging
 from megatron_ring.train.engine import StepReport
 from megatron_ring.train.schedule import learning_rate
 
@@ -55,7 +55,7 @@ def train_rl(config: RunConfig) -> None:
         RingError: bad input (one line says what to do), nothing to learn from, or a loss that is not finite
             several steps running.
     """
-    logging.basicConfig(level=config.logging.log_level.upper(), format="%(message)s")
+    start_logging(config)
     with open_session(config.parallel, config.train.seed) as session, contextlib.ExitStack() as stack:
         RlRun(config, session, stack).train()
 

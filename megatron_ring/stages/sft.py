@@ -20,7 +20,7 @@ from megatron_ring.data.sft import SftStream, load_conversations
 from megatron_ring.errors import ConfigError, DataError
 from megatron_ring.runtime.metrics import MetricsLogger
 from megatron_ring.runtime.session import Session, open_session
-from megatron_ring.stages.loop import StageRun
+from megatron_ring.stages.loop import StageRun, start_logging
 from megatron_ring.train.objective import NextTokenObjective
 from megatron_ring.train.schedule import learning_rate
 
@@ -33,7 +33,7 @@ def train_sft(config: RunConfig) -> None:
     Raises:
         RingError: bad input (one line says what to do), or a loss that is not finite several steps running.
     """
-    logging.basicConfig(level=config.logging.log_level.upper(), format="%(message)s")
+    start_logging(config)
     with open_session(config.parallel, config.train.seed) as session:
         run = SftRun(config, session)
         run.train()
