@@ -136,6 +136,10 @@ def test_dynamic_sampling_keeps_to_the_tokens_of_a_step():
     assert found.generated_tokens <= 40 + engine.slots and found.uninformative_groups == 4
     source.collect(version=1)
     assert {r.prompt.uid for r in engine.calls[2]} == {4, 5, 6, 7}, "those that wait come first"
+    engine = ScriptedEngine(lambda uid, sample: 3)
+    source = collector(engine, lambda *_: 1.0, dynamic_sampling=True, rollout_token_budget=36)
+    assert source.collect(version=0).groups == []
+    assert engine.budgets == [36] and source.prompts.drawn == 4, "without a token left nothing more is drawn"
 
 
 def test_a_refill_adds_to_the_step():
