@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +45,11 @@ class WorkedExamplesConfig:
         return f"reasoning_gym:chain_sum?{shape}&seed={self.seed}&size={self.count}"
 
 
-def worked_examples(config: WorkedExamplesConfig) -> Iterator[dict[str, Any]]:
+def worked_examples(config: WorkedExamplesConfig, excluded: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """``config.count`` conversations, ``{"messages": [question, worked answer]}``; the same for the same config.
 
-    Exactly ``round(slip_share * count)`` of them have a slip, spread by the seed.
+    Exactly ``round(slip_share * count)`` of them have a slip, spread by the seed. Questions in ``excluded``,
+    such as those held out, are then left out.
 
     Raises:
         DataError: reasoning-gym is not installed, or the config has no such problems.
@@ -62,6 +63,8 @@ def worked_examples(config: WorkedExamplesConfig) -> Iterator[dict[str, Any]]:
     slipping = set(chance.sample(range(config.count), round(config.slip_share * config.count)))
     for index in range(config.count):
         question = problems[index].text
+        if question in excluded:
+            continue
         answer = running_sum(question, chance if index in slipping else None)
         yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
