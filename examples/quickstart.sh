@@ -39,12 +39,12 @@ _say "2/7 writing the corpus"
     --tokenizer-model "$run/tokenizer.model" --output-prefix "$run/corpus"
 
 _say "3/7 pre-training a 1.6M-parameter Ring mixture-of-experts"
-_stage pretrain --data-path "$run/corpus"
+_stage pretrain --data-path "$run/corpus" --train-iters 200
 
 _say "4/7 writing worked examples: two in five of the teacher's have a slip"
-sums=(--min-terms 2 --max-terms 3 --min-digits 1 --max-digits 1)
+sums=(--min-terms 2 --max-terms 4 --min-digits 1 --max-digits 1)
 held_out="$(sed -n 's/^eval_prompt_data = \["\(.*\)"\]/\1/p' examples/tiny/rl.toml)"
-"$PYTHON" tools/make_worked_examples.py "${sums[@]}" --count 100000 --slip-share 0.4 --exclude "$held_out" \
+"$PYTHON" tools/make_worked_examples.py "${sums[@]}" --count 150000 --slip-share 0.4 --exclude "$held_out" \
     --output "$run/sums.jsonl"
 "$PYTHON" tools/make_worked_examples.py "${sums[@]}" --count 300 --seed 2 --slip-share 0 \
     --output "$run/sums_held_out.jsonl"
