@@ -44,8 +44,10 @@ def expected(mixed, rotary, keys, values, rows, positions, scale, norms):
     return context.flatten(1, 2), new_k, new_v
 
 
-def check(T=4, G=2, R=3, C=16, half=8, normed=False, dtype=torch.float32, tolerance=1e-5):
-    mixed = random(T, G, R + 2, C).to(dtype)
+def check(T=4, G=2, R=3, C=16, half=8, normed=False, dtype=torch.float32, tolerance=1e-5, spread=1):
+    mixed = random(T, G, R + 2, C)
+    mixed[:, :, :R] *= spread
+    mixed = mixed.to(dtype)
     angles = random(T, half, seed=1) * 3
     rotary = torch.stack((angles.cos(), angles.sin()))
     keys, values = (random(SLOTS, LENGTH, G, C, seed=seed).to(dtype) for seed in (2, 3))
@@ -95,6 +97,12 @@ def test_part_of_the_channels_is_rotated(backend, half):
 def test_other_dtypes(backend, dtype, tolerance):
     # the angles are fp32 in every dtype
     check(T=3, normed=True, dtype=dtype, tolerance=tolerance)
+
+
+@pytest.mark.parametrize("channels", [16, 24])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_scores_further_apart_than_exp_reaches(backend, channels, repeats):
+    check(T=5, R=repeats, C=channels, spread=1000, tolerance=1e-3)
 
 
 def test_the_docstring_example_holds(backend):

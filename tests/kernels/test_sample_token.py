@@ -110,6 +110,17 @@ def test_the_docstring_example_holds(backend):
         assert tokens_T.tolist() == [token] and abs(float(logp_T) - logp) < 1e-4
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.5}, {"temperature": 0}])
+def test_a_row_that_is_not_finite_stays_in_the_vocabulary(backend, bad, settings):
+    for place in (0, 1029, slice(None)):
+        logits_TV = random(3, 1030)
+        logits_TV[1, place] = bad
+        tokens_T, logp_T = sample_token(logits_TV, torch.tensor([0.1, 0.5, 0.9]).double(), **settings)
+        assert ((tokens_T >= 0) & (tokens_T < 1030)).all()
+        assert logp_T.isnan().tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -2}])
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):

@@ -24,22 +24,16 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_ring.kernels.expert_mlp import kernel as expert_mlp
-from megatron_ring.kernels.grouped_gemm import kernel as grouped_gemm
-from megatron_ring.kernels.permute import kernel as permute
-from megatron_ring.kernels.rms_norm import kernel as rms_norm
-from megatron_ring.kernels.routing import kernel as routing
-from megatron_ring.kernels.token_logprob import kernel as token_logprob
+from tools.benchmark.static_specs import Spec, decode_specs, product_specs, row_specs
 
 GOLDEN = Path(__file__).with_name("static_golden.json")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -55,149 +49,6 @@ ISSUE_GATES = {
     "down_backward": 0.45,
 }
 MAX_REGISTERS = 176
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One kernel to compile: its argument types, its constants and its launch options."""
-
-    kernel: object
-    signature: dict[str, str]
-    constants: dict[str, object]
-    options: dict[str, object]
-    unaligned: tuple[str, ...] = field(default=("num_experts", "num_rows", "tiles_n", "tiles_f", "tiles_d"))
-
-
-def _block(*shape: int, dtype: str = "bf16") -> str:
-    return f"tensordesc<{dtype}{list(shape)}>"
-
-
-def _constants(t: grouped_gemm.Tiles, **more: object) -> dict[str, object]:
-    shape = {"BM": t.bm, "BN": t.bn, "BK": t.bk, "GROUP": t.group}
-    return {**shape, "UPCAST": False, "PRECISION": "ieee", **more}
-
-
-_WALK = {"offsets_ptr": "*i32", "num_experts": "i32", "num_rows": "i32", "reduced": "i32", "tiles_n": "i32"}
-
-
-def product_specs(arch: int) -> dict[str, Spec]:
-    """The grouped products and the experts' fused kernels at Ring's shape: bf16, 64 experts."""
-    specs = {}
-    t = grouped_gemm.tiles_for("rows", torch.bfloat16, arch)
-    quarter = _block(1, 1, t.bm, t.bn // 4)
-    for name, nt, w_block in (("nt", True, _block(1, t.bn, t.bk)), ("nn", False, _block(1, t.bk, t.bn))):
-        signature = {**_WALK, "x_desc": _block(t.bm, t.bk), "w_desc": w_block, "y_desc": quarter}
-        specs[f"grouped_gemm_{name}"] = Spec(
-            grouped_gemm._rows_kernel, signature, _constants(t, NT=nt, E_PAD=128), t.options()
-        )
-    t = grouped_gemm.tiles_for("weight", torch.bfloat16, arch)
-    for name, accumulate, dtype in (("weight", False, "bf16"), ("weight_accumulate", True, "fp32")):
-        signature = {"offsets_ptr": "*i32", "num_experts": "i32", "tiles_f": "i32", "tiles_d": "i32"}
-        signature |= {"dy_desc": _block(1, 1, t.bk, t.bm), "x_desc": _block(1, 1, t.bk, t.bn)}
-        signature |= {"dw_desc": _block(1, t.bm, t.bn // 4, dtype=dtype)}
-        constants = _constants(t, ACCUMULATE=accumulate)
-        specs[name] = Spec(grouped_gemm._weight_kernel, signature, constants, t.options())
-    t = grouped_gemm.tiles_for("up", torch.bfloat16, arch)
-    quarter = _block(1, 1, t.bm, t.bn // 4)
-    signature = {**_WALK, "probs_ptr": "*fp32", "x_desc": _block(t.bm, t.bk), "w_desc": _block(1, t.bn, t.bk)}
-    signature |= dict.fromkeys(("gate_desc", "up_desc", "h_desc"), quarter)
-    for name, training in (("up", True), ("up_inference", False)):
-        constants = _constants(t, STORE_Z=training, HAS_PROBS=True, E_PAD=128)
-        specs[name] = Spec(expert_mlp._up_kernel, signature, constants, t.options())
-    t = grouped_gemm.tiles_for("down", torch.bfloat16, arch)
-    signature = {**_WALK, "probs_ptr": "*fp32", "partial_ptr": "*fp32"}
-    signature |= {"dy_desc": _block(t.bm, t.bk), "w_desc": _block(1, t.bk, t.bn)}
-    signature |= dict.fromkeys(("gate_desc", "up_desc"), _block(t.bm, t.bn // 4))
-    signature |= dict.fromkeys(("dgate_desc", "dup_desc", "h_desc"), _block(1, 1, t.bm, t.bn // 4))
-    constants = _constants(t, HAS_PROBS=True, E_PAD=128)
-    specs["down_backward"] = Spec(expert_mlp._down_backward_kernel, signature, constants, t.options())
-    return specs
-
-
-def _route_specs(name: str, E: int, K: int, groups: int, open_groups: int) -> dict[str, Spec]:
-    """Routing forward and backward: softmax without groups, sigmoid with groups and a bias."""
-    sigmoid, tokens = groups > 0, routing._tokens_per_block(E)
-    shape = {
-        "E": E,
-        "EP": E,
-        "K": K,
-        "BT": tokens,
-        "SIGMOID": sigmoid,
-        "MASKED": True,
-        "scaling": 1.0,
-        "epsilon": 1e-20,
-    }
-    pointers = {"logits_ptr": "*fp32", "valid_ptr": "*i1", "experts_ptr": "*i64", "tokens": "i32"}
-    forward = shape | {"KP": 8, "G": groups, "GP": max(groups, 1), "TOP": open_groups, "BIASED": sigmoid}
-    forward |= {"REPLAYED": False, "replay_ptr": None} | ({} if sigmoid else {"bias_ptr": None})
-    outputs = {"bias_ptr": "*fp32", "probs_ptr": "*fp32", "counts_ptr": "*i32", "sums_ptr": "*fp32"}
-    backward = shape | {"PROBS": True, "STATISTIC": True, "SQUARE": True}
-    gradients = dict.fromkeys(("dprobs_ptr", "dsum_ptr", "dz_ptr", "out_ptr"), "*fp32")
-    return {
-        f"route_{name}": Spec(
-            routing.route_kernel, pointers | outputs, forward, routing.OPTIONS, ("tokens",)
-        ),
-        f"route_backward_{name}": Spec(
-            routing.route_backward_kernel, pointers | gradients, backward, routing.OPTIONS, ("tokens",)
-        ),
-    }
-
-
-def row_specs() -> dict[str, Spec]:
-    """The kernels that stream rows: routing, permutation, log p and entropy, norm, at Ring's shape in bf16."""
-    specs = _route_specs("softmax", 64, 6, 0, 0) | _route_specs("sigmoid", 256, 8, 8, 4)
-    sums = {"counts_ptr": "*i32", "sums_ptr": "*fp32", "count_ptr": "*i64", "sum_ptr": "*fp32"}
-    specs["route_sum"] = Spec(
-        routing.route_sum_kernel,
-        sums | {"blocks": "i32", "E": "i32"},
-        {"BB": 128, "BE": 16},
-        routing.OPTIONS,
-        ("blocks",),
-    )
-    index = {"experts_ptr": "*i64", "offsets_ptr": "*i32", "gather_ptr": "*i64", "position_ptr": "*i64"}
-    specs["route_index"] = Spec(
-        routing.route_index_kernel,
-        index | {"slots": "i32", "E": "i32"},
-        {"K": 6, "BS": routing.SLOTS},
-        routing.OPTIONS,
-        ("slots",),
-    )
-    rows = {"x_ptr": "*bf16", "y_ptr": "*bf16", "out_ptr": "*bf16", "dout_ptr": "*bf16", "dy_ptr": "*bf16"}
-    rows |= {"gather_ptr": "*i64", "position_ptr": "*i64", "offsets_ptr": "*i32", "weights_ptr": "*fp32"}
-    rows |= {"dweights_ptr": "*fp32", "num_rows": "i32", "tokens": "i32", "width": "i32", "E": "i32"}
-    counts, weighted = ("num_rows", "tokens", "E"), {"K": 6, "WEIGHTED": True, "ACC": triton.language.float32}
-    specs["permute"] = Spec(permute.permute_kernel, rows, {"BN": 4, "BD": 1024}, permute.OPTIONS, counts)
-    specs["combine"] = Spec(
-        permute.combine_kernel, rows, weighted | {"BT": 2, "BD": 512}, permute.OPTIONS, counts
-    )
-    backward = weighted | {"KP": 8, "WEIGHT_GRADIENT": True, "BD": 512}
-    specs["combine_backward"] = Spec(permute.combine_backward_kernel, rows, backward, permute.OPTIONS, counts)
-    columns = {"logits_ptr": "*bf16", "stride": "i32", "local_ptr": "*i64", "columns": "i32", "width": "i32"}
-    constants = {"tau": 0.7, "ACC": triton.language.float32, "BV": token_logprob.BLOCK}
-    specs["logprob_partials"] = Spec(
-        token_logprob.partials_kernel,
-        columns | {"out_ptr": "*fp32"},
-        constants,
-        token_logprob.OPTIONS,
-        ("columns",),
-    )
-    columns |= dict.fromkeys(
-        ("max_ptr", "log_sum_ptr", "entropy_ptr", "dlogp_ptr", "dentropy_ptr"), "*fp32"
-    ) | {"out_ptr": "*bf16", "out_stride": "i32"}
-    specs["logprob_gradient"] = Spec(
-        token_logprob.gradient_kernel,
-        columns,
-        constants | {"ENTROPY": True},
-        token_logprob.OPTIONS,
-        ("columns",),
-    )
-    norm = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr", "dy_ptr", "dx_ptr"), "*bf16")
-    norm |= {"r_ptr": "*fp32", "parts_ptr": "*fp32", "tokens": "i32", "D": "i32"}
-    tile = {"ACC": triton.language.float32, "BT": 1, "BD": 2048}
-    for name, kernel in (("forward", rms_norm.forward_kernel), ("backward", rms_norm.backward_kernel)):
-        constants = tile | ({"eps": 1e-6} if name == "forward" else {})
-        specs[f"rms_norm_{name}"] = Spec(kernel, norm, constants, rms_norm.OPTIONS, ("tokens",))
-    return specs
 
 
 def compile_ahead(spec: Spec, arch: int):
@@ -366,9 +217,8 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help="write the golden profile instead of comparing")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args()
-    profiles = {
-        name: profile(spec, args.arch) for name, spec in (product_specs(args.arch) | row_specs()).items()
-    }
+    specs = product_specs(args.arch) | row_specs() | decode_specs()
+    profiles = {name: profile(spec, args.arch) for name, spec in specs.items()}
     problems = [
         problem for name, found in profiles.items() for problem in broken_gates(name, found, args.arch)
     ]

@@ -20,7 +20,8 @@ def sample_token(
     ``uniform`` (in [0, 1)) of their total. ``top_k`` > 0 allows the K most likely tokens, then ``top_p`` < 1 the
     most likely of those that make up ``top_p`` of their mass; what ties with the last one is allowed too. log p
     is that of the full softmax, whatever is allowed, in fp32 (fp64 for fp64 logits). Temperature 0 takes the most
-    likely token (the first of equals), with log p at temperature 1.
+    likely token (the first of equals), with log p at temperature 1. A row with NaN or +inf gives some token of
+    the vocabulary and log p NaN.
 
     Example, p = [.5, .25, .25]::
 
@@ -57,6 +58,6 @@ def _threshold(logits_TV: Tensor, temperature: float, top_p: float, top_k: int) 
     best_TK = logits_TV.topk(kept, -1).values
     mass_TK = (best_TK.double() / temperature).softmax(-1)
     before_TK = mass_TK.cumsum(-1) - mass_TK
-    # the best token is always allowed: no mass comes before it
-    last_T = (before_TK < top_p).sum(-1, keepdim=True) - 1
+    # the best token is always allowed: no mass comes before it, but of a row that is not finite nothing compares
+    last_T = ((before_TK < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)
     return best_TK.gather(1, last_T).squeeze(1)
