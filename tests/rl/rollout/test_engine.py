@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ring.errors import RolloutError
 from megatron_ring.rl.rollout import InProcessEngine, Request
 from tests.model.small import small_engine
 from tests.rl.rollout.sequences import assert_same, by_key, requests, sampling, scored
@@ -184,3 +185,18 @@ def test_a_closed_iterator_leaves_the_head_as_training_needs_it():
         assert head.held_inverse_D is not None
         stream.close()
         assert head.held_inverse_D is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"top_p": 0.5}, {"top_k": 4}])
+def test_weights_that_are_not_finite_end_in_one_line(bad, settings):
+    with small_rollout("dense") as rollout:
+        with torch.no_grad():
+            next(rollout.engine.models[0].output_layer.parameters())[3].fill_(bad)
+        rollout.load_weights(7)
+        answers = rollout.generate(requests((4, 6, 5)), sampling(**settings))
+        with pytest.raises(
+            RolloutError, match=r"^logits of 3 sequences are not finite at policy version 7.*--lr$"
+        ):
+            next(answers)
+        assert getattr(rollout.engine.models[0].output_layer, "held_inverse_D", None) is None

@@ -1,0 +1,18 @@
+"""Weights that are not finite on one rank end generation on every rank."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from tests.parallel.test_layouts import spawn
+from tests.rl.rollout.broken_worker import CASES
+
+
+def test_every_rank_says_that_the_weights_are_broken(tmp_path):
+    result = spawn(2, "tests.rl.rollout.broken_worker", str(tmp_path), timeout=120)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second and len(first) == 2 * len(CASES)
+    for line in first.values():
+        assert re.match(r"logits of \d+ sequences are not finite at policy version 7; .*lower --lr$", line)
