@@ -66,7 +66,12 @@ def _parser() -> OneLineParser:
         help="each digit is a token of its own",
     )
     parser.add_argument(
-        "--symbol", nargs="+", action="extend", default=[], metavar="TEXT", help="text that is one token, such as '\\boxed{'"
+        "--symbol",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TEXT",
+        help="text that is one token, such as '\\boxed{'",
     )
     parser.add_argument("--output", required=True, metavar="FILE.model")
     parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")

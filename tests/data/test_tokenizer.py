@@ -157,7 +157,9 @@ def test_bad_settings_beside_a_tokenizer_json_are_named(
 
 def test_further_symbols_are_single_tokens(tmp_path: Path):
     path = tmp_path / "boxed.model"
-    train_tokenizer(builtin_documents(0.1), path, vocab_size=420, symbols=["\\boxed{", "<think>", "two words:"])
+    train_tokenizer(
+        builtin_documents(0.1), path, vocab_size=420, symbols=["\\boxed{", "<think>", "two words:"]
+    )
     tokenizer = SentencePieceTokenizer(path)
     text = r"<think>1+2=3</think>\boxed{3}"
     ids = tokenizer.encode(text)

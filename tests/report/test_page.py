@@ -109,7 +109,9 @@ def test_the_last_steps_responses_are_shown_as_text(write_run):
     folder = write_run()
     row = {"prompt": "1 + 1 = ?", "score": 0.0, "status": "wrong", "tokens": 3, "stop": "eos"}
     rows = [{**row, "step": 2, "response": "older"}, {**row, "step": 4, "response": "<script>3</script>"}]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "pro')
+    (folder / "samples.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 4, "pro'
+    )
     page = render_report(folder, folder / "report.html").read_text()
     assert "responses of step 4" in page and "&lt;script&gt;3" in page
     assert "older" not in page and "script" not in Checker(page).seen

@@ -73,7 +73,9 @@ def main() -> None:
     medians = {name: statistics.median(taken) * 1e3 for name, taken in times.items()}
     ratios = [slow / fast for fast, slow in zip(times["native"], times["torch"], strict=True)]
     print(f"{args.preset}, {train.global_batch_size} x {train.seq_length} tokens, {args.threads} threads")
-    print(f"with the extension {medians['native']:.1f} ms a step, plain torch {medians['torch']:.1f} ms (medians)")
+    print(
+        f"with the extension {medians['native']:.1f} ms a step, plain torch {medians['torch']:.1f} ms (medians)"
+    )
     print(f"plain torch / extension: {statistics.median(ratios):.2f} in the median pair")
 
 
