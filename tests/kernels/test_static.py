@@ -14,12 +14,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "benchmark" / "static.py"
 GOLDEN = json.loads((TOOL.parent / "static_golden.json").read_text())["kernels"]
 
-# what is known to break a gate; a fix, like a new fault, fails the test until this says what is true
-OPEN = {
-    90: ["route_backward_sigmoid: 2 spills, must be 0"],
-    100: ["route_backward_sigmoid: 14 spills, must be 0"],
-}
-
 pytest.importorskip("triton")
 
 
@@ -42,7 +36,7 @@ def test_every_kernel_compiles_within_its_gates(arch):
     assert done.stdout, done.stderr
     found = json.loads(done.stdout)
     assert set(found["profiles"]) == set(GOLDEN)
-    assert found["problems"] == OPEN.get(arch, [])
+    assert found["problems"] == []
     assert done.returncode == bool(found["problems"])
 
 

@@ -89,7 +89,8 @@ def _route_specs(name: str, E: int, K: int, groups: int, open_groups: int) -> di
     forward = shape | {"KP": 8, "G": groups, "GP": max(groups, 1), "TOP": open_groups, "BIASED": sigmoid}
     forward |= {"REPLAYED": False, "replay_ptr": None} | ({} if sigmoid else {"bias_ptr": None})
     outputs = {"bias_ptr": "*fp32", "probs_ptr": "*fp32", "counts_ptr": "*i32", "sums_ptr": "*fp32"}
-    backward = shape | {"PROBS": True, "STATISTIC": True, "SQUARE": True}
+    backward = shape | {"BT": routing._tokens_per_backward_block(E)}
+    backward |= {"PROBS": True, "STATISTIC": True, "SQUARE": True}
     gradients = dict.fromkeys(("dprobs_ptr", "dsum_ptr", "dz_ptr", "out_ptr"), "*fp32")
     return {
         f"route_{name}": Spec(

@@ -292,9 +292,14 @@ def route_index_kernel(
         begin += tl.sum(hit.to(tl.int64), 0)
 
 
-def _tokens_per_block(padded_experts: int) -> int:
-    """Keep a tile at about 2048 scores: 16 values per thread."""
-    return max(1, min(32, 2048 // padded_experts))
+def _tokens_per_block(padded_experts: int, scores: int = 2048) -> int:
+    """Keep a tile at about ``scores`` scores: 2048 are 16 values per thread."""
+    return max(1, min(32, scores // padded_experts))
+
+
+def _tokens_per_backward_block(padded_experts: int) -> int:
+    """Half as many: the backward pass holds two tiles more, and must not spill."""
+    return _tokens_per_block(padded_experts, 1024)
 
 
 def route(
@@ -366,7 +371,7 @@ def route_backward(
     logits_TE = logits_TE.contiguous()
     tokens, experts = logits_TE.shape
     padded = triton.next_power_of_2(experts)
-    bt = _tokens_per_block(padded)
+    bt = _tokens_per_backward_block(padded)
     out_TE = torch.empty_like(logits_TE)
     if tokens:
         route_backward_kernel[(triton.cdiv(tokens, bt),)](
