@@ -10,7 +10,16 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ["native", "routing", "permute", "token_logprob", "rms_norm", "expert_mlp"]
+FILES = [
+    "native",
+    "routing",
+    "permute",
+    "token_logprob",
+    "rms_norm",
+    "expert_mlp",
+    "decode_attention",
+    "sample_token",
+]
 FOLDER = os.environ.get("MEGATRON_RING_SANITIZED")
 
 if FOLDER:
