@@ -54,7 +54,7 @@ def test_worked_examples_are_conversations(tmp_path: Path):
         "make_worked_examples.py", "--count", 20, "--slip-share", 0.25, "--max-digits", 1, "--output", out
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{out}: 20 worked examples, 5 of them with a slip\n"
+    assert done.stdout == f"{out}: 20 worked examples, 25% of them with a slip\n"
     conversations = [read_messages(record) for record in read_records([out])]
     assert len(conversations) == 20
     assert all([message["role"] for message in one] == ["user", "assistant"] for one in conversations)
