@@ -1,5 +1,6 @@
 # Makes .venv in the project's root ready: torch, Megatron-Core, this package with its C++ kernels.
-# Sourced by the quickstart and the tests:  source tools/setup_env.sh [EXTRA]   (EXTRA: dev)
+# Sourced by the quickstart and the tests:  source tools/setup_env.sh EXTRA   (EXTRA: dev, or "" for none: without the word
+# a script's own first argument would be taken for it)
 # Leaves $PYTHON pointing at the environment's interpreter. Runs again only when what it installs has changed.
 
 _extra="${1:-}"
