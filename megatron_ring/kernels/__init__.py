@@ -8,7 +8,8 @@ from megatron_ring.kernels.expert_mlp import expert_mlp
 from megatron_ring.kernels.grouped_gemm import grouped_gemm
 from megatron_ring.kernels.permute import combine, permute
 from megatron_ring.kernels.rms_norm import rms_norm
-from megatron_ring.kernels.routing import RouteIndex, Routing, route, route_index
+from megatron_ring.kernels.route_index import RouteIndex, route_index
+from megatron_ring.kernels.routing import Routing, route
 from megatron_ring.kernels.sample_token import sample_token
 from megatron_ring.kernels.token_logprob import token_logprob
 

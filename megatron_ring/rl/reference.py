@@ -1,9 +1,8 @@
 """The reference policy: the weights of the run's start, kept on the host and swapped in to score.
 
-One copy of this rank's share of the weights in the model's own precision, none where nothing asks for it. On
-disk it is one safetensors file per rank and layout inside a folder of its own, written once: a resumed run
-starts from later weights, so the start's have to come from there. Buffers belong to it: an expert bias moves
-with training and decides routes.
+One copy of this rank's share of the weights in the model's own precision, none where nothing asks for it.
+Buffers belong to it: an expert bias moves with training and decides routes. A resumed run makes it from the
+checkpoint that the run started from, before it loads its own.
 """
 
 from __future__ import annotations
@@ -11,26 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_ring.data.microbatch import Microbatch
-from megatron_ring.errors import CheckpointError
 from megatron_ring.model.build import RingModel
 from megatron_ring.rl.batch import RLMicrobatch
-from megatron_ring.runtime.session import Session
 
 
 class Scoring(Protocol):
     """What scores with a model's weights: the engine."""
 
     models: list[RingModel]
-    session: Session
 
     def gather_parameters(self) -> None: ...
 
@@ -79,60 +72,6 @@ class ReferencePolicy:
     def _put(self, weights: dict[str, Tensor]) -> None:
         for name, value in _live(self.engine):
             value.copy_(weights[name])
-
-    @property
-    def num_bytes(self) -> int:
-        """Host memory of this rank's copy."""
-        return sum(value.numel() * value.element_size() for value in self._weights.values())
-
-    def save(self, folder: Path) -> None:
-        """Write this rank's copy into ``folder``; every rank of the world calls it.
-
-        Raises:
-            CheckpointError: the folder cannot be written.
-        """
-        path = self._file(folder)
-        working = path.with_suffix(".working")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(self._weights, working)
-            working.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path}: the reference policy cannot be written ({error}); free some disk, or set "
-                "--kl-loss-coef 0"
-            ) from error
-
-    def load(self, folder: Path) -> None:
-        """Take the weights that :meth:`save` wrote at the same layout.
-
-        Raises:
-            CheckpointError: there are none for this layout, or they are another model's.
-        """
-        path = self._file(folder)
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path}: no reference policy for this layout; resume with the layout that the run started "
-                "with, or set --kl-loss-coef 0"
-            )
-        try:
-            weights = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({error}); restore it, or start the run anew"
-            ) from error
-        mine = {name: (value.shape, value.dtype) for name, value in self._weights.items()}
-        if {name: (value.shape, value.dtype) for name, value in weights.items()} != mine:
-            raise CheckpointError(
-                f"{path}: the reference policy of another model; name this run's own folder"
-            )
-        self._weights = weights
-
-    def _file(self, folder: Path) -> Path:
-        session = self.engine.session
-        t = session.topology
-        layout = f"tp{t.tp_size}-pp{t.pp_size}-vpp{t.vpp_size}-ep{t.ep_size}-etp{t.etp_size}"
-        return folder / f"{layout}-rank{session.rank}-of-{session.world_size}.safetensors"
 
 
 def _live(engine: Scoring) -> Iterator[tuple[str, Tensor]]:

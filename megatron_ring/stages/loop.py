@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from megatron_ring.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ring.errors import ConfigError, RingError
 from megatron_ring.runtime.metrics import MetricsLogger
 from megatron_ring.runtime.profile import StepProfiler
-from megatron_ring.runtime.session import Session
+from megatron_ring.runtime.session import Session, open_session
 from megatron_ring.train.engine import Engine, StepReport
 from megatron_ring.train.sampling import sample_tokens
 
@@ -31,10 +32,13 @@ MAX_NON_FINITE_STEPS = 3
 SAMPLE_TOKENS = 120
 
 
-def start_logging(config: RunConfig) -> None:
-    """Have our messages shown from ``log_level`` on, and Megatron-Core's from warnings on."""
+@contextmanager
+def open_stage(config: RunConfig) -> Iterator[Session]:
+    """This process's session, with our messages shown from ``log_level`` on, Megatron-Core's from warnings on."""
     logging.basicConfig(level=config.logging.log_level.upper(), format="%(message)s")
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
+    with open_session(config.parallel, config.train.seed) as session:
+        yield session
 
 
 class StageRun:

@@ -17,8 +17,8 @@ from megatron_ring.data.corpus import open_corpus
 from megatron_ring.data.microbatch import Microbatch, pack_microbatch
 from megatron_ring.data.pretrain_stream import Draw, PretrainSample, PretrainStream, SampleCursor
 from megatron_ring.runtime.metrics import MetricsLogger
-from megatron_ring.runtime.session import Session, open_session
-from megatron_ring.stages.loop import StageRun, start_logging
+from megatron_ring.runtime.session import Session
+from megatron_ring.stages.loop import StageRun, open_stage
 from megatron_ring.train.engine import StepReport
 from megatron_ring.train.objective import NextTokenObjective
 from megatron_ring.train.schedule import SpikeRule, global_batch_size, learning_rate
@@ -34,10 +34,8 @@ def pretrain(config: RunConfig) -> None:
     Raises:
         RingError: bad input (one line says what to do), or a loss that is not finite several steps running.
     """
-    start_logging(config)
-    with open_session(config.parallel, config.train.seed) as session:
-        run = PretrainRun(config, session)
-        run.train()
+    with open_stage(config) as session:
+        PretrainRun(config, session).train()
 
 
 class PretrainRun(StageRun):

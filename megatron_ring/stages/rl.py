@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,8 +38,8 @@ from megatron_ring.rl.samples import SampleTable
 from megatron_ring.rl.serialise import rollouts_from_bytes, rollouts_to_bytes
 from megatron_ring.rl.statistics import add_up, rollout_metrics, rollout_sums
 from megatron_ring.runtime.metrics import MetricsLogger
-from megatron_ring.runtime.session import Session, open_session
-from megatron_ring.stages.loop import StageRun, start_logging
+from megatron_ring.runtime.session import Session
+from megatron_ring.stages.loop import StageRun, open_stage
 from megatron_ring.train.engine import StepReport
 from megatron_ring.train.schedule import learning_rate
 
@@ -55,8 +56,7 @@ def train_rl(config: RunConfig) -> None:
         RingError: bad input (one line says what to do), nothing to learn from, or a loss that is not finite
             several steps running.
     """
-    start_logging(config)
-    with open_session(config.parallel, config.train.seed) as session, contextlib.ExitStack() as stack:
+    with open_stage(config) as session, contextlib.ExitStack() as stack:
         RlRun(config, session, stack).train()
 
 
@@ -258,23 +258,12 @@ class RlRun(StageRun):
             if prompt.uid % topology.dp_size == topology.dp_rank
             for sample in range(rollout.eval_samples)
         ]
-        rollouts, _ = self.answer(requests, self._eval_sampling())
+        rollouts, _ = self.answer(requests, replace(self.sampling, seed=EVAL_SEED, record_routes=False))
         sums = add_up(rollout_sums(rollouts), topology.groups.dp, self.session.device)
         found = rollout_metrics(sums)
         accuracy = sums.get("status/correct", 0.0) / max(sums.get("responses", 0.0), 1.0)
         names = ("reward", "response_length", *(n for n in found if n.startswith("reward/")))
         return {"accuracy": accuracy, **{name: found[name] for name in names}}
-
-    def _eval_sampling(self) -> SamplingParams:
-        s = self.sampling
-        return SamplingParams(
-            temperature=s.temperature,
-            top_p=s.top_p,
-            top_k=s.top_k,
-            max_response_length=s.max_response_length,
-            stop_ids=s.stop_ids,
-            seed=EVAL_SEED,
-        )
 
     def at_start_weights(self) -> None:
         """The reference is what the run starts from, so that a resumed run has the same."""

@@ -19,8 +19,8 @@ from megatron_ring.data.microbatch import Microbatch
 from megatron_ring.data.sft import SftStream, load_conversations
 from megatron_ring.errors import ConfigError, DataError
 from megatron_ring.runtime.metrics import MetricsLogger
-from megatron_ring.runtime.session import Session, open_session
-from megatron_ring.stages.loop import StageRun, start_logging
+from megatron_ring.runtime.session import Session
+from megatron_ring.stages.loop import StageRun, open_stage
 from megatron_ring.train.objective import NextTokenObjective
 from megatron_ring.train.schedule import learning_rate
 
@@ -33,10 +33,8 @@ def train_sft(config: RunConfig) -> None:
     Raises:
         RingError: bad input (one line says what to do), or a loss that is not finite several steps running.
     """
-    start_logging(config)
-    with open_session(config.parallel, config.train.seed) as session:
-        run = SftRun(config, session)
-        run.train()
+    with open_stage(config) as session:
+        SftRun(config, session).train()
 
 
 class SftRun(StageRun):

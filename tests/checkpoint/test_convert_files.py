@@ -35,13 +35,6 @@ from tests.checkpoint.convert_cases import (
 SMALL = Options(max_file_bytes=20_000, verify=True)
 
 
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A random Hugging Face folder per model; tests that damage one copy it first."""
-    root = tmp_path_factory.mktemp("hf")
-    return {name: write_hf(model, root / name) for name, model in ODD.items()}
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ODD)
 def test_there_and_back_is_bit_equal(name: str, dtype: str, tmp_path: Path):

@@ -37,7 +37,7 @@ from tests.checkpoint.convert_cases import (
     write_hf,
 )
 from tests.checkpoint.reference_model import logits_TV, mtp_logits_TV
-from tests.parallel.test_layouts import ROOT, spawn
+from tests.parallel.spawning import ROOT, spawn
 
 CASES = [
     pytest.param(

@@ -31,13 +31,6 @@ from tests.checkpoint.convert_cases import (
 SMALL = Options(max_file_bytes=20_000, verify=True)
 
 
-@pytest.fixture(scope="module")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A random Hugging Face folder per model; tests that damage one copy it first."""
-    root = tmp_path_factory.mktemp("hf")
-    return {name: write_hf(ODD[name], root / name) for name in ("v1", "v2_mtp", "dense")}
-
-
 def test_an_interrupted_conversion_goes_on_where_it_stopped(hf: dict[str, Path], tmp_path: Path, monkeypatch):
     target, working = tmp_path / "m", tmp_path / "m/iter_0000000.incomplete"
     room = [150_000]

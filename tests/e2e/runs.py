@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tests.parallel.test_layouts import free_port
+from tests.parallel.spawning import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -111,7 +111,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 def test_a_large_index_is_sorted_in_parts():
     experts_TK = torch.randint(-1, 9, (60_000, 3), generator=torch.Generator().manual_seed(0))
     index = route_index(experts_TK, 8)
-    from megatron_ring.kernels.routing import reference
+    from megatron_ring.kernels.route_index import reference
 
     for got, want in zip(index, reference.route_index(experts_TK, 8), strict=True):
         assert torch.equal(got, want)

@@ -14,7 +14,7 @@ from megatron_ring.data.microbatch import Microbatch, pack_microbatch
 from megatron_ring.runtime.session import open_session
 from megatron_ring.train.engine import Engine
 from tests.parallel.cases import MODELS, NUM_SLOTS
-from tests.parallel.worker import randomise
+from tests.parallel.running import randomise
 
 LENGTHS = [(13, 7, 21), (5, 1, 17, 11), (47,), (9, 9, 9)]
 

@@ -6,25 +6,21 @@ The single process packs everything into one microbatch; every layout packs it i
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from megatron_ring.checkpoint.checkpointer import Checkpointer
-from megatron_ring.config.load import config_from_mapping
-from megatron_ring.config.validate import validate
 from megatron_ring.rl.batch import with_routes
 from megatron_ring.rl.critic import Critic
 from megatron_ring.rl.objective import metrics
 from megatron_ring.rl.reference import ReferencePolicy
-from megatron_ring.runtime.session import Session, open_session
+from megatron_ring.runtime.session import Session
 from megatron_ring.train.engine import Engine
 from tests.parallel.cases import Case
 from tests.parallel.collect import local_shards
-from tests.parallel.worker import randomise, reduce_whole_gradients
+from tests.parallel.running import engine_at_start, reduce_whole_gradients, run_cases
 from tests.rl.policy_cases import PACKINGS, PICKS, Scored, rollouts
 from tests.rl.test_gradient import TEMPERATURE, microbatches_of, objective_of, scored_rollouts
 
@@ -61,23 +57,15 @@ def foreign_routes(case_model: str, layers: int, topk: int, microbatches, packin
 
 
 def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) -> None:
-    initial, samples_file = folder / f"initial-{case.model}", folder / f"own-{case.model}.pt"
-    where = {"save": str(initial)} if is_reference else {"load": str(initial)}
-    config = config_from_mapping(
-        {**case.settings(), "moe_aux_loss_coeff": 0.0, "microbatch_capacity": 48, **where}
+    engine = engine_at_start(
+        case, session, folder, is_reference=is_reference, moe_aux_loss_coeff=0.0, microbatch_capacity=48
     )
-    validate(config, session.world_size)
-    engine = Engine(config, session)
+    config, samples_file = engine.config, folder / f"own-{case.model}.pt"
     reduce_whole_gradients(engine)
-    checkpointer = Checkpointer(config, engine, session)
     packing = "one" if is_reference else "eight"
     if is_reference:
-        randomise(engine)
-        checkpointer.save(0, {"step": 0})
         scored, samples = scored_rollouts(engine)
         torch.save([scored.old, scored.ref, [s.response.logprobs_R.tolist() for s in samples]], samples_file)
-    else:
-        checkpointer.load(initial)
     scored, samples = read_samples(samples_file)
     whole = microbatches_of(scored, samples, packing)
     layers, topk = config.model.num_moe_layers, config.model.moe_router_topk
@@ -159,18 +147,5 @@ def read_samples(path: Path):
     return Scored(old=old, ref=ref), samples
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    world, folder = int(sys.argv[1]), Path(sys.argv[2])
-    todo = [(case, True) for case in REFERENCES] if world == 1 else []
-    todo += [(case, False) for case in CASES if case.world == world]
-    for case, is_reference in todo:
-        config = config_from_mapping(case.settings())
-        with open_session(config.parallel, seed=11 if is_reference else 99) as session:
-            run_case(case, session, folder, is_reference=is_reference)
-            if session.is_main:
-                print(f"done {case.name}", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(REFERENCES, CASES, run_case)

@@ -6,22 +6,15 @@ Started by ``test_rollout_layouts.py`` through torchrun: ``rollout_worker.py WOR
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_ring.checkpoint.checkpointer import Checkpointer
-from megatron_ring.config.load import config_from_mapping
-from megatron_ring.config.validate import validate
 from megatron_ring.rl.rollout import InProcessEngine
 from megatron_ring.rl.types import Response
-from megatron_ring.runtime.session import Session, open_session
-from megatron_ring.train.engine import Engine
+from megatron_ring.runtime.session import Session
 from tests.parallel.cases import Case
-from tests.parallel.worker import randomise
+from tests.parallel.running import engine_at_start, run_cases
 from tests.rl.rollout.sequences import requests, sampling
 
 REFERENCES = [Case(model, 1) for model in ("v1", "v2_mtp", "dense")]
@@ -50,18 +43,7 @@ def written(responses: list[Response]) -> list[dict[str, Any]]:
 
 
 def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) -> None:
-    settings = case.settings()
-    initial = folder / f"initial-{case.model}"
-    settings.update({"save": str(initial)} if is_reference else {"load": str(initial)})
-    config = config_from_mapping(settings)
-    validate(config, session.world_size)
-    engine = Engine(config, session)
-    checkpointer = Checkpointer(config, engine, session)
-    if is_reference:
-        randomise(engine)
-        checkpointer.save(0, {"step": 0})
-    else:
-        checkpointer.load(initial)
+    engine = engine_at_start(case, session, folder, is_reference=is_reference)
     asked = requests(samples=2)
     # uneven shares: one rank is done long before the other and steps along
     cuts = [0, 11, 16] if session.topology.dp_size == 2 else [0, 16]
@@ -86,18 +68,5 @@ def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) 
     (folder / f"{case.name}.{session.rank}.json").write_text(json.dumps(result))
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    world, folder = int(sys.argv[1]), Path(sys.argv[2])
-    todo = [(case, True) for case in REFERENCES] if world == 1 else []
-    todo += [(case, False) for case in CASES if case.world == world]
-    for case, is_reference in todo:
-        config = config_from_mapping(case.settings())
-        with open_session(config.parallel, seed=11 if is_reference else 99) as session:
-            run_case(case, session, folder, is_reference=is_reference)
-            if session.is_main:
-                print(f"done {case.name}", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(REFERENCES, CASES, run_case)

@@ -7,45 +7,21 @@ One spawn per world size runs all its layouts, as in ``test_layouts``.
 from __future__ import annotations
 
 import json
-from functools import cache
-from pathlib import Path
 
 import pytest
 
 from tests.parallel.cases import Case
 from tests.parallel.collect import largest_gap, whole_tensors
 from tests.parallel.rl_worker import CASES
-from tests.parallel.test_layouts import spawn
+from tests.parallel.spawning import layouts, single_process, world_runner
 
 
 @pytest.fixture(scope="module")
 def run_world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rl-parity")
-
-    @cache
-    def run(world: int) -> Path:
-        if world > 1:
-            run(1)
-        result = spawn(world, "tests.parallel.rl_worker", str(world), str(folder))
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-        return folder
-
-    return run
+    return world_runner("tests.parallel.rl_worker", tmp_path_factory.mktemp("rl-parity"))
 
 
-@cache
-def reference(folder: Path, model: str, kind: str):
-    return whole_tensors(folder / model, kind)
-
-
-def cases() -> list:
-    return [
-        pytest.param(case, id=f"world{case.world}-{case.name}", marks=[pytest.mark.slow] * (case.world > 2))
-        for case in CASES
-    ]
-
-
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", layouts(CASES, slow_from=4))
 def test_a_policy_step_is_the_same_at_every_layout(case: Case, run_world):
     folder = run_world(case.world)
     own = json.loads((folder / case.name / "summary.json").read_text())
@@ -53,11 +29,13 @@ def test_a_policy_step_is_the_same_at_every_layout(case: Case, run_world):
     assert ref["replayed"]["flips0"] > 0.2 and ref["replayed"]["missing"] > 0
     for kind in ("plain", "replayed"):
         assert own[kind] == pytest.approx(ref[kind], rel=2e-5, abs=1e-7), kind
-        gap, key = largest_gap(whole_tensors(folder / case.name, kind), reference(folder, case.model, kind))
+        gap, key = largest_gap(
+            whole_tensors(folder / case.name, kind), single_process(folder, case.model, kind)
+        )
         assert gap < 1e-5, f"{kind}: gradient of {key} differs by {gap:.1e}"
     assert own["critic"] == pytest.approx(ref["critic"], rel=2e-5)
     gap, key = largest_gap(
-        whole_tensors(folder / case.name, "critic"), reference(folder, case.model, "critic")
+        whole_tensors(folder / case.name, "critic"), single_process(folder, case.model, "critic")
     )
     assert gap < 1e-5, f"critic: gradient of {key} differs by {gap:.1e}"
     assert own["reference_leaves_no_trace"] == 1

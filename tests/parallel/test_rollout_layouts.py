@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 
 import pytest
 
 from tests.parallel.cases import Case
 from tests.parallel.rollout_worker import BUDGET, CASES
-from tests.parallel.test_layouts import spawn
+from tests.parallel.spawning import layouts, world_runner
 
 
 @pytest.fixture(scope="module")
 def run_world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rollouts")
-
-    @cache
-    def run(world: int) -> Path:
-        if world > 1:
-            run(1)
-        result = spawn(world, "tests.parallel.rollout_worker", str(world), str(folder), timeout=300)
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-        return folder
-
-    return run
+    return world_runner("tests.parallel.rollout_worker", tmp_path_factory.mktemp("rollouts"), timeout=300)
 
 
 def by_data_rank(folder: Path, case: Case) -> list[dict]:
@@ -48,15 +37,7 @@ def assert_same(ours: list[dict], theirs: list[dict]) -> None:
         assert response["routes"] == reference["routes"]
 
 
-def cases() -> list:
-    marks = {4: [pytest.mark.slow]}
-    return [
-        pytest.param(case, id=f"world{case.world}-{case.name}", marks=marks.get(case.world, []))
-        for case in CASES
-    ]
-
-
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", layouts(CASES, slow_from=4))
 def test_a_layout_generates_what_one_process_does(case: Case, run_world):
     folder = run_world(case.world)
     (reference,) = by_data_rank(folder, Case(case.model, 1))

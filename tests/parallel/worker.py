@@ -12,16 +12,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_ring.checkpoint.checkpointer import Checkpointer
-from megatron_ring.config.load import config_from_mapping
-from megatron_ring.config.validate import validate
 from megatron_ring.data.microbatch import Microbatch, pack_microbatch
 from megatron_ring.runtime import megatron_cpu
-from megatron_ring.runtime.session import Session, open_session
-from megatron_ring.train.engine import Engine
+from megatron_ring.runtime.session import Session
 from megatron_ring.train.objective import NextTokenObjective
 from tests.parallel.cases import CASES, LR, NUM_MICROBATCHES, NUM_SLOTS, REFERENCES, STEPS, Case
 from tests.parallel.collect import local_shards
+from tests.parallel.running import engine_at_start, reduce_whole_gradients, run_cases
 
 
 def batch(vocab_size: int) -> list[Microbatch]:
@@ -39,46 +36,10 @@ def batch(vocab_size: int) -> list[Microbatch]:
     return microbatches
 
 
-def reduce_whole_gradients(engine: Engine) -> None:
-    """Have every data-parallel rank end up with whole gradients, not only its optimizer's share."""
-    from megatron.core.distributed import finalize_model_grads
-
-    def finalize(*args, **kwargs):
-        return finalize_model_grads(*args, **{**kwargs, "force_all_reduce": True})
-
-    engine.models[0].config.finalize_model_grads_func = finalize
-    for chunk in engine.chunks:
-        chunk.force_all_reduce = True
-
-
-def randomise(engine: Engine) -> None:
-    """No tensor starts at zero or one, so that every gradient path shows."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for model in engine.models:
-            for parameter in model.parameters():
-                spread = 0.05 if parameter.dim() > 1 else 0.3
-                parameter.add_(spread * torch.randn(parameter.shape, generator=generator))
-            for name, buffer in model.named_buffers():
-                if name.endswith("expert_bias"):
-                    buffer.add_(0.05 * torch.randn(buffer.shape, generator=generator))
-    engine.optimizer.reload_model_params()
-
-
 def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) -> None:
-    settings = case.settings()
-    initial = folder / f"initial-{case.model}"
-    settings.update({"save": str(initial)} if is_reference else {"load": str(initial)})
-    config = config_from_mapping(settings)
-    validate(config, session.world_size)
-    engine = Engine(config, session)
+    engine = engine_at_start(case, session, folder, is_reference=is_reference)
+    config = engine.config
     reduce_whole_gradients(engine)
-    checkpointer = Checkpointer(config, engine, session)
-    if is_reference:
-        randomise(engine)
-        checkpointer.save(0, {"step": 0})
-    else:
-        checkpointer.load(initial)
     dp, rank = session.topology.dp_size, session.topology.dp_rank
     own = batch(config.model.vocab_size)[rank * NUM_MICROBATCHES // dp : (rank + 1) * NUM_MICROBATCHES // dp]
     objective = NextTokenObjective(mtp_loss_scaling_factor=config.model.mtp_loss_scaling_factor)
@@ -110,21 +71,9 @@ def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) 
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    world, folder = int(sys.argv[1]), Path(sys.argv[2])
-    names = set(sys.argv[3:])
-    todo = [(case, True) for case in REFERENCES] if world == 1 else []
-    todo += [(case, False) for case in CASES if case.world == world]
-    for case, is_reference in todo:
-        if names and case.name not in names and not is_reference:
-            continue
-        config = config_from_mapping(case.settings())
-        with open_session(config.parallel, seed=11 if is_reference else 99) as session:
-            run_case(case, session, folder, is_reference=is_reference)
-            if session.is_main:
-                print(f"done {case.name}", flush=True)
+    run_cases(REFERENCES, CASES, run_case)
     if os.environ.get("RANK", "0") == "0":
-        (folder / f"hits.{world}.json").write_text(json.dumps(sorted(megatron_cpu.hits())))
+        (Path(sys.argv[2]) / f"hits.{sys.argv[1]}.json").write_text(json.dumps(sorted(megatron_cpu.hits())))
 
 
 if __name__ == "__main__":

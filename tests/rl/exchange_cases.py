@@ -26,3 +26,17 @@ def parcel(source: int, to: int) -> list[Rollout]:
         return []
     plain = rollout(3, 0, 5)
     return [replace(plain, response=replace(plain.response, routes_SLK=ROUTED), advantages_R=None)]
+
+
+def as_json(rollout: Rollout) -> list:
+    """What of a rollout has to arrive, its routes apart."""
+    response = rollout.response
+    return [
+        *response.key,
+        rollout.prompt.text,
+        response.tokens_R.tolist(),
+        response.logprobs_R.tolist(),
+        response.versions_R.tolist(),
+        None if rollout.advantages_R is None else rollout.advantages_R.tolist(),
+        rollout.reward.detail,
+    ]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ring.rl.exchange import broadcast_json, gather_json, send_rollouts
-from tests.rl.exchange_cases import ROUTED, parcel, words
+from tests.rl.exchange_cases import ROUTED, as_json, parcel, words
 
 
 def main() -> None:
@@ -25,21 +25,7 @@ def main() -> None:
         "last": broadcast_json(words(rank) if rank == 1 else None, 1, group, cpu),
     }
     arrived = send_rollouts([parcel(rank, to) for to in range(world)], group, cpu)
-    found["rollouts"] = [
-        [
-            [
-                *r.response.key,
-                r.prompt.text,
-                r.response.tokens_R.tolist(),
-                r.response.logprobs_R.tolist(),
-                r.response.versions_R.tolist(),
-                None if r.advantages_R is None else r.advantages_R.tolist(),
-                r.reward.detail,
-            ]
-            for r in of_rank
-        ]
-        for of_rank in arrived
-    ]
+    found["rollouts"] = [[as_json(rollout) for rollout in of_rank] for of_rank in arrived]
     routes = [r.response.routes_SLK for of_rank in arrived for r in of_rank]
     found["routes"] = [i for i, route in enumerate(routes) if route is not None]
     assert all(np.array_equal(route, ROUTED) for route in routes if route is not None)

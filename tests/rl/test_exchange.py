@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from tests.parallel.test_layouts import spawn
-from tests.rl.exchange_cases import parcel, words
+from tests.parallel.spawning import spawn
+from tests.rl.exchange_cases import as_json, parcel, words
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +32,6 @@ def test_one_speaks_for_all(found):
 def test_rollouts_arrive_where_they_were_sent(found):
     for rank, heard in enumerate(found):
         for source in range(2):
-            sent = [
-                [
-                    *r.response.key,
-                    r.prompt.text,
-                    r.response.tokens_R.tolist(),
-                    r.response.logprobs_R.tolist(),
-                    r.response.versions_R.tolist(),
-                    None if r.advantages_R is None else r.advantages_R.tolist(),
-                    r.reward.detail,
-                ]
-                for r in parcel(source, rank)
-            ]
-            assert heard["rollouts"][source] == sent
+            assert heard["rollouts"][source] == [as_json(rollout) for rollout in parcel(source, rank)]
         assert heard["empty"] == [0, 0]
     assert found[0]["routes"] == [2] and found[1]["routes"] == []

@@ -13,7 +13,7 @@ from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import random as tracker
 
 from megatron_ring.runtime.megatron_cpu import STAND_INS, StandIn, _resolve, hits, megatron_on_cpu, reset_hits
-from tests.parallel.test_layouts import spawn
+from tests.parallel.spawning import spawn
 
 UPSTREAM = Path(megatron.core.__file__).parent
 KEYS = {row.key for row in STAND_INS}

@@ -19,7 +19,7 @@ from megatron_ring.runtime.session import open_session
 from megatron_ring.stages.sft import SftRun, train_sft, with_derived_steps
 from tests.model.small import weights
 from tests.parallel.cases import MODELS
-from tests.parallel.worker import randomise
+from tests.parallel.running import randomise
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from megatron_ring.kernels.expert_mlp import kernel as expert_mlp
 from megatron_ring.kernels.grouped_gemm import kernel as grouped_gemm
 from megatron_ring.kernels.permute import kernel as permute
 from megatron_ring.kernels.rms_norm import kernel as rms_norm
+from megatron_ring.kernels.route_index import kernel as route_index
 from megatron_ring.kernels.routing import kernel as routing
 from megatron_ring.kernels.sample_token import kernel as sample_token
 from megatron_ring.kernels.token_logprob import kernel as token_logprob
@@ -115,10 +116,10 @@ def row_specs() -> dict[str, Spec]:
     )
     index = {"experts_ptr": "*i64", "offsets_ptr": "*i32", "gather_ptr": "*i64", "position_ptr": "*i64"}
     specs["route_index"] = Spec(
-        routing.route_index_kernel,
+        route_index.route_index_kernel,
         index | {"slots": "i32", "E": "i32"},
-        {"K": 6, "BS": routing.SLOTS},
-        routing.OPTIONS,
+        {"K": 6, "BS": route_index.SLOTS},
+        route_index.OPTIONS,
         ("slots",),
     )
     rows = {"x_ptr": "*bf16", "y_ptr": "*bf16", "out_ptr": "*bf16", "dout_ptr": "*bf16", "dy_ptr": "*bf16"}

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_ring.kernels import dispatch
-from megatron_ring.kernels.routing.op import RouteIndex
+from megatron_ring.kernels.route_index import RouteIndex
 
 
 def permute(x_TD: Tensor, index: RouteIndex) -> Tensor:

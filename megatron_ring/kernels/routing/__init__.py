@@ -1,5 +1,5 @@
-"""Routing: which experts each token visits, with what weight, and where its copies lie once sorted."""
+"""Routing: which experts each token visits, and with what weight."""
 
-from megatron_ring.kernels.routing.op import RouteIndex, Routing, route, route_index
+from megatron_ring.kernels.routing.op import Routing, route
 
-__all__ = ["RouteIndex", "Routing", "route", "route_index"]
+__all__ = ["Routing", "route"]

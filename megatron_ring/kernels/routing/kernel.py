@@ -1,11 +1,9 @@
 """Routing in Triton; every launcher has its reference's name and signature.
 
-Legend: T tokens, E experts (EP: E padded to a power of two), K experts per token, G groups, N = T*K slots.
+Legend: T tokens, E experts (EP: E padded to a power of two), K experts per token, G groups.
 
 No atomics and no host synchronisation, so every result is deterministic. ``route`` is one launch over the
-tokens and one small one that adds up the per-block statistics in a fixed order. ``route_index`` is one
-launch: the program of expert e reads all ids (they stay in L2), which tells it where its rows begin without
-hearing from the others.
+tokens and one small one that adds up the per-block statistics in a fixed order.
 """
 
 import torch
@@ -17,8 +15,6 @@ from megatron_ring.kernels.routing.reference import SUM_EPSILON
 
 # fusing multiply and add is pinned because triton's default is about to change
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-# slots that an index program holds at once
-SLOTS = 4096
 
 
 @triton.jit
@@ -265,33 +261,6 @@ def route_backward_kernel(
     tl.store(out_ptr + t[:, None] * E + lane, d, mask=inside)
 
 
-@triton.jit
-def route_index_kernel(
-    experts_ptr, offsets_ptr, gather_ptr, position_ptr, slots, E, K: tl.constexpr, BS: tl.constexpr
-):
-    # program E takes the dropped slots: they lie behind all others
-    mine = tl.program_id(0)
-    lane = tl.arange(0, BS)
-    begin = tl.zeros([], tl.int64)
-    count = tl.zeros([], tl.int64)
-    for start in range(0, slots, BS):
-        i = start + lane
-        expert = tl.load(experts_ptr + i, mask=i < slots, other=-1)
-        expert = tl.where((expert >= 0) & (expert < E), expert, E)
-        begin += tl.sum(((expert < mine) & (i < slots)).to(tl.int64), 0)
-        count += tl.sum(((expert == mine) & (i < slots)).to(tl.int64), 0)
-    tl.store(offsets_ptr + mine, (begin + count).to(tl.int32), mask=mine < E)
-    for start in range(0, slots, BS):
-        i = start + lane
-        expert = tl.load(experts_ptr + i, mask=i < slots, other=-1)
-        expert = tl.where((expert >= 0) & (expert < E), expert, E)
-        hit = (expert == mine) & (i < slots)
-        row = begin + tl.cumsum(hit.to(tl.int32), 0).to(tl.int64) - 1
-        tl.store(position_ptr + i, tl.where(mine < E, row, -1), mask=hit)
-        tl.store(gather_ptr + row, tl.where(mine < E, i // K, 0).to(tl.int64), mask=hit)
-        begin += tl.sum(hit.to(tl.int64), 0)
-
-
 def _tokens_per_block(padded_experts: int, scores: int = 2048) -> int:
     """Keep a tile at about ``scores`` scores: 2048 are 16 values per thread."""
     return max(1, min(32, scores // padded_experts))
@@ -397,23 +366,3 @@ def route_backward(
             **OPTIONS,
         )
     return out_TE
-
-
-def route_index(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    experts_TK = experts_TK.contiguous()
-    slots = experts_TK.numel()
-    offsets_E = torch.empty(num_experts, dtype=torch.int32, device=experts_TK.device)
-    gather_N = torch.empty(slots, dtype=torch.int64, device=experts_TK.device)
-    position_TK = torch.empty_like(experts_TK)
-    route_index_kernel[(num_experts + 1,)](
-        experts_TK,
-        offsets_E,
-        gather_N,
-        position_TK,
-        slots,
-        num_experts,
-        K=max(experts_TK.shape[1], 1),
-        BS=min(SLOTS, triton.next_power_of_2(max(slots, 16))),
-        **OPTIONS,
-    )
-    return offsets_E, gather_N, position_TK

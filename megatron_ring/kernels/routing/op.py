@@ -1,6 +1,6 @@
-"""``route`` and ``route_index``: scores, top-k, statistics and the sorted order, with one backward.
+"""``route``: scores, top-k and statistics, with one backward.
 
-Legend: T tokens, E experts, K experts per token, N = T*K slots.
+Legend: T tokens, E experts, K experts per token.
 """
 
 from typing import Literal, NamedTuple
@@ -32,22 +32,6 @@ class Routing(NamedTuple):
     """sum over valid tokens of their softmax probabilities, or of their sigmoid scores / their row's sum"""
     z_sum: Tensor
     """sum over valid tokens of logsumexp(logits)^2, a scalar"""
-
-
-class RouteIndex(NamedTuple):
-    """Where each (token, k) slot lies once the slots are sorted by expert, then token, then k.
-
-    Example, experts_TK = [[1, 0], [2, 1]] of 2 experts (id 2: dropped)::
-
-        offsets = [1, 3], gather = [0, 0, 1, 0], position = [[1, 0], [-1, 2]]
-    """
-
-    offsets_E: Tensor
-    """int32 inclusive cumulative counts: expert i owns sorted rows [offsets[i-1], offsets[i])"""
-    gather_N: Tensor
-    """int64 token of each sorted row; entries past offsets[-1] (dropped slots) are 0 and mean nothing"""
-    position_TK: Tensor
-    """int64 sorted row of each slot; -1 where dropped"""
 
 
 def route(
@@ -85,12 +69,6 @@ def route(
     if torch.is_grad_enabled():
         return Routing(*_Route.apply(logits_TE, options))
     return Routing(*dispatch.implementation(logits_TE, "routing").route(logits_TE, *options))
-
-
-@torch.no_grad()
-def route_index(experts_TK: Tensor, num_experts: int) -> RouteIndex:
-    """Sort the slots by expert, stably, without a host synchronisation; ids outside [0, E) are dropped."""
-    return RouteIndex(*dispatch.implementation(experts_TK, "routing").route_index(experts_TK, num_experts))
 
 
 class _Route(torch.autograd.Function):

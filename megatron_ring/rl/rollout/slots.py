@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -70,7 +70,7 @@ class SlotTable:
                 raise RolloutError(f"prompt {request.prompt.uid} has no tokens; leave it out")
             prefix = request.prefix
             if prefix is not None and prefix.length >= sampling.max_response_length:
-                self.complete.append(_with_stop(prefix, "length"))
+                self.complete.append(replace(prefix, stop="length"))
             else:
                 self.waiting.append(request)
         S = self.num_slots = min(num_slots, len(self.waiting))
@@ -190,7 +190,7 @@ class SlotTable:
         while self.waiting:
             request = self.waiting.popleft()
             if request.prefix is not None:
-                yield _with_stop(request.prefix, "unfinished")
+                yield replace(request.prefix, stop="unfinished")
                 continue
             yield Response(
                 prompt_uid=request.prompt.uid,
@@ -242,15 +242,3 @@ class SlotTable:
 
 def _prefix_length(request: Request) -> int:
     return 0 if request.prefix is None else request.prefix.length
-
-
-def _with_stop(response: Response, stop: StopReason) -> Response:
-    return Response(
-        prompt_uid=response.prompt_uid,
-        sample=response.sample,
-        tokens_R=response.tokens_R,
-        logprobs_R=response.logprobs_R,
-        versions_R=response.versions_R,
-        stop=stop,
-        routes_SLK=response.routes_SLK,
-    )

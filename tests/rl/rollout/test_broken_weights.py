@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from tests.parallel.test_layouts import spawn
+from tests.parallel.spawning import spawn
 from tests.rl.rollout.broken_worker import CASES
 
 
