@@ -38,13 +38,13 @@ _say "2/7 writing the corpus"
 "$PYTHON" tools/preprocess_data.py --builtin-corpus --max-mb 4 --append-eod \
     --tokenizer-model "$run/tokenizer.model" --output-prefix "$run/corpus"
 
-_say "3/7 pre-training a 1.1M-parameter Ring mixture-of-experts"
+_say "3/7 pre-training a 1.6M-parameter Ring mixture-of-experts"
 _stage pretrain --data-path "$run/corpus" --train-iters 200
 
-_say "4/7 writing worked examples: half of the teacher's have a slip"
-sums=(--min-terms 3 --max-terms 3 --min-digits 1 --max-digits 1)
+_say "4/7 writing worked examples: two in five of the teacher's have a slip"
+sums=(--min-terms 2 --max-terms 4 --min-digits 1 --max-digits 1)
 held_out="$(sed -n 's/^eval_prompt_data = \["\(.*\)"\]/\1/p' examples/tiny/rl.toml)"
-"$PYTHON" tools/make_worked_examples.py "${sums[@]}" --count 120000 --slip-share 0.5 --exclude "$held_out" \
+"$PYTHON" tools/make_worked_examples.py "${sums[@]}" --count 150000 --slip-share 0.4 --exclude "$held_out" \
     --output "$run/sums.jsonl"
 "$PYTHON" tools/make_worked_examples.py "${sums[@]}" --count 300 --seed 2 --slip-share 0 \
     --output "$run/sums_held_out.jsonl"
@@ -78,7 +78,7 @@ print_summary(
         ("checkpoints", run / "rl"),
     ],
     next_commands=[
-        ("train it further", f"{python} examples/rl_ring.py --config {run}/rl/config.toml --train-iters 160"),
+        ("train it further", f"{python} examples/rl_ring.py --config {run}/rl/config.toml --train-iters 120"),
         ("C3PO beside GRPO, three seeds each", f"{python} tools/benchmark/c3po_grpo.py --start {run}"),
         ("see the plan of Ring-lite itself on 64 GPUs", f"{python} examples/rl_ring.py "
          "--config examples/ring_lite/rl_math.toml --dry-run --world-size 64"),
