@@ -35,7 +35,7 @@ def judge(sandbox: Sandbox) -> CodeJudge:
 
 
 @pytest.fixture(scope="module")
-def impatient() -> CodeJudge:
+def impatient(sandbox: Sandbox) -> CodeJudge:
     return CodeJudge(RewardConfig(sandbox_timeout=1.0, reward_timeout=60.0))
 
 
