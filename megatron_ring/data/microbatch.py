@@ -16,6 +16,9 @@ import torch
 IGNORE = -100
 """Label of a position that has no target: :func:`~megatron_ring.kernels.token_logprob` answers 0 for it."""
 
+PADDING_SEGMENT = 64
+"""Slots: padding is cut into attention segments of at most this many."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Microbatch:
@@ -99,7 +102,9 @@ def pack_microbatch(
         raise ValueError(f"{used} tokens do not fit into a microbatch of {num_slots} slots")
     padding = num_slots - used
     splits = segment_lengths or [(len(tokens),) for tokens, _, _ in sequences]
-    lengths = [n for split in splits for n in split if n > 0] + ([padding] if padding else [])
+    # in short segments: as one, attention would cost the square of what is never read
+    tail = [PADDING_SEGMENT] * (padding // PADDING_SEGMENT) + [padding % PADDING_SEGMENT]
+    lengths = [n for split in splits for n in split if n > 0] + [n for n in tail if n]
 
     def column(index: int, fill: int | float, dtype: torch.dtype) -> torch.Tensor:
         parts = [torch.as_tensor(sequence[index], dtype=dtype) for sequence in sequences]

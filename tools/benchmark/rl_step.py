@@ -72,7 +72,8 @@ def ours(a: argparse.Namespace, folder: Path) -> None:
     torch.set_num_threads(a.threads)
     (folder / "bench_reward.py").write_text(REWARD)
     os.environ["PYTHONPATH"] = f"{folder}:{ROOT}"
-    words = [f"def f{i}(x): return x * {i * 7919 % 9973} + {i}" for i in range(4000)]
+    # digits are split, so it takes letters to fill a vocabulary
+    words = ["".join(chr(97 + (i * step >> 3) % 26) for step in (1, 3, 7, 11, 17)) for i in range(4000)]
     train_tokenizer(iter(words), folder / "tok.model", vocab_size=a.vocab)
     rows = [{"prompt": f"{i}+{i * 7 % 13}=", "domain": "bench", "answer": "0"} for i in range(4096)]
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
