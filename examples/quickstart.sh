@@ -6,7 +6,8 @@
 #   bash examples/quickstart.sh [RUN_FOLDER]        (default: runs/quickstart)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source tools/setup_env.sh ""
+source tools/setup_env.sh
+setup_env
 export PYTHONWARNINGS=ignore
 
 run="${1:-runs/quickstart}"

@@ -6,7 +6,8 @@
 #   bash tests/run.sh -k word   further words go to pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source tools/setup_env.sh dev
+source tools/setup_env.sh
+setup_env dev
 
 all=""
 words=()

@@ -1,9 +1,7 @@
 # Makes .venv in the project's root ready: torch, Megatron-Core, this package with its C++ kernels.
-# Sourced by the quickstart and the tests:  source tools/setup_env.sh EXTRA   (EXTRA: dev, or "" for none: without the word
-# a script's own first argument would be taken for it)
+#   source tools/setup_env.sh && setup_env [EXTRA]      (EXTRA: dev)
 # Leaves $PYTHON pointing at the environment's interpreter. Runs again only when what it installs has changed.
 
-_extra="${1:-}"
 _root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PYTHON="$_root/.venv/bin/python"
 
@@ -26,7 +24,8 @@ _fingerprint() {
         sha256sum | cut -c1-16)
 }
 
-_install() {
+_install() {  # _install EXTRA
+    local extra="$1"
     local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check) constraints="constraints-cpu.txt"
     local torch="torch==2.13.0" index="https://download.pytorch.org/whl/cpu"
     if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
@@ -45,21 +44,20 @@ _install() {
     fi
     _say "installing megatron_ring and what it needs"
     "${pip[@]}" -c "$constraints" "setuptools>=77" wheel ninja
-    "${pip[@]}" -c "$constraints" --no-build-isolation -e ".${_extra:+[$_extra]}"
+    "${pip[@]}" -c "$constraints" --no-build-isolation -e ".${extra:+[$extra]}"
 }
 
 setup_env() {
     cd "$_root"
-    local stamp=".venv/.ready-${_extra:-run}-$(_fingerprint)"
+    local extra="${1:-}" stamp
+    stamp=".venv/.ready-${extra:-run}-$(_fingerprint)"
     if [ -e "$stamp" ]; then
         return
     fi
     local base
     base="$(_base_python)" || return 2
     [ -x "$PYTHON" ] || { _say "making .venv with $($base --version)"; "$base" -m venv .venv; }
-    _install
-    rm -f ".venv/.ready-${_extra:-run}-"*
+    _install "$extra"
+    rm -f ".venv/.ready-${extra:-run}-"*
     touch "$stamp"
 }
-
-setup_env

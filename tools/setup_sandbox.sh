@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python="${PYTHON:-.venv/bin/python}"
 [ -x "$(command -v "$python")" ] || {
-    echo "error: no $python; run source tools/setup_env.sh first, or name an interpreter in PYTHON" >&2
+    echo "error: no $python; run \`source tools/setup_env.sh && setup_env\` first, or name an interpreter in PYTHON" >&2
     exit 2
 }
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ring.data.microbatch import IGNORE, Microbatch, pack_microbatch
+from megatron_ring.data.microbatch import IGNORE, PADDING_SEGMENT, Microbatch, pack_microbatch
 
 tokens = st.integers(1, 99)
 triples = st.lists(tokens, min_size=1, max_size=9).flatmap(
@@ -45,6 +45,15 @@ def test_packing_keeps_every_token_in_order_and_marks_the_rest_as_padding(sequen
     assert packed.cu_seqlens[-1] == packed.num_slots == used + spare
     assert packed.positions_T.tolist() == [i for n in lengths for i in range(n)]
     assert packed.segment_of_T.tolist() == [s for s, n in enumerate(lengths) for _ in range(n)]
+
+
+@given(batches, st.integers(0, 5 * PADDING_SEGMENT))
+def test_padding_is_attended_in_short_segments(sequences, spare):
+    used = sum(len(row) for row, _, _ in sequences)
+    packed = pack_microbatch(sequences, used + spare)
+    padding = packed.segment_lengths[len(sequences) :]
+    assert sum(padding) == spare and packed.num_valid == used
+    assert all(0 < length <= PADDING_SEGMENT for length in padding)
 
 
 @given(batches, st.integers(0, 7), st.integers(1, 12))
