@@ -85,9 +85,9 @@ def ours(a: argparse.Namespace, folder: Path) -> None:
         "max_position_embeddings": 512, "seq_length": 64, "lr": 1e-4, "lr_decay_style": "constant",
         "train_iters": 10_000, "tokenizer_model": str(folder / "tok.model"),
         "prompt_data": (str(folder / "problems.jsonl"),), "prompts_per_step": a.prompts,
-        "group_size": a.group, "max_prompt_length": 32, "max_response_length": a.length,
+        "group_size": a.group, "max_prompt_length": 8, "max_response_length": a.length,
         "rollout_slots": a.prompts * a.group, "token_budget": tokens, "minibatches_per_step": 1,
-        "microbatch_capacity": 4096, "kl_loss_coef": 0.0, "entropy_coef": 0.0, "old_logprobs": "current",
+        "microbatch_capacity": 3600, "kl_loss_coef": 0.0, "entropy_coef": 0.0, "old_logprobs": "current",
         "reward_functions": ("bench=bench_reward:judge",), "reward_workers": 1, "log_level": "error",
     }  # fmt: skip
     config = config_from_mapping(values)
