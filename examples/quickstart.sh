@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a clone to a reasoner in minutes, on the CPU: installs into .venv, pre-trains a tiny Ring mixture-of-experts on the
-# Python standard library's sources, supervises it with an imperfect teacher's worked sums, improves it by
-# reinforcement learning with C3PO on sums that reasoning-gym poses and judges, and makes a report.
+# Python standard library's sources, supervises it with the worked sums of a careful teacher and then of one who slips,
+# improves it by reinforcement learning with C3PO on sums that reasoning-gym poses and judges, and makes a report.
 #
 #   bash examples/quickstart.sh [RUN_FOLDER]        (default: runs/quickstart)
 set -euo pipefail
@@ -24,11 +24,11 @@ if [ "$(nproc)" -ge 2 ]; then
     launch=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2)
 fi
 
-_stage() {  # _stage NAME [FLAG ...]: examples/NAME_ring.py with its tiny settings, files below $run
-    local name="$1"
-    shift
+_stage() {  # _stage NAME FOLDER [FLAG ...]: examples/NAME_ring.py with its tiny settings, files in FOLDER
+    local name="$1" folder="$2"
+    shift 2
     "${launch[@]}" "examples/${name}_ring.py" --config "examples/tiny/$name.toml" --tokenizer-model "$run/tokenizer.model" \
-        --save "$run/$name" --load "$run/$name" --metrics-file "$run/$name/metrics.jsonl" "$@"
+        --save "$folder" --load "$folder" --metrics-file "$folder/metrics.jsonl" "$@"
 }
 
 _say "1/7 training a tokenizer on the standard library's sources"
@@ -39,25 +39,30 @@ _say "2/7 writing the corpus"
 "$PYTHON" tools/preprocess_data.py --builtin-corpus --max-mb 4 --append-eod \
     --tokenizer-model "$run/tokenizer.model" --output-prefix "$run/corpus"
 
-_say "3/7 pre-training a 1.6M-parameter Ring mixture-of-experts"
-_stage pretrain --data-path "$run/corpus" --train-iters 200
+_say "3/7 pre-training a 1.1M-parameter Ring mixture-of-experts"
+_stage pretrain "$run/pretrain" --data-path "$run/corpus" --train-iters 200
 
-_say "4/7 writing worked examples: two in five of the teacher's have a slip"
+_say "4/7 writing worked examples: a careful teacher's, and a hasty one's with a slip in three of five"
 sums=(--min-terms 2 --max-terms 4 --min-digits 1 --max-digits 1)
 held_out="$(sed -n 's/^eval_prompt_data = \["\(.*\)"\]/\1/p' examples/tiny/rl.toml)"
-"$PYTHON" tools/make_worked_examples.py "${sums[@]}" --count 150000 --slip-share 0.4 --exclude "$held_out" \
+"$PYTHON" tools/make_worked_examples.py "${sums[@]}" --count 100000 --slip-share 0 --exclude "$held_out" \
     --output "$run/sums.jsonl"
+"$PYTHON" tools/make_worked_examples.py "${sums[@]}" --count 40000 --seed 5 --slip-share 0.6 --exclude "$held_out" \
+    --output "$run/hasty_sums.jsonl"
 "$PYTHON" tools/make_worked_examples.py "${sums[@]}" --count 300 --seed 2 --slip-share 0 \
     --output "$run/sums_held_out.jsonl"
 
-_say "5/7 supervised fine-tuning on them"
-_stage sft --sft-data "$run/sums.jsonl" --sft-eval-data "$run/sums_held_out.jsonl" --pretrained-checkpoint "$run/pretrain"
+_say "5/7 supervised fine-tuning, first on the careful teacher's, then on the hasty one's"
+_stage sft "$run/sft_careful" --sft-data "$run/sums.jsonl" --sft-eval-data "$run/sums_held_out.jsonl" \
+    --pretrained-checkpoint "$run/pretrain"
+_stage sft "$run/sft" --sft-data "$run/hasty_sums.jsonl" --sft-eval-data "$run/sums_held_out.jsonl" \
+    --pretrained-checkpoint "$run/sft_careful" --lr 1.5e-3 --min-lr 1e-4
 
 _say "6/7 reinforcement learning with C3PO"
-_stage rl --pretrained-checkpoint "$run/sft"
+_stage rl "$run/rl" --pretrained-checkpoint "$run/sft"
 
 _say "7/7 report"
-for stage in pretrain sft rl; do
+for stage in pretrain sft_careful sft rl; do
     "$PYTHON" tools/report.py "$run/$stage" --out "$run/$stage/report.html"
 done
 "$PYTHON" - "$run" <<'PY'
@@ -75,6 +80,7 @@ print_summary(
         ("picture", run / "rl/loss.png"),
         ("responses", run / "rl/samples.jsonl"),
         ("earlier stages", run / "pretrain/report.html"),
+        ("", run / "sft_careful/report.html"),
         ("", run / "sft/report.html"),
         ("checkpoints", run / "rl"),
     ],
