@@ -7,11 +7,15 @@ makes somebody look here again.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import megatron.core
+import torch
+from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
 
 from megatron_ring.errors import ConfigError
 
@@ -37,6 +41,25 @@ def _load_given_keys(self: DistributedOptimizer, model_param, tensors) -> None:
             destinations[key].copy_(value)
 
 
+def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """2026-11: a run of one process slowed down after its first step.
+
+    distributed/param_and_grad_buffer.py:285 and :443 (0.16.1) gather and scatter whole buffers in groups of one
+    process too. gloo copies them in a thread of its own, whose OpenMP team outnumbers the processors from then
+    on: waiting threads sleep instead of spinning, and every small parallel operation takes two to three times
+    as long. Here a group of one copies nothing that is in place. Delete when upstream skips such groups.
+    """
+
+    def call(output: Tensor, source: Tensor, *args: Any, group: Any = None, **options: Any) -> Any:
+        if torch.distributed.get_world_size(group) > 1:
+            return collective(output, source, *args, group=group, **options)
+        if output.data_ptr() != source.data_ptr():
+            output.copy_(source)
+        return None
+
+    return call
+
+
 @contextlib.contextmanager
 def megatron_fixes() -> Iterator[None]:
     """Apply the corrections for the length of the ``with`` block.
@@ -57,5 +80,13 @@ def megatron_fixes() -> Iterator[None]:
             return original(self, model_param, tensors)
         return _load_given_keys(self, model_param, tensors)
 
-    with mock.patch.object(DistributedOptimizer, "_set_main_param_and_optimizer_states", load):
+    buffers = param_and_grad_buffer
+    alone = {
+        name: _unless_alone(getattr(buffers, name))
+        for name in ("dist_all_gather_func", "dist_reduce_scatter_func")
+    }
+    with (
+        mock.patch.object(DistributedOptimizer, "_set_main_param_and_optimizer_states", load),
+        mock.patch.multiple(buffers, **alone),
+    ):
         yield

@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import param_and_grad_buffer as buffers
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_ring.config.parallel import ParallelConfig
@@ -95,3 +96,18 @@ def test_an_untested_megatron_is_refused(monkeypatch):
     ):
         pass
     assert not torch.distributed.is_initialized()
+
+
+def test_a_group_of_one_gathers_and_scatters_without_a_collective(monkeypatch):
+    """A collective's thread of its own would slow every later parallel operation of the process down."""
+    asked = []
+    monkeypatch.setattr(torch.distributed.ProcessGroup, "_allgather_base", lambda *_, **__: asked.append(1))
+    with open_session(PLAIN, seed=1):
+        buffer, other = torch.arange(7.0), torch.empty(7)
+        for collective in (buffers.dist_all_gather_func, buffers.dist_reduce_scatter_func):
+            collective(buffer, buffer[:], group=torch.distributed.group.WORLD, async_op=True)
+            assert torch.equal(buffer, torch.arange(7.0))
+            collective(other.zero_(), buffer, group=torch.distributed.group.WORLD)
+            assert torch.equal(other, buffer)
+        assert not asked
+    assert buffers.dist_all_gather_func is torch.distributed.all_gather_into_tensor
