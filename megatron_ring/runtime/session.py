@@ -15,6 +15,7 @@ import torch
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.errors import ConfigError
 from megatron_ring.runtime import device
+from megatron_ring.runtime.products import bf16_products
 from megatron_ring.runtime.topology import Topology, close_topology, distributed_timeout, open_topology
 
 log = logging.getLogger("megatron_ring")
@@ -110,6 +111,8 @@ def open_session(parallel: ParallelConfig, seed: int) -> Iterator[Session]:
             from megatron_ring.runtime.megatron_cpu import megatron_on_cpu
 
             stack.enter_context(megatron_on_cpu())
+            if parallel.bf16:
+                stack.enter_context(bf16_products())
         from megatron_ring.runtime.megatron_fixes import megatron_fixes
 
         stack.enter_context(megatron_fixes())
