@@ -10,17 +10,6 @@
 namespace megatron_ring {
 namespace {
 
-// first and second half of the rotated channels turned by their angle, the rest as it is
-template <class S>
-void rotate(S* x, const float* cos, const float* sin, int64_t half) {
-  using A = arithmetic_t<S>;
-  for (int64_t i = 0; i < half; ++i) {
-    const A first = widen(x[i]), second = widen(x[i + half]);
-    x[i] = narrow<S>(first * cos[i] - second * sin[i]);
-    x[i + half] = narrow<S>(second * cos[i] + first * sin[i]);
-  }
-}
-
 // mixed [T, G, R + 2, C]: R queries, key and value of every group. The key and value are kept at (row, position); the
 // queries attend over positions 0 to theirs: [T, G * R, C]
 Tensor decode_attention(const Tensor& mixed_in, const Tensor& rotary_in, const Tensor& keys, const Tensor& values,
@@ -64,7 +53,7 @@ Tensor decode_attention(const Tensor& mixed_in, const Tensor& rotary_in, const T
       } else {
         std::memcpy(static_cast<void*>(to), x, C * sizeof(S));
       }
-      rotate<S>(to, cos + t * half, sin + t * half, half);
+      rows<S>().rotate(to, cos + t * half, sin + t * half, A(1), half);
     };
     at::parallel_for(0, T * G, 8, [&](int64_t begin, int64_t end) {
       std::vector<A> scratch(L);

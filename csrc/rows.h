@@ -50,6 +50,8 @@ struct Rows {
   A (*rms_norm)(S* y, const S* x, const S* weight, A eps, int64_t n);
   // dx, and dweight += dy * x * r (dweight in arithmetic type)
   void (*rms_norm_backward)(const S* dy, const S* x, const S* weight, A r, S* dx, A* dweight, int64_t n);
+  // turns the first 2 half channels of x by their angles, in place: channel i with i + half; sign -1 turns back
+  void (*rotate)(S* x, const float* cos, const float* sin, A sign, int64_t half);
   // out [heads, C] = softmax(scale * q k^T) v of q [heads, C] over count rows of k and v, stride apart; scratch [count]
   void (*attend)(const S* q, int64_t heads, const S* k, const S* v, int64_t stride, int64_t count, A scale, A* scratch,
                  S* out, int64_t C);

@@ -438,6 +438,37 @@ A sigmoid(const A* x, A* out, int64_t n) {
   return lse;
 }
 
+// ---- rotary positions ----------------------------------------------------------------------------------------------
+
+template <class S>
+void rotate(S* x, const float* cos, const float* sin, arithmetic_t<S> sign, int64_t half) {
+  using L = Lane<S>;
+  using V = typename L::V;
+  if constexpr (std::is_same_v<S, double>) {
+    for (int64_t i = 0; i < half; ++i) {
+      const double first = x[i], second = x[i + half], s = sign * sin[i];
+      x[i] = first * cos[i] - second * s;
+      x[i + half] = second * cos[i] + first * s;
+    }
+  } else {
+    for (int64_t i = 0; i < half; i += L::n) {
+      const int64_t rest = half - i;
+      const bool tail = rest < L::n;
+      const V first = tail ? load_tail<S>(x + i, rest, V{}) : L::load(x + i);
+      const V second = tail ? load_tail<S>(x + half + i, rest, V{}) : L::load(x + half + i);
+      const V c = tail ? load_tail<float>(cos + i, rest, V{}) : Lane<float>::load(cos + i);
+      const V s = (tail ? load_tail<float>(sin + i, rest, V{}) : Lane<float>::load(sin + i)) * sign;
+      if (tail) {
+        store_tail<S>(x + i, first * c - second * s, rest);
+        store_tail<S>(x + half + i, second * c + first * s, rest);
+      } else {
+        L::store(x + i, first * c - second * s);
+        L::store(x + half + i, second * c + first * s);
+      }
+    }
+  }
+}
+
 // ---- attention of one token over a cache --------------------------------------------------------------------------
 
 // as total, in log2 steps: what is short enough to wait for it
@@ -505,7 +536,8 @@ void attend(const S* q, int64_t heads, const S* k, const S* v, int64_t stride, i
 template <class S>
 Rows<S> row_table() {
   return {logprob_partials<S>, logprob_gradient<S>, weighted_sum<S>,    scale<S>,   dot<S>,
-          swiglu<S>,           swiglu_backward<S>,  rms_norm<S>, rms_norm_backward<S>, attend<S>};
+          swiglu<S>,           swiglu_backward<S>,  rms_norm<S>, rms_norm_backward<S>, rotate<S>,
+          attend<S>};
 }
 
 template <class A>

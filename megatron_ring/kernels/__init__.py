@@ -3,10 +3,11 @@
 ``dispatch`` says which code runs; every op's ``reference.py`` says what it computes.
 """
 
-from megatron_ring.kernels.decode_attention import HeadNorms, decode_attention
+from megatron_ring.kernels.decode_attention import decode_attention
 from megatron_ring.kernels.expert_mlp import expert_mlp
 from megatron_ring.kernels.grouped_gemm import grouped_gemm
 from megatron_ring.kernels.permute import combine, permute
+from megatron_ring.kernels.qk_norm_rope import HeadNorms, qk_norm_rope
 from megatron_ring.kernels.rms_norm import rms_norm
 from megatron_ring.kernels.route_index import RouteIndex, route_index
 from megatron_ring.kernels.routing import Routing, route
@@ -22,6 +23,7 @@ __all__ = [
     "expert_mlp",
     "grouped_gemm",
     "permute",
+    "qk_norm_rope",
     "rms_norm",
     "route",
     "route_index",

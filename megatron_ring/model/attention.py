@@ -15,26 +15,27 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
-from megatron_ring.kernels import HeadNorms, decode_attention
+from megatron_ring.kernels import HeadNorms, decode_attention, qk_norm_rope
 from megatron_ring.model.kv_cache import CacheView
 from megatron_ring.model.linear import project
-from megatron_ring.model.packed import PackedInputs, rotate
+from megatron_ring.model.packed import PackedInputs
 
 
 class RingSelfAttention(SelfAttention):
-    """Megatron's projections and head norms around rotary and one packed core attention.
+    """Megatron's projections around head norms, rotary positions and one packed core attention.
 
     Upstream's ``forward`` loops over segments on the host for rotary and carries every inference mode; this
-    one has positions given per token, and one cache for generation.
+    one has positions given per token, norms and rotates in one kernel, and has one cache for generation.
     """
 
     def forward(self, hidden_T1D: Tensor, packed: PackedInputs, rotary_2TR: Tensor) -> Tensor:
         """Attention output [T, 1, D] of one microbatch."""
+        mixed_T1X = project(self.linear_qkv, hidden_T1D)
+        groups, channels = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        mixed_TGMC = mixed_T1X.view(mixed_T1X.shape[0], groups, -1, channels)
         if packed.cache is not None and packed.cache.decoding:
-            return self._decode(hidden_T1D, packed.cache, rotary_2TR)
-        q, k, v = self.get_query_key_value_tensors(hidden_T1D)
-        q_THC, k_TGC = rotate(q.squeeze(1), rotary_2TR), rotate(k.squeeze(1), rotary_2TR)
-        v_TGC = v.squeeze(1)
+            return self._decode(mixed_TGMC, packed.cache, rotary_2TR)
+        q_THC, k_TGC, v_TGC = qk_norm_rope(mixed_TGMC, rotary_2TR, self._head_norms())
         if packed.cache is not None:
             packed.cache.write(self.layer_number, k_TGC, v_TGC)
         if self.checkpoint_core_attention and self.training:
@@ -46,22 +47,22 @@ class RingSelfAttention(SelfAttention):
         output_T1D, _ = self.linear_proj(context.reshape(context.shape[0], 1, -1))
         return output_T1D
 
-    def _decode(self, hidden_T1D: Tensor, view: CacheView, rotary_2TR: Tensor) -> Tensor:
+    def _head_norms(self) -> HeadNorms | None:
+        if not self.config.qk_layernorm:
+            return None
+        return HeadNorms(self.q_layernorm.weight, self.k_layernorm.weight, self.config.layernorm_epsilon)
+
+    def _decode(self, mixed_TGMC: Tensor, view: CacheView, rotary_2TR: Tensor) -> Tensor:
         """One new token of each sequence, which attends over its slot's positions up to its own."""
-        mixed_T1X = project(self.linear_qkv, hidden_T1D)
-        groups, channels = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        norms = None
-        if self.config.qk_layernorm:
-            norms = HeadNorms(self.q_layernorm.weight, self.k_layernorm.weight, self.config.layernorm_epsilon)
         context_THC = decode_attention(
-            mixed_T1X.view(mixed_T1X.shape[0], groups, -1, channels),
+            mixed_TGMC,
             rotary_2TR,
             view.cache.keys[self.layer_number],
             view.cache.values[self.layer_number],
             view.slots_T,
             view.positions_T,
             self.config.kv_channels**-0.5,
-            norms,
+            self._head_norms(),
         )
         return project(self.linear_proj, context_THC.view(context_THC.shape[0], 1, -1))
 

@@ -75,20 +75,3 @@ def rotary_table(positions_T: Tensor, kv_channels: int, rotary_percent: float, b
     exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=positions_T.device) / rotated
     angles = positions_T.float()[:, None] * base**-exponents
     return torch.stack((angles.cos(), angles.sin()))
-
-
-def rotate(x_THC: Tensor, rotary_2TR: Tensor) -> Tensor:
-    """Rotate the first channels of every head by its position's angles; the rest passes (partial rotary).
-
-    Channel i is paired with channel i + R/2 (the half-split, "NeoX" form).
-    """
-    cos_T1R, sin_T1R = rotary_2TR[0].unsqueeze(1), rotary_2TR[1].unsqueeze(1)
-    half = cos_T1R.shape[-1]
-    first, second, rest = (
-        x_THC[..., :half].float(),
-        x_THC[..., half : 2 * half].float(),
-        x_THC[..., 2 * half :],
-    )
-    turned = torch.cat((first * cos_T1R - second * sin_T1R, second * cos_T1R + first * sin_T1R), dim=-1)
-    turned = turned.to(x_THC.dtype)
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

@@ -16,6 +16,7 @@ FILES = [
     "permute",
     "token_logprob",
     "rms_norm",
+    "qk_norm_rope",
     "expert_mlp",
     "decode_attention",
     "sample_token",

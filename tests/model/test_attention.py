@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_ring.data.microbatch import pack_microbatch
+from megatron_ring.kernels import qk_norm_rope
 from megatron_ring.model.attention import PackedCoreAttention
 from megatron_ring.model.norm import RingRMSNorm
-from megatron_ring.model.packed import pack_inputs, rotary_table, rotate
+from megatron_ring.model.packed import pack_inputs, rotary_table
 
 C = 6
 LENGTHS = [(13, 7, 1, 5), (1,), (4, 4, 4), (1, 1, 3, 3, 2)]
@@ -67,7 +68,12 @@ def test_rotary_turns_channel_pairs_by_their_positions_angle(percent):
     positions_T = torch.tensor([0, 1, 2, 0, 1, 17, 4000])
     generator = torch.Generator().manual_seed(2)
     x_THC = torch.randn(7, 3, channels, generator=generator)
-    ours_THC = rotate(x_THC, rotary_table(positions_T, channels, percent, base))
+    # one query head per group: x as query, key and value
+    mixed_TGMC = x_THC.unsqueeze(2).expand(-1, -1, 3, -1)
+    ours_THC, key_THC, value_THC = qk_norm_rope(
+        mixed_TGMC, rotary_table(positions_T, channels, percent, base)
+    )
+    assert torch.equal(key_THC, ours_THC) and torch.equal(value_THC, x_THC)
     pairs = torch.complex(x_THC[..., : rotated // 2].double(), x_THC[..., rotated // 2 : rotated].double())
     frequency = base ** (-torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
     turned = pairs * torch.exp(1j * positions_T[:, None] * frequency)[:, None, :]
@@ -84,7 +90,8 @@ def test_scores_after_rotary_depend_on_distance_only():
     scores = []
     for start in (0, 5, 90):
         table = rotary_table(torch.tensor([start, start + 7]), 16, 1.0, 10000.0)
-        k, q = rotate(torch.stack([k_C, q_C])[:, None], table).squeeze(1)
+        mixed_TGMC = torch.stack([k_C, q_C])[:, None, None].expand(-1, -1, 3, -1)
+        k, q = qk_norm_rope(mixed_TGMC, table)[0].squeeze(1)
         scores.append((q @ k).item())
     assert scores == pytest.approx([scores[0]] * 3, rel=1e-4)
 

@@ -24,7 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
-from megatron_ring.kernels import combine, dispatch, permute, rms_norm, route, route_index, token_logprob
+from megatron_ring.kernels import (
+    HeadNorms,
+    combine,
+    dispatch,
+    permute,
+    qk_norm_rope,
+    rms_norm,
+    route,
+    route_index,
+    token_logprob,
+)
 from megatron_ring.runtime.device import device
 
 TEMPERATURE = 0.9
@@ -143,6 +153,36 @@ def rms_norm_case(tokens: int, width: int, dtype: torch.dtype) -> Case:
     return Case("rms_norm", f"{tokens} x {width}", ours, plain, 5 * x_TD.numel() * x_TD.element_size() / 1e9)
 
 
+def qk_norm_rope_case(tokens: int, groups: int, heads: int, channels: int, dtype: torch.dtype) -> Case:
+    """``heads`` query heads to a group, every channel rotated."""
+    shape = (tokens, groups, heads + 2, channels)
+    mixed_TGMC = torch.randn(*shape, device=device(), dtype=dtype, requires_grad=True)
+    weight_C = torch.ones(channels, device=device(), dtype=dtype, requires_grad=True)
+    turns_TH = torch.rand(tokens, channels // 2, device=device())
+    rotary_2TH = torch.stack((turns_TH.cos(), turns_TH.sin()))
+    seed_TGMC = torch.randn_like(mixed_TGMC)
+    seeds = seed_TGMC[:, :, :-2].flatten(1, 2), seed_TGMC[:, :, -2], seed_TGMC[:, :, -1]
+    leaves = [mixed_TGMC, weight_C]
+
+    def ours() -> list[Tensor]:
+        return gradients(
+            qk_norm_rope(mixed_TGMC, rotary_2TH, HeadNorms(weight_C, weight_C, 1e-6)), leaves, seeds
+        )
+
+    def plain() -> list[Tensor]:
+        q, k, v = mixed_TGMC.split((heads, 1, 1), dim=2)
+        q, k = (torch.nn.functional.rms_norm(x, (channels,), weight_C, 1e-6) for x in (q, k))
+        cos, sin = rotary_2TH.repeat(1, 1, 2)[:, :, None, None]
+        q, k = (
+            x * cos + torch.cat((-x[..., channels // 2 :], x[..., : channels // 2]), -1) * sin for x in (q, k)
+        )
+        return gradients([q.to(dtype).flatten(1, 2), k.to(dtype).squeeze(2), v.squeeze(2)], leaves, seeds)
+
+    # read and written, and again with its gradient
+    moved = 5 * mixed_TGMC.numel() * mixed_TGMC.element_size() / 1e9
+    return Case("qk_norm_rope", f"{tokens} x {groups} x {heads + 2} x {channels}", ours, plain, moved)
+
+
 def cases(only: str | None) -> list[Callable[[], Case]]:
     """Ring-lite's shapes on a GPU; on a CPU the shapes of the tiny model, and the whole vocabulary."""
     gpu = device().type != "cpu"
@@ -152,6 +192,7 @@ def cases(only: str | None) -> list[Callable[[], Case]]:
         "route": lambda: route_case(T, 64, 6),
         "permute": lambda: permute_case(T, D, 64, 6, dtype),
         "rms_norm": lambda: rms_norm_case(T, D, dtype),
+        "qk_norm_rope": lambda: qk_norm_rope_case(T, 4, 4, 128 if gpu else 64, dtype),
     }
     return [make for name, make in all_cases.items() if only in (None, name)]
 
@@ -225,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=["token_logprob", "route", "permute", "rms_norm"])
+    parser.add_argument("--only", choices=["token_logprob", "route", "permute", "rms_norm", "qk_norm_rope"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--memory-of", choices=["ours", "plain"], help=argparse.SUPPRESS)

@@ -9,6 +9,7 @@ from megatron_ring.kernels.decode_attention import kernel as decode_attention
 from megatron_ring.kernels.expert_mlp import kernel as expert_mlp
 from megatron_ring.kernels.grouped_gemm import kernel as grouped_gemm
 from megatron_ring.kernels.permute import kernel as permute
+from megatron_ring.kernels.qk_norm_rope import kernel as qk_norm_rope
 from megatron_ring.kernels.rms_norm import kernel as rms_norm
 from megatron_ring.kernels.route_index import kernel as route_index
 from megatron_ring.kernels.routing import kernel as routing
@@ -157,7 +158,23 @@ def row_specs() -> dict[str, Spec]:
     for name, kernel in (("forward", rms_norm.forward_kernel), ("backward", rms_norm.backward_kernel)):
         constants = tile | ({"eps": 1e-6} if name == "forward" else {})
         specs[f"rms_norm_{name}"] = Spec(kernel, norm, constants, rms_norm.OPTIONS, ("tokens",))
-    return specs
+    return specs | _rope_specs()
+
+
+def _rope_specs() -> dict[str, Spec]:
+    """Head norms and rotary positions: 4 query heads to a key/value head of 128 channels, half of them rotated."""
+    names = "mixed q_weight k_weight q k v dq dk dv dmixed"
+    signature = {f"{name}_ptr": "*bf16" for name in names.split()}
+    signature |= {"rotary_ptr": "*fp32", "parts_ptr": "*fp32"}
+    signature |= dict.fromkeys(("items", "tokens", "G", "H"), "i32")
+    shape = {"R": 4, "C": 128, "eps": 1e-6, "NORM": True, "ACC": triton.language.float32, "BM": 8, "BC": 128}
+    return {
+        f"qk_norm_rope_{name}": Spec(kernel, signature, shape, qk_norm_rope.OPTIONS, ("items", "tokens", "G"))
+        for name, kernel in (
+            ("forward", qk_norm_rope.forward_kernel),
+            ("backward", qk_norm_rope.backward_kernel),
+        )
+    }
 
 
 def decode_specs() -> dict[str, Spec]:

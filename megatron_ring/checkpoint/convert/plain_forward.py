@@ -17,8 +17,9 @@ from megatron_ring.checkpoint.convert.files import Source
 from megatron_ring.checkpoint.convert.tensor_map import Box
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.kernels import route
+from megatron_ring.kernels.qk_norm_rope.reference import rotate
 from megatron_ring.model.head import NORM_EPSILON
-from megatron_ring.model.packed import rotary_table, rotate
+from megatron_ring.model.packed import rotary_table
 
 Read = Callable[[str], Tensor]
 
@@ -75,10 +76,14 @@ def _attention(part: Read, model: ModelConfig, x_TD: Tensor) -> Tensor:
         k_TGC = _norm(k_TGC, part("attention.key_layernorm.weight"), model)
     table = rotary_table(torch.arange(T), C, model.rotary_percent, model.rotary_base)
     q_HTC, k_GTC, v_GTC = (
-        x.transpose(0, 1)[None] for x in (rotate(q_THC, table), rotate(k_TGC, table), v_TGC)
+        x.transpose(0, 1)[None] for x in (_rotate(q_THC, table), _rotate(k_TGC, table), v_TGC)
     )
     mixed = F.scaled_dot_product_attention(q_HTC, k_GTC, v_GTC, is_causal=True, enable_gqa=True)
     return F.linear(mixed[0].transpose(0, 1).reshape(T, H * C), part(output))
+
+
+def _rotate(x_THC: Tensor, rotary_2TH: Tensor) -> Tensor:
+    return rotate(x_THC.unsqueeze(2), rotary_2TH).squeeze(2)
 
 
 def _mlp(part: Read, model: ModelConfig, x_TD: Tensor, prefix: str = "mlp.") -> Tensor:

@@ -4,20 +4,11 @@ Legend: T tokens (one of each sequence), G key/value heads, R query heads that s
 head, S cache rows, L positions of the cache, H half of the rotated channels.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from megatron_ring.kernels import dispatch
-
-
-class HeadNorms(NamedTuple):
-    """RMSNorm of every query and key head: weights [C] and epsilon."""
-
-    q_weight_C: Tensor
-    k_weight_C: Tensor
-    eps: float
+from megatron_ring.kernels.qk_norm_rope import HeadNorms
 
 
 @torch.no_grad()

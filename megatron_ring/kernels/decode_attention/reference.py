@@ -7,7 +7,7 @@ positions, H half of the rotated channels.
 import torch
 from torch import Tensor
 
-from megatron_ring.kernels.rms_norm.reference import rms_norm
+from megatron_ring.kernels.qk_norm_rope.reference import qk_norm_rope
 
 
 def decode_attention(
@@ -50,22 +50,7 @@ def append(
     eps: float,
 ) -> Tensor:
     """Keep the keys and values; the queries, normed and rotated: [T, G, R, C]."""
-    q_TGRC, k_TG1C, v_TG1C = mixed_TGMC.split((mixed_TGMC.shape[2] - 2, 1, 1), dim=2)
-    keys_SLGC[rows_T, positions_T] = _rotate(_norm(k_TG1C, k_weight_C, eps), rotary_2TH).squeeze(2)
-    values_SLGC[rows_T, positions_T] = v_TG1C.squeeze(2)
-    return _rotate(_norm(q_TGRC, q_weight_C, eps), rotary_2TH)
-
-
-def _norm(x_TGRC: Tensor, weight_C: Tensor | None, eps: float) -> Tensor:
-    if weight_C is None:
-        return x_TGRC
-    return rms_norm(x_TGRC.reshape(-1, x_TGRC.shape[-1]), weight_C, eps)[0].view(x_TGRC.shape)
-
-
-def _rotate(x_TGRC: Tensor, rotary_2TH: Tensor) -> Tensor:
-    cos, sin = rotary_2TH[:, :, None, None]
-    half = rotary_2TH.shape[-1]
-    wide = torch.promote_types(x_TGRC.dtype, torch.float32)
-    first, second = x_TGRC[..., :half].to(wide), x_TGRC[..., half : 2 * half].to(wide)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x_TGRC.dtype)
-    return torch.cat((turned, x_TGRC[..., 2 * half :]), -1)
+    q_THC, k_TGC, v_TGC = qk_norm_rope(mixed_TGMC, rotary_2TH, q_weight_C, k_weight_C, eps)
+    keys_SLGC[rows_T, positions_T] = k_TGC
+    values_SLGC[rows_T, positions_T] = v_TGC
+    return q_THC.unflatten(1, (mixed_TGMC.shape[1], -1))
