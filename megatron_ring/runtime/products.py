@@ -31,7 +31,7 @@ def bf16_products() -> Iterator[None]:
     elif not dispatch.native_is_available():
         log.warning(
             "this processor has no bfloat16 products and the C++ kernels are not there: bf16 is about ten times "
-            "slower than fp32; build them, or leave out --bf16"
+            "slower than fp32; build them, or set --no-bf16"
         )
         yield
     else:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_ring.kernels.decode_attention.reference import append
+from megatron_ring.kernels.qk_norm_rope.kernel import qk_norm_rope
 
 # fusing multiply and add is pinned because triton's default is about to change
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -75,19 +75,22 @@ def decode_attention(
     k_weight_C: Tensor | None,
     eps: float,
 ) -> Tensor:
-    q_TGRC = append(
-        mixed_TGMC, rotary_2TH, keys_SLGC, values_SLGC, rows_T, positions_T, q_weight_C, k_weight_C, eps
-    ).contiguous()
-    T, G, R, C = q_TGRC.shape
-    out_TGRC = torch.empty_like(q_TGRC)
+    T, G, M, C = mixed_TGMC.shape
+    R = M - 2
+    q_THC, keys_TGC, values_TGC = qk_norm_rope(
+        mixed_TGMC.contiguous(), rotary_2TH, q_weight_C, k_weight_C, eps
+    )
+    keys_SLGC[rows_T, positions_T] = keys_TGC
+    values_SLGC[rows_T, positions_T] = values_TGC
+    out_THC = torch.empty_like(q_THC)
     padded = triton.next_power_of_2(max(C, 16))
-    wide = tl.float64 if q_TGRC.dtype == torch.float64 else tl.float32
+    wide = tl.float64 if q_THC.dtype == torch.float64 else tl.float32
     if T:
         attend_kernel[(T * G,)](
-            q_TGRC,
+            q_THC,
             keys_SLGC,
             values_SLGC,
-            out_TGRC,
+            out_THC,
             rows_T.contiguous(),
             positions_T.contiguous(),
             scale,
@@ -101,4 +104,4 @@ def decode_attention(
             BC=padded,
             **OPTIONS,
         )
-    return out_TGRC.flatten(1, 2)
+    return out_THC

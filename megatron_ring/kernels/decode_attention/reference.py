@@ -23,11 +23,12 @@ def decode_attention(
     eps: float,
 ) -> Tensor:
     """Scores of the longest sequence's positions for all tokens, masked beyond each one's own."""
-    q_TGRC = append(
-        mixed_TGMC, rotary_2TH, keys_SLGC, values_SLGC, rows_T, positions_T, q_weight_C, k_weight_C, eps
-    )
+    q_THC, keys_TGC, values_TGC = qk_norm_rope(mixed_TGMC, rotary_2TH, q_weight_C, k_weight_C, eps)
+    keys_SLGC[rows_T, positions_T] = keys_TGC
+    values_SLGC[rows_T, positions_T] = values_TGC
+    q_TGRC = q_THC.unflatten(1, (mixed_TGMC.shape[1], -1))
     if not q_TGRC.shape[0]:
-        return q_TGRC.flatten(1, 2)
+        return q_THC
     wide = torch.promote_types(q_TGRC.dtype, torch.float32)
     longest = int(positions_T.max()) + 1
     k_TLGC, v_TLGC = (cache[rows_T, :longest].to(wide) for cache in (keys_SLGC, values_SLGC))
@@ -36,21 +37,3 @@ def decode_attention(
     weights_TGRL = scores_TGRL.masked_fill(beyond_TL[:, None, None], -torch.inf).softmax(-1)
     context_TGRC = torch.matmul(weights_TGRL, v_TLGC.transpose(1, 2))
     return context_TGRC.flatten(1, 2).to(q_TGRC.dtype)
-
-
-def append(
-    mixed_TGMC: Tensor,
-    rotary_2TH: Tensor,
-    keys_SLGC: Tensor,
-    values_SLGC: Tensor,
-    rows_T: Tensor,
-    positions_T: Tensor,
-    q_weight_C: Tensor | None,
-    k_weight_C: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """Keep the keys and values; the queries, normed and rotated: [T, G, R, C]."""
-    q_THC, k_TGC, v_TGC = qk_norm_rope(mixed_TGMC, rotary_2TH, q_weight_C, k_weight_C, eps)
-    keys_SLGC[rows_T, positions_T] = k_TGC
-    values_SLGC[rows_T, positions_T] = v_TGC
-    return q_THC.unflatten(1, (mixed_TGMC.shape[1], -1))
