@@ -45,7 +45,7 @@ class RolloutConfig:
     dynamic_sampling: bool = False
     """Refill groups whose rewards are all equal with new prompts."""
     dynamic_sampling_max_rounds: int = 10
-    """Rounds of refilling in one step after which the run stops with an error."""
+    """Rounds of refilling in one step, or steps of C3PO++ without a lesson, after which the run stops with an error."""
     prompt_suffix: str = ""
     """Line behind every problem but code, such as: put your final answer within \\boxed{}."""
     solve_rate_min: float = 0.0

@@ -126,6 +126,8 @@ class Collector:
         self.config, self.session = config, session
         self.prompts, self.answer, self.sampling = prompts, answer, sampling
         self.book = GroupBook(config.group_size)
+        # steps in a row whose complete groups were all uninformative: with C3PO++ a step ends without refilling
+        self.barren_steps = 0
 
     def collect(self, version: int) -> Collected:
         """The judged groups of one step, in the order of their prompts.
@@ -135,7 +137,8 @@ class Collector:
         as C3PO++ has tokens left; what is missing then is drawn in the next step.
 
         Raises:
-            RolloutError: refilling found nothing to learn from in ``dynamic_sampling_max_rounds`` rounds.
+            RolloutError: refilling found too little to learn from in ``dynamic_sampling_max_rounds`` rounds, or,
+                with C3PO++, as many steps in a row nothing at all.
         """
         found = Collected(stale_responses=self.book.drop_stale(version - self.config.rollout_max_staleness))
         missing = self.config.prompts_per_step - self._total(len(self.book.open))
@@ -148,13 +151,24 @@ class Collector:
             have = self._total(len(found.groups)) + self._total(len(self.book.open))
             missing = self.config.prompts_per_step - have
             if missing <= 0 or self._tokens_left(found) == 0:
+                self._count_barren(found)
                 return found
             if found.rounds >= self.config.dynamic_sampling_max_rounds:
-                raise RolloutError(
-                    f"dynamic_sampling found {self._total(len(found.groups))} of prompts_per_step="
-                    f"{self.config.prompts_per_step} groups with different rewards in "
-                    f"{found.rounds} rounds; use easier or harder prompts, or raise dynamic_sampling_max_rounds"
-                )
+                self._give_up(self._total(len(found.groups)), f"{found.rounds} rounds")
+
+    def _count_barren(self, found: Collected) -> None:
+        if self._total(len(found.groups)):
+            self.barren_steps = 0
+        elif self._total(found.uninformative_groups):
+            self.barren_steps += 1
+        if self.barren_steps >= self.config.dynamic_sampling_max_rounds:
+            self._give_up(0, f"each of {self.barren_steps} steps")
+
+    def _give_up(self, groups: int, where: str) -> None:
+        raise RolloutError(
+            f"dynamic_sampling found {groups} of prompts_per_step={self.config.prompts_per_step} groups with "
+            f"different rewards in {where}; use easier or harder prompts, or raise dynamic_sampling_max_rounds"
+        )
 
     def refill(self, found: Collected, count: int) -> None:
         """Draw ``count`` prompts more for a step that lacks tokens, into ``found``.
@@ -212,11 +226,13 @@ class Collector:
         return {
             "prompts": [prompt_to_json(group.prompt) for group in self.book.open.values()],
             "waiting": [sorted(group.waiting) for group in self.book.open.values()],
+            "barren_steps": self.barren_steps,
         }
 
     def restore(self, states: list[dict[str, Any]], files: list[dict[str, bytes]]) -> None:
         """Take this rank's share of what all ranks had open when a checkpoint was written."""
         topology = self.session.topology
+        self.barren_steps = max((state["barren_steps"] for state in states), default=0)
 
         def own(uid: int) -> bool:
             return uid % topology.dp_size == topology.dp_rank

@@ -142,6 +142,27 @@ def test_dynamic_sampling_keeps_to_the_tokens_of_a_step():
     assert engine.budgets == [36] and source.prompts.drawn == 4, "without a token left nothing more is drawn"
 
 
+def test_steps_that_end_by_their_tokens_and_teach_nothing_end_the_run():
+    uninformative = True
+
+    def score(prompt, text):
+        return 1.0 if uninformative else float(len(text.split()) % 2)
+
+    options = {"dynamic_sampling": True, "dynamic_sampling_max_rounds": 3, "rollout_token_budget": 36}
+    source = collector(ScriptedEngine(lambda uid, sample: 3), score, **options)
+    for version in range(2):
+        assert source.collect(version).uninformative_groups == 4
+    # the count survives a checkpoint, and one group with different rewards starts it anew
+    again = collector(ScriptedEngine(lambda uid, sample: 2 + sample), score, **options)
+    again.restore([source.state_dict()], [source.state_bytes()])
+    assert again.barren_steps == 2
+    uninformative = False
+    assert again.collect(2).groups and again.barren_steps == 0
+    uninformative = True
+    with pytest.raises(RolloutError, match=r"found 0 of prompts_per_step=4 .* in each of 3 steps"):
+        source.collect(2)
+
+
 def test_a_refill_adds_to_the_step():
     engine = ScriptedEngine()
     source = collector(engine)
