@@ -43,6 +43,7 @@ class _Row(NamedTuple):
     score: float
     start: int
     carried: int
+    version: int
 
 
 @dataclass(kw_only=True)
@@ -84,14 +85,14 @@ class MinibatchPlanner:
         )
         self._multiple_of = stages
 
-    def plan(self, rollouts: Sequence[Rollout], carried: Sequence[Carried], seed: int) -> Plan:
+    def plan(self, rollouts: Sequence[Rollout], carried: Sequence[Carried], step: int) -> Plan:
         """Choose this step's tokens from what this rank has, and all others have, and pack them.
 
         Args:
             rollouts: this rank's new ones, advantages assigned, in the order in which they finished. One without
                 any token has nothing to train on and is left out.
             carried: what :attr:`Plan.carried` said last time.
-            seed: of the step, the same on every rank.
+            step: of the run: it seeds the order, and it is the version of the policy that is now updated.
         """
         rollouts = [rollout for rollout in rollouts if rollout.response.length]
         own = [c.rollout for c in carried] + rollouts
@@ -117,19 +118,20 @@ class MinibatchPlanner:
                 order=budget.budget_order,
                 overshoot=budget.budget_overshoot,
                 zero_advantage=budget.zero_advantage,
-                seed=seed,
+                seed=step,
             )
             minibatches, left = selection.minibatches, selection.carried
             metrics, shortfall = selection.counts.metrics(), selection.counts.shortfall
         else:
-            minibatches, left, metrics, shortfall = self._everything(candidates, seed), (), {}, 0
+            minibatches, left, metrics, shortfall = self._everything(candidates, step), (), {}, 0
         if any(minibatches):
             metrics |= audit(candidates, [row.score for row in rows], minibatches).metrics()
         grids = [self._grid(rows, picks) for picks in minibatches]
         metrics |= _packing_metrics(grids)
         plan = self._exchange(own, rows, minibatches, grids)
-        oldest = self.config.rollout.rollout_max_staleness
-        fresh = [p for p in left if rows[p.index].carried < oldest]
+        # the next step's policy is one version on; an interrupted response was old before it was carried
+        oldest = step + 1 - self.config.rollout.rollout_max_staleness
+        fresh = [p for p in left if rows[p.index].version >= oldest]
         if budget.budget_overshoot == "carry":
             stale = sum(p.num_tokens for p in left) - sum(p.num_tokens for p in fresh)
             metrics["c3po/carried_stale"] = float(stale)
@@ -155,6 +157,7 @@ class MinibatchPlanner:
                 rollout.reward.score,
                 start,
                 steps,
+                int(rollout.response.versions_R.min()),
             ]
             for rollout, start, steps in entries
         ]

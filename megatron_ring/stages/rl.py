@@ -153,7 +153,7 @@ class RlRun(StageRun):
             rollouts, longest = collected.rollouts, self.config.rollout.max_response_length
             values = self.critic.values(rollouts) if self.critic else None
             rollouts = assign(rollouts, self.config.objective, longest, values)
-            plan = self.planner.plan(rollouts, self.carried, seed=self.step)
+            plan = self.planner.plan(rollouts, self.carried, step=self.step)
             refill = self.config.budget.budget_shortfall == "refill" and plan.shortfall
             if not refill or collected.rounds >= self.config.rollout.dynamic_sampling_max_rounds:
                 self.carried = plan.carried

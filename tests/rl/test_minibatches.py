@@ -76,7 +76,7 @@ def test_the_loss_masks_hold_exactly_phi_tokens_at_every_step(overshoot):
         offered = {r.response.key: (0, r) for r in new} | {
             c.rollout.response.key: (c.start, c.rollout) for c in carried
         }
-        plan = planner.plan(new, carried, seed=step)
+        plan = planner.plan(new, carried, step=step)
         assert plan.metrics["packing/dropped_sequences"] == 0
         sizes = [len(part) for part in trained(plan)]
         if overshoot == "response":
@@ -112,7 +112,7 @@ def test_without_a_budget_every_token_is_trained_on():
     planner = MinibatchPlanner(config(token_budget=0, microbatch_capacity=32), session())
     for step in range(3):
         new = step_of(step)
-        plan = planner.plan(new, [], seed=step)
+        plan = planner.plan(new, [], step=step)
         every = Counter(t for part in trained(plan) for t in part)
         assert every == Counter(int(t) for r in new for t in r.response.tokens_R)
         assert [sum(m.num_responses for m in grid) for grid in plan.grids] == [5, 4]
@@ -125,7 +125,7 @@ def test_what_finds_no_room_is_counted_over_both_minibatches():
     # one token each: every slot of the grid goes to prompts, which the estimate takes to be longer than answers
     planner.num_microbatches = 1
     new = [rollout(uid, sample, 5) for uid in range(8) for sample in range(3)]
-    plan = planner.plan(new, [], seed=0)
+    plan = planner.plan(new, [], step=0)
     placed = sum(m.num_responses for grid in plan.grids for m in grid)
     used = plan.metrics["c3po/responses_used"]
     assert plan.metrics["packing/dropped_sequences"] == used - placed > 0
@@ -138,14 +138,14 @@ def test_responses_without_advantage(treatment):
     planner = MinibatchPlanner(config(zero_advantage=treatment), session())
     plain = step_of(0, groups=4)
     same = [replace(r, advantages_R=np.zeros_like(r.advantages_R)) if r.prompt.uid < 2 else r for r in plain]
-    plan = planner.plan(same, [], seed=0)
+    plan = planner.plan(same, [], step=0)
     zeros = {int(t) for r in same if r.prompt.uid < 2 for t in r.response.tokens_R}
     hit = zeros & {t for part in trained(plan) for t in part}
     if treatment == "aside":
         assert not hit and plan.metrics["c3po/set_aside"] == len(zeros)
     else:
         assert hit and plan.metrics["c3po/set_aside"] == 0
-        assert trained(plan) == trained(planner.plan(plain, [], seed=0)), "advantages must not choose"
+        assert trained(plan) == trained(planner.plan(plain, [], step=0)), "advantages must not choose"
 
 
 def test_the_carried_go_on_where_they_were_cut_until_they_are_too_old():
@@ -153,12 +153,12 @@ def test_the_carried_go_on_where_they_were_cut_until_they_are_too_old():
         config(budget_overshoot="carry", minibatches_per_step=1, rollout_max_staleness=2), session()
     )
     new = step_of(0, groups=5)
-    plan = planner.plan(new, [], seed=0)
+    plan = planner.plan(new, [], step=0)
     cut = [c for c in plan.carried if c.start]
     assert len(cut) == 1 and all(c.steps == 1 for c in plan.carried)
     for step in (1, 2):
         before = plan
-        plan = planner.plan([], plan.carried, seed=step)
+        plan = planner.plan([], plan.carried, step=step)
         first = trained(plan)[0]
         rest = [int(t) for c in before.carried if c.start for t in c.rollout.response.tokens_R[c.start :]]
         assert set(rest) <= set(first), "what was cut opens the next step"
@@ -168,10 +168,25 @@ def test_the_carried_go_on_where_they_were_cut_until_they_are_too_old():
     assert plan.metrics["c3po/carried_stale"] == plan.metrics["c3po/carried"]
 
 
+def test_a_response_is_as_old_as_its_oldest_token():
+    """What C3PO++ interrupted was old before it was carried: both waits count against one bound."""
+    planner = MinibatchPlanner(
+        config(budget_overshoot="carry", minibatches_per_step=1, rollout_max_staleness=2), session()
+    )
+    new = step_of(0, groups=5)
+    for place, each in enumerate(new):
+        each.response.versions_R[:] = 5
+        each.response.versions_R[0] = 3 + place % 3
+    plan = planner.plan(new, [], step=5)
+    kept = {c.rollout.response.versions_R[0] for c in plan.carried}
+    assert kept == {4, 5}, "at step 6 version 3 would be three versions old"
+    assert 0 < plan.metrics["c3po/carried_stale"] < plan.metrics["c3po/carried"]
+
+
 def test_context_before_the_cut_is_there_but_carries_no_loss():
     planner = MinibatchPlanner(config(budget_overshoot="carry", minibatches_per_step=1), session())
     whole = rollout(0, 1, 12)
-    (grid,) = planner.plan([], [Carried(whole, 7, 1)], seed=0).grids
+    (grid,) = planner.plan([], [Carried(whole, 7, 1)], step=0).grids
     (microbatch,) = [m for m in grid if m.num_responses]
     sequence = [*whole.prompt.tokens, *whole.response.tokens_R.tolist()]
     assert microbatch.tokens_T[: len(sequence) - 1].tolist() == sequence[:-1]
@@ -183,4 +198,4 @@ def test_a_response_without_tokens_is_left_out(budget):
     planner = MinibatchPlanner(config(token_budget=budget), session())
     new = step_of(0, groups=4)
     with_empty = [*new[:5], rollout(50, 0, 0), *new[5:], rollout(50, 1, 0)]
-    assert trained(planner.plan(with_empty, [], seed=3)) == trained(planner.plan(new, [], seed=3))
+    assert trained(planner.plan(with_empty, [], step=3)) == trained(planner.plan(new, [], step=3))
