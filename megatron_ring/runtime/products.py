@@ -16,7 +16,9 @@ log = logging.getLogger("megatron_ring")
 
 def has_bf16_products() -> bool:
     """True where torch's own bfloat16 products are fast: oneDNN has code for them from AVX-512 on, and on Arm."""
-    return platform.machine() not in ("x86_64", "AMD64") or torch.cpu._is_avx512_supported()
+    return (
+        platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
 
 
 @contextlib.contextmanager
