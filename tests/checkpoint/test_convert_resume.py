@@ -11,10 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from megatron_ring.checkpoint.convert import convert, files, stream
 from megatron_ring.checkpoint.convert.convert import Options, hf_to_megatron, megatron_to_hf
 from megatron_ring.checkpoint.convert.folders import check_manifest
+from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
+from megatron_ring.checkpoint.convert.tensor_map import Box
 from megatron_ring.errors import CheckpointError
 from tests.checkpoint.convert_cases import (
     ODD,
@@ -125,6 +129,21 @@ def test_memory_is_given_back_while_a_file_is_written(hf: dict[str, Path], tmp_p
     assert_same(
         read_hf(megatron_to_hf(tmp_path / "m", tmp_path / "h", SMALL, Silent())), read_hf(hf["v2_mtp"])
     )
+
+
+def test_memory_is_given_back_while_another_thread_opens_a_file(tmp_path: Path, monkeypatch):
+    tensors = {name: torch.arange(6.0) for name in "abc"}
+    for name, tensor in tensors.items():
+        save_file({name: tensor}, tmp_path / f"{name}.safetensors")
+    source = SafetensorsFolder(tmp_path)
+
+    def look(name: str) -> torch.Tensor:
+        return next(iter(source.views(name, Box((0,), (6,)))))[1]
+
+    monkeypatch.setattr(files.MappedFile, "release", lambda _: look("b"))
+    look("a")
+    source.release()
+    assert all(torch.equal(look(name), tensor) for name, tensor in tensors.items())
 
 
 def _counted(method, calls: list):

@@ -67,15 +67,15 @@ def record(trap: Trap, path: Path) -> Callable[..., Any]:
 
     original = MinibatchPlanner.plan
 
-    def plan(self, rollouts, carried, seed):
+    def plan(self, rollouts, carried, step):
         rows = [
             [*r.response.key, r.response.stop, _digest(r.response.tokens_R), _digest(r.response.logprobs_R)]
             for r in rollouts
         ]
         rows.append([[c.rollout.response.key, c.start, c.steps] for c in carried])
         with path.open("a") as file:
-            file.write(json.dumps([seed, rows]) + "\n")
-        return original(self, rollouts, carried, seed)
+            file.write(json.dumps([step, rows]) + "\n")
+        return original(self, rollouts, carried, step)
 
     return plan
 

@@ -51,7 +51,8 @@ class SafetensorsFolder:
         return self._files
 
     def release(self) -> None:
-        for mapped in self._maps.values():
+        # other threads may open a file meanwhile
+        for mapped in tuple(self._maps.values()):
             mapped.release()
 
     def views(self, name: str, box: Box) -> Iterator[tuple[Box, Tensor]]:
