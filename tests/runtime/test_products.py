@@ -15,11 +15,19 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> t
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def replaced() -> list[str]:
+    """The products that are ours now, by torch's own account: rounded results often agree with torch's."""
+    names = ("mm", "mm.out", "bmm", "bmm.out", "addmm", "addmm.out", "addmm_")
+    return [name for name in names if "wide_products.cpp" in torch._C._dispatch_dump(f"aten::{name}")]
+
+
 @pytest.fixture
 def wide(monkeypatch):
     monkeypatch.setattr(products, "has_bf16_products", lambda: False)
     with products.bf16_products():
+        assert len(replaced()) == 7
         yield
+    assert not replaced()
 
 
 def once(value: torch.Tensor) -> torch.Tensor:
@@ -71,10 +79,8 @@ def test_a_wrong_shape_is_refused_as_before(wide):
 def test_only_a_session_in_bf16_asks_for_them_and_takes_them_back(monkeypatch):
     asked = []
     monkeypatch.setattr(products, "has_bf16_products", lambda: asked.append(1) or False)
-    a, b = random(4, 300), random(300, 4, seed=1)
-    torchs = a @ b
     with open_session(ParallelConfig(bf16=False), seed=1):
-        assert not asked and torch.equal(a @ b, torchs)
+        assert not asked and not replaced()
     with open_session(ParallelConfig(bf16=True), seed=1):
-        assert asked and torch.equal(a @ b, once(a.float() @ b.float()))
-    assert torch.equal(a @ b, torchs)
+        assert asked and len(replaced()) == 7
+    assert not replaced()
