@@ -116,6 +116,8 @@ def backward_kernel(
     query = (m < R)[:, None]
     key = (m == R)[:, None]
     value = (m == R + 1)[:, None]
+    if NORM:
+        weights = _weights(q_weight_ptr, k_weight_ptr, c, m < R, C, ACC)
     dq_weight = tl.zeros([BC], ACC)
     dk_weight = tl.zeros([BC], ACC)
     for index in range(tl.program_id(0), items, tl.num_programs(0)):
@@ -136,7 +138,7 @@ def backward_kernel(
             weight_share = dx * x * r
             dq_weight += tl.sum(tl.where(query, weight_share, 0.0), 0)
             dk_weight += tl.sum(tl.where(key, weight_share, 0.0), 0)
-            u = dx * _weights(q_weight_ptr, k_weight_ptr, c, m < R, C, ACC)
+            u = dx * weights
             along = tl.sum(u * x, 1)[:, None] / C
             dx = r * (u - x * r * r * along)
         passed = tl.load(dv_ptr + kv_row + c[None, :], mask=value & within, other=0.0)
