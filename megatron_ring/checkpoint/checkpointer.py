@@ -118,9 +118,6 @@ class Checkpointer:
             "trainer": trainer,
         }
         rng = gather_rng(self.session)
-        with self._writing(working):
-            for name, contents in (attachments or {}).items():
-                (working / name).write_bytes(contents)
 
         def complete() -> None:
             save_rng(rng, working)
@@ -137,7 +134,11 @@ class Checkpointer:
 
         with self._writing(working):
             request = self._write(sharded, working)
+            # behind Megatron's own: it takes a folder that holds a file for a corrupted checkpoint, and says so
+            for name, contents in (attachments or {}).items():
+                (working / name).write_bytes(contents)
         if request is None:
+            torch.distributed.barrier()
             publish()
         else:
             self._caller.schedule_async_call(request.freeze())

@@ -32,6 +32,11 @@ def rank_from_env() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def is_writer(rank: int, world_size: int) -> bool:
+    """True for the one rank that prints and writes metrics: the last, where the loss is."""
+    return rank == world_size - 1
+
+
 @dataclass
 class ExitRequest:
     """Set by SIGTERM or SIGUSR1; the loop saves and leaves after the step that sees it on any rank."""
@@ -64,7 +69,7 @@ class Session:
     @property
     def is_writer(self) -> bool:
         """True on the one rank that prints and writes metrics: the last, where the loss is."""
-        return self.rank == self.world_size - 1
+        return is_writer(self.rank, self.world_size)
 
     def exit_wanted(self, also: bool = False) -> bool:
         """Collective over the world: did any rank get a signal to save and leave, or see a reason of its own?"""

@@ -22,7 +22,13 @@ from megatron_ring.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ring.errors import ConfigError, RingError
 from megatron_ring.runtime.metrics import MetricsLogger
 from megatron_ring.runtime.profile import StepProfiler
-from megatron_ring.runtime.session import Session, open_session
+from megatron_ring.runtime.session import (
+    Session,
+    is_writer,
+    open_session,
+    rank_from_env,
+    world_size_from_env,
+)
 from megatron_ring.train.engine import Engine, StepReport
 from megatron_ring.train.sampling import sample_tokens
 
@@ -34,9 +40,14 @@ SAMPLE_TOKENS = 120
 
 @contextmanager
 def open_stage(config: RunConfig) -> Iterator[Session]:
-    """This process's session, with our messages shown from ``log_level`` on, Megatron-Core's from warnings on."""
+    """This process's session, with our messages shown from ``log_level`` on, Megatron-Core's from warnings on.
+
+    What is no warning is said by the writer alone.
+    """
     logging.basicConfig(level=config.logging.log_level.upper(), format="%(message)s")
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
+    if not is_writer(rank_from_env(), world_size_from_env()):
+        log.setLevel(max(logging.root.level, logging.WARNING))
     with open_session(config.parallel, config.train.seed) as session:
         yield session
 

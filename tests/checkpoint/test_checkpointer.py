@@ -90,6 +90,17 @@ def test_everything_comes_back_bit_for_bit(saved):
         assert reader.engine.step(batch(seed=9), OBJECTIVE, 1e-2) == second
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_file_beside_the_weights_comes_back_and_alarms_nobody(tmp_path, caplog, asynchronous):
+    with checkpointer(save=str(tmp_path), async_save=asynchronous) as writer:
+        writer.save(3, TRAINER, {"own.bin": b"a rank's own"})
+        writer.finish()
+    assert (tmp_path / NAME / "own.bin").read_bytes() == b"a rank's own"
+    assert "corrupted" not in caplog.text
+    with checkpointer(seed=2, load=str(tmp_path)) as reader:
+        assert reader.load(tmp_path) == TRAINER
+
+
 @pytest.mark.parametrize("flag", ["finetune", "no_load_optim", "no_load_rng"])
 def test_each_part_can_be_left_out(saved, flag):
     root, state, drawn = saved

@@ -1,0 +1,45 @@
+"""What the stages share."""
+
+import logging
+
+import pytest
+
+from megatron_ring.config.load import config_from_mapping
+from megatron_ring.stages import loop
+
+
+@pytest.mark.parametrize(
+    ("rank", "level", "heard"),
+    [
+        (0, "info", {"warning"}),
+        (1, "info", {"note", "warning"}),
+        (0, "error", set()),
+        (1, "error", set()),
+    ],
+)
+def test_of_several_processes_the_writer_alone_says_what_is_no_warning(
+    monkeypatch, capfd, rank, level, heard
+):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(loop, "open_session", lambda *_: _Nothing())
+    # as in a fresh process
+    monkeypatch.setattr(logging.root, "handlers", [])
+    names = ("megatron_ring", "megatron.core")
+    before = [logging.root.level, *(logging.getLogger(name).level for name in names)]
+    try:
+        with loop.open_stage(config_from_mapping({"log_level": level})):
+            logging.getLogger("megatron_ring.kernels").info("note")
+            logging.getLogger("megatron_ring").warning("warning")
+    finally:
+        for name, value in zip((None, *names), before, strict=True):
+            logging.getLogger(name).setLevel(value)
+    assert set(capfd.readouterr().err.split()) == heard
+
+
+class _Nothing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
