@@ -110,6 +110,7 @@ class PromptStream:
             excluded: texts of problems that must not come.
         """
         self._sources = [source for _, source in sources]
+        self._weights = [weight for weight, _ in sources]
         self.domains = frozenset[str]().union(*(source.domains for source in self._sources))
         """Domains of the problems."""
         self._blend = Blend([weight for weight, _ in sources])
@@ -137,6 +138,32 @@ class PromptStream:
             DataError: a source holds no problem that may come, or the chat template refuses one.
         """
         return [self._draw() for _ in range(count)]
+
+    def each_once(self, count: int) -> list[Prompt]:
+        """``count`` prompts, blended by weight, no problem twice: all that may come where they are fewer.
+
+        For evaluations, which would weigh a problem double that is asked twice. A source that is used up leaves its
+        turns to the others.
+
+        Raises:
+            DataError: no source holds a problem that may come, or the chat template refuses one.
+        """
+        found: list[Prompt] = []
+        left = {place for place, weight in enumerate(self._weights) if weight > 0}
+        turn = 0
+        while left and len(found) < count:
+            place, _ = self._blend.locate(turn)
+            turn += 1
+            if place not in left:
+                continue
+            prompt = self._next_of(place, len(self._sources[place]) - self._positions[place])
+            if prompt is None:
+                left.remove(place)
+            else:
+                found.append(prompt)
+        if not found:
+            raise self._nothing_of(next(iter(self._sources)))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on, as numbers, strings and lists."""
@@ -167,7 +194,15 @@ class PromptStream:
     def _draw(self) -> Prompt:
         place, _ = self._blend.locate(self._drawn)
         source = self._sources[place]
-        for _ in range(len(source)):
+        prompt = self._next_of(place, len(source))
+        if prompt is None:
+            raise self._nothing_of(source)
+        return prompt
+
+    def _next_of(self, place: int, tries: int) -> Prompt | None:
+        """The next problem of a source that may come, among its next ``tries``."""
+        source = self._sources[place]
+        for _ in range(tries):
             epoch, index = divmod(self._positions[place], len(source))
             problem = source[Shuffle(len(source), self._seed, "prompts", place, epoch)(index)]
             self._positions[place] += 1
@@ -175,7 +210,10 @@ class PromptStream:
             if prompt is not None:
                 self._drawn += 1
                 return prompt
-        raise DataError(
+        return None
+
+    def _nothing_of(self, source: PromptSource) -> DataError:
+        return DataError(
             f"{source.name}: none of its {len(source)} problems may come ({self.num_too_long} longer than "
             f"max_prompt_length={self._max_prompt_length} tokens, {self.num_excluded} excluded); raise "
             "--max-prompt-length or name other problems"

@@ -111,6 +111,32 @@ def test_problems_outside_the_solve_rates_are_left_out(stream, tmp_path):
         open_source(write(tmp_path / "n.jsonl", *lines[:5]), solve_rate_min=0.9, solve_rate_max=0.95)
 
 
+@pytest.mark.parametrize(("there", "asked"), [(100, 512), (100, 100), (100, 30)])
+def test_an_evaluation_asks_each_problem_once(stream, tmp_path, there, asked):
+    drawn = stream(sums(tmp_path / "m.jsonl", there)).each_once(asked)
+    assert len(drawn) == min(there, asked) == len({prompt.text for prompt in drawn})
+    assert [prompt.uid for prompt in drawn] == list(range(len(drawn)))
+    assert drawn == stream(str(tmp_path / "m.jsonl")).each_once(asked), "the same at every evaluation"
+
+
+def test_an_evaluation_of_a_blend_goes_on_where_a_source_is_used_up(stream, tmp_path):
+    words = ("0.5", sums(tmp_path / "m.jsonl", 20), "0.5", sums(tmp_path / "s.jsonl", 3, "science"))
+    drawn = stream(*words).each_once(10)
+    assert Counter(prompt.domain for prompt in drawn) == {"math": 7, "science": 3}
+    drawn = stream(*words).each_once(512)
+    assert Counter(prompt.domain for prompt in drawn) == {"math": 20, "science": 3}
+
+
+def test_an_evaluation_leaves_out_what_may_not_come(stream, tmp_path):
+    lines = [
+        {"prompt": "why? " * (50 if i < 3 else 1) + str(i), "domain": "math", "answer": "1"} for i in range(9)
+    ]
+    words = stream(write(tmp_path / "m.jsonl", *lines), max_prompt_length=40)
+    assert len(words.each_once(512)) == 6
+    with pytest.raises(DataError, match="none of its 3 problems may come"):
+        stream(write(tmp_path / "l.jsonl", *lines[:3]), max_prompt_length=40).each_once(4)
+
+
 def test_held_out_problems_can_be_kept_out(stream, tmp_path):
     path = sums(tmp_path / "m.jsonl", 6)
     prompts = stream(path, excluded={"0+1?", "3+1?"})
