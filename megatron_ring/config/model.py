@@ -73,8 +73,11 @@ class ModelConfig:
     """Multi-token-prediction layers after the last layer (BailingMoeV2; used in training only)."""
     mtp_loss_scaling_factor: float = 0.1
     """Weight of the multi-token-prediction loss, averaged over its layers."""
-    moe_router_bias_update_rate: float = 1e-3
-    """Step by which the expert bias moves after each optimizer step."""
+    moe_router_bias_update_rate: float | None = None
+    """Step by which the expert bias moves after each optimizer step.
+
+    None means 1e-3, and 0 in reinforcement learning: a bias that moves changes routes without a gradient.
+    """
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     """Precision of router logits and scores."""
     moe_aux_loss_coeff: float = 0.0
@@ -90,6 +93,12 @@ class ModelConfig:
     """
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Where linear layers and attention come from: this package, or NVIDIA Transformer Engine (GPU only)."""
+
+    @property
+    def bias_update_rate(self) -> float:
+        """Step of the expert bias outside reinforcement learning, which sets moe_router_bias_update_rate itself."""
+        rate = self.moe_router_bias_update_rate
+        return 1e-3 if rate is None else rate
 
     @property
     def is_moe(self) -> bool:

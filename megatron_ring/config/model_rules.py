@@ -43,7 +43,7 @@ def model_problems(m: ModelConfig) -> Iterator[str]:
         "moe_aux_loss_coeff moe_z_loss_coeff moe_router_warmup_iters"
     )
     for name in not_negative.split():
-        if getattr(m, name) < 0:
+        if (getattr(m, name) or 0) < 0:
             yield f"{name}={getattr(m, name)} must not be negative; 0 turns it off"
     yield from must_divide(
         "num_query_groups", m.num_query_groups, "num_attention_heads", m.num_attention_heads

@@ -56,7 +56,6 @@ _RING_MINI_V2: Final[dict[str, Any]] = {
     "moe_router_group_topk": 4,
     "moe_router_topk_scaling_factor": 2.5,
     "moe_router_enable_expert_bias": True,
-    "moe_router_bias_update_rate": 1e-3,
     "moe_z_loss_coeff": 3.5e-6,
 }
 

@@ -3,8 +3,11 @@
 Names are the paper's (Ring-lite, arXiv 2506.14731) or those that users of other frameworks know.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+from megatron_ring.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +22,7 @@ class RolloutConfig:
     eval_prompt_data: tuple[str, ...] = ()
     """Held-out problems, in the same words; empty evaluates nothing."""
     eval_prompts: int = 512
-    """Held-out problems per evaluation."""
+    """Held-out problems per evaluation, each asked once; all that there are where they are fewer."""
     eval_samples: int = 1
     """Responses sampled to each held-out problem; accuracy is their mean."""
     prompts_per_step: int = 512
@@ -37,9 +40,14 @@ class RolloutConfig:
     top_k: int = 0
     """Sample from this many most likely tokens; 0 for all."""
     rollout_slots: int = 256
-    """Sequences that one data-parallel process decodes at the same time; a finished one makes room."""
+    """Sequences that one data-parallel process decodes at the same time; with C3PO++, rollout_concurrency."""
     rollout_token_budget: int = 0
     """C3PO++: generation stops at this many tokens per step, summed over processes; 0 lets all finish."""
+    rollout_concurrency: int = 0
+    """C3PO++: sequences decoded at the same time, summed over processes; 0 for as many as are sure to end.
+
+    That is rollout_token_budget / max_response_length, rounded down.
+    """
     rollout_max_staleness: int = 4
     """Policy versions after which an unfinished or carried response is dropped."""
     dynamic_sampling: bool = False
@@ -56,9 +64,9 @@ class RolloutConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BudgetConfig:
-    """C3PO's token budget, and the static grid of microbatches that it is packed into.
+    """C3PO's token budget, and the microbatches that it is packed into.
 
-    Example: ``BudgetConfig(token_budget=409600, token_budget_scope="per_gpu", minibatches_per_step=2)``.
+    Example: ``BudgetConfig(token_budget=409600, token_budget_scope="per_gpu", minibatches_per_step=1)``.
     """
 
     token_budget: int = 409600
@@ -68,10 +76,14 @@ class BudgetConfig:
     """
     token_budget_scope: Literal["global", "per_dp_rank", "per_gpu"] = "global"
     """What token_budget counts: the whole step, one data-parallel rank, or one process (the paper, as read)."""
-    minibatches_per_step: int = 2
+    minibatches_per_step: int = 1
     """Optimizer steps fed by one rollout step, each with exactly Phi tokens of its own."""
     budget_order: Literal["shuffled", "arrival", "groups"] = "shuffled"
-    """Order in which responses fill the budget: shuffled by seed, as they finished, or whole groups."""
+    """Order in which responses fill the budget: shuffled by seed, as they finished, or whole groups.
+
+    As they finished: by round of the step, then by the tokens that each had to be given, as if all were decoded side
+    by side; so the order is the same at every layout.
+    """
     budget_overshoot: Literal["token", "response", "carry"] = "token"
     """The response that passes Phi: cut at the token, kept whole (eq. 3 as printed), or its rest carried."""
     zero_advantage: Literal["count", "aside"] = "count"
@@ -79,9 +91,10 @@ class BudgetConfig:
     budget_shortfall: Literal["train", "refill"] = "train"
     """Fewer tokens than Phi: train on what there is, still divided by Phi, or draw more prompts."""
     microbatch_capacity: int = 32768
-    """Token slots of one RL microbatch on one data-parallel rank, prompts included."""
-    microbatch_reserve: float = 0.05
-    """Share of microbatches beyond what Phi needs, for prompts longer and fits worse than expected."""
+    """Token slots of one RL microbatch on one data-parallel rank, prompts included.
+
+    It bounds the memory; how many microbatches a step has follows from what it trains on.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,10 +108,10 @@ class ObjectiveConfig:
     """Loss of the policy: its ratio, clipping and normaliser."""
     advantage_estimator: Literal["group_norm", "group_mean", "rloo", "gae"] = "group_norm"
     """group_norm: (R - mean) / (std + 1e-6); group_mean: R - mean; rloo: leave one out; gae: with critic."""
-    eps_clip: float = 0.2
-    """Lower clip of the probability ratio, 1 - eps_clip; the upper one too unless eps_clip_high is given."""
+    eps_clip: float | None = None
+    """Lower clip of the probability ratio, 1 - eps_clip; none means 0.2, and no lower clip for cispo."""
     eps_clip_high: float | None = None
-    """Upper clip, 1 + eps_clip_high; none means eps_clip."""
+    """Upper clip, 1 + eps_clip_high; none means eps_clip, and 0.2 where that is none."""
     eps_clip_c: float = 0.0
     """Dual clip: bound of the loss where the advantage is negative; 0 for none, else above 1."""
     kl_loss_coef: float = 1e-3
@@ -113,14 +126,18 @@ class ObjectiveConfig:
     """Tokens before max_response_length over which the penalty grows from 0 to 1 (overlong=penalise)."""
     old_logprobs: Literal["recompute", "rollout", "current"] = "recompute"
     """Denominator of the ratio: scored by the trainer before the update, the engine's, or the pass itself."""
-    mismatch_correction: Literal["none", "icepop", "tis", "mis"] = "none"
-    """Weight of pi_train_old / pi_rollout: zero outside bounds (icepop), truncated (tis), masked (mis)."""
-    mismatch_low: float = 0.5
-    """Lower bound of that ratio."""
-    mismatch_high: float = 5.0
-    """Upper bound of that ratio."""
+    mismatch_correction: Literal["none", "icepop", "tis", "mis", "mask"] = "none"
+    """Weight of a token's loss, from k = pi_train_old / pi_rollout.
+
+    icepop and mis: k inside the bounds, 0 outside (they differ in their bounds); tis: min(k, upper bound); mask: 1
+    inside, 0 outside.
+    """
+    mismatch_low: float | None = None
+    """Lower bound of k; none means 0.5. tis has none."""
+    mismatch_high: float | None = None
+    """Upper bound of k; none means 5 (icepop, mask) or 2 (tis, mis)."""
     mismatch_alarm: float = 0.1
-    """Warn when the mean absolute gap of rollout and trainer log probabilities exceeds this."""
+    """Warn when rollout and trainer log p, of the same weights, differ by more than this on average."""
     routing_replay: Literal["none", "R2", "R3"] = "none"
     """Train through recorded expert choices: the old policy's (R2) or the rollout engine's (R3)."""
     critic: bool = False
@@ -131,6 +148,8 @@ class ObjectiveConfig:
     """Discount per token."""
     gae_lambda: float = 1.0
     """Trade of bias for variance in generalised advantage estimation."""
+    whiten_advantages: bool = False
+    """gae only: shift and scale the step's advantages to mean 0 and deviation 1 over its tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,3 +169,66 @@ class RewardConfig:
     """Memory that model-written code may use."""
     sandbox_timeout: float = 5.0
     """Seconds of wall clock per test that model-written code may use."""
+
+
+def global_token_budget(config: BudgetConfig, dp_size: int, world_size: int) -> int:
+    """Phi in response tokens per optimizer step, summed over the whole job.
+
+    Example: ``global_token_budget(BudgetConfig(token_budget=409600, token_budget_scope="per_gpu"), 64, 256)``
+    is 104857600.
+
+    Raises:
+        ConfigError: token_budget is not positive.
+    """
+    if config.token_budget < 1:
+        raise ConfigError(
+            f"token_budget={config.token_budget} must be positive; the paper's is 409600 per GPU"
+        )
+    scopes = {"global": 1, "per_dp_rank": dp_size, "per_gpu": world_size}
+    return config.token_budget * scopes[config.token_budget_scope]
+
+
+def rollout_concurrency(config: RolloutConfig) -> int | None:
+    """Sequences that C3PO++ decodes at the same time, summed over processes; None without C3PO++.
+
+    By default so few that all of them are sure to end within one step's tokens.
+    Example: ``rollout_concurrency(RolloutConfig(rollout_token_budget=100_000, max_response_length=4096))`` is 24.
+    """
+    if not config.rollout_token_budget:
+        return None
+    return config.rollout_concurrency or max(config.rollout_token_budget // config.max_response_length, 1)
+
+
+_MISMATCH_BOUNDS = {
+    "none": (0.0, math.inf),
+    "icepop": (0.5, 5.0),
+    "tis": (0.0, 2.0),
+    "mis": (0.5, 2.0),
+    "mask": (0.5, 5.0),
+}
+
+
+def mismatch_bounds(config: ObjectiveConfig) -> tuple[float, float]:
+    """Bounds of k = pi_train_old / pi_rollout in mismatch_correction: the settings', else the method's own.
+
+    IcePop's are its paper's (arXiv 2510.18855), the others' those that verl's users know.
+    Example: ``mismatch_bounds(ObjectiveConfig(mismatch_correction="tis"))`` is ``(0.0, 2.0)``.
+    """
+    low, high = _MISMATCH_BOUNDS[config.mismatch_correction]
+    return (
+        low if config.mismatch_low is None else config.mismatch_low,
+        high if config.mismatch_high is None else config.mismatch_high,
+    )
+
+
+def clip_bounds(config: ObjectiveConfig) -> tuple[float, float]:
+    """Lower and upper clip of the probability ratio.
+
+    CISPO (arXiv 2506.13585) clips from above alone. Example: eps_clip 0.2 alone gives ``(0.8, 1.2)``.
+    """
+    own = config.eps_clip
+    low = (1.0 if config.objective == "cispo" else 0.2) if own is None else own
+    high = config.eps_clip_high
+    if high is None:
+        high = 0.2 if own is None else own
+    return 1.0 - low, 1.0 + high

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from megatron_ring.config.layout import data_parallel_size
+from megatron_ring.config.rl import global_token_budget, mismatch_bounds, rollout_concurrency
 from megatron_ring.config.run import RunConfig
 
 _OF_RESPONSES = ("grpo", "dr_grpo", "gspo")
@@ -11,7 +13,10 @@ _OF_RESPONSES = ("grpo", "dr_grpo", "gspo")
 def rl_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     """Combinations of objective, sampling, budget and model, in turn; single values are checked before."""
     yield from objective_problems(config)
+    yield from _mismatch_problems(config)
     yield from _replay_problems(config)
+    yield from _sampling_problems(config)
+    yield from _supply_problems(config, world_size)
     if config.model.mtp_num_layers:
         yield (
             f"mtp_num_layers={config.model.mtp_num_layers} would stand still while the layers under it learn; "
@@ -34,6 +39,16 @@ def objective_problems(config: RunConfig) -> Iterator[str]:
             f"token_budget=0 leaves nothing to carry or refill (budget_overshoot={b.budget_overshoot}, "
             f"budget_shortfall={b.budget_shortfall}); set --token-budget or drop those"
         )
+    if o.whiten_advantages and o.advantage_estimator != "gae":
+        yield (
+            f"whiten_advantages=True is for gae; advantage_estimator={o.advantage_estimator} compares within groups; "
+            "drop --whiten-advantages"
+        )
+    if b.zero_advantage == "aside" and o.advantage_estimator == "gae":
+        yield (
+            "zero_advantage=aside looks for responses without advantage, gae gives each token its own; set "
+            "--zero-advantage count"
+        )
     if o.objective == "gspo" and o.advantage_estimator == "gae":
         yield "objective=gspo has one ratio per response, gae one advantage per token; set --objective c3po"
     if o.objective == "cispo" and o.eps_clip_c:
@@ -48,6 +63,15 @@ def objective_problems(config: RunConfig) -> Iterator[str]:
             f"old_logprobs=current never clips, so minibatches_per_step={b.minibatches_per_step} goes "
             "uncorrected after the first; set --old-logprobs recompute or --minibatches-per-step 1"
         )
+    if o.overlong == "penalise" and not 1 <= o.overlong_buffer <= r.max_response_length:
+        yield (
+            f"overlong_buffer={o.overlong_buffer} must be from 1 to max_response_length="
+            f"{r.max_response_length}; try {max(r.max_response_length // 4, 1)}"
+        )
+
+
+def _mismatch_problems(config: RunConfig) -> Iterator[str]:
+    o, r = config.objective, config.rollout
     if o.mismatch_correction != "none" and o.old_logprobs == "rollout":
         yield (
             f"mismatch_correction={o.mismatch_correction} compares the rollout's log p with itself under "
@@ -59,10 +83,74 @@ def objective_problems(config: RunConfig) -> Iterator[str]:
             yield f"top_p={r.top_p} samples from another distribution than {word} weighs; set --top-p 1"
         if r.top_k > 0:
             yield f"top_k={r.top_k} samples from another distribution than {word} weighs; set --top-k 0"
-    if o.overlong == "penalise" and not 1 <= o.overlong_buffer <= r.max_response_length:
+    unused = ("mismatch_low", "mismatch_high") if o.mismatch_correction == "none" else ()
+    if o.mismatch_correction == "tis":
+        unused = ("mismatch_low",)
+    for name in unused:
+        if getattr(o, name) is not None:
+            yield (
+                f"{name}={getattr(o, name)} does nothing in mismatch_correction={o.mismatch_correction}; drop "
+                f"--{name.replace('_', '-')} or set --mismatch-correction icepop"
+            )
+    low, high = mismatch_bounds(o)
+    if low > high:
+        yield f"mismatch_low={low} must be at most mismatch_high={high}; try 0.5 and 5"
+
+
+def _sampling_problems(config: RunConfig) -> Iterator[str]:
+    """Settings of generation that can never give what training waits for."""
+    r = config.rollout
+    if r.dynamic_sampling and r.group_size < 2:
         yield (
-            f"overlong_buffer={o.overlong_buffer} must be from 1 to max_response_length="
-            f"{r.max_response_length}; try {max(r.max_response_length // 4, 1)}"
+            f"group_size={r.group_size} with dynamic_sampling: a response that is alone never differs from its group, "
+            "so none is kept; drop --dynamic-sampling or set --group-size 16"
+        )
+    if r.rollout_concurrency and not r.rollout_token_budget:
+        yield (
+            f"rollout_concurrency={r.rollout_concurrency} is for C3PO++; set --rollout-token-budget, or "
+            "--rollout-slots instead"
+        )
+    concurrency = rollout_concurrency(r)
+    if concurrency is None:
+        return
+    steps = -(-concurrency * r.max_response_length // r.rollout_token_budget)
+    if steps > r.rollout_max_staleness + 1:
+        yield (
+            f"rollout_token_budget={r.rollout_token_budget} shared by rollout_concurrency={concurrency} sequences needs "
+            f"{steps} steps for a response of max_response_length={r.max_response_length}, but "
+            f"rollout_max_staleness={r.rollout_max_staleness} drops it after {r.rollout_max_staleness + 1}; set "
+            f"--rollout-token-budget {-(-concurrency * r.max_response_length // (r.rollout_max_staleness + 1))} or more"
+            + (", or --rollout-concurrency 0" if r.rollout_concurrency else "")
+        )
+
+
+def _supply_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+    """A budget that cannot be filled even if every response is as long as it may be."""
+    r, b = config.rollout, config.budget
+    if not b.token_budget:
+        return
+    phi = global_token_budget(b, data_parallel_size(config.parallel, world_size), world_size)
+    wanted = b.minibatches_per_step * phi
+    rounds = r.dynamic_sampling_max_rounds if b.budget_shortfall == "refill" else 1
+    if r.rollout_token_budget:
+        most = r.rollout_token_budget * rounds
+        made_of = f"rollout_token_budget={r.rollout_token_budget}"
+        remedy = "--rollout-token-budget"
+    else:
+        most = r.prompts_per_step * r.group_size * r.max_response_length * rounds
+        made_of = (
+            f"prompts_per_step*group_size*max_response_length={r.prompts_per_step}*{r.group_size}*"
+            f"{r.max_response_length}"
+        )
+        remedy = "--prompts-per-step"
+    if rounds > 1:
+        made_of += f", dynamic_sampling_max_rounds={rounds} times"
+    if wanted > most:
+        scope = "" if b.token_budget_scope == "global" else f" ({b.token_budget_scope} of {b.token_budget})"
+        yield (
+            f"minibatches_per_step*token_budget={b.minibatches_per_step}*{phi}{scope}={wanted} response tokens can never "
+            f"be filled: a step samples at most {most} ({made_of}); lower --token-budget or --minibatches-per-step, or "
+            f"raise {remedy}"
         )
 
 

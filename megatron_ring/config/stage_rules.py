@@ -164,7 +164,7 @@ def _rollout_problems(r: RolloutConfig, dp: int) -> Iterator[str]:
         "rollout_slots dynamic_sampling_max_rounds"
     )
     yield from _least(r, at_least_one, 1)
-    yield from _least(r, "top_k rollout_token_budget rollout_max_staleness", 0)
+    yield from _least(r, "top_k rollout_token_budget rollout_concurrency rollout_max_staleness", 0)
     if r.prompts_per_step % dp != 0:
         yield (
             f"prompts_per_step={r.prompts_per_step} must be a multiple of data_parallel_size={dp}; try "
@@ -202,7 +202,7 @@ def _length_problems(config: RunConfig) -> Iterator[str]:
 
 def _budget_problems(b: BudgetConfig) -> Iterator[str]:
     yield from _least(b, "minibatches_per_step microbatch_capacity", 1)
-    yield from _least(b, "token_budget microbatch_reserve", 0)
+    yield from _least(b, "token_budget", 0)
 
 
 def _objective_problems(o: ObjectiveConfig, r: RolloutConfig) -> Iterator[str]:
@@ -213,15 +213,17 @@ def _objective_problems(o: ObjectiveConfig, r: RolloutConfig) -> Iterator[str]:
         )
     if o.advantage_estimator == "gae" and not o.critic:
         yield "advantage_estimator=gae needs a value model; add --critic"
-    if not 0 < o.eps_clip < 1:
-        yield f"eps_clip={o.eps_clip} must be above 0 and below 1; try 0.2"
+    if o.eps_clip is not None and not 0 < o.eps_clip <= 1:
+        yield f"eps_clip={o.eps_clip} must be above 0 and at most 1 (no lower clip); try 0.2"
     if o.eps_clip_high is not None and o.eps_clip_high <= 0:
         yield f"eps_clip_high={o.eps_clip_high} must be above 0; try 0.28, or none for eps_clip"
     if o.eps_clip_c != 0 and o.eps_clip_c <= 1:
         yield f"eps_clip_c={o.eps_clip_c} must be 0 (off) or above 1; try 3.0"
-    yield from _least(o, "kl_loss_coef entropy_coef mismatch_low mismatch_alarm overlong_buffer", 0)
-    if o.mismatch_low > o.mismatch_high:
-        yield f"mismatch_low={o.mismatch_low} must be at most mismatch_high={o.mismatch_high}; try 0.5 and 5"
+    yield from _least(o, "kl_loss_coef entropy_coef mismatch_alarm overlong_buffer", 0)
+    for name in ("mismatch_low", "mismatch_high"):
+        bound = getattr(o, name)
+        if bound is not None and bound < 0:
+            yield f"{name}={bound} must be at least 0; set --{name.replace('_', '-')}"
     for name in ("gae_gamma", "gae_lambda"):
         if not 0 <= getattr(o, name) <= 1:
             yield f"{name}={getattr(o, name)} must be from 0 to 1; try 1.0"

@@ -51,36 +51,17 @@ def fill_bins(sizes: Sequence[int], capacity: int) -> list[Bin]:
 def best_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[Bin]:
     """Largest item first, each into the fullest bin that has room for it; O(n log n) comparisons."""
     bins: list[Bin] = []
-    put_in_gaps(sizes, range(len(sizes)), bins, [], capacity)
-    return bins
-
-
-def put_in_gaps(
-    sizes: Sequence[int],
-    items: Sequence[int],
-    bins: list[Bin],
-    gaps: list[tuple[int, int]],
-    capacity: int | None = None,
-) -> list[int]:
-    """Put ``items`` into ``bins``, largest first, each into the smallest of ``gaps`` that it fits.
-
-    ``gaps`` is a sorted list of (free slots, index of the bin). What fits nowhere opens a new bin of
-    ``capacity``, or, without one, is returned. Both lists are changed.
-    """
-    left: list[int] = []
-    for item in sorted(items, key=lambda i: (-sizes[i], i)):
+    gaps: list[tuple[int, int]] = []
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         at = bisect_left(gaps, (sizes[item], -1))
         if at < len(gaps):
             free, where = gaps.pop(at)
-        elif capacity is not None:
+        else:
             free, where = capacity, len(bins)
             bins.append([])
-        else:
-            left.append(item)
-            continue
         bins[where].append(item)
         insort(gaps, (free - sizes[item], where))
-    return left
+    return bins
 
 
 def _fill_gaps(

@@ -177,7 +177,7 @@ class RingRouter(nn.Module):
         """
         if self.expert_bias is not None and not self.model.freeze_moe_router:
             error_E = load_E.mean() - load_E
-            self.expert_bias += (torch.sign(error_E) * self.model.moe_router_bias_update_rate).float()
+            self.expert_bias += (torch.sign(error_E) * self.model.bias_update_rate).float()
         if self.model.moe_router_warmup_iters and moments[0] > 0:
             mean = moments[1] / moments[0]
             std = (moments[2] / moments[0] - mean**2).clamp(min=0).sqrt()

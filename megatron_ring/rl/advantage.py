@@ -5,6 +5,7 @@ Pure functions over numpy. Legend: G responses to one prompt, R response tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -14,7 +15,8 @@ from megatron_ring.config.rl import ObjectiveConfig
 from megatron_ring.rl.types import Rollout
 
 EPSILON = 1e-6
-"""Added to the standard deviation, as in every framework that users come from."""
+"""Added to the standard deviation, so that a group of nearly equal rewards stays finite. Frameworks differ: TRL adds
+1e-4, verl 1e-6 to the sample deviation (divided by n - 1); ours is the population's, as the paper's ``std R``."""
 
 
 def group_norm(rewards_G: np.ndarray) -> np.ndarray:
@@ -105,26 +107,61 @@ def assign(
 
     Args:
         rollouts: whole groups; the advantage of a response whose group is elsewhere would be wrong.
-        values: the critic's value per response token, one array per rollout (advantage_estimator=gae).
+        values: the critic's value per response token, one array per rollout (advantage_estimator=gae): the
+            rollouts get ``values_R`` and ``returns_R`` too.
     """
     scores = np.array([_score(rollout, config, max_response_length) for rollout in rollouts])
     if config.advantage_estimator == "gae":
         if values is None:
             raise ValueError("advantage_estimator=gae needs the critic's values")
-        rows = [
-            gae(values_R, score, config.gae_gamma, config.gae_lambda)[0]
-            for values_R, score in zip(values, scores, strict=True)
-        ]
+        rows = []
+        for values_R, score in zip(values, scores, strict=True):
+            advantages_R, returns_R = gae(values_R, score, config.gae_gamma, config.gae_lambda)
+            rows.append({"advantages_R": advantages_R, "values_R": values_R, "returns_R": returns_R})
     else:
         advantages = _group_relative(rollouts, scores, ESTIMATORS[config.advantage_estimator])
         rows = [
-            np.full(rollout.response.length, advantage)
+            {"advantages_R": np.full(rollout.response.length, advantage)}
             for rollout, advantage in zip(rollouts, advantages, strict=True)
         ]
     return [
-        replace(rollout, advantages_R=row_R.astype(np.float32))
-        for rollout, row_R in zip(rollouts, rows, strict=True)
-        if not (config.overlong == "mask" and rollout.response.stop == "length")
+        replace(rollout, **{name: row_R.astype(np.float32) for name, row_R in row.items()})
+        for rollout, row in zip(rollouts, rows, strict=True)
+        if not is_masked(rollout, config)
+    ]
+
+
+def is_masked(rollout: Rollout, config: ObjectiveConfig) -> bool:
+    """Does no token of the response carry loss, because it was cut at max_response_length (overlong=mask)?"""
+    return config.overlong == "mask" and rollout.response.stop == "length"
+
+
+def moments(rollouts: Sequence[Rollout]) -> list[tuple[int, float, float]]:
+    """Per rollout: tokens, sum and sum of squares of their advantages, in double precision."""
+    rows = [
+        rollout.advantages_R.astype(np.float64) for rollout in rollouts if rollout.advantages_R is not None
+    ]
+    return [(len(row_R), float(row_R.sum()), float(np.square(row_R).sum())) for row_R in rows]
+
+
+def whiten(rollouts: Sequence[Rollout], of_all: Sequence[tuple[int, float, float]]) -> list[Rollout]:
+    """Advantages shifted and scaled to mean 0 and deviation 1 over the tokens of the whole step; returns stay.
+
+    ``of_all`` are the :func:`moments` of every rank's rollouts, in any order: their sums are exact, so every layout
+    gets the same numbers. The deviation is the population's, with 1e-8 added to the variance. Fewer than two tokens
+    stay as they are.
+
+    Example: advantages 1, 2 and 3 become about -1.22, 0 and 1.22.
+    """
+    counts, sums, squares = zip(*of_all, strict=True) if of_all else ((), (), ())
+    tokens = sum(counts)
+    if tokens < 2:
+        return list(rollouts)
+    mean = math.fsum(sums) / tokens
+    scale = max(math.fsum(squares) / tokens - mean**2, 0.0) + 1e-8
+    return [
+        replace(rollout, advantages_R=((rollout.advantages_R - mean) / math.sqrt(scale)).astype(np.float32))
+        for rollout in rollouts
     ]
 
 

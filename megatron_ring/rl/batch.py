@@ -25,8 +25,10 @@ class RLMicrobatch(Microbatch):
 
     ``old_logp_T`` (the denominator of the ratio) and ``ref_logp_T`` are 0 until they are scored, see
     :func:`with_column`. ``weights_T`` is 1/|y|, |y| the response's tokens in this minibatch; objectives that
-    average over responses multiply by it. ``routes_LTK`` (int16) replays expert choices, ``NO_ROUTE`` where
-    they are unknown.
+    average over responses multiply by it. ``fresh_T`` is 1 where the token was sampled by the policy that this step
+    updates, 0 where by an older one; ``weights_moved`` says that an earlier minibatch of the step has updated it
+    since. ``values_T`` and ``returns_T`` are there with a critic. ``routes_LTK`` (int16) replays expert choices,
+    ``NO_ROUTE`` where they are unknown.
 
     Example: prompt (5, 6), response (7, 8, 2) of which tokens 1 and 2 carry loss, in T = 6 slots::
 
@@ -41,7 +43,11 @@ class RLMicrobatch(Microbatch):
     rollout_logp_T: Tensor
     ref_logp_T: Tensor
     weights_T: Tensor
+    fresh_T: Tensor
     num_responses: int
+    weights_moved: bool = False
+    values_T: Tensor | None = None
+    returns_T: Tensor | None = None
     routes_LTK: Tensor | None = None
 
     @property
@@ -59,6 +65,9 @@ def build_microbatch(
     picks: Sequence[Pick],
     num_slots: int,
     *,
+    version: int = 0,
+    weights_moved: bool = False,
+    with_values: bool = False,
     pad_id: int = 0,
     replay_layers: tuple[int, int] | None = None,
 ) -> RLMicrobatch:
@@ -66,6 +75,9 @@ def build_microbatch(
 
     Args:
         rollouts: what the picks index; their advantages are assigned.
+        version: of the policy that this step updates.
+        weights_moved: this is not the step's first minibatch.
+        with_values: a critic learns from the microbatch; the rollouts have values and returns.
         replay_layers: (layers with experts, experts per token) to fill ``routes_LTK`` from
             ``Response.routes_SLK``; None replays nothing.
 
@@ -78,7 +90,7 @@ def build_microbatch(
         if not 0 <= pick.start < pick.stop <= rollout.response.length:
             raise ValueError(f"{pick} is not a part of a response of {rollout.response.length} tokens")
         sequences.append(_sequence(rollout, pick))
-        rows.append(_columns(rollout, pick))
+        rows.append(_columns(rollout, pick, version))
     packed = pack_microbatch(sequences, num_slots, pad_id=pad_id)
 
     def column(name: str) -> Tensor:
@@ -97,7 +109,11 @@ def build_microbatch(
         rollout_logp_T=column("rollout_logp"),
         ref_logp_T=torch.zeros(num_slots),
         weights_T=column("weights"),
+        fresh_T=column("fresh"),
         num_responses=len(picks),
+        weights_moved=weights_moved,
+        values_T=column("values") if with_values else None,
+        returns_T=column("returns") if with_values else None,
         routes_LTK=routes_LTK,
     )
 
@@ -111,7 +127,7 @@ def _sequence(rollout: Rollout, pick: Pick) -> tuple[Tensor, Tensor, Tensor]:
     return torch.from_numpy(whole[:-1]), torch.from_numpy(whole[1:]), torch.from_numpy(mask)
 
 
-def _columns(rollout: Rollout, pick: Pick) -> dict[str, np.ndarray]:
+def _columns(rollout: Rollout, pick: Pick, version: int) -> dict[str, np.ndarray]:
     response, own = rollout.response, slice(pick.start, pick.stop)
     if rollout.advantages_R is None:
         raise ValueError(f"response {response.key} has no advantages: assign them before packing")
@@ -121,7 +137,10 @@ def _columns(rollout: Rollout, pick: Pick) -> dict[str, np.ndarray]:
         "advantages": rollout.advantages_R[own],
         "rollout_logp": response.logprobs_R[own],
         "weights": np.full(count, 1.0 / count, dtype=np.float32),
+        "fresh": response.versions_R[own] >= version,
     }
+    if rollout.values_R is not None and rollout.returns_R is not None:
+        values |= {"values": rollout.values_R[own], "returns": rollout.returns_R[own]}
     return {name: np.concatenate([before, row.astype(np.float32)]) for name, row in values.items()}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from megatron_ring.config.rl import RolloutConfig
@@ -92,23 +92,31 @@ class Answering:
 class Collected:
     """One step's rollouts of this data-parallel rank, and what happened on the way.
 
-    ``arrived`` lists the keys of responses as they ended. Example: ``Collected(groups=[[...], [...]],
-    arrived=[(7, 1), (7, 0), ...], generated_tokens=4012)``.
+    Response tokens: ``open_before`` and ``open_after`` are those of groups that wait for a member, before and after
+    the step; ``stale_tokens`` were given up for their age, ``excluded_tokens`` belong to uninformative groups that
+    dynamic sampling replaced. Example: ``Collected(version=5, groups=[[...], [...]], generated_tokens=4012)``.
     """
 
+    version: int
     groups: list[list[Rollout]] = field(default_factory=list)
-    arrived: list[tuple[int, int]] = field(default_factory=list)
     generated_tokens: int = 0
+    open_before: int = 0
+    open_after: int = 0
+    stale_tokens: int = 0
+    excluded_tokens: int = 0
     uninformative_groups: int = 0
     stale_responses: int = 0
     rounds: int = 0
 
     @property
     def rollouts(self) -> list[Rollout]:
-        """All of them, in the order in which they ended; those that ended in an earlier step come first."""
-        place = {key: index for index, key in enumerate(self.arrived)}
-        everyone = [rollout for group in self.groups for rollout in group]
-        return sorted(everyone, key=lambda rollout: place.get(rollout.response.key, -1))
+        """All of them, in the order of their prompts and samples."""
+        return [rollout for group in self.groups for rollout in group]
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens of the groups."""
+        return sum(rollout.response.length for rollout in self.rollouts)
 
 
 class Collector:
@@ -140,7 +148,10 @@ class Collector:
             RolloutError: refilling found too little to learn from in ``dynamic_sampling_max_rounds`` rounds, or,
                 with C3PO++, as many steps in a row nothing at all.
         """
-        found = Collected(stale_responses=self.book.drop_stale(version - self.config.rollout_max_staleness))
+        found = Collected(version=version, open_before=self.book.num_tokens)
+        stale = self.book.drop_stale(version - self.config.rollout_max_staleness)
+        found.stale_responses = len(stale)
+        found.stale_tokens = sum(response.length for response in stale)
         missing = self.config.prompts_per_step - self._total(len(self.book.open))
         while True:
             self._draw(max(missing, 0))
@@ -195,20 +206,28 @@ class Collector:
             Request(prompt=prompt, sample=sample, prefix=prefix)
             for prompt, sample, prefix in self.book.wanted()
         ]
-        before = sum(request.prefix.length for request in requests if request.prefix is not None)
+        before = {
+            (request.prompt.uid, request.sample): request.prefix.length
+            for request in requests
+            if request.prefix is not None
+        }
         rollouts, unfinished = self.answer(requests, self.sampling, token_budget)
         for response in unfinished:
             self.book.interrupt(response)
         for rollout in rollouts:
-            found.arrived.append(rollout.response.key)
-            self.book.finish(rollout)
+            new = rollout.response.length - before.get(rollout.response.key, 0)
+            self.book.finish(replace(rollout, arrival=(found.version, found.rounds, new)))
         after = sum(r.response.length for r in rollouts) + sum(r.length for r in unfinished)
-        found.generated_tokens += after - before
-        for group in self.book.take_complete():
+        found.generated_tokens += after - sum(before.values())
+        groups, alone = self.book.take_complete()
+        found.stale_tokens += sum(rollout.response.length for rollout in alone)
+        for group in groups:
             if self.config.dynamic_sampling and not is_informative(group):
                 found.uninformative_groups += 1
+                found.excluded_tokens += sum(rollout.response.length for rollout in group)
             else:
                 found.groups.append(group)
+        found.open_after = self.book.num_tokens
 
     def _total(self, count: int) -> int:
         return sum(gather_json(count, self.session.topology.groups.dp, self.session.device))

@@ -1,8 +1,8 @@
 """PPO's critic: a model of its own that learns the score to be expected after each token.
 
 It has the policy's layout, starts from the policy's layers, and has an optimizer of its own. A step asks it
-three things in turn: values of the sampled responses, for the advantages; targets of the packed minibatches,
-before any of them is trained on; and one update per minibatch. Legend: R response tokens, T token slots.
+two things in turn: values of the sampled responses, of which advantages and returns are made; and one update per
+minibatch, towards those returns. Legend: R response tokens, T token slots.
 """
 
 from __future__ import annotations
@@ -29,24 +29,20 @@ VALUE_CLIP = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValueMicrobatch(RLMicrobatch):
-    """An :class:`RLMicrobatch` with the values before the update and what they should have been, fp32 [T]."""
-
-    values_T: Tensor
-    returns_T: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
 class ValueObjective:
-    """``1/2 max((V - R)^2, (clip(V, V_old +- 0.2) - R)^2)``, a mean over the step's loss tokens."""
+    """``1/2 max((V - R)^2, (clip(V, V_old +- 0.2) - R)^2)``, a mean over the minibatch's loss tokens.
+
+    V_old and R are those of the moment in which advantages were made.
+    """
 
     sum_names: tuple[str, ...] = ("value_loss", "value_error", "value_mean", "return_mean")
     peak_names: tuple[str, ...] = ()
 
-    def local_weight(self, microbatches: Sequence[ValueMicrobatch]) -> float:
+    def local_weight(self, microbatches: Sequence[RLMicrobatch]) -> float:
         return float(sum(microbatch.num_loss_tokens for microbatch in microbatches))
 
-    def __call__(self, answer: Values, microbatch: ValueMicrobatch) -> LossTerms:
+    def __call__(self, answer: Values, microbatch: RLMicrobatch) -> LossTerms:
+        assert microbatch.values_T is not None and microbatch.returns_T is not None
         mask_T = (microbatch.loss_mask_T > 0).float()
         values_T, old_T, returns_T = answer.values_T, microbatch.values_T, microbatch.returns_T
         near_T = torch.clamp(values_T, old_T - VALUE_CLIP, old_T + VALUE_CLIP)
@@ -118,25 +114,13 @@ class Critic:
                 place += prompt + length - 1
         return [out[index] for index in range(len(rollouts))]
 
-    def targets(self, microbatches: Sequence[RLMicrobatch]) -> list[ValueMicrobatch]:
-        """The microbatches with values as they are now and returns = advantages + values.
+    def step(self, microbatches: Sequence[RLMicrobatch], lr: float | None = None) -> StepReport:
+        """One update; ``lr`` is critic_lr unless given. Collective over the world.
 
-        Collective over the world. Ask for every minibatch of a step before updating on the first: advantages
-        were made of the values of now.
+        Routes that the microbatches carry are the policy's: the critic routes by itself.
         """
-        return [
-            ValueMicrobatch(
-                **{**vars(microbatch), "routes_LTK": None},
-                values_T=values_T.cpu(),
-                returns_T=microbatch.advantages_T + values_T.cpu(),
-            )
-            for microbatch, values_T in zip(microbatches, self._scored(microbatches), strict=True)
-        ]
-
-    def step(self, microbatches: Sequence[ValueMicrobatch], lr: float | None = None) -> StepReport:
-        """One update; ``lr`` is critic_lr unless given. Collective over the world."""
         rate = self.config.train.lr if lr is None else lr
-        return self.engine.step(microbatches, self.objective, rate)
+        return self.engine.step([replace(m, routes_LTK=None) for m in microbatches], self.objective, rate)
 
     def _scored(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
         """Values [T] per microbatch, on every stage: the last one's, summed with the others' zeros."""

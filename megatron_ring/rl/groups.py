@@ -34,7 +34,15 @@ class GroupBook:
     def __init__(self, group_size: int):
         self.group_size = group_size
         self.open: dict[int, OpenGroup] = {}
-        self.dropped_tokens = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens that open groups hold, judged or interrupted."""
+        return sum(
+            response.length
+            for group in self.open.values()
+            for response in (*(r.response for r in group.finished.values()), *group.unfinished.values())
+        )
 
     def draw(self, prompts: Iterable[Prompt]) -> None:
         """Open a group for each prompt."""
@@ -61,30 +69,29 @@ class GroupBook:
         if response.length:
             self.open[response.prompt_uid].unfinished[response.sample] = response
 
-    def drop_stale(self, oldest_version: int) -> int:
-        """Give up unfinished responses with a token from before ``oldest_version``; returns how many."""
-        count = 0
+    def drop_stale(self, oldest_version: int) -> list[Response]:
+        """Give up unfinished responses with a token from before ``oldest_version``; returns them."""
+        dropped = []
         for group in self.open.values():
             stale = [s for s, r in group.unfinished.items() if r.versions_R.min() < oldest_version]
             for sample in stale:
-                self.dropped_tokens += group.unfinished.pop(sample).length
+                dropped.append(group.unfinished.pop(sample))
                 group.waiting.remove(sample)
-            count += len(stale)
-        return count
+        return dropped
 
-    def take_complete(self) -> list[list[Rollout]]:
-        """Groups that wait for nothing more, each in the order of its samples; they are forgotten here.
+    def take_complete(self) -> tuple[list[list[Rollout]], list[Rollout]]:
+        """Groups that wait for nothing more, each in the order of its samples, and members that were left alone;
+        they are forgotten here.
 
-        A group that lost all but one of its members says nothing about their relative worth and is left out;
-        with ``group_size`` 1 (a critic judges worth) every group has one.
+        A group that lost all but one of its members says nothing about their relative worth, so the one is no
+        group; with ``group_size`` 1 (a critic judges worth) every group has one.
         """
         done = [uid for uid, group in self.open.items() if not group.waiting]
-        groups = [self.open.pop(uid).finished for uid in done]
+        members = [self.open.pop(uid).finished for uid in done]
+        groups = [[of_group[s] for s in sorted(of_group)] for of_group in members]
         least = min(self.group_size, 2)
-        for members in groups:
-            if len(members) < least:
-                self.dropped_tokens += sum(rollout.response.length for rollout in members.values())
-        return [[members[s] for s in sorted(members)] for members in groups if len(members) >= least]
+        alone = [rollout for group in groups if len(group) < least for rollout in group]
+        return [group for group in groups if len(group) >= least], alone
 
     def contents(self) -> tuple[list[Prompt], list[Rollout], list[Response]]:
         """Prompts, judged members and prefixes of the open groups: what a checkpoint has to hold."""

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_ring.config.rl import global_token_budget
 from megatron_ring.config.run import RunConfig
-from megatron_ring.data.packing import Grid, grid_shape, pack
+from megatron_ring.data.packing import Grid, pack
 from megatron_ring.data.shuffle import Shuffle
-from megatron_ring.rl.batch import RLMicrobatch, build_microbatch, sequence_slots
-from megatron_ring.rl.budget import Candidate, audit, global_token_budget, select
+from megatron_ring.rl.batch import RLMicrobatch, build_microbatch
+from megatron_ring.rl.budget import Candidate, Selection, audit, select
 from megatron_ring.rl.exchange import gather_json, send_rollouts
 from megatron_ring.rl.types import Pick, Rollout
 from megatron_ring.runtime.session import Session
@@ -37,6 +38,7 @@ class _Row(NamedTuple):
     place: int
     uid: int
     sample: int
+    arrival: tuple[int, int, int]
     prompt_tokens: int
     length: int
     zero_advantage: bool
@@ -46,17 +48,24 @@ class _Row(NamedTuple):
     version: int
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """One step's work for this rank.
 
-    ``grids`` has one list of microbatches per optimizer step, as many on every rank.
+    ``grids`` has one list of microbatches per optimizer step, as many on every rank. ``cut``, ``wasted``,
+    ``excluded``, ``carried_tokens`` and ``stale`` are response tokens of the whole job (see
+    :class:`~megatron_ring.rl.ledger.Ledger`).
     """
 
     grids: list[list[RLMicrobatch]]
     carried: list[Carried]
     metrics: dict[str, float]
     shortfall: int
+    cut: int
+    wasted: int
+    excluded: int
+    carried_tokens: int
+    stale: int
 
 
 class MinibatchPlanner:
@@ -69,78 +78,49 @@ class MinibatchPlanner:
         self.token_budget = (
             global_token_budget(budget, self.dp_size, session.world_size) if budget.token_budget else 0
         )
-        stages = topology.pp_size if topology.vpp_size > 1 else 1
-        self.num_microbatches = (
-            grid_shape(
-                token_budget=self.token_budget,
-                longest_prompt=config.rollout.max_prompt_length,
-                longest_response=config.rollout.max_response_length,
-                capacity=budget.microbatch_capacity,
-                dp_size=self.dp_size,
-                reserve=budget.microbatch_reserve,
-                multiple_of=stages,
-            )
-            if self.token_budget
-            else 0
-        )
-        self._multiple_of = stages
+        self._multiple_of = topology.pp_size if topology.vpp_size > 1 else 1
 
     def plan(self, rollouts: Sequence[Rollout], carried: Sequence[Carried], step: int) -> Plan:
         """Choose this step's tokens from what this rank has, and all others have, and pack them.
 
         Args:
-            rollouts: this rank's new ones, advantages assigned, in the order in which they finished. One without
-                any token has nothing to train on and is left out.
+            rollouts: this rank's new ones, advantages assigned, in any order. One without any token has nothing
+                to train on and is left out.
             carried: what :attr:`Plan.carried` said last time.
             step: of the run: it seeds the order, and it is the version of the policy that is now updated.
         """
         rollouts = [rollout for rollout in rollouts if rollout.response.length]
         own = [c.rollout for c in carried] + rollouts
         rows = self._everyones_rows(rollouts, carried)
-        candidates = [
-            Candidate(
-                group=row.uid,
-                sample=row.sample,
-                length=row.length,
-                arrival=row.place * self.dp_size + row.rank,
-                zero_advantage=row.zero_advantage,
-                start=row.start,
-                carried=row.carried,
-            )
-            for row in rows
-        ]
-        budget = self.config.budget
-        if self.token_budget:
-            selection = select(
-                candidates,
-                self.token_budget,
-                num_minibatches=budget.minibatches_per_step,
-                order=budget.budget_order,
-                overshoot=budget.budget_overshoot,
-                zero_advantage=budget.zero_advantage,
-                seed=step,
-            )
-            minibatches, left = selection.minibatches, selection.carried
-            metrics, shortfall = selection.counts.metrics(), selection.counts.shortfall
-        else:
-            minibatches, left, metrics, shortfall = self._everything(candidates, step), (), {}, 0
+        candidates = _candidates(rows)
+        selection = self._select(candidates, step)
+        minibatches, counts = selection.minibatches, selection.counts
+        metrics = counts.metrics() if self.token_budget else {}
         if any(minibatches):
             metrics |= audit(candidates, [row.score for row in rows], minibatches).metrics()
         grids = [self._grid(rows, picks) for picks in minibatches]
         metrics |= _packing_metrics(grids)
-        plan = self._exchange(own, rows, minibatches, grids)
+        microbatches = self._exchange(own, rows, minibatches, grids, step)
         # the next step's policy is one version on; an interrupted response was old before it was carried
         oldest = step + 1 - self.config.rollout.rollout_max_staleness
-        fresh = [p for p in left if rows[p.index].version >= oldest]
-        if budget.budget_overshoot == "carry":
-            stale = sum(p.num_tokens for p in left) - sum(p.num_tokens for p in fresh)
-            metrics["c3po/carried_stale"] = float(stale)
+        fresh = [p for p in selection.carried if rows[p.index].version >= oldest]
         kept = [
             Carried(own[rows[p.index].place], p.start, rows[p.index].carried + 1)
             for p in fresh
             if rows[p.index].rank == self.session.topology.dp_rank
         ]
-        return Plan(grids=plan, carried=kept, metrics=metrics, shortfall=shortfall)
+        carried_tokens = sum(p.num_tokens for p in fresh)
+        return Plan(
+            grids=microbatches,
+            carried=kept,
+            metrics=metrics,
+            shortfall=counts.shortfall,
+            cut=counts.cut,
+            wasted=counts.wasted,
+            excluded=counts.excluded,
+            carried_tokens=carried_tokens,
+            stale=counts.carried - carried_tokens,
+        )
 
     def _everyones_rows(self, rollouts: Sequence[Rollout], carried: Sequence[Carried]) -> list[_Row]:
         entries: list[tuple[Rollout, int, int]] = [
@@ -151,6 +131,7 @@ class MinibatchPlanner:
             [
                 rollout.prompt.uid,
                 rollout.response.sample,
+                list(rollout.arrival),
                 len(rollout.prompt.tokens),
                 rollout.response.length,
                 not np.any(rollout.advantages_R),
@@ -168,31 +149,28 @@ class MinibatchPlanner:
             for place, values in enumerate(of_rank)
         ]
 
-    def _everything(self, candidates: Sequence[Candidate], seed: int) -> list[tuple[Pick, ...]]:
-        """Every response, in minibatches of equally many: the recipe without a token budget."""
-        order = sorted(range(len(candidates)), key=lambda i: (candidates[i].group, candidates[i].sample))
-        if order:
-            shuffle = Shuffle(len(order), "minibatches", seed)
-            order = [order[i] for i in shuffle.many(np.arange(len(order))).tolist()]
-        count = self.config.budget.minibatches_per_step
-        return [
-            tuple(Pick(i, candidates[i].start, candidates[i].length) for i in part.tolist())
-            for part in np.array_split(np.array(order, dtype=np.int64), count)
-        ]
+    def _select(self, candidates: Sequence[Candidate], step: int) -> Selection:
+        budget = self.config.budget
+        if not self.token_budget:
+            return _everything(candidates, budget.minibatches_per_step, step)
+        return select(
+            candidates,
+            self.token_budget,
+            num_minibatches=budget.minibatches_per_step,
+            order=budget.budget_order,
+            overshoot=budget.budget_overshoot,
+            zero_advantage=budget.zero_advantage,
+            seed=step,
+        )
 
     def _grid(self, rows: Sequence[_Row], picks: Sequence[Pick]) -> Grid:
-        """Where each pick goes; without a budget, as many microbatches as it takes."""
-        sizes = [rows[pick.index].prompt_tokens + pick.stop - 1 for pick in picks]
-        capacity, step = self.config.budget.microbatch_capacity, self._multiple_of
-        count = self.num_microbatches
-        if not count:
-            needed = -(-sum(sizes) // (capacity * self.dp_size))
-            count = max(-(-needed // step) * step, step)
-        grid = pack(sizes, capacity=capacity, dp_size=self.dp_size, num_microbatches=count)
-        while grid.dropped and not self.num_microbatches:
-            count += step
-            grid = pack(sizes, capacity=capacity, dp_size=self.dp_size, num_microbatches=count)
-        return grid
+        """Where each pick goes, in as many microbatches as it takes."""
+        return pack(
+            [rows[pick.index].prompt_tokens + pick.stop - 1 for pick in picks],
+            capacity=self.config.budget.microbatch_capacity,
+            dp_size=self.dp_size,
+            multiple_of=self._multiple_of,
+        )
 
     def _exchange(
         self,
@@ -200,6 +178,7 @@ class MinibatchPlanner:
         rows: Sequence[_Row],
         minibatches: Sequence[Sequence[Pick]],
         grids: Sequence[Grid],
+        step: int,
     ) -> list[list[RLMicrobatch]]:
         """Move rollouts to the ranks that train on them and build this rank's microbatches."""
         topology = self.session.topology
@@ -214,21 +193,23 @@ class MinibatchPlanner:
         arrived = send_rollouts(parcels, topology.groups.dp, self.session.device)
         mine = {rollout.response.key: rollout for parcel in arrived for rollout in parcel}
 
-        def microbatch(picks: Sequence[Pick], items: Sequence[int]) -> RLMicrobatch:
+        def microbatch(number: int, picks: Sequence[Pick], items: Sequence[int]) -> RLMicrobatch:
             chosen = [picks[i] for i in items]
             rollouts = [mine[rows[pick.index].uid, rows[pick.index].sample] for pick in chosen]
             local = [Pick(place, pick.start, pick.stop) for place, pick in enumerate(chosen)]
-            assert sum(map(sequence_slots, rollouts, local)) <= self.config.budget.microbatch_capacity
             return build_microbatch(
                 rollouts,
                 local,
                 self.config.budget.microbatch_capacity,
+                version=step,
+                weights_moved=number > 0,
+                with_values=self.config.objective.critic,
                 replay_layers=self._replay_layers(),
             )
 
         return [
-            [microbatch(picks, items) for items in grid.placements[topology.dp_rank]]
-            for picks, grid in zip(minibatches, grids, strict=True)
+            [microbatch(number, picks, items) for items in grid.placements[topology.dp_rank]]
+            for number, (picks, grid) in enumerate(zip(minibatches, grids, strict=True))
         ]
 
     def _replay_layers(self) -> tuple[int, int] | None:
@@ -238,15 +219,45 @@ class MinibatchPlanner:
         return model.num_moe_layers, model.moe_router_topk
 
 
+def _candidates(rows: Sequence[_Row]) -> list[Candidate]:
+    """What the budget is told. ``arrival`` is a place in an order that no layout changes."""
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].arrival, rows[i].uid, rows[i].sample))
+    place = {index: at for at, index in enumerate(order)}
+    return [
+        Candidate(
+            group=row.uid,
+            sample=row.sample,
+            length=row.length,
+            arrival=place[index],
+            zero_advantage=row.zero_advantage,
+            start=row.start,
+            carried=row.carried,
+        )
+        for index, row in enumerate(rows)
+    ]
+
+
+def _everything(candidates: Sequence[Candidate], num_minibatches: int, seed: int) -> Selection:
+    """Every response, in minibatches of equally many: the recipe without a token budget."""
+    order = sorted(range(len(candidates)), key=lambda i: (candidates[i].group, candidates[i].sample))
+    if order:
+        shuffle = Shuffle(len(order), "minibatches", seed)
+        order = [order[i] for i in shuffle.many(np.arange(len(order))).tolist()]
+    parts = np.array_split(np.array(order, dtype=np.int64), num_minibatches)
+    return Selection.of_all(candidates, [part.tolist() for part in parts])
+
+
 def _bare(rollout: Rollout) -> Rollout:
     """Without what only verifiers need: the tests of a problem in code can be larger than its answers."""
     return replace(rollout, prompt=replace(rollout.prompt, text="", reference={}))
 
 
 def _packing_metrics(grids: Sequence[Grid]) -> dict[str, float]:
-    """Sums over the step's minibatches of what is counted, means of what is a share."""
+    """Means of the minibatches' shares, weighted by their slots, and the number of microbatches of a rank."""
+    slots = [len(grid.placements[0]) for grid in grids]
     each = [grid.metrics() for grid in grids]
-    sums = {name: sum(metrics[name] for metrics in each) for name in each[0]}
-    counted = ("packing/dropped_sequences", "packing/dropped_tokens")
-    found = {name: value if name in counted else value / len(grids) for name, value in sums.items()}
-    return found | {"packing/microbatches": float(sum(len(grid.placements[0]) for grid in grids))}
+    means = {
+        name: sum(n * metrics[name] for n, metrics in zip(slots, each, strict=True)) / sum(slots)
+        for name in each[0]
+    }
+    return means | {"packing/microbatches": float(sum(slots))}

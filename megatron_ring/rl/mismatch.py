@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 
-def icepop(k_T: Tensor, low: float, high: float) -> Tensor:
-    """k inside [low, high], 0 outside (IcePop, arXiv 2510.18855).
+def inside(k_T: Tensor, low: float, high: float) -> Tensor:
+    """k inside [low, high], 0 outside: IcePop (arXiv 2510.18855) and masked importance sampling.
 
-    Example: ``icepop([.4, 1.2, 6.], .5, 5.)`` is ``[0., 1.2, 0.]``.
+    Example: ``inside([.4, 1.2, 1.9, 6.], .5, 5.)`` is ``[0., 1.2, 1.9, 0.]``.
     """
     return torch.where((k_T >= low) & (k_T <= high), k_T, 0.0)
 
 
-def tis(k_T: Tensor, low: float, high: float) -> Tensor:
-    """min(k, high): truncated importance sampling. Example: ``tis([.4, 6.], .5, 5.)`` is ``[.4, 5.]``."""
+def truncated(k_T: Tensor, low: float, high: float) -> Tensor:
+    """min(k, high): truncated importance sampling. Example: ``truncated([.4, 6.], 0., 2.)`` is ``[.4, 2.]``."""
     return k_T.clamp(max=high)
 
 
-def mis(k_T: Tensor, low: float, high: float) -> Tensor:
-    """1 inside [low, high], 0 outside. Example: ``mis([.4, 1.2, 6.], .5, 5.)`` is ``[0., 1., 0.]``."""
+def mask(k_T: Tensor, low: float, high: float) -> Tensor:
+    """1 inside [low, high], 0 outside. Example: ``mask([.4, 1.2, 6.], .5, 5.)`` is ``[0., 1., 0.]``."""
     return ((k_T >= low) & (k_T <= high)).to(k_T.dtype)
 
 
@@ -33,5 +33,5 @@ def none(k_T: Tensor, low: float, high: float) -> Tensor:
     return torch.ones_like(k_T)
 
 
-CORRECTIONS = {"none": none, "icepop": icepop, "tis": tis, "mis": mis}
+CORRECTIONS = {"none": none, "icepop": inside, "tis": truncated, "mis": inside, "mask": mask}
 """Weight of a token's policy loss by the name of its ``mismatch_correction``."""

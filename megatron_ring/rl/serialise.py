@@ -17,6 +17,9 @@ from megatron_ring.data.prompts import Prompt
 from megatron_ring.errors import CheckpointError
 from megatron_ring.rl.types import Response, RewardResult, Rollout
 
+_LEARNT = ("advantages", "values", "returns")
+"""Rows of a rollout that are there once advantages are assigned, or with a critic."""
+
 _UNJUDGED = RewardResult(score=0.0, status="wrong", detail="not judged yet")
 
 
@@ -28,7 +31,10 @@ def rollouts_to_bytes(rollouts: Sequence[Rollout]) -> bytes:
         "tokens": _joined((r.tokens_R for r in responses), np.int32),
         "logprobs": _joined((r.logprobs_R for r in responses), np.float32),
         "versions": _joined((r.versions_R for r in responses), np.int32),
-        "advantages": _joined((r.advantages_R for r in rollouts if r.advantages_R is not None), np.float32),
+        **{
+            name: _joined((row for r in rollouts if (row := getattr(r, f"{name}_R")) is not None), np.float32)
+            for name in _LEARNT
+        },
         "routes": _joined(
             (r.routes_SLK.reshape(-1) for r in responses if r.routes_SLK is not None), np.int16
         ),
@@ -51,7 +57,7 @@ def rollouts_from_bytes(data: bytes) -> list[Rollout]:
         raise CheckpointError(
             f"saved rollouts cannot be read ({error}); load an earlier checkpoint"
         ) from None
-    places = dict.fromkeys(("tokens", "logprobs", "versions", "advantages", "routes"), 0)
+    places = dict.fromkeys(("tokens", "logprobs", "versions", "routes", *_LEARNT), 0)
 
     def take(name: str, count: int) -> np.ndarray:
         start = places[name]
@@ -96,7 +102,8 @@ def _entry(rollout: Rollout) -> dict[str, Any]:
         "score": reward.score,
         "status": reward.status,
         "detail": reward.detail,
-        "has_advantages": rollout.advantages_R is not None,
+        "arrival": list(rollout.arrival),
+        "has": [name for name in _LEARNT if getattr(rollout, f"{name}_R") is not None],
         "routes": None if response.routes_SLK is None else list(response.routes_SLK.shape),
     }
 
@@ -118,5 +125,6 @@ def _rollout(entry: dict[str, Any], take) -> Rollout:
         prompt=prompt,
         response=response,
         reward=RewardResult(score=entry["score"], status=entry["status"], detail=entry["detail"]),
-        advantages_R=take("advantages", length) if entry["has_advantages"] else None,
+        arrival=tuple(entry["arrival"]),
+        **{f"{name}_R": take(name, length) for name in entry["has"]},
     )

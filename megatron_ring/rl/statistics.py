@@ -1,15 +1,18 @@
-"""What a step's rollouts were like, over all data-parallel ranks."""
+"""What a step's rollouts and updates were like, over all data-parallel ranks."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from operator import add
 
 import torch.distributed as dist
 from torch import device as Device
 
 from megatron_ring.rl.exchange import gather_json
 from megatron_ring.rl.types import Rollout
+from megatron_ring.train.engine import StepReport
 
 
 def rollout_sums(rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -69,3 +72,35 @@ def rollout_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         for name in domains:
             found[f"reward/{name}"] = sums[f"domain/{name}/reward"] / sums[f"domain/{name}/responses"]
     return found
+
+
+def router_metrics(reports: Sequence[StepReport]) -> dict[str, float]:
+    """Gradient norm, router losses, load and replay of a step's updates; one without tokens enters nothing.
+
+    ``grad_norm`` is the mean over updates; router figures are means over the tokens that they count; a flip rate is
+    flipped choices / compared ones, whatever minibatch they are in, by layer and as the mean of layers.
+    """
+    made = [report for report in reports if report.means["tokens"]]
+    if not made:
+        return {}
+    valid = sum(report.valid for report in made)
+    found = {
+        "grad_norm": sum(report.grad_norm for report in made) / len(made),
+        "balance_loss": sum(report.balance_loss * report.valid for report in made) / valid,
+        "router_z_loss": sum(report.z_loss * report.valid for report in made) / valid,
+        "max_violation": sum(report.max_violation * report.valid for report in made) / valid,
+    }
+    replays = [report.replay for report in made if report.replay is not None]
+    if replays:
+        whole = reduce(add, replays)
+        rates = whole.flip_rates
+        found |= {f"router_flip_rate/{layer}": rate for layer, rate in enumerate(rates)}
+        found |= {"router_flip_rate": sum(rates) / max(len(rates), 1), "missing_routes": whole.missing_share}
+    return found
+
+
+def value_metrics(reports: Sequence[StepReport]) -> dict[str, float]:
+    """Means of what the critic's updates say, over their loss tokens; nothing without updates."""
+    tokens = sum(report.weight for report in reports)
+    names = ("value_loss", "value_error", "value_mean", "return_mean") if tokens else ()
+    return {name: sum(report.means[name] * report.weight for report in reports) / tokens for name in names}

@@ -77,13 +77,19 @@ class Response:
 class Rollout:
     """A response with its prompt, its reward and, once assigned, the advantage of each of its tokens.
 
-    ``advantages_R`` is float32[R]: the same number everywhere for group-relative estimators.
+    ``arrival`` says when it ended, in words that no layout changes: policy version, round of that step, and tokens
+    that it was given in that round. ``advantages_R`` is float32[R]: the same number everywhere for group-relative
+    estimators. ``values_R`` and ``returns_R`` (float32[R], with a critic) are what the advantages were made of and
+    what the critic learns: fixed then, also for tokens that are trained on in a later step.
     """
 
     prompt: Prompt
     response: Response
     reward: RewardResult
+    arrival: tuple[int, int, int] = (0, 0, 0)
     advantages_R: np.ndarray | None = None
+    values_R: np.ndarray | None = None
+    returns_R: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:

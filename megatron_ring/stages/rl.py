@@ -1,8 +1,9 @@
 """Reinforcement learning with C3PO (Ring-lite, arXiv 2506.14731, 3.2): the page to read for a step.
 
 A step draws prompts, samples groups of responses, judges them while others are sampled, assigns advantages,
-fills the token budget, packs it into a static grid, scores it under the old and the reference policy, updates
-once per minibatch, and publishes the weights to the rollout engine. ``train_iters`` counts such steps.
+fills the token budget, packs it into microbatches, scores them under the old and the reference policy, updates
+once per minibatch, and publishes the weights to the rollout engine. ``train_iters`` counts such steps. A ledger
+then accounts for every token.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.checkpoint.folder import TRAINER_STATE, folder_of, read_attachment
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.stage_rules import Stage
 from megatron_ring.data.prompts import open_prompts
 from megatron_ring.errors import CheckpointError
-from megatron_ring.rl.advantage import assign
+from megatron_ring.rl.advantage import assign, is_masked, moments, whiten
 from megatron_ring.rl.batch import RLMicrobatch, with_column, with_routes
 from megatron_ring.rl.collector import Answering, Collected, Collector, judges
-from megatron_ring.rl.critic import Critic, ValueMicrobatch
+from megatron_ring.rl.critic import Critic
 from megatron_ring.rl.exchange import gather_json
+from megatron_ring.rl.ledger import Ledger, Update, account
 from megatron_ring.rl.minibatches import Carried, MinibatchPlanner, Plan
 from megatron_ring.rl.objective import PolicyObjective
 from megatron_ring.rl.objective import metrics as objective_metrics
@@ -36,7 +40,14 @@ from megatron_ring.rl.rollout.engine import InProcessEngine
 from megatron_ring.rl.rollout.protocol import Request, SamplingParams
 from megatron_ring.rl.samples import SampleTable
 from megatron_ring.rl.serialise import rollouts_from_bytes, rollouts_to_bytes
-from megatron_ring.rl.statistics import add_up, rollout_metrics, rollout_sums
+from megatron_ring.rl.statistics import (
+    add_up,
+    rollout_metrics,
+    rollout_sums,
+    router_metrics,
+    value_metrics,
+)
+from megatron_ring.rl.types import Rollout
 from megatron_ring.runtime.metrics import MetricsLogger
 from megatron_ring.runtime.session import Session
 from megatron_ring.stages.loop import StageRun, open_stage
@@ -69,13 +80,14 @@ class RlRun(StageRun):
 
     def __init__(self, config: RunConfig, session: Session, stack: contextlib.ExitStack):
         """``stack`` closes verifiers and engine when the run ends."""
+        config = _with_still_bias(config)
         super().__init__(config, session)
         assert self.tokenizer is not None
         rollout, seed = config.rollout, config.train.seed
         self.held_out = []
         if rollout.eval_prompt_data:
             held_out = open_prompts(rollout.eval_prompt_data, self.tokenizer, rollout, seed=0)
-            self.held_out = held_out.next(rollout.eval_prompts)
+            self.held_out = held_out.each_once(rollout.eval_prompts)
         self.prompts = open_prompts(
             rollout.prompt_data,
             self.tokenizer,
@@ -107,6 +119,8 @@ class RlRun(StageRun):
             temperature=rollout.temperature,
         )
         self.carried: list[Carried] = []
+        self.tokens_left: int | None = None
+        """What the last step's ledger left for this one; None in a run's first step."""
         self.resumed: dict[str, Any] | None = None
         self.open_engine()
         self.critic = Critic(config, session, self.engine) if config.objective.critic else None
@@ -128,39 +142,68 @@ class RlRun(StageRun):
         """Prompts, responses and rewards; the budget and its grid; old and reference log p; the updates."""
         begun = time.perf_counter()
         with metrics.phase("rollout"):
-            collected = self.collector.collect(self.step)
+            collected = self._collect()
         with metrics.phase("budget"):
-            plan = self._plan(collected)
+            rollouts = self._with_advantages(collected.rollouts)
+            before = self._carried_tokens()
+            plan = self.planner.plan(rollouts, self.carried, step=self.step)
+            self.carried = plan.carried
         with metrics.phase("score"):
             grids = [self._score(grid) for grid in plan.grids]
-            value_grids = [self.critic.targets(grid) for grid in plan.grids] if self.critic else []
         with metrics.phase("update"):
             lr = learning_rate(self.step, self.config.train)
-            reports = [self._update(grid, lr) for grid in grids]
-            value_reports = self._update_critic(value_grids, reports)
+            updates = [self._update(grid, lr) for grid in grids]
+            value_reports = self._update_critic(plan.grids, updates)
+        ledger = self._account(collected, rollouts, plan, updates, before)
         self.step += 1
         with metrics.phase("publish"):
             self.rollout.load_weights(self.step)
-        values = self._values(collected, plan, reports) | _mean_values(value_reports) | {"lr": lr}
-        tokens = int(values["generated_tokens"])
+        reports = [update.report for update in updates]
+        values = self._values(collected, plan, reports, ledger) | value_metrics(value_reports) | {"lr": lr}
+        tokens = ledger.generated
         metrics.log(self.step, values, tokens=tokens, seconds=time.perf_counter() - begun)
         self._warn(values)
         self.samples.write(self.step, collected.rollouts)
 
-    def _plan(self, collected: Collected) -> Plan:
-        """Advantages, budget and grid; draws more prompts where tokens are missing and refilling is asked for."""
-        while True:
-            rollouts, longest = collected.rollouts, self.config.rollout.max_response_length
-            values = self.critic.values(rollouts) if self.critic else None
-            rollouts = assign(rollouts, self.config.objective, longest, values)
-            plan = self.planner.plan(rollouts, self.carried, step=self.step)
-            refill = self.config.budget.budget_shortfall == "refill" and plan.shortfall
-            if not refill or collected.rounds >= self.config.rollout.dynamic_sampling_max_rounds:
-                self.carried = plan.carried
-                return plan
-            sampled = max(plan.metrics["c3po/sampled"], 1.0)
-            share = plan.shortfall / sampled * self.config.rollout.prompts_per_step
-            self.collector.refill(collected, max(round(share), self.session.topology.dp_size))
+    def _collect(self) -> Collected:
+        """Judged groups; more prompts are drawn where tokens are missing and refilling is asked for."""
+        rollout, topology = self.config.rollout, self.session.topology
+        collected = self.collector.collect(self.step)
+        if self.config.budget.budget_shortfall != "refill":
+            return collected
+        wanted = self.planner.token_budget * self.config.budget.minibatches_per_step
+        while collected.rounds < rollout.dynamic_sampling_max_rounds:
+            there = self._total(self._trainable_tokens(collected))
+            if there >= wanted:
+                break
+            share = (wanted - there) / max(there, 1) * rollout.prompts_per_step
+            # as many again at most: what is there may be a poor sample of what comes
+            count = min(max(round(share), topology.dp_size), rollout.prompts_per_step)
+            self.collector.refill(collected, count)
+        return collected
+
+    def _trainable_tokens(self, collected: Collected) -> int:
+        """This rank's response tokens that may fill the budget."""
+        objective, rollouts = self.config.objective, collected.rollouts
+        if self.config.budget.zero_advantage == "aside":
+            # group-relative advantages, which need no critic
+            rollouts = [r for r in self._with_advantages(rollouts) if np.any(r.advantages_R)]
+        own = sum(r.response.length for r in rollouts if not is_masked(r, objective))
+        return own + self._carried_tokens()
+
+    def _carried_tokens(self) -> int:
+        """This rank's response tokens that the last step's budget left."""
+        return sum(c.rollout.response.length - c.start for c in self.carried)
+
+    def _with_advantages(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Those that may be trained on, each with its advantages. Collective over the world with a critic."""
+        objective = self.config.objective
+        values = self.critic.values(rollouts) if self.critic else None
+        judged = assign(rollouts, objective, self.config.rollout.max_response_length, values)
+        if not objective.whiten_advantages:
+            return judged
+        everyone = gather_json(moments(judged), self.session.topology.groups.dp, self.session.device)
+        return whiten(judged, [row for of_rank in everyone for row in of_rank])
 
     def _score(self, grid: list[RLMicrobatch]) -> list[RLMicrobatch]:
         """The minibatch with log p under the policy before this step and under the reference, and routes."""
@@ -178,53 +221,63 @@ class RlRun(StageRun):
             grid = with_column(grid, "ref_logp_T", self.reference.score(grid, temperature))
         return grid
 
-    def _update(self, grid: list[RLMicrobatch], lr: float) -> StepReport:
+    def _update(self, grid: list[RLMicrobatch], lr: float) -> Update:
         report = self.engine.accumulate(grid, self.objective)
         # without a token momentum alone would move the weights
-        if self.refuses(report) or not report.means["tokens"]:
-            self.engine.discard()
-        else:
+        made = not self.refuses(report) and report.means["tokens"] > 0
+        if made:
             self.engine.update(report, lr)
-        return report
+        else:
+            self.engine.discard()
+        return Update(report, made)
 
     def _update_critic(
-        self, grids: list[list[ValueMicrobatch]], reports: Sequence[StepReport]
+        self, grids: Sequence[list[RLMicrobatch]], updates: Sequence[Update]
     ) -> list[StepReport]:
         """One update per minibatch that has a token."""
         if self.critic is None:
             return []
-        pairs = zip(grids, reports, strict=True)
-        return [self.critic.step(grid) for grid, report in pairs if report.means["tokens"]]
+        pairs = zip(grids, updates, strict=True)
+        return [self.critic.step(grid) for grid, update in pairs if update.tokens]
 
-    def _values(self, collected: Collected, plan: Plan, reports: Sequence[StepReport]) -> dict[str, float]:
+    def _account(
+        self, collected: Collected, offered: Sequence[Rollout], plan: Plan, updates, before: int
+    ) -> Ledger:
+        """The step's ledger, checked. ``before``: this rank's carried tokens at its start."""
+        masked = collected.num_tokens - sum(rollout.response.length for rollout in offered)
+        ledger = account(collected, plan, updates, carried=before, masked=masked, session=self.session)
+        ledger.check(self.step + 1, self.tokens_left)
+        self.tokens_left = ledger.carried
+        return ledger
+
+    def _total(self, count: int) -> int:
+        """Collective over the data-parallel group."""
+        return sum(gather_json(count, self.session.topology.groups.dp, self.session.device))
+
+    def _values(
+        self, collected: Collected, plan: Plan, reports: Sequence[StepReport], ledger: Ledger
+    ) -> dict[str, float]:
         """What is logged of a step. Collective over the data-parallel group."""
         own = rollout_sums(collected.rollouts) | {
-            "generated_tokens": float(collected.generated_tokens),
             "uninformative_groups": float(collected.uninformative_groups),
             "stale_responses": float(collected.stale_responses),
         }
-        topology = self.session.topology
-        sums = add_up(own, topology.groups.dp, self.session.device)
-        per_update = [
-            {
-                **objective_metrics(report),
-                "grad_norm": report.grad_norm,
-                "balance_loss": report.balance_loss,
-                "router_z_loss": report.z_loss,
-                "max_violation": report.max_violation,
-                **_flips(report),
-            }
-            for report in reports
-        ]
-        means = {name: sum(u[name] for u in per_update) / len(per_update) for name in per_update[0]}
-        counted = ("generated_tokens", "uninformative_groups", "stale_responses")
-        values = rollout_metrics(sums) | means | plan.metrics | {name: sums[name] for name in counted}
-        return values | {"rollout_rounds": float(collected.rounds)}
+        sums = add_up(own, self.session.topology.groups.dp, self.session.device)
+        found = rollout_metrics(sums) | objective_metrics(reports) | router_metrics(reports)
+        found |= plan.metrics | ledger.metrics()
+        if budget := self.planner.token_budget:
+            found["c3po/utilisation"] = ledger.trained / (budget * len(reports))
+        for name in ("uninformative_groups", "stale_responses"):
+            found[name] = sums[name]
+        return found | {
+            "generated_tokens": float(ledger.generated),
+            "rollout_rounds": float(collected.rounds),
+        }
 
     def _warn(self, values: dict[str, float]) -> None:
         if not self.session.is_writer:
             return
-        if values["mismatch"] > self.config.objective.mismatch_alarm:
+        if values.get("mismatch", 0.0) > self.config.objective.mismatch_alarm:
             log.warning(
                 "step %d: rollout and trainer log p differ by %.4f on average, more than mismatch_alarm=%s",
                 self.step,
@@ -236,13 +289,6 @@ class RlRun(StageRun):
                 "step %d: %d of the token budget were missing; the loss is still divided by all of it",
                 self.step,
                 values["c3po/shortfall"],
-            )
-        if values["packing/dropped_sequences"]:
-            log.warning(
-                "step %d: %d responses found no room in the grid; raise microbatch_reserve=%s",
-                self.step,
-                values["packing/dropped_sequences"],
-                self.config.budget.microbatch_reserve,
             )
 
     def _validate(self, metrics: MetricsLogger) -> None:
@@ -263,7 +309,7 @@ class RlRun(StageRun):
         found = rollout_metrics(sums)
         accuracy = sums.get("status/correct", 0.0) / max(sums.get("responses", 0.0), 1.0)
         names = ("reward", "response_length", *(n for n in found if n.startswith("reward/")))
-        return {"accuracy": accuracy, **{name: found[name] for name in names}}
+        return {"accuracy": accuracy, "problems": float(len(self.held_out)), **{n: found[n] for n in names}}
 
     def at_start_weights(self) -> None:
         """The reference is what the run starts from, so that a resumed run has the same."""
@@ -303,6 +349,7 @@ class RlRun(StageRun):
             "prompts": self.prompts.state_dict(),
             "open": gather_json(self.collector.state_dict(), group, device),
             "carried": gather_json([[c.start, c.steps] for c in self.carried], group, device),
+            "tokens_left": self.tokens_left,
         }
 
     def attachments(self) -> dict[str, bytes]:
@@ -317,6 +364,7 @@ class RlRun(StageRun):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.prompts.load_state_dict(state["prompts"])
+        self.tokens_left = state["tokens_left"]
         self.resumed = state
 
     def _restore_rollouts(self, state: dict[str, Any]) -> None:
@@ -340,24 +388,12 @@ class RlRun(StageRun):
         ]
 
 
-def _mean_values(reports: Sequence[StepReport]) -> dict[str, float]:
-    """What the critic's updates say, over their tokens."""
-    names = ("value_loss", "value_error", "value_mean", "return_mean") if reports else ()
-    return {name: sum(report.means[name] for report in reports) / len(reports) for name in names}
+def _with_still_bias(config: RunConfig) -> RunConfig:
+    """An expert bias that nobody asked to move stands still: it would change routes without a gradient."""
+    if config.model.moe_router_bias_update_rate is not None:
+        return config
+    return replace(config, model=replace(config.model, moe_router_bias_update_rate=0.0))
 
 
 def _file(name: str, dp_rank: int) -> str:
     return f"rollouts-{name}-{dp_rank}.safetensors"
-
-
-def _flips(report: StepReport) -> dict[str, float]:
-    """Routing replay: share of choices that the routers would have made otherwise, by layer and overall."""
-    if report.replay is None:
-        return {}
-    rates = report.replay.flip_rates
-    by_layer = {f"router_flip_rate/{layer}": rate for layer, rate in enumerate(rates)}
-    return {
-        "router_flip_rate": sum(rates) / max(len(rates), 1),
-        "missing_routes": report.replay.missing_share,
-        **by_layer,
-    }

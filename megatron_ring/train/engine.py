@@ -36,8 +36,9 @@ class StepReport:
     """What one step saw, equal on every rank.
 
     ``loss`` is the objective over its normaliser; ``balance_loss`` (1.0 when balanced), ``z_loss`` and
-    ``max_violation`` (busiest expert over the mean, minus 1) are means over layers; ``grad_norm`` is before
-    clipping; ``peaks`` are maxima over the step; ``replay`` is there when routes were replayed.
+    ``max_violation`` (busiest expert over the mean, minus 1) are means over layers; ``valid`` are the tokens, prompts
+    included, that those count; ``grad_norm`` is before clipping; ``peaks`` are maxima over the step; ``replay`` is
+    there when routes were replayed.
 
     Example: ``StepReport(loss=6.21, means={"lm_loss": 6.21}, grad_norm=0.8, weight=8192.0, ...)``
     """
@@ -45,6 +46,7 @@ class StepReport:
     loss: float
     means: dict[str, float]
     weight: float
+    valid: float
     grad_norm: float
     balance_loss: float
     z_loss: float
@@ -267,6 +269,7 @@ class Engine:
                 name: value / norm for name, value in zip(objective.sum_names, values[1:count], strict=True)
             },
             weight=weight,
+            valid=valid,
             grad_norm=grad_norm,
             peaks=self._peaks(terms, objective),
             balance_loss=balance / layers / max(valid, 1.0),

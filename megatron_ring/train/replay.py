@@ -20,16 +20,41 @@ from megatron_ring.runtime.topology import Topology
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayReport:
-    """How replayed routes differed from what the routers would have chosen, over a step's valid tokens.
+    """How replayed routes differed from what the routers would have chosen, over valid tokens.
 
-    ``flip_rates`` is, per layer with experts, the share of replayed choices that are not among the router's
-    own. ``missing_share`` is the share of (token, layer) without recorded routes, which were routed anew.
+    Per layer with experts: choices replayed and compared (``compared``), those of them that are not among the
+    router's own (``flipped``), and tokens without recorded routes, which were routed anew (``missing``).
 
-    Example: ``ReplayReport(flip_rates=(0.01, 0.02), missing_share=0.0)``.
+    Example: ``ReplayReport(flipped=(12.0, 24.0), compared=(1200.0, 1200.0), missing=(0.0, 0.0), topk=2)``.
     """
 
-    flip_rates: tuple[float, ...]
-    missing_share: float
+    flipped: tuple[float, ...]
+    compared: tuple[float, ...]
+    missing: tuple[float, ...]
+    topk: int
+
+    @property
+    def flip_rates(self) -> tuple[float, ...]:
+        """Share of the compared choices that were flipped, per layer."""
+        return tuple(f / max(c, 1.0) for f, c in zip(self.flipped, self.compared, strict=True))
+
+    @property
+    def missing_share(self) -> float:
+        """Share of (token, layer) that were routed anew."""
+        return sum(self.missing) / max(sum(self.compared) / self.topk + sum(self.missing), 1.0)
+
+    def __add__(self, other: ReplayReport) -> ReplayReport:
+        """Both together."""
+
+        def added(one: tuple[float, ...], two: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple(a + b for a, b in zip(one, two, strict=True))
+
+        return ReplayReport(
+            flipped=added(self.flipped, other.flipped),
+            compared=added(self.compared, other.compared),
+            missing=added(self.missing, other.missing),
+            topk=self.topk,
+        )
 
 
 def routes_of(microbatch: Microbatch) -> Tensor | None:
@@ -44,12 +69,8 @@ def replay_report(routers: Sequence[RingRouter], model: ModelConfig) -> ReplayRe
         # multi-token-prediction layers never replay: theirs are 0
         counts_L3[router.row] += router.flips
     torch.distributed.all_reduce(counts_L3)
-    flipped_L, compared_L, missing_L = counts_L3.unbind(1)
-    known = compared_L.sum() / model.moe_router_topk
-    return ReplayReport(
-        flip_rates=tuple((flipped_L / compared_L.clamp(min=1.0)).tolist()),
-        missing_share=float(missing_L.sum() / (known + missing_L.sum()).clamp(min=1.0)),
-    )
+    flipped, compared, missing = (tuple(row) for row in counts_L3.T.tolist())
+    return ReplayReport(flipped=flipped, compared=compared, missing=missing, topk=model.moe_router_topk)
 
 
 def routers_device(routers: Sequence[RingRouter]) -> torch.device | None:

@@ -10,8 +10,8 @@ from megatron_ring.config.rl_rules import rl_problems
 MOE = {"num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 32}
 
 
-def found(**settings: object) -> list[str]:
-    return list(rl_problems(config_from_mapping(settings), 1))
+def found(world_size: int = 1, **settings: object) -> list[str]:
+    return list(rl_problems(config_from_mapping(settings), world_size))
 
 
 def test_the_defaults_and_the_papers_choices_are_sound():
@@ -31,7 +31,30 @@ CASES = [
     (dict(objective="cispo", eps_clip_c=3.0), "eps_clip_c=3.0 does nothing in objective=cispo"),
     (dict(objective="gspo", budget_overshoot="carry"), "objective=gspo averages over responses"),
     (dict(objective="dr_grpo", budget_overshoot="carry"), "objective=dr_grpo averages over responses"),
-    (dict(old_logprobs="current"), "old_logprobs=current never clips, so minibatches_per_step=2"),
+    (
+        dict(old_logprobs="current", minibatches_per_step=2),
+        "old_logprobs=current never clips, so minibatches_per_step=2",
+    ),
+    (dict(mismatch_low=0.4), "mismatch_low=0.4 does nothing in mismatch_correction=none"),
+    (dict(mismatch_high=4.0), "mismatch_high=4.0 does nothing in mismatch_correction=none"),
+    (
+        dict(mismatch_correction="tis", mismatch_low=0.4),
+        "mismatch_low=0.4 does nothing in mismatch_correction=tis",
+    ),
+    (
+        dict(mismatch_correction="icepop", mismatch_low=9.0),
+        "mismatch_low=9.0 must be at most mismatch_high=5.0",
+    ),
+    (dict(whiten_advantages=True), "whiten_advantages=True is for gae"),
+    (
+        dict(critic=True, advantage_estimator="gae", zero_advantage="aside"),
+        "zero_advantage=aside looks for responses without advantage, gae gives each token its own",
+    ),
+    (
+        dict(critic=True, advantage_estimator="gae", group_size=1, dynamic_sampling=True),
+        "group_size=1 with dynamic_sampling: a response that is alone never differs",
+    ),
+    (dict(rollout_concurrency=8), "rollout_concurrency=8 is for C3PO++"),
     (dict(old_logprobs="rollout", mismatch_correction="icepop"), "compares the rollout's log p with itself"),
     (dict(mismatch_correction="tis", top_p=0.9), "top_p=0.9 samples from another distribution"),
     (dict(mismatch_correction="mis", top_k=20), "top_k=20 samples from another distribution"),
@@ -54,4 +77,51 @@ CASES = [
 def test_what_makes_no_sense_together_is_one_line_with_a_remedy(settings, line):
     problems = found(**settings)
     assert len(problems) == 1
-    assert line in problems[0] and ("; set --" in problems[0] or "; try " in problems[0])
+    assert line in problems[0] and any(word in problems[0] for word in ("; set --", "; try ", "; drop "))
+
+
+PAPER = {
+    "prompts_per_step": 512,
+    "group_size": 16,
+    "max_response_length": 22528,
+    "token_budget_scope": "per_gpu",
+}
+
+
+def test_the_papers_budget_is_one_minibatch_two_can_never_be_filled():
+    assert found(256, **PAPER) == []
+    (problem,) = found(256, **PAPER, minibatches_per_step=2)
+    assert problem == (
+        "minibatches_per_step*token_budget=2*104857600 (per_gpu of 409600)=209715200 response tokens can never be filled: "
+        "a step samples at most 184549376 (prompts_per_step*group_size*max_response_length=512*16*22528); lower "
+        "--token-budget or --minibatches-per-step, or raise --prompts-per-step"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [
+        ({}, 4 * 2 * 10),
+        ({"budget_shortfall": "refill", "dynamic_sampling_max_rounds": 3}, 3 * 4 * 2 * 10),
+        ({"rollout_token_budget": 50}, 50),
+        ({"rollout_token_budget": 50, "budget_shortfall": "refill", "dynamic_sampling_max_rounds": 3}, 150),
+        ({"minibatches_per_step": 2}, 40),
+    ],
+)
+def test_a_budget_is_refused_from_the_first_token_that_no_step_can_sample(settings, most):
+    small = {"prompts_per_step": 4, "group_size": 2, "max_response_length": 10, **settings}
+    assert found(**small, token_budget=most) == []
+    (problem,) = found(**small, token_budget=most + 1)
+    assert f"{most + 1}" in problem and "can never be filled" in problem
+    assert found(**small, token_budget=0, objective="grpo") == [] or "refill" in str(settings)
+
+
+def test_a_generation_budget_must_let_responses_end_before_they_are_stale():
+    few = {"token_budget": 10, "max_response_length": 100, "rollout_max_staleness": 4}
+    assert found(**few, rollout_token_budget=20) == [], "one at a time, a fifth of it in each of five steps"
+    (problem,) = found(**few, rollout_token_budget=19)
+    assert "needs 6 steps for a response of max_response_length=100" in problem
+    assert problem.endswith("set --rollout-token-budget 20 or more")
+    (problem,) = found(**few, rollout_token_budget=100, rollout_concurrency=6)
+    assert "rollout_concurrency=6 sequences needs 6 steps" in problem and "--rollout-concurrency 0" in problem
+    assert found(**few, rollout_token_budget=100, rollout_concurrency=5) == []

@@ -13,3 +13,8 @@ def even(prompt: Prompt, text: str) -> RewardResult:
 def never(prompt: Prompt, text: str) -> RewardResult:
     """0 whatever the answer."""
     return RewardResult(score=0.0, status="wrong")
+
+
+def one(prompt: Prompt, text: str) -> RewardResult:
+    """1 whatever the answer."""
+    return RewardResult(score=1.0, status="correct")

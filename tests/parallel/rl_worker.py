@@ -81,7 +81,7 @@ def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) 
     for name, microbatches in (("plain", own), ("replayed", with_routes(own, routes))):
         report = engine.accumulate(microbatches, objective)
         torch.save(local_shards(engine, gradients=True), out / f"{name}.{session.rank}.pt")
-        summary[name] = {**metrics(report), "grad_norm": report.grad_norm, "z": report.z_loss}
+        summary[name] = {**metrics([report]), "grad_norm": report.grad_norm, "z": report.z_loss}
         if report.replay:
             rates = {f"flips{i}": rate for i, rate in enumerate(report.replay.flip_rates)}
             summary[name] |= {**rates, "missing": report.replay.missing_share}
@@ -104,7 +104,7 @@ def critic_step(engine: Engine, own, out: Path) -> dict[str, float]:
         with torch.no_grad():
             last.output_layer.weight.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
     critic.engine.optimizer.reload_model_params()
-    report = critic.engine.accumulate(critic.targets(own), critic.objective)
+    report = critic.engine.accumulate(with_old_values(critic, own), critic.objective)
     torch.save(local_shards(critic.engine, gradients=True), out / f"critic.{engine.session.rank}.pt")
     # packed by the critic itself: whole responses, given out to the ranks in turn
     topology = engine.topology
@@ -112,6 +112,15 @@ def critic_step(engine: Engine, own, out: Path) -> dict[str, float]:
     total = torch.tensor([float(sum(values_R.sum() for values_R in critic.values(mine)))])
     torch.distributed.all_reduce(total, group=topology.groups.dp)
     return {"loss": report.loss, "grad_norm": report.grad_norm, **report.means, "values": total.item()}
+
+
+def with_old_values(critic: Critic, microbatches):
+    """The microbatches with the critic's values of now, and returns = advantages + values."""
+    scored = critic._scored(microbatches)
+    return [
+        replace(m, values_T=v_T.cpu(), returns_T=m.advantages_T + v_T.cpu())
+        for m, v_T in zip(microbatches, scored, strict=True)
+    ]
 
 
 def reference_leaves_no_trace(engine: Engine, report, own) -> float:

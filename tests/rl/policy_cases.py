@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ring.config.rl import ObjectiveConfig
+from megatron_ring.config.rl import ObjectiveConfig, clip_bounds, mismatch_bounds
 from megatron_ring.data.prompts import Prompt
 from megatron_ring.rl.batch import RLMicrobatch, build_microbatch
 from megatron_ring.rl.types import Pick, Response, RewardResult, Rollout
@@ -136,7 +136,8 @@ def plain_loss(
     max_response_length: int,
 ) -> Tensor:
     """The loss of all ``PICKS``. ``logits[i]`` [R, V] predict the response tokens of rollout i, fp64."""
-    high = c.eps_clip if c.eps_clip_high is None else c.eps_clip_high
+    lower, upper = clip_bounds(c)
+    lowest, highest = mismatch_bounds(c)
     total = torch.zeros((), dtype=torch.float64)
     for pick in PICKS:
         rollout, tokens = samples[pick.index], range(pick.start, pick.stop)
@@ -155,7 +156,7 @@ def plain_loss(
         of_response = torch.zeros((), dtype=torch.float64)
         for t, logp, o, roll, ratio in zip(tokens, taken, old, rolled, ratios, strict=True):
             A = float(rollout.advantages_R[t])
-            bounded = ratio.clamp(1 - c.eps_clip, 1 + high)
+            bounded = ratio.clamp(lower, upper)
             if c.objective == "cispo":
                 gain = bounded.detach() * A * logp
             else:
@@ -163,12 +164,13 @@ def plain_loss(
                 if c.eps_clip_c > 0 and A < 0:
                     gain = torch.maximum(gain, torch.tensor(c.eps_clip_c * A, dtype=torch.float64))
             k = math.exp(o - roll)
-            inside = c.mismatch_low <= k <= c.mismatch_high
+            inside = lowest <= k <= highest
             weight = {
                 "none": 1.0,
                 "icepop": k if inside else 0.0,
-                "tis": min(k, c.mismatch_high),
-                "mis": float(inside),
+                "tis": min(k, highest),
+                "mis": k if inside else 0.0,
+                "mask": float(inside),
             }[c.mismatch_correction]
             d = logp - float(scored.ref[pick.index][t])
             kl = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[c.kl_loss_type]

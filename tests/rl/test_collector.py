@@ -21,8 +21,9 @@ def test_every_prompt_is_answered_group_size_times():
     found = collector(engine).collect(version=0)
     assert keys(found.groups) == [[(uid, sample) for sample in range(3)] for uid in range(4)]
     assert found.generated_tokens == sum(wanted_length(u, s) for u in range(4) for s in range(3))
-    assert [r.response.key for r in found.rollouts] == found.arrived
-    assert found.arrived != sorted(found.arrived), "the script lets short responses end first"
+    assert [r.arrival for r in found.rollouts] == [
+        (0, 1, wanted_length(*r.response.key)) for r in found.rollouts
+    ]
     for rollout in found.rollouts:
         assert rollout.prompt.uid == rollout.response.prompt_uid
         assert rollout.reward.score == rollout.response.length % 2
@@ -65,8 +66,8 @@ def test_what_was_interrupted_goes_on_and_new_prompts_fill_the_rest():
         assert 20 <= found.generated_tokens < 20 + engine.slots
         generated += found.generated_tokens
         groups += keys(found.groups)
-    held = sum(r.length for g in source.book.open.values() for r in g.unfinished.values())
-    held += sum(r.response.length for g in source.book.open.values() for r in g.finished.values())
+    held = source.book.num_tokens
+    assert held == found.open_after
     left = sum(wanted_length(uid, sample) for group in groups for uid, sample in group)
     assert generated == left + held, "a token was counted twice or never"
     assert len(groups) > 4 and len({group[0][0] for group in groups}) == len(groups)
@@ -75,14 +76,15 @@ def test_what_was_interrupted_goes_on_and_new_prompts_fill_the_rest():
 def test_a_continued_response_remembers_who_sampled_what():
     engine = ScriptedEngine(lambda uid, sample: 6, slots=1)
     source = collector(engine, rollout_token_budget=4, prompts_per_step=1, group_size=2)
-    found = Collected()
+    found = Collected(version=0)
     for version in range(3):
         engine.load_weights(version)
         found = source.collect(version)
     (group,) = found.groups
     assert [r.response.versions_R.tolist() for r in group] == [[0, 0, 0, 0, 1, 1], [1, 1, 2, 2, 2, 2]]
     assert [r.response.tokens_R.tolist() for r in group] == [list(range(6))] * 2
-    assert [r.response.key for r in found.rollouts] == [(0, 0), (0, 1)], "earlier steps' responses come first"
+    # the first ended in step 1, after two of its tokens; the second in step 2, after four
+    assert [r.arrival for r in found.rollouts] == [(1, 1, 2), (2, 1, 4)]
 
 
 def test_what_is_too_old_is_dropped_and_counted():
@@ -97,6 +99,24 @@ def test_what_is_too_old_is_dropped_and_counted():
     third = source.collect(2)
     assert third.stale_responses == 1
     assert keys(third.groups) == [[(0, 1), (0, 2)]], "the others are compared without it"
+    generated = sum(found.generated_tokens for found in (first, second, third))
+    # nothing vanishes: what was given up is counted where it was dropped
+    assert third.stale_tokens > 0 and third.open_before == second.open_after
+    assert generated == third.num_tokens + third.stale_tokens + third.open_after
+
+
+def test_a_member_that_is_left_alone_is_counted_with_the_stale():
+    engine = ScriptedEngine(lambda uid, sample: 100 if sample == 0 else 2)
+    source = collector(
+        engine, rollout_token_budget=8, prompts_per_step=1, group_size=2, rollout_max_staleness=0
+    )
+    first = source.collect(0)
+    engine.load_weights(1)
+    second = source.collect(1)
+    assert not first.groups and not second.groups and second.stale_responses == 1
+    generated = first.generated_tokens + second.generated_tokens
+    assert generated == second.stale_tokens + second.open_after
+    assert second.stale_tokens == first.open_after, "the prefix, and the response that it was compared with"
 
 
 def test_uninformative_groups_are_replaced_by_new_prompts():
@@ -112,6 +132,7 @@ def test_uninformative_groups_are_replaced_by_new_prompts():
     assert len(found.groups) >= 4 and found.rounds > 1
     assert {1, 2}.isdisjoint(group[0].prompt.uid for group in found.groups)
     assert found.uninformative_groups >= 2
+    assert found.excluded_tokens == found.generated_tokens - found.num_tokens > 0
     for group in found.groups:
         assert len({rollout.reward.score for rollout in group}) == 2
     # each round draws what is missing, no more

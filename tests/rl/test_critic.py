@@ -12,7 +12,7 @@ from megatron_ring.config.rl import ObjectiveConfig
 from megatron_ring.model.value import Values
 from megatron_ring.rl.advantage import assign
 from megatron_ring.rl.batch import build_microbatch
-from megatron_ring.rl.critic import Critic, ValueMicrobatch, ValueObjective
+from megatron_ring.rl.critic import Critic, ValueObjective
 from megatron_ring.rl.types import RewardResult
 from tests.model.small import small_engine, weights
 from tests.rl.policy_cases import PACKINGS, PICKS, grid, rollouts
@@ -49,13 +49,17 @@ def test_values_stand_before_the_token_they_judge_wherever_it_is_packed():
         samples = rollouts()
         values = critic.values(samples)
         assert [len(values_R) for values_R in values] == [s.response.length for s in samples]
-        parts = critic.targets(grid(samples, "four"))
+        judged = assign(samples, GAE, 16, values)
+        parts = grid(judged, "four", with_values=True)
         for row, part in zip(PACKINGS["four"], parts, strict=True):
             place = 0
             for index in row:
                 prompt, stop = len(samples[index].prompt.tokens), PICKS[index].stop
                 there = slice(place + prompt - 1, place + prompt - 1 + stop)
-                assert part.values_T[there].numpy() == pytest.approx(values[index][:stop], abs=1e-5)
+                # those of PICKS[7] before its start are context only
+                begin = PICKS[index].start
+                own = slice(there.start + begin, there.stop)
+                assert part.values_T[own].numpy() == pytest.approx(values[index][begin:stop], abs=1e-5)
                 place += prompt + stop - 1
             torch.testing.assert_close(part.returns_T - part.values_T, part.advantages_T, atol=1e-6, rtol=0)
         # the value of the first token does not know the response, the second one's knows its first token
@@ -70,6 +74,7 @@ def test_values_stand_before_the_token_they_judge_wherever_it_is_packed():
 def test_the_clipped_loss_by_hand():
     sample = rollouts()[0]
     part = build_microbatch([sample], [PICKS[0]], 20)
+    assert part.values_T is None and part.returns_T is None
     T = part.num_slots
     first = len(sample.prompt.tokens) - 1
     old_T, returns_T, values_T = torch.zeros(T), torch.zeros(T), torch.full((T,), 9.0)
@@ -78,9 +83,7 @@ def test_the_clipped_loss_by_hand():
     values_T[first], returns_T[first] = 0.5, 1.0
     values_T[first + 1], returns_T[first + 1] = -0.5, 1.0
     values_T.requires_grad_()
-    terms = ValueObjective()(
-        Values(values_T=values_T), ValueMicrobatch(**vars(part), values_T=old_T, returns_T=returns_T)
-    )
+    terms = ValueObjective()(Values(values_T=values_T), replace(part, values_T=old_T, returns_T=returns_T))
     assert terms.loss_sum.item() == pytest.approx(0.5 * (0.8**2 + 1.5**2))
     terms.loss_sum.backward()
     assert values_T.grad.nonzero().flatten().tolist() == [first + 1]
@@ -99,7 +102,21 @@ def test_expected_scores_are_learnt():
         for _ in range(25):
             judged = assign(samples, GAE, 16, critic.values(samples))
             sizes.append(np.mean([np.abs(s.advantages_R).mean() for s in judged]))
-            report = critic.step(critic.targets(grid(judged, "four")), lr=3e-3)
+            report = critic.step(grid(judged, "four", with_values=True), lr=3e-3)
             assert report.finite
         assert sizes[0] > 0.4 and sizes[-1] < 0.5 * sizes[0]
         assert all(torch.equal(before[n], w) for n, w in weights(engine).items()), "the policy stands still"
+
+
+def test_the_returns_of_carried_tokens_are_those_of_their_own_step():
+    """Every response scores 1, so with gamma = lambda = 1 every return is 1, however values move meanwhile."""
+    with small_engine("v1") as engine:
+        critic = new_critic(engine)
+        samples = [replace(s, reward=RewardResult(score=1.0, status="correct")) for s in rollouts()]
+        plain = replace(GAE, gae_lambda=1.0)
+        judged = assign(samples, plain, 16, critic.values(samples))
+        for _ in range(3):
+            critic.step(grid(judged, "four", with_values=True), lr=3e-3)
+        assert max(np.abs(v).max() for v in critic.values(samples)) > 0.01, "values have moved"
+        for part in grid(judged, "four", with_values=True):
+            torch.testing.assert_close(part.returns_T[part.loss_mask_T > 0], torch.ones(part.num_loss_tokens))

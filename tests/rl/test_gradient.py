@@ -141,7 +141,7 @@ def test_the_steps_gradient_is_that_of_plain_loops_in_double_precision(model, na
         report = engine.accumulate(microbatches_of(scored, samples, "holes"), objective)
         own = hf_tensors(engine, of_gradients=True)
         tensors = {n: w.clone().requires_grad_() for n, w in hf_tensors(engine, of_gradients=False).items()}
-        said = metrics(report)
+        said = metrics([report])
         assert 0.02 < said["clip_fraction"] < 0.9 and 0.02 < said["masked_fraction"] < 0.9
         assert said["loss_tokens"] == pytest.approx(NUM_TOKENS)
     config = hf_config(engine.config.model)
@@ -210,7 +210,8 @@ def test_scores_before_the_update_make_the_ratio_1():
         parts = grid(rollouts(), "holes")
         old = [logp_T for logp_T, _ in engine.score(parts, TEMPERATURE)]
         parts = with_columns(parts, {"old_logp_T": old, "ref_logp_T": old})
-        said = metrics(engine.accumulate(parts, objective_of(mismatch_correction="none")))
+        plain = objective_of(mismatch_correction="none", mismatch_low=None, mismatch_high=None)
+        said = metrics([engine.accumulate(parts, plain)])
         assert said["ratio"] == pytest.approx(1.0, abs=2e-6)
         assert said["ratio_max"] == pytest.approx(1.0, abs=1e-5)
         assert said["kl"] == pytest.approx(0.0, abs=1e-6)
@@ -308,3 +309,19 @@ def test_replay_and_loss_survive_recomputation(recompute):
             results.append((report.loss, report.replay, gradients(engine)))
     assert results[0][:2] == results[1][:2]
     assert_close(results[1][2], results[0][2], 1e-6)
+
+
+@pytest.mark.parametrize(("coefficient", "most"), [(0.02, 3.0), (1e-5, 2e-3)], ids=["large", "the paper's"])
+def test_packing_enters_through_the_balance_loss_alone_and_in_proportion(coefficient, most):
+    """Its statistics are a microbatch's, so another packing of so few tokens gives quite other ones."""
+    with small_engine("v1", moe_aux_loss_coeff=coefficient, moe_z_loss_coeff=1e-3) as engine:
+        scored, samples = scored_rollouts(engine)
+        found = []
+        for packing in ("one", "four"):
+            engine.accumulate(microbatches_of(scored, samples, packing), objective_of())
+            found.append(gradients(engine))
+        one, four = ({n: g for n, g in of.items() if "router" in n} for of in found)
+        gap = max(float((one[n] - four[n]).norm() / one[n].norm()) for n in one)
+        assert gap < most
+        if coefficient > 1e-3:
+            assert gap > 0.1, "or the limit that README states is none"

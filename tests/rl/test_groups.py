@@ -38,11 +38,13 @@ def test_a_group_leaves_whole_and_once_whatever_the_order_of_arrival():
     book.draw([prompt(5), prompt(6)])
     for uid, sample in [(6, 2), (5, 1), (6, 0), (6, 1), (5, 2)]:
         book.finish(judged(response(uid, sample), RIGHT if sample else WRONG))
-    (group,) = book.take_complete()
+    (group,), alone = book.take_complete()
+    assert alone == []
     assert [r.response.key for r in group] == [(6, 0), (6, 1), (6, 2)]
-    assert book.take_complete() == []
+    assert book.take_complete() == ([], [])
     book.finish(judged(response(5, 0), RIGHT))
-    (group,) = book.take_complete()
+    (group,), alone = book.take_complete()
+    assert alone == []
     assert [r.response.sample for r in group] == [0, 1, 2]
     assert not book.open
 
@@ -61,11 +63,12 @@ def test_a_stale_prefix_is_dropped_and_its_group_goes_on_without_it():
     book.draw([prompt(1)])
     book.interrupt(response(1, 0, length=4, version=2, stop="unfinished"))
     book.interrupt(response(1, 1, length=5, version=3, stop="unfinished"))
-    assert book.drop_stale(oldest_version=3) == 1
-    assert book.dropped_tokens == 4
+    assert [r.length for r in book.drop_stale(oldest_version=3)] == [4]
+    assert book.num_tokens == 5
     book.finish(judged(response(1, 1), RIGHT))
     book.finish(judged(response(1, 2), WRONG))
-    (group,) = book.take_complete()
+    (group,), alone = book.take_complete()
+    assert alone == []
     assert [r.response.sample for r in group] == [1, 2]
 
 
@@ -73,10 +76,10 @@ def test_a_group_of_one_says_nothing_and_is_counted():
     book = GroupBook(2)
     book.draw([prompt(1)])
     book.interrupt(response(1, 0, length=4, version=0, stop="unfinished"))
-    book.drop_stale(oldest_version=1)
+    assert [r.length for r in book.drop_stale(oldest_version=1)] == [4]
     book.finish(judged(response(1, 1, length=6), RIGHT))
-    assert book.take_complete() == []
-    assert book.dropped_tokens == 10
+    groups, alone = book.take_complete()
+    assert groups == [] and [r.response.length for r in alone] == [6] and book.num_tokens == 0
 
 
 def test_contents_restore_the_book():
@@ -86,7 +89,9 @@ def test_contents_restore_the_book():
     book.interrupt(response(2, 1, length=4, stop="unfinished"))
     prompts, finished, unfinished = book.contents()
     other = GroupBook(2)
+    assert book.num_tokens == 7
     other.restore(prompts, [sorted(g.waiting) for g in book.open.values()], finished, unfinished)
+    assert other.num_tokens == 7
     assert other.wanted() == book.wanted()
     assert other.contents() == book.contents()
 
@@ -114,7 +119,10 @@ def test_rollouts_survive_as_bytes_bit_for_bit():
             prompt=prompt(2),
             response=response(2, 1, length=2),
             reward=RIGHT,
+            arrival=(7, 1, 2),
             advantages_R=np.float32([0.1, -0.3]),
+            values_R=np.float32([0.4, 0.5]),
+            returns_R=np.float32([0.5, 0.2]),
         ),
     ]
     for given, back in zip(rollouts, rollouts_from_bytes(rollouts_to_bytes(rollouts)), strict=True):
@@ -126,6 +134,9 @@ def test_rollouts_survive_as_bytes_bit_for_bit():
             ours, theirs = getattr(back.response, name), getattr(given.response, name)
             assert (ours is None) == (theirs is None)
             assert ours is None or (ours.dtype == theirs.dtype and np.array_equal(ours, theirs))
-        assert (back.advantages_R is None) == (given.advantages_R is None)
-        assert back.advantages_R is None or np.array_equal(back.advantages_R, given.advantages_R)
+        assert back.arrival == given.arrival
+        for name in ("advantages_R", "values_R", "returns_R"):
+            ours, theirs = getattr(back, name), getattr(given, name)
+            assert (ours is None) == (theirs is None)
+            assert ours is None or np.array_equal(ours, theirs)
     assert rollouts_from_bytes(rollouts_to_bytes([])) == []

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_ring.config.rl import ObjectiveConfig
+from megatron_ring.config.rl import ObjectiveConfig, clip_bounds
 from megatron_ring.model.build import Logits
 from megatron_ring.rl.batch import build_microbatch, with_columns
-from megatron_ring.rl.objective import RECIPES, PolicyObjective, Recipe, register
+from megatron_ring.rl.objective import RECIPES, PolicyObjective, Recipe, metrics, register
+from megatron_ring.rl.objective.divergence import k3
 from megatron_ring.rl.objective.recipes import StepFacts, clipped_surrogate, token_ratio, tokens
 from megatron_ring.rl.types import Pick
+from megatron_ring.train.engine import StepReport
 from tests.rl.policy_cases import (
     LENGTHS,
     NUM_TOKENS,
@@ -43,6 +46,8 @@ OPTIONS = {
     "icepop": {"mismatch_correction": "icepop", "mismatch_low": 0.6, "mismatch_high": 1.8},
     "tis": {"mismatch_correction": "tis", "mismatch_high": 1.5},
     "mis": {"mismatch_correction": "mis", "mismatch_low": 0.6, "mismatch_high": 1.8},
+    "mask": {"mismatch_correction": "mask", "mismatch_low": 0.6, "mismatch_high": 1.8},
+    "lower": {"eps_clip": 1.0, "eps_clip_high": 0.1},
     "rollout": {"old_logprobs": "rollout"},
     "current": {"old_logprobs": "current", "mismatch_correction": "icepop"},
     "all": {
@@ -264,3 +269,87 @@ def test_a_microbatch_is_laid_out_as_its_example_says():
         build_microbatch([sample], [Pick(0, 2, 2)], 6)
     with pytest.raises(ValueError, match="no advantages"):
         build_microbatch([replace(sample, advantages_R=None)], [Pick(0, 0, 2)], 6)
+
+
+def report(tokens: float, **values: float) -> StepReport:
+    """An update of 4 loss tokens' worth of divisor; ``values`` are means over its loss tokens."""
+    weight = 4.0
+    names = PolicyObjective(config=ObjectiveConfig(), facts=FACTS).sum_names
+    means = {name: values.get(name, 0.0) * tokens / weight for name in names}
+    means |= {"tokens": tokens / weight, "mismatch_tokens": tokens / weight}
+    return StepReport(
+        loss=values.get("loss", 0.0),
+        means=means,
+        weight=weight,
+        valid=tokens,
+        grad_norm=1.0,
+        balance_loss=1.0,
+        z_loss=0.0,
+        max_violation=0.0,
+        peaks={"mismatch_max": values.get("peak", 0.0), "ratio_max": values.get("peak", 0.0)},
+    )
+
+
+def test_minibatches_are_added_up_by_kind():
+    """Sums are summed, maxima are maxima, means weigh tokens; an empty minibatch counts for nothing."""
+    one, ten = report(1, entropy=1.0, loss=3.0, peak=0.2), report(10, entropy=2.0, loss=1.0, peak=0.9)
+    found = metrics([one, ten, report(0)])
+    assert found["entropy"] == pytest.approx(21 / 11), "not 1.5"
+    assert (found["loss_tokens"], found["mismatch_max"], found["ratio_max"]) == (11, 0.9, 0.9)
+    assert found["loss"] == 2.0, "each divided by the same Phi"
+    assert metrics([report(0), report(0)]) == {"loss": 0.0, "loss_tokens": 0.0}
+
+
+def test_the_engines_are_compared_on_the_same_weights_alone():
+    """Tokens of an older policy and minibatches after an update say nothing about the engines' disagreement."""
+    for old_logprobs in ("recompute", "rollout", "current"):
+        problem = Problem("c3po", {"old_logprobs": old_logprobs})
+        for sample in problem.samples[:3]:
+            sample.response.versions_R[:] = -1
+        older = sum(pick.num_tokens for pick in PICKS[:3])
+        sums: dict[bool, float] = {}
+        for moved in (False, True):
+            sums[moved] = total = 0.0
+            for microbatch, logits_TV in zip(
+                problem.microbatches("two"), problem.packed_logits("two"), strict=True
+            ):
+                terms = problem.objective(as_logits(logits_TV), replace(microbatch, weights_moved=moved))
+                sums[moved] += terms.sums["mismatch_tokens"].item()
+                total += terms.sums["older_policy_share"].item()
+            assert total == older
+        assert sums[False] == NUM_TOKENS - older
+        assert sums[True] == (sums[False] if old_logprobs == "recompute" else 0)
+
+
+def test_nothing_comparable_logs_no_mismatch():
+    alone = report(4, peak=0.3)
+    alone.means["mismatch_tokens"] = 0.0
+    found = metrics([alone])
+    assert "mismatch" not in found and "mismatch_max" not in found and found["ratio_max"] == 0.3
+
+
+def test_extreme_ratios_are_held_and_counted():
+    """fp32's exponential overflows at 89; verl holds log ratios within 20 and k3 within 10."""
+    problem = Problem("c3po", {"kl_loss_coef": 0.1, "mismatch_correction": "tis"})
+    part = problem.microbatches("one")[0]
+    (logits_TV,) = problem.packed_logits("one")
+    place = int(part.loss_mask_T.nonzero()[0])
+    for name, moved in (("old_logp_T", -200.0), ("ref_logp_T", 200.0), ("rollout_logp_T", -400.0)):
+        getattr(part, name)[place] += moved
+    logits_TV.requires_grad_()
+    terms = problem.objective(as_logits(logits_TV * 1.0), part)
+    terms.loss_sum.backward()
+    assert torch.isfinite(terms.loss_sum) and torch.isfinite(logits_TV.grad).all()
+    assert terms.sums["clamped_fraction"].item() == 1
+    assert terms.peaks["ratio_max"].item() == pytest.approx(math.exp(20.0), rel=1e-5)
+    torch.testing.assert_close(
+        k3(torch.zeros(3), torch.tensor([0.5, 3.0, -30.0])), torch.tensor([0.148721, 10.0, 10.0])
+    )
+
+
+def test_cispo_clips_from_above_alone_unless_told_otherwise():
+    assert clip_bounds(ObjectiveConfig(objective="cispo")) == (0.0, 1.2)
+    assert clip_bounds(ObjectiveConfig(objective="cispo", eps_clip_high=4.0)) == (0.0, 5.0)
+    assert clip_bounds(ObjectiveConfig(objective="cispo", eps_clip=0.3)) == (0.7, 1.3)
+    assert clip_bounds(ObjectiveConfig()) == (0.8, 1.2)
+    assert clip_bounds(ObjectiveConfig(eps_clip=1.0, eps_clip_high=0.28)) == (0.0, 1.28)

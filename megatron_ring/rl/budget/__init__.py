@@ -8,14 +8,14 @@ Invariants (one test each), counted in response tokens summed over data-parallel
 - a minibatch holds exactly Phi tokens, or all that there are: what is missing is counted as the shortfall,
   and the caller still divides by Phi (``overshoot="response"`` may hold more: up to one response);
 - no token is in two minibatches, nor in two steps when its rest is carried over;
-- every token on offer is accounted for: sampled = selected + cut + carried + wasted + set aside;
+- every token on offer is accounted for: sampled = selected + cut + carried + wasted + excluded;
 - the choice depends on the seed, never on the order in which candidates are listed, and an order other than
   arrival never on who finished first;
 - what was carried into this step comes before anything new, oldest first.
 """
 
 from megatron_ring.rl.budget.bias import Audit, audit
-from megatron_ring.rl.budget.choose import global_token_budget, select
+from megatron_ring.rl.budget.choose import select
 from megatron_ring.rl.budget.types import BudgetCounts, Candidate, Selection
 
-__all__ = ["Audit", "BudgetCounts", "Candidate", "Selection", "audit", "global_token_budget", "select"]
+__all__ = ["Audit", "BudgetCounts", "Candidate", "Selection", "audit", "select"]

@@ -7,32 +7,13 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_ring.config.rl import BudgetConfig
 from megatron_ring.data.shuffle import Shuffle
-from megatron_ring.errors import ConfigError
 from megatron_ring.rl.budget.types import BudgetCounts, Candidate, Selection
 from megatron_ring.rl.types import Pick
 
 Order = Literal["shuffled", "arrival", "groups"]
 Overshoot = Literal["token", "response", "carry"]
 ZeroAdvantage = Literal["count", "aside"]
-
-
-def global_token_budget(config: BudgetConfig, dp_size: int, world_size: int) -> int:
-    """Phi in response tokens per optimizer step, summed over the whole job.
-
-    Example: ``global_token_budget(BudgetConfig(token_budget=409600, token_budget_scope="per_gpu"), 64, 256)``
-    is 104857600.
-
-    Raises:
-        ConfigError: token_budget is not positive.
-    """
-    if config.token_budget < 1:
-        raise ConfigError(
-            f"token_budget={config.token_budget} must be positive; the paper's is 409600 per GPU"
-        )
-    scopes = {"global": 1, "per_dp_rank": dp_size, "per_gpu": world_size}
-    return config.token_budget * scopes[config.token_budget_scope]
 
 
 def select(
@@ -71,7 +52,7 @@ def select(
     left = length - start
     taken = _in_order(group, sample, arrival, start, carried, order, seed)
     aside = zero[taken].astype(bool) & (zero_advantage == "aside")
-    set_aside, taken = taken[aside], taken[~aside]
+    excluded, taken = taken[aside], taken[~aside]
 
     parts, cut, at, start_at = _fill(left[taken], token_budget, num_minibatches, overshoot)
     # the first response that is left may have given its head to the last minibatch
@@ -90,14 +71,14 @@ def select(
         cut=sum(cut),
         carried=rest_tokens if keeps else 0,
         wasted=0 if keeps else rest_tokens,
-        set_aside=int(left[set_aside].sum()),
+        excluded=int(left[excluded].sum()),
         shortfall=sum(max(token_budget - size, 0) for size in sizes),
         overshoot=sum(max(size - token_budget, 0) for size in sizes),
         responses_sampled=len(candidates),
         responses_used=len(np.unique(np.concatenate([places for places, _, _ in parts]))),
         responses_cut=len(cut),
         responses_carried=len(rest) if keeps else 0,
-        responses_set_aside=len(set_aside),
+        responses_excluded=len(excluded),
     )
     minibatches = tuple(
         _picks(taken[places], begin + start[taken[places]], stop + start[taken[places]])

@@ -30,16 +30,16 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BudgetCounts:
-    """Where every token on offer went: sampled = selected + cut + carried + wasted + set_aside.
+    """Where every token on offer went: sampled = selected + cut + carried + wasted + excluded.
 
     ``cut`` are the rests of responses that were cut at the budget, ``wasted`` the tokens of responses that
-    were not reached, ``set_aside`` those of responses without advantage, ``shortfall`` what the minibatches
-    lack of Phi each, ``overshoot`` what they hold beyond it. ``carried_in`` is the part of ``sampled`` that
-    an earlier step had left.
+    were not reached, ``excluded`` those of responses without advantage that were left out, ``shortfall`` what
+    the minibatches lack of Phi each, ``overshoot`` what they hold beyond it. ``carried_in`` is the part of
+    ``sampled`` that an earlier step had left.
 
     Example: responses of 5, 4 and 3 tokens, Phi = 7: ``BudgetCounts(token_budget=7, minibatches=1, sampled=12,
-    carried_in=0, selected=7, cut=2, carried=0, wasted=3, set_aside=0, shortfall=0, overshoot=0,
-    responses_sampled=3, responses_used=2, responses_cut=1, responses_carried=0, responses_set_aside=0)``.
+    carried_in=0, selected=7, cut=2, carried=0, wasted=3, excluded=0, shortfall=0, overshoot=0,
+    responses_sampled=3, responses_used=2, responses_cut=1, responses_carried=0, responses_excluded=0)``.
     """
 
     token_budget: int
@@ -47,22 +47,21 @@ class BudgetCounts:
     sampled: int
     carried_in: int
     selected: int
-    cut: int
-    carried: int
-    wasted: int
-    set_aside: int
-    shortfall: int
-    overshoot: int
     responses_sampled: int
     responses_used: int
-    responses_cut: int
-    responses_carried: int
-    responses_set_aside: int
+    cut: int = 0
+    carried: int = 0
+    wasted: int = 0
+    excluded: int = 0
+    shortfall: int = 0
+    overshoot: int = 0
+    responses_cut: int = 0
+    responses_carried: int = 0
+    responses_excluded: int = 0
 
     def metrics(self) -> dict[str, float]:
-        """Every count as ``c3po/...``, and ``c3po/utilisation``: selected tokens / (minibatches * Phi)."""
-        counts = {f"c3po/{f.name}": float(getattr(self, f.name)) for f in fields(self)}
-        return counts | {"c3po/utilisation": self.selected / (self.token_budget * self.minibatches)}
+        """Every count as ``c3po/...``."""
+        return {f"c3po/{f.name}": float(getattr(self, f.name)) for f in fields(self)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,9 +82,18 @@ class Selection:
         """The counts by name; see :meth:`BudgetCounts.metrics`."""
         return self.counts.metrics()
 
-    def carried_candidates(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """What is carried, as candidates of the next step, in the order of ``carried``."""
-        return [
-            candidates[pick.index]._replace(start=pick.start, carried=candidates[pick.index].carried + 1)
-            for pick in self.carried
-        ]
+    @classmethod
+    def of_all(cls, candidates: Sequence[Candidate], parts: Sequence[Sequence[int]]) -> Selection:
+        """Every token of every candidate, candidates of one part in one minibatch: no budget, nothing left."""
+        left = [candidate.length - candidate.start for candidate in candidates]
+        counts = BudgetCounts(
+            token_budget=0,
+            minibatches=len(parts),
+            sampled=sum(left),
+            carried_in=sum(n for n, candidate in zip(left, candidates, strict=True) if candidate.carried),
+            selected=sum(left),
+            responses_sampled=len(candidates),
+            responses_used=len(candidates),
+        )
+        picks = (tuple(Pick(i, candidates[i].start, candidates[i].length) for i in part) for part in parts)
+        return cls(minibatches=tuple(picks), carried=(), counts=counts)

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_ring.config.rl import ObjectiveConfig
+from megatron_ring.config.rl import ObjectiveConfig, clip_bounds
 from megatron_ring.rl.batch import RLMicrobatch
 
 
@@ -60,19 +60,13 @@ class Recipe:
     normaliser: NormaliserFunction
 
 
-def bounds(config: ObjectiveConfig) -> tuple[float, float]:
-    """Lower and upper clip of the ratio. Example: eps_clip 0.2 alone gives ``(0.8, 1.2)``."""
-    high = config.eps_clip if config.eps_clip_high is None else config.eps_clip_high
-    return 1.0 - config.eps_clip, 1.0 + high
-
-
 def clipped_surrogate(ratio_T: Tensor, advantages_T: Tensor, config: ObjectiveConfig) -> Surrogate:
     """``min(r A, clip(r) A)``, and where A < 0 at least ``eps_clip_c * A`` (dual clip, if above 0).
 
     Example, eps_clip 0.2, A = 1: r = 1.5 gives 1.2 and is clipped, r = 0.5 gives 0.5 and is not.
     """
     free_T = ratio_T * advantages_T
-    bounded_T = ratio_T.clamp(*bounds(config)) * advantages_T
+    bounded_T = ratio_T.clamp(*clip_bounds(config)) * advantages_T
     value_T = torch.minimum(free_T, bounded_T)
     clipped_T = bounded_T < free_T
     if config.eps_clip_c > 0:
@@ -93,21 +87,21 @@ def token_ratio(
 def sequence_ratio(
     logp_T: Tensor, log_ratio_T: Tensor, microbatch: RLMicrobatch, config: ObjectiveConfig
 ) -> Surrogate:
-    """GSPO (arXiv 2507.18071): one ratio per response, ``exp(mean over its tokens of log r)``."""
+    """GSPO (arXiv 2507.18071): one ratio per response, ``exp(mean over its tokens of log r)``, at most e^10."""
     segment_T = microbatch.segment_of_T
     mean_S = log_ratio_T.new_zeros(len(microbatch.segment_lengths))
     mean_S = mean_S.index_add(0, segment_T, log_ratio_T * microbatch.weights_T)
-    return clipped_surrogate(mean_S.exp()[segment_T], microbatch.advantages_T, config)
+    return clipped_surrogate(mean_S.clamp(max=10.0).exp()[segment_T], microbatch.advantages_T, config)
 
 
 def clipped_weight(
     logp_T: Tensor, log_ratio_T: Tensor, microbatch: RLMicrobatch, config: ObjectiveConfig
 ) -> Surrogate:
     """CISPO (arXiv 2506.13585): ``clip(r) A log p`` with a constant clipped ratio, so no token's gradient is
-    lost.
+    lost. The ratio is clipped from above alone unless ``eps_clip`` asks for a lower bound.
     """
     ratio_T = log_ratio_T.detach().exp()
-    low, high = bounds(config)
+    low, high = clip_bounds(config)
     weight_T = ratio_T.clamp(low, high)
     return Surrogate(weight_T * microbatch.advantages_T * logp_T, ratio_T, weight_T != ratio_T)
 
