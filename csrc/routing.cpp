@@ -66,6 +66,11 @@ struct Select {
 template <class A>
 static void weigh(const A* logit, const A* score, const int64_t* chosen, int64_t topk, int64_t experts, bool sigmoid,
                   A scaling, A* weight) {
+  if (topk == 1) {
+    // divided by their sum it would be 1 whatever the logits are
+    *weight = *chosen < experts ? score[*chosen] * scaling : A(0);
+    return;
+  }
   A max = -std::numeric_limits<A>::infinity(), sum = sigmoid ? A(kSumEpsilon) : A(0);
   for (int64_t k = 0; k < topk; ++k) {
     const int64_t e = chosen[k];
@@ -82,6 +87,14 @@ static void weigh(const A* logit, const A* score, const int64_t* chosen, int64_t
     }
   }
   for (int64_t k = 0; k < topk; ++k) weight[k] = weight[k] > 0 ? weight[k] / sum * scaling : weight[k];
+}
+
+// adds to d, for one chosen expert, the gradient of the logits (softmax) or of the scores (sigmoid)
+template <class A>
+static void weigh_one_backward(const A* score, int64_t chosen, int64_t experts, bool sigmoid, A dweight, A* d) {
+  if (chosen >= experts) return;
+  d[chosen] += sigmoid ? dweight : dweight * score[chosen];
+  for (int64_t e = 0; !sigmoid && e < experts; ++e) d[e] -= dweight * score[chosen] * score[e];
 }
 
 static const bool* flags(const OptionalTensor& valid, int64_t tokens, Tensor& keep) {
@@ -202,7 +215,9 @@ Tensor route_backward(const Tensor& logits_in, const Tensor& chosen_in, bool sig
         if (sigmoid) scores<A>().sigmoid(row, score.data(), experts);
         const A* s = sigmoid ? score.data() : p.data();
         // from here d collects: softmax, the gradient of the logits; sigmoid, of the scores
-        if (dprob) {
+        if (dprob && topk == 1) {
+          weigh_one_backward<A>(s, *best, experts, sigmoid, dprob[t] * static_cast<A>(scaling), d);
+        } else if (dprob) {
           const A* dw = dprob + t * topk;
           weigh<A>(row, s, best, topk, experts, sigmoid, A(1), weight.data());
           A mean = 0, sum = sigmoid ? A(kSumEpsilon) : A(0);

@@ -52,7 +52,7 @@ class ModelConfig:
     num_experts: int = 0
     """Routed experts per mixture-of-experts layer; 0 makes the model dense."""
     moe_router_topk: int = 2
-    """Routed experts per token; unused in a dense model."""
+    """Routed experts per token; unused in a dense model. With 1 a weight is the expert's score, not normalised."""
     moe_ffn_hidden_size: int = 64
     """Width of one routed expert (F)."""
     moe_shared_expert_intermediate_size: int = 0
@@ -66,7 +66,7 @@ class ModelConfig:
     moe_router_group_topk: int = 0
     """Groups a token may choose experts from; 0 without groups."""
     moe_router_topk_scaling_factor: float = 1.0
-    """Factor on the routing weights after normalisation."""
+    """Factor on the routing weights after normalisation (on the score with moe_router_topk 1)."""
     moe_router_enable_expert_bias: bool = False
     """Select by score plus a per-expert bias that is moved towards balance without gradients."""
     mtp_num_layers: int = 0

@@ -89,6 +89,8 @@ def _moe_fields(model: ModelConfig) -> dict[str, object]:
     return {
         "num_moe_experts": model.num_experts,
         "moe_router_topk": model.moe_router_topk,
+        # Megatron's name for a weight that is the score over all experts: of one expert it is (kernels.route)
+        "moe_router_pre_softmax": model.moe_router_topk == 1,
         "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size or None,
         # a list makes Megatron name the layers one by one in checkpoints, an int stacks them

@@ -122,7 +122,8 @@ def _route(scores_E: Tensor, bias_E: Tensor | None, config: Mapping[str, Any]) -
     K = config["num_experts_per_tok"]
     if config.get("score_function", "softmax") == "softmax":
         weights_K, chosen_K = scores_E.softmax(-1).topk(K)
-        weights_K = weights_K / weights_K.sum()
+        if K > 1:
+            weights_K = weights_K / weights_K.sum()
     else:
         probs_E = torch.sigmoid(scores_E)
         for_choice_E = probs_E if bias_E is None else probs_E + bias_E
@@ -133,5 +134,7 @@ def _route(scores_E: Tensor, bias_E: Tensor | None, config: Mapping[str, Any]) -
         mask_E[kept] = 0.0
         chosen_K = (for_choice_E + mask_E.flatten()).topk(K).indices
         weights_K = probs_E[chosen_K]
-        weights_K = weights_K / (weights_K.sum() + 1e-20) * config["routed_scaling_factor"]
+        if K > 1:
+            weights_K = weights_K / (weights_K.sum() + 1e-20)
+        weights_K = weights_K * config["routed_scaling_factor"]
     return list(zip(chosen_K.tolist(), weights_K, strict=True))

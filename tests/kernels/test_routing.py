@@ -61,7 +61,7 @@ def test_six_of_sixteen_at_block_edges(backend, score_function, tokens):
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 @pytest.mark.parametrize(
     ("experts", "topk", "num_groups", "group_topk"),
-    [(16, 8, 4, 2), (10, 3, 5, 2), (3, 2, 3, 2), (7, 7, 0, 0)],
+    [(16, 8, 4, 2), (10, 3, 5, 2), (3, 2, 3, 2), (7, 7, 0, 0), (10, 1, 5, 2), (3, 1, 3, 2), (7, 1, 0, 0)],
 )
 def test_groups_bias_scaling_and_padding(backend, experts, topk, num_groups, group_topk, score_function):
     bias_E = torch.linspace(-0.3, 0.3, experts)
@@ -91,6 +91,86 @@ def test_one_missing_cotangent_is_a_zero(backend, score_function):
         )
         (got_TE,) = torch.autograd.grad([actual[i] for i in present], leaf_TE, [grads[i] for i in present])
         assert relative_error(got_TE, want_TE) < 1e-5
+
+
+def weights_of_one(logits_TE: Tensor, experts_T1: Tensor, score_function: str, scaling: float) -> Tensor:
+    """The published gates with one expert per token: its score as it is, 0 where there is no such expert."""
+    scores_TE = (
+        torch.softmax(logits_TE, 1) if score_function == "softmax" else 1 / (1 + torch.exp(-logits_TE))
+    )
+    zero_T1 = torch.zeros_like(scores_TE[:, :1])
+    return scaling * torch.cat([scores_TE, zero_T1], 1).gather(1, experts_T1)
+
+
+def check_one(logits_TE: Tensor, experts_T1: Tensor, score_function: str, scaling: float, **options) -> None:
+    """Experts, weights and the logits' gradient through the weights alone, against fp64 autograd of the formula."""
+    wide_TE, leaf_TE = logits_TE.double().requires_grad_(), logits_TE.clone().requires_grad_()
+    expected_T1 = weights_of_one(wide_TE, experts_T1, score_function, scaling)
+    actual = route(leaf_TE, topk=1, score_function=score_function, scaling_factor=scaling, **options)
+    assert torch.equal(actual.experts_TK, experts_T1)
+    assert relative_error(actual.probs_TK, expected_T1) < 1e-5
+    grad_T1 = cotangents(*experts_T1.shape, logits_TE.shape[1])[0]
+    (want_TE,) = torch.autograd.grad(expected_T1, wide_TE, grad_T1.double())
+    (got_TE,) = torch.autograd.grad(actual.probs_TK, leaf_TE, grad_T1)
+    assert relative_error(got_TE, want_TE) < 1e-5
+    kept_T = experts_T1[:, 0] < logits_TE.shape[1]
+    reached_TE = got_TE.count_nonzero(1) == (logits_TE.shape[1] if score_function == "softmax" else 1)
+    assert torch.equal(reached_TE, kept_T)
+
+
+@pytest.mark.parametrize("tokens", [1, BLOCK + 1])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_one_expert_is_weighed_by_its_score(backend, score_function, tokens):
+    logits_TE = random_logits(tokens, 7)
+    check_one(logits_TE, logits_TE.argmax(1, keepdim=True), score_function, 1.0)
+    check(logits_TE, 1, score_function, scaling_factor=2.5)
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_one_expert_of_biased_groups_is_weighed_without_the_bias(backend, score_function):
+    logits_TE, valid_T = random_logits(9, 10), torch.arange(9) % 3 != 1
+    bias_E = torch.linspace(0.6, -0.6, 10)
+    scores_TE = logits_TE.softmax(1) if score_function == "softmax" else logits_TE.sigmoid()
+    rows = (scores_TE + bias_E).tolist()
+    chosen = [by_hand(row, 1, 5, 2) if valid else [10] for row, valid in zip(rows, valid_T, strict=True)]
+    assert chosen != logits_TE.argmax(1, keepdim=True).where(valid_T[:, None], 10).tolist()
+    options = {"expert_bias_E": bias_E, "num_groups": 5, "group_topk": 2, "valid_T": valid_T}
+    check_one(logits_TE, torch.tensor(chosen), score_function, 2.5, **options)
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_one_replayed_expert_has_its_score_however_small(backend, score_function):
+    """Row by row, so that a large weight hides no small one."""
+    logits_TE = random_logits(1, 7).repeat(5, 1)
+    logits_TE[:, 2] = -60
+    for t, expert in enumerate([2, 0, 7, -1, 6]):
+        row_1E, replay_11 = logits_TE[t : t + 1], torch.tensor([[expert]])
+        kept_11 = torch.tensor([[expert if 0 <= expert < 7 else 7]])
+        check_one(row_1E, kept_11, score_function, 1.5, replay_TK=replay_11)
+    replay_T1 = torch.tensor([[2], [0], [7], [-1], [6]])
+    kept_T1 = torch.tensor([[2], [0], [7], [7], [7]])
+    check_one(logits_TE, kept_T1, score_function, 1.5, replay_TK=replay_T1, valid_T=torch.arange(5) < 4)
+
+
+def test_one_replayed_expert_without_any_score_has_no_weight_and_no_gradient(backend):
+    logits_TE = torch.tensor([[0.0, -400.0, 3.0]]).requires_grad_()
+    routing = route(logits_TE, topk=1, replay_TK=torch.tensor([[1]]))
+    (grad_TE,) = torch.autograd.grad(routing.probs_TK.sum(), logits_TE)
+    assert routing.probs_TK.tolist() == [[0.0]] and grad_TE.tolist() == [[0.0] * 3]
+    assert routing.counts_E.tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_gradients_are_those_of_small_differences(backend, score_function, topk):
+    logits_TE = random_logits(3, 5).double().requires_grad_()
+    options = {"replay_TK": torch.tensor([[4, 1], [5, 0], [2, 3]])[:, :topk], "valid_T": torch.arange(3) < 2}
+
+    def outputs(logits_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        routing = route(logits_TE, topk=topk, score_function=score_function, scaling_factor=2.5, **options)
+        return routing.probs_TK, routing.prob_sum_E, routing.z_sum
+
+    assert torch.autograd.gradcheck(outputs, logits_TE)
 
 
 def by_hand(selection_E: list[float], topk: int, num_groups: int = 0, group_topk: int = 0) -> list[int]:
@@ -174,17 +254,20 @@ def test_replay_of_others_drops_what_is_no_expert(backend, score_function):
     assert routing.counts_E.sum() == 4
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_other_dtypes(backend, dtype):
+@pytest.mark.parametrize("topk", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2), (torch.float64, 1e-12)]
+)
+def test_other_dtypes(backend, dtype, tolerance, topk):
     logits_TE = random_logits(6, 8).to(dtype).requires_grad_()
-    routing = route(logits_TE, topk=2)
+    routing = route(logits_TE, topk=topk)
     assert routing.probs_TK.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     (grad_TE,) = torch.autograd.grad(routing.probs_TK[:, 0].sum(), logits_TE)
     assert grad_TE.dtype == dtype
     wide_TE = logits_TE.detach().double().requires_grad_()
-    expected = reference.route(wide_TE, 2, False, *DEFAULTS.values())
+    expected = reference.route(wide_TE, topk, False, *DEFAULTS.values())
     (want_TE,) = torch.autograd.grad(expected[0][:, 0].sum(), wide_TE)
-    assert relative_error(grad_TE, want_TE) < (1e-3 if dtype == torch.float16 else 1e-12)
+    assert relative_error(grad_TE, want_TE) < tolerance
 
 
 def test_the_docstring_example_holds(backend):
@@ -193,6 +276,8 @@ def test_the_docstring_example_holds(backend):
     assert routing.probs_TK.tolist() == [[0.5, 0.5], [0.0, 0.0]]
     assert routing.experts_TK.tolist() == [[0, 2], [3, 3]]
     assert routing.counts_E.tolist() == [1, 0, 1]
+    routing = route(torch.ones(1, 2), topk=1)
+    assert routing.probs_TK.tolist() == [[0.5]] and routing.experts_TK.tolist() == [[0]]
 
 
 @pytest.mark.parametrize(

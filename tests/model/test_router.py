@@ -23,6 +23,12 @@ SIGMOID = {
     "moe_router_topk_scaling_factor": 2.5,
     "moe_router_enable_expert_bias": True,
 }
+SETTINGS = {
+    "softmax": SOFTMAX,
+    "sigmoid": SIGMOID,
+    "softmax-top-1": {**SOFTMAX, "moe_router_topk": 1},
+    "sigmoid-top-1": {**SIGMOID, "moe_router_topk": 1},
+}
 
 
 def make_router(dtype=torch.float64, **settings) -> RingRouter:
@@ -61,14 +67,14 @@ def expected_routing(logits_TE: Tensor, model: ModelConfig, bias_E: Tensor | Non
             groups = [range(g, g + size) for g in range(0, E, size)]
             groups.sort(key=lambda group, wanted=wanted: -wanted[list(group)].topk(2).values.sum().item())
             allowed = {e for group in groups[: model.moe_router_group_topk] for e in group}
-        chosen = sorted(allowed, key=lambda e: -wanted[e].item())[:K]
-        total = sum(scores[e].item() for e in chosen)
+        chosen = sorted(allowed, key=lambda e: -wanted[e].item())[: model.moe_router_topk]
+        total = sum(scores[e].item() for e in chosen) if len(chosen) > 1 else 1.0
         experts.append(chosen)
         weights.append([model.moe_router_topk_scaling_factor * scores[e].item() / total for e in chosen])
     return torch.tensor(experts), torch.tensor(weights, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("settings", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_choice_and_weights_are_the_formulas(settings):
     router = make_router(**settings)
     hidden_TD, packed = inputs(lengths=(20, 13), slots=40)
@@ -120,8 +126,10 @@ def reference_step(router: RingRouter, batches, into: list[Tensor], scale: float
         scores_TE = torch.sigmoid(logits_TE) if sigmoid else logits_TE.softmax(1)
         experts_TK, _ = expected_routing(logits_TE.detach(), model, router.expert_bias)
         chosen_TK = scores_TE.gather(1, experts_TK)
-        weights_TK = model.moe_router_topk_scaling_factor * chosen_TK / chosen_TK.sum(1, keepdim=True)
-        share_E = torch.bincount(experts_TK.flatten(), minlength=E) / (n * K)
+        if model.moe_router_topk > 1:
+            chosen_TK = chosen_TK / chosen_TK.sum(1, keepdim=True)
+        weights_TK = model.moe_router_topk_scaling_factor * chosen_TK
+        share_E = torch.bincount(experts_TK.flatten(), minlength=E) / experts_TK.numel()
         mean_E = (scores_TE / scores_TE.sum(1, keepdim=True)).mean(0)
         balance = E * (mean_E * share_E).sum()
         z = logits_TE.logsumexp(1).square().mean()
@@ -129,7 +137,7 @@ def reference_step(router: RingRouter, batches, into: list[Tensor], scale: float
     return total
 
 
-@pytest.mark.parametrize("settings", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_gradients_of_balance_and_z_loss_are_the_formulas_over_microbatches_of_different_padding(settings):
     router = make_router(**settings, moe_aux_loss_coeff=0.7, moe_z_loss_coeff=0.2)
     N = 11 + 3 + 12
@@ -139,7 +147,8 @@ def test_gradients_of_balance_and_z_loss_are_the_formulas_over_microbatches_of_d
         inputs((5, 1, 6), 12, seed=3, scale=1 / N),
     ]
     generator = torch.Generator().manual_seed(9)
-    into = [torch.randn(13, K, generator=generator, dtype=torch.float64) for _ in batches]
+    shape = (13, settings["moe_router_topk"])
+    into = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in batches]
     leaves = [router.weight, *(hidden for hidden, _ in batches)]
     loss = reference_step(router, batches, into, 1 / N)
     expected = torch.autograd.grad(loss, leaves)
@@ -187,6 +196,21 @@ def test_balance_is_1_when_uniform_and_more_when_not():
     router.clear_statistics()
     router(torch.eye(E, dtype=torch.float64)[:1].expand(8, E).requires_grad_(), packed)
     assert router.balance_sum.item() / 8 > 2
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_one_expert_per_token_teaches_the_router_without_any_balance_loss(score_function):
+    """A weight of 1 would be a constant: no gradient would reach the router from what the experts say."""
+    router = make_router(**SETTINGS[f"{score_function}-top-1"])
+    hidden_TD, packed = inputs()
+    routing = router(hidden_TD, packed)
+    routing.probs_TK.sum().backward()
+    visited_E = routing.counts_E > 0
+    assert 1 < visited_E.sum() < E
+    learning_E = router.weight.grad.abs().sum(1) > 1e-6
+    # softmax reaches every logit, sigmoid the chosen expert's alone
+    assert torch.equal(learning_E, visited_E if score_function == "sigmoid" else torch.ones(E) > 0)
+    assert (hidden_TD.grad[:11].abs().sum(1) > 1e-6).all()
 
 
 def test_frozen_router_learns_nothing_but_passes_gradients_on():

@@ -132,10 +132,18 @@ def objective_of(name: str = "c3po", temperature: float = TEMPERATURE, **options
 
 
 @pytest.mark.parametrize(
-    ("model", "name"), [("v1", "c3po"), ("v2", "c3po"), ("dense", "c3po"), ("v1", "gspo")]
+    ("model", "name", "settings"),
+    [
+        ("v1", "c3po", {}),
+        ("v2", "c3po", {}),
+        ("dense", "c3po", {}),
+        ("v1", "gspo", {}),
+        ("v1", "c3po", {"moe_router_topk": 1}),
+        ("v2", "c3po", {"moe_router_topk": 1}),
+    ],
 )
-def test_the_steps_gradient_is_that_of_plain_loops_in_double_precision(model, name):
-    with small_engine(model, **NO_BALANCE) as engine:
+def test_the_steps_gradient_is_that_of_plain_loops_in_double_precision(model, name, settings):
+    with small_engine(model, **NO_BALANCE, **settings) as engine:
         scored, samples = scored_rollouts(engine)
         objective = objective_of(name)
         report = engine.accumulate(microbatches_of(scored, samples, "holes"), objective)

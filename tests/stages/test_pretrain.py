@@ -103,6 +103,28 @@ def test_the_loss_falls_and_every_step_is_recorded_once(configure, tmp_path, mod
     assert ("mtp_loss" in steps[0]) == (model == "v2_mtp")
 
 
+@pytest.mark.parametrize("model", ["v1", "v2"])
+def test_one_expert_per_token_is_trained_and_so_are_its_routers(configure, tmp_path, model):
+    """Without balance loss, z-loss and weight decay only the chosen weight moves a router."""
+    engines = []
+
+    class Watched(PretrainRun):
+        def train_step(self, metrics):
+            engines.append(weights(self.engine))
+            super().train_step(metrics)
+            engines.append(weights(self.engine))
+
+    still = {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.0, "weight_decay": 0.0}
+    config = configure(model, moe_router_topk=1, train_iters=12, **still)
+    with open_session(config.parallel, seed=config.train.seed) as session:
+        Watched(config, session).train()
+    routers = [name for name in engines[0] if name.endswith("router.weight")]
+    assert len(routers) == config.model.num_moe_layers
+    assert not any(torch.equal(engines[0][name], engines[1][name]) for name in routers)
+    losses = [record["loss"] for record in records(tmp_path)]
+    assert losses[-1] < 0.95 * losses[0]
+
+
 def test_the_same_run_twice_gives_the_same_losses(configure, tmp_path):
     seen = []
     for _ in range(2):

@@ -124,6 +124,14 @@ def test_replayed_routes_are_those_that_the_routers_choose_until_the_weights_mov
     assert first["missing_routes"] == 0 and first["loss_tokens"] == 80
 
 
+@pytest.mark.parametrize("replay", ["none", "R3"])
+def test_a_policy_with_one_expert_per_token_samples_and_learns(configure, tmp_path, replay):
+    train_rl(configure(moe_router_topk=1, routing_replay=replay, train_iters=1))
+    (step,) = records(tmp_path)
+    assert step["loss_tokens"] == 80 and step["mismatch"] < 1e-4
+    assert step["grad_norm"] > 0
+
+
 def test_a_step_in_which_nobody_finishes_trains_on_nothing(configure, tmp_path, caplog):
     state: list[dict[str, torch.Tensor]] = []
 

@@ -59,8 +59,7 @@ def softmax_of(x, inside):
 
 @triton.jit
 def choose(
-    x,
-    score,
+    weighed,
     selection,
     open_TE,
     live,
@@ -72,13 +71,12 @@ def choose(
     EP: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
-    SIGMOID: tl.constexpr,
     REPLAYED: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """Experts [BT, KP] best first (E: dropped), what they are weighed by, and a 1 at every one taken."""
+    """Experts [BT, KP] best first (E: dropped), their entries of ``weighed``, and a 1 at every one taken."""
     experts = tl.full([BT, KP], E, tl.int64)
-    chosen = tl.zeros([BT, KP], x.dtype)
+    chosen = tl.zeros([BT, KP], weighed.dtype)
     taken = tl.zeros([BT, EP], tl.int32)
     for k in tl.static_range(K):
         if REPLAYED:
@@ -89,12 +87,47 @@ def choose(
             open_TE = open_TE & (lane != index[:, None])
         index = tl.where(live, index, E)
         hit = (lane == index[:, None]) & (lane < E)
-        # softmax weighs by the logits of the chosen: no 0/0 however small their scores
-        weight = tl.sum(tl.where(hit, score if SIGMOID else x, 0.0), 1)
+        weight = tl.sum(tl.where(hit, weighed, 0.0), 1)
         experts = tl.where(k_lane == k, index[:, None].to(tl.int64), experts)
         chosen = tl.where(k_lane == k, weight[:, None], chosen)
         taken += hit.to(tl.int32)
     return experts, chosen, taken
+
+
+@triton.jit
+def weights_of(chosen, kept, epsilon: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr):
+    """Weights [BT, KP] of what ``choose`` has chosen: of several divided by their sum, of one its score."""
+    if not SIGMOID and K > 1:
+        high = tl.max(tl.where(kept, chosen, -float("inf")), 1)
+        chosen = tl.exp(chosen - high[:, None])
+    chosen = tl.where(kept, chosen, 0.0)
+    if K > 1:
+        total = tl.sum(chosen, 1) + (epsilon if SIGMOID else 0.0)
+        chosen = chosen / total[:, None]
+    return chosen
+
+
+@triton.jit
+def weights_backward(x, score, dw_TE, taken, guard, K: tl.constexpr, SIGMOID: tl.constexpr):
+    """From the weights' gradient, laid out [BT, EP], to that of the logits (softmax) or scores (sigmoid)."""
+    if K == 1:
+        d = dw_TE
+        if not SIGMOID:
+            d = (dw_TE - tl.sum(dw_TE * score, 1)[:, None]) * score
+    else:
+        chosen = score
+        if not SIGMOID:
+            high = tl.max(tl.where(taken, x, -float("inf")), 1)
+            chosen = tl.exp(x - high[:, None])
+        chosen = tl.where(taken, chosen, 0.0)
+        total = tl.sum(chosen, 1) + guard
+        total = tl.where(total > 0, total, 1.0)
+        mean = tl.sum(dw_TE * chosen, 1) / total
+        factor = chosen / total[:, None]
+        if SIGMOID:
+            factor = tl.where(taken, 1.0, 0.0) / total[:, None]
+        d = (dw_TE - mean[:, None]) * factor
+    return d
 
 
 @triton.jit
@@ -148,16 +181,15 @@ def route_kernel(
     if G > 0 and not REPLAYED:
         open_TE = open_groups(selection, inside, lane, E // G, G, GP, TOP, EP)
 
+    # several of softmax are weighed by their logits: no 0/0 however small their scores
+    weighed = score
+    if not SIGMOID and K > 1:
+        weighed = x
     experts, chosen, taken = choose(
-        x, score, selection, open_TE, live, t, replay_ptr, lane, k_lane, E, EP, K, KP, SIGMOID, REPLAYED, BT
+        weighed, selection, open_TE, live, t, replay_ptr, lane, k_lane, E, EP, K, KP, REPLAYED, BT
     )
     kept = (experts < E) & (k_lane < K)
-    if not SIGMOID:
-        high = tl.max(tl.where(kept, chosen, -float("inf")), 1)
-        chosen = tl.exp(chosen - high[:, None])
-    chosen = tl.where(kept, chosen, 0.0)
-    total = tl.sum(chosen, 1) + (epsilon if SIGMOID else 0.0)
-    probs = tl.where(kept, chosen / total[:, None] * scaling, 0.0)
+    probs = tl.where(kept, weights_of(chosen, kept, epsilon, K, SIGMOID) * scaling, 0.0)
     out = real[:, None] & (k_lane < K)
     tl.store(probs_ptr + t[:, None] * K + k_lane, probs, mask=out)
     tl.store(experts_ptr + t[:, None] * K + k_lane, experts, mask=out)
@@ -233,18 +265,7 @@ def route_backward_kernel(
             hit = (lane == index[:, None]) & (lane < E)
             taken = taken | hit
             dw_TE += tl.where(hit, dw[:, None], 0.0)
-        chosen = score
-        if not SIGMOID:
-            high = tl.max(tl.where(taken, x, -float("inf")), 1)
-            chosen = tl.exp(x - high[:, None])
-        chosen = tl.where(taken, chosen, 0.0)
-        total = tl.sum(chosen, 1) + guard
-        total = tl.where(total > 0, total, 1.0)
-        mean = tl.sum(dw_TE * chosen, 1) / total
-        factor = chosen / total[:, None]
-        if SIGMOID:
-            factor = tl.where(taken, 1.0, 0.0) / total[:, None]
-        d += (dw_TE - mean[:, None]) * factor * scaling
+        d += weights_backward(x, score, dw_TE, taken, guard, K, SIGMOID) * scaling
     if STATISTIC:
         dsum = tl.load(dsum_ptr + lane, mask=lane < E, other=0.0).to(x.dtype)
         total = tl.sum(score, 1) + guard

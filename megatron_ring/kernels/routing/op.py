@@ -20,6 +20,8 @@ class Routing(NamedTuple):
 
         logits = [[1., 0., 1.], [9., 9., 9.]], valid = [True, False]
         probs = [[.5, .5], [0., 0.]], experts = [[0, 2], [3, 3]], counts = [1, 0, 1]
+
+    and top-1 of two experts, whose score is its weight: logits = [[1., 1.]], probs = [[.5]], experts = [[0]].
     """
 
     probs_TK: Tensor
@@ -50,6 +52,8 @@ def route(
 
     softmax: scores are the softmax over all E, weights the chosen scores renormalised to ``scaling_factor``.
     sigmoid: weights are the chosen *unbiased* scores / (their sum + 1e-20) * ``scaling_factor``.
+    ``topk=1``: the weight is the (unbiased) score * ``scaling_factor``, as in the gates published with BailingMoe
+    and BailingMoeV2 (``BailingMoeGate``, ``BailingMoeV2Gate``); divided by its own sum it would be a constant.
     ``expert_bias_E`` is added for selection only and gets no gradient. With ``num_groups`` only the best
     ``group_topk`` groups of consecutive experts may be chosen from, a group scoring the sum of its best two.
     Of equal scores the lowest expert index wins, at every step, on every backend.

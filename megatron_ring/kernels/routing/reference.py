@@ -52,6 +52,22 @@ def select(
     return top_k(selection_TE, topk)
 
 
+def weigh(logits_TE: Tensor, scores_TE: Tensor, index_TK: Tensor, kept_TK: Tensor, sigmoid: bool) -> Tensor:
+    """Weights [T, K] of the experts ``index_TK``, 0 where not kept: their scores divided by their sum.
+
+    Of one expert alone (K = 1) that would be 1 whatever the logits are; it keeps its score.
+    """
+    chosen_TK = scores_TE.gather(1, index_TK).masked_fill(~kept_TK, 0)
+    if index_TK.shape[1] == 1:
+        return chosen_TK
+    if sigmoid:
+        return chosen_TK / (chosen_TK.sum(-1, keepdim=True) + SUM_EPSILON)
+    # renormalised softmax is the softmax of the chosen logits: no 0/0 however small the chosen scores
+    chosen_TK = logits_TE.gather(1, index_TK).masked_fill(~kept_TK, -torch.inf)
+    nothing_T1 = ~kept_TK.any(-1, keepdim=True)
+    return chosen_TK.masked_fill(nothing_T1, 0).softmax(-1).masked_fill(~kept_TK, 0)
+
+
 def route(
     logits_TE: Tensor,
     topk: int,
@@ -76,22 +92,42 @@ def route(
         experts_TK = torch.where(kept_TK, experts_TK, num_experts)
         counts_E = torch.bincount(experts_TK.reshape(-1), minlength=num_experts + 1)[:num_experts]
 
-    index_TK = experts_TK.clamp(max=num_experts - 1)
-    if sigmoid:
-        chosen_TK = scores_TE.gather(1, index_TK).masked_fill(~kept_TK, 0)
-        probs_TK = chosen_TK / (chosen_TK.sum(-1, keepdim=True) + SUM_EPSILON)
-        normalised_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + SUM_EPSILON)
-    else:
-        # renormalised softmax is the softmax of the chosen logits: no 0/0 however small the chosen scores
-        chosen_TK = logits_TE.gather(1, index_TK).masked_fill(~kept_TK, -torch.inf)
-        nothing_T1 = ~kept_TK.any(-1, keepdim=True)
-        probs_TK = chosen_TK.masked_fill(nothing_T1, 0).softmax(-1).masked_fill(~kept_TK, 0)
-        normalised_TE = scores_TE
+    probs_TK = weigh(logits_TE, scores_TE, experts_TK.clamp(max=num_experts - 1), kept_TK, sigmoid)
+    normalised_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + SUM_EPSILON) if sigmoid else scores_TE
     z_T = logits_TE.logsumexp(-1).square()
     if valid_T is not None:
         normalised_TE = normalised_TE.masked_fill(~valid_T[:, None], 0)
         z_T = z_T.masked_fill(~valid_T, 0)
     return probs_TK * scaling_factor, experts_TK, counts_E, normalised_TE.sum(0), z_T.sum()
+
+
+def weigh_backward(
+    logits_TE: Tensor,
+    scores_TE: Tensor,
+    experts_TK: Tensor,
+    sigmoid: bool,
+    scaling_factor: float,
+    dprobs_TK: Tensor,
+) -> Tensor:
+    """From dprobs to the gradient [T, E] of the logits (softmax) or of the scores (sigmoid)."""
+    num_experts = logits_TE.shape[1]
+    kept_TK = experts_TK < num_experts
+    index_TK = experts_TK.clamp(max=num_experts - 1)
+    d_TE = torch.zeros_like(logits_TE)
+    if experts_TK.shape[1] == 1:
+        d_TE.scatter_(1, index_TK, (dprobs_TK * scaling_factor).masked_fill(~kept_TK, 0))
+        return d_TE if sigmoid else (d_TE - (d_TE * scores_TE).sum(-1, keepdim=True)) * scores_TE
+    dropped = 0 if sigmoid else -torch.inf
+    chosen_TK = (scores_TE if sigmoid else logits_TE).gather(1, index_TK).masked_fill(~kept_TK, dropped)
+    if not sigmoid:
+        chosen_TK = (chosen_TK - chosen_TK.amax(-1, keepdim=True)).exp().masked_fill(~kept_TK, 0)
+    epsilon = SUM_EPSILON if sigmoid else 0.0
+    sum_T1 = (chosen_TK.sum(-1, keepdim=True) + epsilon).masked_fill(~kept_TK.any(-1, keepdim=True), 1)
+    mean_T1 = (dprobs_TK * chosen_TK).sum(-1, keepdim=True) / sum_T1
+    # softmax: ds/dlogit is the chosen score itself, relative to the chosen sum
+    factor_TK = 1 / sum_T1 if sigmoid else chosen_TK / sum_T1
+    d_TK = ((dprobs_TK - mean_T1) * factor_TK * scaling_factor).masked_fill(~kept_TK, 0)
+    return d_TE.scatter_add_(1, index_TK, d_TK)
 
 
 def route_backward(
@@ -111,25 +147,15 @@ def route_backward(
         ds_k = a (dw_k - <dw, s chosen> / sum) / sum,   ds_e += (dq_e - <dq, s> / sum) / sum
 
     and ``ds/dlogit`` is s for softmax, s (1 - s) for sigmoid; ``d logsumexp^2 = 2 logsumexp softmax``.
+    With K = 1 the weight is ``a s_k / sum(s)`` for softmax, of which q's line is the gradient, and ``a s_k``
+    for sigmoid, ``ds_k = a dw_k``.
     """
-    num_experts = logits_TE.shape[1]
     p_TE = logits_TE.softmax(-1)
     scores_TE = logits_TE.sigmoid() if sigmoid else p_TE
     epsilon = SUM_EPSILON if sigmoid else 0.0
     dscores_TE = torch.zeros_like(logits_TE)
     if dprobs_TK is not None:
-        kept_TK = experts_TK < num_experts
-        index_TK = experts_TK.clamp(max=num_experts - 1)
-        dropped = 0 if sigmoid else -torch.inf
-        chosen_TK = (scores_TE if sigmoid else logits_TE).gather(1, index_TK).masked_fill(~kept_TK, dropped)
-        if not sigmoid:
-            chosen_TK = (chosen_TK - chosen_TK.amax(-1, keepdim=True)).exp().masked_fill(~kept_TK, 0)
-        sum_T1 = (chosen_TK.sum(-1, keepdim=True) + epsilon).masked_fill(~kept_TK.any(-1, keepdim=True), 1)
-        mean_T1 = (dprobs_TK * chosen_TK).sum(-1, keepdim=True) / sum_T1
-        # softmax: ds/dlogit is the chosen score itself, relative to the chosen sum
-        factor_TK = 1 / sum_T1 if sigmoid else chosen_TK / sum_T1
-        d_TK = ((dprobs_TK - mean_T1) * factor_TK * scaling_factor).masked_fill(~kept_TK, 0)
-        dscores_TE.scatter_add_(1, index_TK, d_TK)
+        dscores_TE += weigh_backward(logits_TE, scores_TE, experts_TK, sigmoid, scaling_factor, dprobs_TK)
     if dprob_sum_E is not None:
         sum_T1 = scores_TE.sum(-1, keepdim=True) + epsilon
         mean_T1 = (dprob_sum_E * scores_TE).sum(-1, keepdim=True) / sum_T1

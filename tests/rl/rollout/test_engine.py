@@ -17,9 +17,11 @@ from tests.rl.rollout.sequences import assert_same, by_key, requests, sampling, 
 
 
 @contextmanager
-def small_rollout(model: str, slots: int = 64, **settings) -> Iterator[InProcessEngine]:
+def small_rollout(
+    model: str, slots: int = 64, model_settings: dict | None = None, **settings
+) -> Iterator[InProcessEngine]:
     torch.set_num_threads(1)
-    with small_engine(model) as engine:
+    with small_engine(model, **(model_settings or {})) as engine:
         rollout = InProcessEngine(engine, slots=slots, **settings)
         rollout.load_weights(5)
         yield rollout
@@ -30,9 +32,19 @@ def run(rollout: InProcessEngine, asked, params, **options):
     return by_key(list(rollout.generate(asked, params, **options)))
 
 
-@pytest.mark.parametrize("model", ["v1", "v2", "v2_mtp", "dense"])
-def test_decoding_says_what_the_training_model_says(model):
-    with small_rollout(model) as rollout:
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("v1", {}),
+        ("v2", {}),
+        ("v2_mtp", {}),
+        ("dense", {}),
+        ("v1", {"moe_router_topk": 1}),
+        ("v2", {"moe_router_topk": 1}),
+    ],
+)
+def test_decoding_says_what_the_training_model_says(model, settings):
+    with small_rollout(model, model_settings=settings) as rollout:
         greedy = run(rollout, requests(), sampling(temperature=0))
         sampled = run(rollout, requests(), sampling(temperature=0.7))
         for request in requests():
