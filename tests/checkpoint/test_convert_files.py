@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ring.checkpoint.convert import stream
 from megatron_ring.checkpoint.convert.convert import Export, Options, hf_to_megatron, megatron_to_hf, reshard
 from megatron_ring.checkpoint.convert.hf_config import hf_config, model_config, read_hf_config
+from megatron_ring.checkpoint.convert.plain_forward import plain_logits
 from megatron_ring.checkpoint.convert.plan import safetensors_files
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
 from megatron_ring.checkpoint.convert.tensor_map import Box, Copy
@@ -26,11 +27,13 @@ from tests.checkpoint.convert_cases import (
     ODD,
     Silent,
     assert_same,
+    prompt,
     read_hf,
     read_megatron,
     run_tool,
     write_hf,
 )
+from tests.checkpoint.reference_model import logits_TV
 
 SMALL = Options(max_file_bytes=20_000, verify=True)
 
@@ -376,6 +379,37 @@ def test_a_config_survives_its_own_words(preset: str):
     assert {k: v for k, v in read.items() if k not in own} == {
         k: v for k, v in dataclasses.asdict(model).items() if k not in own
     }
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_one_expert_per_token_is_the_same_model_whatever_is_said_of_its_normalisation(name: str):
+    """The gates normalise where there are several weights; an engine that asks the config alone is told not to."""
+    model = dataclasses.replace(ODD[name], moe_router_topk=1)
+    config = hf_config(model, {}, "float32")
+    assert config["norm_topk_prob"] is False
+    for said in (True, False):
+        assert model_config({**config, "norm_topk_prob": said}, "config.json") == model_config(config, "-")
+    assert model_config(config, "-").moe_router_topk == 1
+    several = hf_config(ODD[name], {}, "float32")
+    assert several["norm_topk_prob"] is True
+    with pytest.raises(CheckpointError, match="norm_topk_prob=False is not supported"):
+        model_config({**several, "norm_topk_prob": False}, "config.json")
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_one_expert_per_token_goes_there_and_back_and_computes_what_the_published_gate_does(
+    name: str, tmp_path: Path
+):
+    model = dataclasses.replace(ODD[name], moe_router_topk=1)
+    source = write_hf(model, tmp_path / "hf")
+    hf_to_megatron(source, tmp_path / "megatron", SMALL, Silent())
+    back = megatron_to_hf(tmp_path / "megatron", tmp_path / "back", SMALL, Silent())
+    assert read_hf_config(back) == read_hf_config(source)
+    tokens_T = torch.tensor(prompt(model.vocab_size))
+    expected_TV = logits_TV(read_hf(back), read_hf_config(back), tokens_T)
+    found_TV = plain_logits(SafetensorsFolder(back), model, tokens_T)
+    assert expected_TV.std() > 0.1
+    assert (found_TV - expected_TV).abs().max() / expected_TV.abs().max() < 1e-5
 
 
 def test_a_published_config_is_read():

@@ -143,6 +143,9 @@ def model_config(config: Mapping[str, Any], origin: str) -> ModelConfig:
     """
     family = family_of(config, origin)
     theirs = {**(config.get("rope_parameters") or {}), **config}
+    if theirs.get("num_experts_per_tok") == 1:
+        # the published gates normalise nothing where there is one weight, whatever this says
+        theirs.pop("norm_topk_prob", None)
     for name, allowed in _MUST_BE.items():
         if name in theirs and theirs[name] not in allowed:
             raise CheckpointError(
@@ -241,7 +244,8 @@ def _bailing_settings(model: ModelConfig) -> dict[str, Any]:
     return {
         "num_shared_experts": shared // width if model.is_moe else 0,
         "moe_shared_expert_intermediate_size": width,
-        "norm_topk_prob": True,
+        # engines that take it at its word would make the one weight of a top-1 model 1
+        "norm_topk_prob": model.moe_router_topk > 1,
         "router_dtype": model.moe_router_dtype,
         "use_rmsnorm": True,
         "use_bias": False,
