@@ -88,7 +88,10 @@ def _expert_problems(m: ModelConfig) -> Iterator[str]:
     if m.moe_ffn_hidden_size <= 0:
         yield f"moe_ffn_hidden_size={m.moe_ffn_hidden_size} must be positive; set --moe-ffn-hidden-size"
     if not 1 <= m.moe_router_topk <= m.num_experts:
-        yield f"moe_router_topk={m.moe_router_topk} must be from 1 to num_experts={m.num_experts}; try 2"
+        yield (
+            f"moe_router_topk={m.moe_router_topk} must be from 1 to num_experts={m.num_experts}; try "
+            f"{min(2, m.num_experts)}"
+        )
     if m.first_k_dense_replace >= m.num_layers:
         yield (
             f"first_k_dense_replace={m.first_k_dense_replace} must be below num_layers={m.num_layers}; "

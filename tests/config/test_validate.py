@@ -148,6 +148,8 @@ WRONG = [
         "micro_batch_size=0 must be at least 1; set --micro-batch-size",
     ),
     ("ring_lite", "--moe-router-topk 65", 1, "moe_router_topk=65 must be from 1 to num_experts=64; try 2"),
+    ("ring_lite", "--moe-router-topk 0", 1, "moe_router_topk=0 must be from 1 to num_experts=64; try 2"),
+    ("ring_lite", "--num-experts 1", 1, "moe_router_topk=6 must be from 1 to num_experts=1; try 1"),
     (
         "ring_lite",
         "--num-query-groups 5",
