@@ -10,14 +10,18 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_ring.model.build import RingModel, sharding_metadata
 from megatron_ring.runtime.session import Session
 from megatron_ring.runtime.topology import Topology
 
 STEP_KEY = "step"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Trained(Protocol):
@@ -65,13 +69,14 @@ def optimizer_state(engine: Trained, model: dict[str, Any], *, is_loading: bool)
 
     Only tensors: hyperparameters come from the configuration and the step count travels with the trainer's
     state. Megatron's own optimizer dict lists one entry per optimizer, which differs between pipeline
-    stages with and without experts.
+    stages with and without experts. The distributed and the plain optimizer write the same tensors under the
+    same names, so that either reads the other's.
     """
     _allocate(engine)
     return {
-        f"optimizer{index}": part.sharded_param_state_fully_reshardable(
-            model, is_loading=is_loading, metadata=sharding_metadata(engine.topology)
-        )
+        f"optimizer{index}": _distributed_state(engine, part, model, is_loading=is_loading)
+        if isinstance(part, DistributedOptimizer)
+        else _plain_state(part, model)
         for index, part in enumerate(_parts(engine))
     }
 
@@ -89,12 +94,56 @@ def optimizer_step_count(engine: Trained) -> int:
 def load_optimizer(engine: Trained, loaded: dict[str, Any], step_count: int) -> None:
     """Put loaded main parameters and moments in place, and the step count beside them."""
     for index, part in enumerate(_parts(engine)):
-        part.load_parameter_state_from_fully_reshardable(loaded[f"optimizer{index}"])
+        tensors = loaded[f"optimizer{index}"]
+        if isinstance(part, DistributedOptimizer):
+            part.load_parameter_state_from_fully_reshardable(tensors)
+        else:
+            _load_plain(part, tensors)
         for state in part.optimizer.state.values():
             state[STEP_KEY] = torch.tensor(float(step_count), device=engine.session.device)
 
 
-def _parts(engine: Trained) -> list[DistributedOptimizer]:
+def _distributed_state(
+    engine: Trained, part: DistributedOptimizer, model: dict[str, Any], *, is_loading: bool
+) -> dict[int, Any]:
+    return part.sharded_param_state_fully_reshardable(
+        model, is_loading=is_loading, metadata=sharding_metadata(engine.topology)
+    )
+
+
+def _plain_state(part: MegatronOptimizer, model: dict[str, Any]) -> dict[int, Any]:
+    """What :class:`DistributedOptimizer` would write, of an optimizer that every data-parallel rank has whole.
+
+    Upstream's own form names each optimizer's groups, keeps the step count among the tensors, and leaves out
+    the main parameters in fp32.
+    """
+    sharded = {
+        id(getattr(tensor.data, "main_param", tensor.data)): tensor
+        for tensor in nested_values(model)
+        if not isinstance(tensor, ShardedObject)
+    }
+    return {
+        place: {
+            name: make_sharded_optimizer_tensor(sharded[id(main)], value, f"optimizer.state.{name}")
+            for name, value in _tensors_of(part, main).items()
+        }
+        for place, main in enumerate(part.get_parameters())
+    }
+
+
+def _load_plain(part: MegatronOptimizer, loaded: dict[int, Any]) -> None:
+    for place, main in enumerate(part.get_parameters()):
+        for name, value in _tensors_of(part, main).items():
+            value.copy_(loaded[place][name])
+
+
+def _tensors_of(part: MegatronOptimizer, main: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A main parameter and its moments, by the names that they have in a checkpoint."""
+    state = part.optimizer.state[main]
+    return {"param": main.detach(), **{name: state[name] for name in MOMENTS}}
+
+
+def _parts(engine: Trained) -> list[MegatronOptimizer]:
     return [
         part
         for part in engine.optimizer.chained_optimizers
@@ -113,5 +162,4 @@ def _allocate(engine: Trained) -> None:
                 state = part.optimizer.state[parameter]
                 if STEP_KEY not in state:
                     state[STEP_KEY] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                    state.update({name: torch.zeros_like(parameter) for name in MOMENTS})

@@ -1,4 +1,4 @@
-"""Megatron's distributed AdamW around our settings."""
+"""Megatron's AdamW, distributed or plain, around our settings."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ CLIP_EPSILON = 1e-6
 def wrap_data_parallel(
     chunks: list[RingModel], parallel: ParallelConfig, topology: Topology
 ) -> list[DistributedDataParallel]:
-    """Give each chunk fp32 gradient buffers, reduce-scattered over its data-parallel ranks. Collective over
-    the world.
+    """Give each chunk fp32 gradient buffers, reduced over its data-parallel ranks: scattered with
+    ``use_distributed_optimizer``, whole without. Collective over the world.
     """
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -49,8 +49,8 @@ def wrap_data_parallel(
 def build_optimizer(
     chunks: list[DistributedDataParallel], train: TrainConfig, parallel: ParallelConfig, topology: Topology
 ) -> MegatronOptimizer:
-    """AdamW over fp32 main parameters, sharded over data-parallel ranks. Vectors (norms, biases) are not
-    decayed.
+    """AdamW over fp32 main parameters, sharded over data-parallel ranks with ``use_distributed_optimizer``.
+    Vectors (norms, biases) are not decayed.
     """
     config = OptimizerConfig(
         optimizer="adam",
