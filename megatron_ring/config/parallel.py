@@ -41,7 +41,7 @@ class ParallelConfig:
     recompute_num_layers: int = 1
     """full only: layers per checkpointed unit (uniform), or layers recomputed per stage (block)."""
     recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)
-    """selective only: the modules that are recomputed."""
+    """selective only: the modules that are recomputed; layernorm means the two norms of each layer."""
     bf16: bool = True
     """Compute in bfloat16 with fp32 main parameters and gradients; otherwise all in fp32."""
     fp8: str | None = None

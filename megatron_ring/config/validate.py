@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from megatron_ring.config.fields import settings, type_problem
 from megatron_ring.config.layout import data_parallel_size, expert_parallel_size, model_parallel_size
+from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.model_rules import division_problems, model_problems, multiples_near
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.config.run import CheckpointConfig, LoggingConfig, RunConfig
@@ -31,6 +32,7 @@ def problems(config: RunConfig, world_size: int, stage: Stage = "pretrain") -> I
     yield from _value_problems(config)
     yield from model_problems(config.model)
     yield from _feature_problems(config.parallel)
+    yield from _recompute_problems(config.model, config.parallel)
     yield from division_problems(config.model, config.parallel)
     yield from _world_problems(config.parallel, world_size)
     yield from _size_problems(config, derives_steps=stage == "sft")
@@ -77,11 +79,31 @@ def _feature_problems(p: ParallelConfig) -> Iterator[str]:
         yield "overlap_param_gather=True needs use_distributed_optimizer; add --use-distributed-optimizer"
     if p.overlap_param_gather and not p.overlap_grad_reduce:
         yield "overlap_param_gather=True needs overlap_grad_reduce; add --overlap-grad-reduce"
-    if p.recompute_granularity == "selective" and not p.recompute_modules:
+
+
+def _recompute_problems(m: ModelConfig, p: ParallelConfig) -> Iterator[str]:
+    if p.recompute_granularity != "selective":
+        return
+    if not p.recompute_modules:
         yield (
             "recompute_modules is empty with recompute_granularity=selective; "
             "name modules, such as core_attn, or set --recompute-granularity none"
         )
+    needs = (
+        ("mlp", not m.is_moe or m.first_k_dense_replace > 0, "a layer without experts"),
+        ("moe", m.is_moe, "num_experts > 0"),
+        (
+            "shared_experts",
+            m.moe_shared_expert_intermediate_size > 0,
+            "moe_shared_expert_intermediate_size > 0",
+        ),
+    )
+    for name, has, what in needs:
+        if name in p.recompute_modules and not has:
+            yield (
+                f"recompute_modules={' '.join(p.recompute_modules)}: {name} needs {what}, which the model does "
+                f"not have; drop {name}"
+            )
 
 
 def _world_problems(p: ParallelConfig, world_size: int) -> Iterator[str]:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from megatron_ring.config.count import rank_memory
 from megatron_ring.config.layout import num_microbatches, stage_layers
+from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.validate import problems
@@ -64,29 +65,28 @@ def activation_bytes(config: RunConfig, stage: int, microbatches: int) -> int:
     Per token and layer the local implementation keeps about 12 values of model width, the projections'
     outputs and, per routed slot, two values of model width and three of expert width; with tp they are split
     by sequence parallelism. Full recompute keeps one value of model width per layer plus one layer's working
-    set. 1F1B keeps up to pp - stage microbatches in flight. The last stage adds fp32 logits twice. Balanced
-    experts are assumed.
+    set; selective recompute keeps what its modules do not make again, plus one layer's share of that. Flash
+    attention keeps next to nothing of its own, so core_attn changes no estimate. 1F1B keeps up to pp - stage
+    microbatches in flight. The last stage adds fp32 logits twice. Balanced experts are assumed.
     """
     model, parallel, train = config.model, config.parallel, config.train
     width = 2 if parallel.bf16 else 4
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     tokens = train.micro_batch_size * train.seq_length / tp
     heads = (2 * model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
-    per_layer: list[float] = []
-    for layer in stage_layers(model, parallel, stage):
-        values = 12 * model.hidden_size + heads + 3 * model.ffn_hidden_size
-        if model.is_moe_layer(layer):
-            routed = model.moe_router_topk * (2 * model.hidden_size + 3 * model.moe_ffn_hidden_size)
-            values += routed + 3 * (model.moe_shared_expert_intermediate_size - model.ffn_hidden_size)
-        per_layer.append(tokens * values * width)
+    recomputed = set(parallel.recompute_modules if parallel.recompute_granularity == "selective" else ())
+    if "moe" in recomputed:
+        recomputed.add("shared_experts")
+    layers = stage_layers(model, parallel, stage)
+    modules = [_module_values(model, layer) for layer in layers]
+    whole = [10 * model.hidden_size + heads + sum(values.values()) for values in modules]
+    again = [sum(size for name, size in values.items() if name in recomputed) for values in modules]
     if parallel.recompute_granularity == "full":
-        kept = len(per_layer) * tokens * model.hidden_size * width
-        working = max(per_layer) * parallel.recompute_num_layers
-    elif parallel.recompute_granularity == "selective" and "moe" in parallel.recompute_modules:
-        kept = len(per_layer) * tokens * (13 * model.hidden_size + heads) * width
-        working = max(per_layer)
+        kept = len(layers) * tokens * model.hidden_size * width
+        working = max(whole) * tokens * width * parallel.recompute_num_layers
     else:
-        kept, working = sum(per_layer), 0.0
+        kept = (sum(whole) - sum(again)) * tokens * width
+        working = max(again) * tokens * width
     in_flight = min(microbatches, pp - stage)
     vpp = parallel.num_virtual_stages_per_pipeline_rank
     if vpp > 1:
@@ -96,6 +96,15 @@ def activation_bytes(config: RunConfig, stage: int, microbatches: int) -> int:
     if stage == pp - 1:
         logits = 2 * 4 * train.micro_batch_size * train.seq_length * model.vocab_size / tp
     return int(kept * in_flight + working + logits)
+
+
+def _module_values(model: ModelConfig, layer: int) -> dict[str, int]:
+    """Values per token that the modules of one layer keep, by their name in recompute_modules."""
+    norms = {"layernorm": 2 * model.hidden_size}
+    if not model.is_moe_layer(layer):
+        return {**norms, "mlp": 3 * model.ffn_hidden_size}
+    routed = model.moe_router_topk * (2 * model.hidden_size + 3 * model.moe_ffn_hidden_size)
+    return {**norms, "moe": routed, "shared_experts": 3 * model.moe_shared_expert_intermediate_size}
 
 
 def format_plans(

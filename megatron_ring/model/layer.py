@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from megatron.core import tensor_parallel
@@ -10,7 +11,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_ring.model.linear import swiglu_mlp
 from megatron_ring.model.moe import RingMoELayer
@@ -55,12 +56,37 @@ class RingTransformerLayer(TransformerLayer):
         **_ignored: object,
     ) -> tuple[Tensor, None]:
         """Hidden states [T, 1, D] in and out; ``None`` stands for the cross-attention context."""
-        normed = self.input_layernorm(hidden_states)
-        hidden_states = hidden_states + self.self_attention(normed, packed_seq_params, rotary_pos_emb)
-        normed = self.pre_mlp_layernorm(hidden_states)
+        hidden_states = hidden_states + self._after_norm(
+            self.input_layernorm,
+            lambda normed_T1D: self.self_attention(normed_T1D, packed_seq_params, rotary_pos_emb),
+            hidden_states,
+            self.recompute_input_layernorm,
+        )
+        return hidden_states + self._after_norm(
+            self.pre_mlp_layernorm,
+            lambda normed_T1D: self._mlp_or_experts(normed_T1D, packed_seq_params),
+            hidden_states,
+            self.recompute_pre_mlp_layernorm,
+        ), None
+
+    def _after_norm(
+        self, norm: nn.Module, half: Callable[[Tensor], Tensor], hidden_T1D: Tensor, recompute: bool
+    ) -> Tensor:
+        """``half(norm(hidden))``. With ``recompute`` the normed values are given up once ``half`` has read them,
+        and made again in place when the gradient of its output arrives.
+        """
+        if not (recompute and self.training):
+            return half(norm(hidden_T1D))
+        # its default for fp8 means that there is some
+        checkpoint = tensor_parallel.random.CheckpointWithoutOutput(fp8=None)
+        output_T1D = half(checkpoint.checkpoint(norm, hidden_T1D))
+        checkpoint.discard_output_and_register_recompute(output_T1D)
+        return output_T1D
+
+    def _mlp_or_experts(self, normed_T1D: Tensor, packed: PackedInputs) -> Tensor:
         if self.is_moe_layer:
-            return hidden_states + self.mlp(normed, packed_seq_params), None
-        return hidden_states + self._dense_mlp(normed), None
+            return self.mlp(normed_T1D, packed)
+        return self._dense_mlp(normed_T1D)
 
     def _dense_mlp(self, normed_T1D: Tensor) -> Tensor:
         if self.recompute_dense_mlp and self.training:

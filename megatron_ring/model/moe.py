@@ -103,6 +103,8 @@ class RingMoELayer(BaseMoELayer):
             )
         modules = config.recompute_modules or [] if config.recompute_granularity == "selective" else []
         self.recompute = "moe" in modules
+        # they are in the whole layer's checkpoint already
+        self.recompute_shared_experts = "shared_experts" in modules and not self.recompute
 
     def forward(self, hidden_T1D: Tensor, packed: PackedInputs) -> Tensor:
         """Output [T, 1, D]: routed experts plus shared experts. Communicates over the expert and tensor
@@ -120,9 +122,12 @@ class RingMoELayer(BaseMoELayer):
             self._compute_here(hidden_TD, routing) if local else self._compute_there(hidden_TD, routing)
         )
         output_T1D = routed_TD.view_as(hidden_T1D)
-        return (
-            output_T1D + swiglu_mlp(self.shared_experts, hidden_T1D) if self.use_shared_expert else output_T1D
-        )
+        return output_T1D + self._shared(hidden_T1D) if self.use_shared_expert else output_T1D
+
+    def _shared(self, hidden_T1D: Tensor) -> Tensor:
+        if self.recompute_shared_experts and self.training:
+            return tensor_parallel.checkpoint(lambda x: swiglu_mlp(self.shared_experts, x), False, hidden_T1D)
+        return swiglu_mlp(self.shared_experts, hidden_T1D)
 
     def _compute_here(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
         index = route_index(routing.experts_TK, self.model.num_experts)

@@ -110,6 +110,26 @@ WRONG = [
     ),
     ("ring_lite", "--fp8 e4m3", 1, "fp8=e4m3 is not supported; drop --fp8 and use --bf16"),
     (
+        "ring_lite_tiny",
+        "--recompute-granularity selective --recompute-modules core_attn mlp",
+        1,
+        "recompute_modules=core_attn mlp: mlp needs a layer without experts, which the model does not have; "
+        "drop mlp",
+    ),
+    (
+        "qwen2_tiny",
+        "--recompute-granularity selective --recompute-modules moe",
+        1,
+        "recompute_modules=moe: moe needs num_experts > 0, which the model does not have; drop moe",
+    ),
+    (
+        "qwen2_tiny",
+        "--recompute-granularity selective --recompute-modules shared_experts layernorm",
+        1,
+        "recompute_modules=shared_experts layernorm: shared_experts needs "
+        "moe_shared_expert_intermediate_size > 0, which the model does not have; drop shared_experts",
+    ),
+    (
         "ring_lite",
         "--overlap-param-gather",
         1,

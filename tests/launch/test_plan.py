@@ -5,8 +5,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from megatron_ring.config.load import load_config
+from megatron_ring.config.parallel import RecomputeModule
 from megatron_ring.config.validate import validate
 from megatron_ring.launch.plan import USABLE, activation_bytes, feasible_layouts, layout_flags
 
@@ -51,6 +53,24 @@ def test_recompute_and_sharding_need_less_memory_for_activations():
     )
     assert activation_bytes(full, 0, 8) < activation_bytes(moe, 0, 8) < plain
     assert activation_bytes(tp, 0, 8) * 4 == plain
+
+
+def test_every_module_that_is_recomputed_needs_less_but_flash_attention_itself():
+    def needed(preset: str, *modules: RecomputeModule) -> int:
+        config = load_config(["--preset", preset, "--seq-length", "4096", "--global-batch-size", "256"])
+        selective = replace(config.parallel, recompute_granularity="selective", recompute_modules=modules)
+        return activation_bytes(replace(config, parallel=selective), 0, 8)
+
+    plain = {preset: needed(preset) for preset in ("ring_lite", "qwen2_7b")}
+    for module in get_args(RecomputeModule):
+        preset = "qwen2_7b" if module == "mlp" else "ring_lite"
+        if module == "core_attn":
+            assert needed(preset, module) == plain[preset]
+        else:
+            assert needed(preset, module) < plain[preset], module
+    moe = needed("ring_lite", "moe")
+    assert needed("ring_lite", "layernorm", "moe") < moe < needed("ring_lite", "shared_experts")
+    assert needed("ring_lite", "moe", "shared_experts") == moe
 
 
 def test_the_tool_prints_layouts_or_one_line():
