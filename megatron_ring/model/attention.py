@@ -141,5 +141,15 @@ def _varlen_attention(
             q_THC, k_TGC, v_TGC, cu, cu, longest, longest, window_size=(-1, 0), scale=scale, enable_gqa=True
         )
     return flash_attn_varlen_func(
-        q_THC, k_TGC, v_TGC, cu, cu, longest, longest, softmax_scale=scale, causal=True
+        q_THC,
+        k_TGC,
+        v_TGC,
+        cu,
+        cu,
+        longest,
+        longest,
+        softmax_scale=scale,
+        causal=True,
+        # torch's own kernel asks torch; this one has to be told
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )

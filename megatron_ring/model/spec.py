@@ -35,14 +35,14 @@ class RingBackend(LocalSpecProvider):
         return PackedCoreAttention
 
 
-def backend(model: ModelConfig) -> BackendSpecProvider:
-    """The provider that ``transformer_impl`` names.
+def require_backend(model: ModelConfig) -> None:
+    """See that what ``transformer_impl`` names can be imported, before anything is started for it.
 
     Raises:
         ConfigError: Transformer Engine is asked for and not installed.
     """
     if model.transformer_impl == "local":
-        return RingBackend()
+        return
     try:
         import transformer_engine  # noqa: F401
     except ImportError as error:
@@ -50,6 +50,17 @@ def backend(model: ModelConfig) -> BackendSpecProvider:
             f"transformer_impl=transformer_engine needs Transformer Engine, which does not import ({error}); "
             "install transformer_engine[pytorch] on a CUDA machine or use --transformer-impl local"
         ) from None
+
+
+def backend(model: ModelConfig) -> BackendSpecProvider:
+    """The provider that ``transformer_impl`` names.
+
+    Raises:
+        ConfigError: Transformer Engine is asked for and not installed.
+    """
+    require_backend(model)
+    if model.transformer_impl == "local":
+        return RingBackend()
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     return TESpecProvider()

@@ -78,6 +78,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         # checks
         deallocate_pipeline_outputs=False,
         calculate_per_token_loss=False,
+        # the session's choice; upstream looks the embedding up by indexing then
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         transformer_impl=model.transformer_impl,
     )
 

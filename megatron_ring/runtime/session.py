@@ -15,6 +15,7 @@ import torch
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.errors import ConfigError
 from megatron_ring.runtime import device
+from megatron_ring.runtime.deterministic import deterministic_operations
 from megatron_ring.runtime.products import bf16_products
 from megatron_ring.runtime.topology import Topology, close_topology, distributed_timeout, open_topology
 
@@ -104,13 +105,17 @@ def _init_process_group(parallel: ParallelConfig) -> None:
 
 
 @contextlib.contextmanager
-def open_session(parallel: ParallelConfig, seed: int) -> Iterator[Session]:
+def open_session(parallel: ParallelConfig, seed: int, *, deterministic: bool = False) -> Iterator[Session]:
     """Open the run on this process and close it whatever happens.
 
-    Collective over the world. On a machine without CUDA the block runs inside
+    Collective over the world. With ``deterministic`` torch allows only operations that give the same bits every
+    time. On a machine without CUDA the block runs inside
     :func:`~megatron_ring.runtime.megatron_cpu.megatron_on_cpu`.
     """
     with contextlib.ExitStack() as stack:
+        if deterministic:
+            # before anything starts CUDA
+            stack.enter_context(deterministic_operations())
         bound = device.bind(int(os.environ.get("LOCAL_RANK", "0")))
         if not device.has_cuda():
             from megatron_ring.runtime.megatron_cpu import megatron_on_cpu

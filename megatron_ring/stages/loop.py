@@ -20,6 +20,7 @@ from megatron_ring.config.show import dump_toml, format_config
 from megatron_ring.config.stage_rules import STAGE_SECTIONS, Stage
 from megatron_ring.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ring.errors import ConfigError, RingError
+from megatron_ring.model.spec import require_backend
 from megatron_ring.runtime.metrics import MetricsLogger
 from megatron_ring.runtime.profile import StepProfiler
 from megatron_ring.runtime.session import (
@@ -48,7 +49,9 @@ def open_stage(config: RunConfig) -> Iterator[Session]:
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
     if not is_writer(rank_from_env(), world_size_from_env()):
         log.setLevel(max(logging.root.level, logging.WARNING))
-    with open_session(config.parallel, config.train.seed) as session:
+    require_backend(config.model)
+    train = config.train
+    with open_session(config.parallel, train.seed, deterministic=train.deterministic) as session:
         yield session
 
 

@@ -30,7 +30,8 @@ def config_of(model: str, **settings: Any):
 def small_engine(model: str, **settings: Any) -> Iterator[Engine]:
     """An engine with weights of which none is 0 or 1, in a session of its own."""
     config = config_of(model, **settings)
-    with open_session(config.parallel, seed=config.train.seed) as session:
+    train = config.train
+    with open_session(config.parallel, train.seed, deterministic=train.deterministic) as session:
         engine = Engine(config, session)
         randomise(engine)
         yield engine

@@ -22,7 +22,7 @@ def test_of_several_processes_the_writer_alone_says_what_is_no_warning(
 ):
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(loop, "open_session", lambda *_: _Nothing())
+    monkeypatch.setattr(loop, "open_session", lambda *_, **__: _Nothing())
     # as in a fresh process
     monkeypatch.setattr(logging.root, "handlers", [])
     names = ("megatron_ring", "megatron.core")

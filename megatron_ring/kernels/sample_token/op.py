@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_ring.errors import ConfigError
 from megatron_ring.kernels import dispatch
+from megatron_ring.kernels.sample_token.reference import cumulated
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def _threshold(logits_TV: Tensor, temperature: float, top_p: float, top_k: int) 
     kept = top_k if bounded else V
     best_TK = logits_TV.topk(kept, -1).values
     mass_TK = (best_TK.double() / temperature).softmax(-1)
-    before_TK = mass_TK.cumsum(-1) - mass_TK
+    before_TK = cumulated(mass_TK) - mass_TK
     # the best token is always allowed: no mass comes before it, but of a row that is not finite nothing compares
     last_T = ((before_TK < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)
     return best_TK.gather(1, last_T).squeeze(1)
