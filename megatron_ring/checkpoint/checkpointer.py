@@ -242,6 +242,7 @@ class Checkpointer:
         return dist_checkpointing.save(
             sharded,
             str(working),
+            (self.config.checkpoint.ckpt_format, 1),
             async_sharded_save=self.config.checkpoint.async_save,
             content_metadata=metadata,
         )
