@@ -7,6 +7,7 @@ makes somebody look here again.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ import megatron.core
 import torch
 from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.utils import GlobalMemoryBuffer
 from torch import Tensor
 
 from megatron_ring.errors import ConfigError
@@ -60,6 +62,28 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _buffers_for_training(get_tensor: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """2026-11: with sequence parallelism, an RL step ended in "Inplace update to inference tensor outside
+    InferenceMode" once a pass of generation had read more tokens than any pass before it.
+
+    utils.py:628 (0.16.1) keeps the largest buffer that was asked for and gathers every rank's tokens into it.
+    Where that was allocated inside torch.inference_mode, training may not write to it. Here it is allocated
+    outside, wherever the call is. Delete when upstream allocates it so.
+    """
+    outside = functools.partial(torch.inference_mode, False)
+
+    def call(
+        self: GlobalMemoryBuffer,
+        tensor_shape: Any,
+        dtype: torch.dtype,
+        name: str,
+        mem_alloc_context: Callable[..., Any] | None = None,
+    ) -> Tensor:
+        return get_tensor(self, tensor_shape, dtype, name, mem_alloc_context or outside)
+
+    return call
+
+
 @contextlib.contextmanager
 def megatron_fixes() -> Iterator[None]:
     """Apply the corrections for the length of the ``with`` block.
@@ -88,5 +112,8 @@ def megatron_fixes() -> Iterator[None]:
     with (
         mock.patch.object(DistributedOptimizer, "_set_main_param_and_optimizer_states", load),
         mock.patch.multiple(buffers, **alone),
+        mock.patch.object(
+            GlobalMemoryBuffer, "get_tensor", _buffers_for_training(GlobalMemoryBuffer.get_tensor)
+        ),
     ):
         yield

@@ -114,3 +114,18 @@ def test_a_group_of_one_gathers_and_scatters_without_a_collective(monkeypatch):
             assert torch.equal(other, buffer)
         assert not asked
     assert buffers.dist_all_gather_func is before
+
+
+def test_a_buffer_that_grew_while_sampling_can_be_written_in_training():
+    """Megatron's all-gather of sequence parallelism reuses the largest buffer that was ever asked for."""
+    with open_session(PLAIN, seed=1):
+        memory = parallel_state.get_global_memory_buffer()
+        with torch.inference_mode():
+            memory.get_tensor([6], torch.float32, "mpu").zero_()
+        weight = torch.ones(6, requires_grad=True)
+        buffer = memory.get_tensor([2, 3], torch.float32, "mpu")
+        buffer.copy_(torch.arange(6.0).view(2, 3))
+        (buffer.view(6) * weight).sum().backward()
+        assert torch.equal(weight.grad, torch.arange(6.0))
+        with torch.inference_mode():
+            assert memory.get_tensor([4], torch.float32, "mpu").fill_(1).sum() == 4
