@@ -31,12 +31,12 @@ JAVA_SUM = (
 
 @pytest.fixture(scope="module")
 def judge(sandbox: Sandbox) -> CodeJudge:
-    return CodeJudge(RewardConfig(sandbox_timeout=20.0, sandbox_memory_mb=256, reward_timeout=60.0))
+    return CodeJudge(RewardConfig(sandbox_timeout=200.0, sandbox_memory_mb=256, reward_timeout=600.0))
 
 
 @pytest.fixture(scope="module")
 def impatient(sandbox: Sandbox) -> CodeJudge:
-    return CodeJudge(RewardConfig(sandbox_timeout=1.0, reward_timeout=60.0))
+    return CodeJudge(RewardConfig(sandbox_timeout=2.0, reward_timeout=600.0))
 
 
 def verdict(judge: CodeJudge, source: str, **job) -> RewardResult:
