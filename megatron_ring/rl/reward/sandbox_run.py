@@ -32,6 +32,8 @@ RunStatus = Literal["ok", "crashed", "timeout", "memory", "output_limit"]
 
 _LOOK_EVERY = 0.02
 """Seconds between two looks at the memory."""
+_START_SECONDS = 5.0
+"""Longest wait for bwrap's next word when a run is cut before its first process is known."""
 _STDERR_KEPT = 4096
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _OUT_OF_MEMORY = (b"MemoryError", b"std::bad_alloc", b"java.lang.OutOfMemoryError")
@@ -140,8 +142,9 @@ def _watch(watched: _Watched) -> None:
 def _end(watched: _Watched) -> None:
     """Kill what is left, wait until the first process is gone, and take the last output."""
     if watched.process.poll() is None:
-        if watched.first_pid is None:
-            _read(watched, watched.status_fd)
+        # killed before it has said whom it started, bwrap would leave that process waiting for it for ever
+        while watched.first_pid is None and _read(watched, watched.status_fd, wait=_START_SECONDS):
+            pass
         if watched.first_pidfd is not None:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(watched.first_pidfd, signal.SIGKILL)

@@ -212,6 +212,13 @@ print("done")
     assert sandbox_processes() == []
 
 
+def test_a_run_cut_at_any_moment_of_its_start_leaves_nothing(sandbox: Sandbox):
+    for number in range(40):
+        result = sandbox.run(sandbox.python("while True: pass"), Limits(seconds=number / 1600))
+        assert result.status == "timeout"
+        assert sandbox_processes() == [], f"cut after {number / 1.6:.1f} ms"
+
+
 def test_what_is_left_would_be_seen(sandbox: Sandbox):
     """A sandbox at work, and a process whose parent is dead."""
 
