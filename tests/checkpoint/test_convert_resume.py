@@ -87,11 +87,11 @@ def test_a_terminated_conversion_never_looks_finished(tmp_path: Path):
         [*TOOL, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     )
     working = tmp_path / "m/iter_0000000.incomplete"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list(working.glob("*.distcp")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.wait(200) == 128 + signal.SIGTERM
     assert [p.name for p in (tmp_path / "m").iterdir() if p.is_dir()] == ["iter_0000000.incomplete"]
     done = run_tool(*words, "--verify")
     assert done.returncode == 0 and "resuming" in done.stdout, done.stderr

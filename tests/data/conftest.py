@@ -8,16 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
 
 from megatron_ring.data.builtin import builtin_documents
 from megatron_ring.data.corpus_writer import write_corpus
 from megatron_ring.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_ring.data.tokenizer_training import train_tokenizer
-
-# a busy machine is not a failure
-settings.register_profile("patient", deadline=None)
-settings.load_profile("patient")
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

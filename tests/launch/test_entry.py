@@ -34,7 +34,7 @@ if __name__ == "__main__":
 """
 
 IN_A_GROUP = """
-import os, time
+import os, sys, time
 import torch
 from megatron_ring.errors import DataError
 from megatron_ring.launch.entry import run_entry
@@ -45,7 +45,9 @@ def main():
     torch.distributed.barrier()
     if {shared} or rank == 1:
         raise DataError("the corpus is empty; fill it")
-    time.sleep(3)
+    # the line is in the store that lives here
+    while not os.path.exists(sys.argv[1]):
+        time.sleep(0.02)
 
 if __name__ == "__main__":
     run_entry(main)
@@ -56,7 +58,7 @@ def run(code: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *argv]
     where = Path(__file__).parents[2]
     return subprocess.run(
-        command, cwd=where, env={**os.environ, **env}, capture_output=True, text=True, timeout=120
+        command, cwd=where, env={**os.environ, **env}, capture_output=True, text=True, timeout=300
     )
 
 
@@ -80,14 +82,18 @@ def test_before_the_process_group_only_the_first_rank_of_a_node_speaks():
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_inside_the_process_group_one_rank_says_the_line_even_if_only_it_fails(shared: bool):
+def test_inside_the_process_group_one_rank_says_the_line_even_if_only_it_fails(shared: bool, tmp_path: Path):
     code = IN_A_GROUP.format(shared=shared)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
 
     def rank(n: int) -> subprocess.CompletedProcess[str]:
-        return run(code, **env, RANK=str(n), LOCAL_RANK=str(n), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
+        here = {"RANK": str(n), "LOCAL_RANK": str(n), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        done = run(code, str(tmp_path / "ended"), **env, **here)
+        if n == 1:
+            (tmp_path / "ended").touch()
+        return done
 
     with ThreadPoolExecutor(2) as pool:
         done = list(pool.map(rank, range(2)))

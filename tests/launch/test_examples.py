@@ -90,20 +90,20 @@ def test_the_batch_script_passes_usr1_on_and_requeues_only_a_clean_end(
     task.write_text(
         f"trap 'sleep 0.3; echo saved; exit {code}' USR1\ntouch {started}\nwhile true; do sleep 0.05; done\n"
     )
+    (commands / "task").write_text(f"#!/usr/bin/env bash\nexec bash {task}\n")
+    (commands / "task").chmod(0o755)
     process = subprocess.Popen(
         ["bash", str(ROOT / SBATCH), "--dry-run"],
         env=environment(commands, PYTHON=f"{commands}/task"),
         stdout=subprocess.PIPE,
         text=True,
     )
-    (commands / "task").write_text(f"#!/usr/bin/env bash\nexec bash {task}\n")
-    (commands / "task").chmod(0o755)
-    for _ in range(400):
+    for _ in range(4000):
         if started.exists():
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == code
     assert "saved" in output
     assert ("requeued 20005" in output) == requeued
