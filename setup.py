@@ -46,6 +46,7 @@ EXTRAS = {
         TRITON,
         "hypothesis>=6.170,<7",
         "pytest>=9,<10",
+        "pytest-timeout>=2.4,<3",
         "ruff>=0.17,<0.18",
         "pyright>=1.1.414",
         "ninja>=1.13",

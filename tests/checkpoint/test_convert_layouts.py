@@ -37,7 +37,10 @@ from tests.checkpoint.convert_cases import (
     write_hf,
 )
 from tests.checkpoint.reference_model import logits_TV, mtp_logits_TV
-from tests.parallel.spawning import ROOT, spawn
+from tests.parallel.spawning import ROOT, several_worlds, spawn
+from tests.parallel.watching import assert_ended_well
+
+pytestmark = several_worlds
 
 CASES = [
     pytest.param(
@@ -76,8 +79,7 @@ def run_world(converted: Path):
     spawned = cache(lambda world: spawn(world, "tests.checkpoint.convert_worker", str(world), str(converted)))
 
     def run(world: int) -> Path:
-        result = spawned(world)
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+        assert_ended_well(spawned(world))
         return converted
 
     return run

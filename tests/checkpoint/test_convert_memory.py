@@ -18,6 +18,7 @@ ROOM = 3 * NUM_BYTES
 
 @pytest.mark.all
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_a_few_gb_there_and_back_take_little_memory(tmp_path: Path):
     """The largest RssAnon of any process, sampled by the benchmark, which also compares all checksums."""
     free = shutil.disk_usage(tmp_path).free

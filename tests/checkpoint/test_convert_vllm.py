@@ -53,6 +53,7 @@ MODELS = {
 
 @pytest.mark.all
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(not PYTHON.exists(), reason=f"{PYTHON.parents[1]} is not there; run tools/setup_vllm.sh")
 @pytest.mark.parametrize("name", MODELS)
 def test_vllm_computes_the_reference_models_tokens_and_log_p(name: str, tmp_path: Path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from tests.parallel.spawning import free_port
+from tests.parallel.watching import PATIENCE, assert_ended_well, kill_all, run_to_the_end, write_stacks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,24 +65,20 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
 
-def run(
-    script: str, settings: dict[str, object], world: int = 1, timeout: int = 600
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(script, settings, world), env=environment(), text=True, capture_output=True, timeout=timeout
-    )
+def run(script: str, settings: dict[str, object], world: int = 1) -> subprocess.CompletedProcess[str]:
+    return run_to_the_end(command(script, settings, world), env=environment())
 
 
 def pretrain(settings: dict[str, object], world: int = 1) -> subprocess.CompletedProcess[str]:
     result = run("examples/pretrain_ring.py", settings, world)
-    assert result.returncode == 0, result.stdout[-1500:] + result.stderr[-4000:]
+    assert_ended_well(result)
     return result
 
 
 def start(settings: dict[str, object], world: int = 1) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command("examples/pretrain_ring.py", settings, world),
-        env=environment(),
+        env=environment() | {"PYTHONFAULTHANDLER": "1"},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -89,12 +86,19 @@ def start(settings: dict[str, object], world: int = 1) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, f"the run ended before its time: {process.stdout.read()[-3000:]}"
-        assert time.monotonic() < deadline, "the run did not get there in time"
-        time.sleep(0.02)
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Until ``condition``; ends the run, and says where it was, if that takes too long."""
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while not condition():
+            assert process.poll() is None, f"the run ended before its time: {process.stdout.read()[-3000:]}"
+            if time.monotonic() > deadline:
+                write_stacks(process, sys.stderr.fileno())
+                raise AssertionError(f"the run did not get there: {process.stdout.read()[-6000:]}")
+            time.sleep(0.02)
+    except BaseException:
+        kill_all(process, set())
+        raise
 
 
 def records(folder: Path, kind: str = "train") -> list[dict]:

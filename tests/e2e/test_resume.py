@@ -10,6 +10,10 @@ import pytest
 import torch
 
 from tests.e2e.runs import TINY, TINY_V2, losses, pretrain, read_checkpoint, start, wait_for
+from tests.parallel.spawning import several_worlds
+from tests.parallel.watching import PATIENCE
+
+pytestmark = several_worlds
 
 STEPS = 10
 
@@ -43,11 +47,12 @@ def test_killed_run_resumes_bit_equal(straight, corpus, run_dir, async_save):
         }
     )
     process = start(settings)
-    wait_for(lambda: len(losses(run_dir)) >= 6, process)
+    # as early as there is something to resume: a busy machine may kill it some steps later
+    saved = run_dir / "latest_checkpointed_iteration.txt"
+    wait_for(lambda: saved.exists() and len(losses(run_dir)) >= 3, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert len(losses(run_dir)) < STEPS
-    assert (run_dir / "latest_checkpointed_iteration.txt").exists()
     pretrain(settings)
     assert losses(run_dir) == losses(straight)
     assert_same_weights(run_dir, straight)
@@ -59,7 +64,7 @@ def test_signal_saves_and_leaves_cleanly(corpus, run_dir, number):
     process = start(settings)
     wait_for(lambda: len(losses(run_dir)) >= 2, process)
     process.send_signal(number)
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=PATIENCE) == 0
     saved = int((run_dir / "latest_checkpointed_iteration.txt").read_text())
     assert saved == max(losses(run_dir))
     # the signal may come as early as step 2, before the end of the warm-up

@@ -9,6 +9,10 @@ import pytest
 
 from tests.e2e.runs import records, run
 from tests.e2e.test_rl_resume import problems, settings  # noqa: F401
+from tests.parallel.spawning import several_worlds
+from tests.parallel.watching import assert_ended_well
+
+pytestmark = several_worlds
 
 # one update: later ones start from weights that Adam has moved apart by rounding
 PLAIN = {
@@ -41,7 +45,7 @@ def rl(corpus: dict[str, object], problems: Path, folder: Path, world: int, **mo
     result = run(
         "examples/rl_ring.py", {name.replace("_", "-"): value for name, value in values.items()}, world
     )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert_ended_well(result)
     return folder
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.rl_worker import LINES
-from tests.e2e.runs import ROOT, losses
+from tests.e2e.runs import environment, losses
+from tests.parallel.spawning import several_worlds
+from tests.parallel.watching import assert_ended_well, run_to_the_end
+
+pytestmark = several_worlds
 
 STEPS = 4
 
@@ -70,26 +70,11 @@ def problems(tmp_path_factory) -> Path:
 def runs(corpus, problems, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rl")
     (folder / "settings.json").write_text(json.dumps(settings(corpus, problems)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    # to a file: what a killed run leaves behind would hold a pipe open
-    output = folder / "output.txt"
-    with output.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.e2e.rl_worker", str(folder)],
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout=900)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    said = output.read_text()[-4000:]
-    assert code == 0, said
+    command = [sys.executable, "-m", "tests.e2e.rl_worker", str(folder)]
+    result = run_to_the_end(command, env=environment(), timeout=2400)
+    assert_ended_well(result)
     codes = json.loads((folder / "codes.json").read_text())
-    assert codes["straight"] == [0], said
+    assert codes["straight"] == [0], result.stderr[-4000:]
     return folder
 
 

@@ -32,7 +32,9 @@ def run_in_the_interpreter(file: str, *selection: str) -> None:
     """Run the file's ``backend`` tests on Triton in their own process; fail with its output."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, *selection]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    # shorter than this test's own time: the one inside names itself first
+    command += ["--timeout", "300"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 

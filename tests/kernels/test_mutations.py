@@ -124,6 +124,7 @@ def test_a_fault_is_planted_in_one_place(fault):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_every_fault_fails_two_tests():
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -159,14 +159,25 @@ def test_the_narrow_vectors_of_other_processors():
     """Everything native again, as a processor without AVX2 runs it."""
     environment = {**os.environ, "MEGATRON_RING_ISA": "baseline", "OMP_NUM_THREADS": "1"}
     files = [f"tests/kernels/test_{name}.py" for name in ("native", "routing", "permute", "token_logprob")]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--timeout",
+        "300",
+        *files,
+    ]
     done = subprocess.run(
         [*command, "-k", "(native or test_this) and not interpreter"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=540,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 

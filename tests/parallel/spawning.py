@@ -15,8 +15,11 @@ import torch
 
 from tests.parallel.cases import Case
 from tests.parallel.collect import whole_tensors
+from tests.parallel.watching import PATIENCE, STANDSTILL, assert_ended_well, run_to_the_end
 
 ROOT = Path(__file__).resolve().parents[2]
+several_worlds = pytest.mark.timeout(3 * PATIENCE + 300)
+"""For tests that wait for up to three of them, each of which names itself before."""
 
 
 def free_port() -> int:
@@ -25,26 +28,26 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def spawn(world: int, *arguments: str, timeout: int = 1500) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m ARGUMENTS`` on ``world`` processes."""
+def spawn(world: int, *arguments: str, standstill: int = STANDSTILL) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m ARGUMENTS`` on ``world`` processes; give the result to ``assert_ended_well``."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", *arguments]
     if world > 1:
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world)]
         address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
         command = [sys.executable, *launcher, *address, "-m", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=timeout)
+    return run_to_the_end(command, cwd=ROOT, env=env, standstill=standstill)
 
 
-def world_runner(worker: str, folder: Path, timeout: int = 1500) -> Callable[[int], Path]:
+def world_runner(worker: str, folder: Path) -> Callable[[int], Path]:
     """Runs ``worker WORLD FOLDER`` once per world size, the single process first; returns the folder."""
+    # a failed spawn fails every test of its world once, without another spawn
+    spawned = cache(lambda world: spawn(world, worker, str(world), str(folder)))
 
-    @cache
     def run(world: int) -> Path:
         if world > 1:
             run(1)
-        result = spawn(world, worker, str(world), str(folder), timeout=timeout)
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+        assert_ended_well(spawned(world))
         return folder
 
     return run

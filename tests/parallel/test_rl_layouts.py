@@ -13,7 +13,9 @@ import pytest
 from tests.parallel.cases import Case
 from tests.parallel.collect import largest_gap, whole_tensors
 from tests.parallel.rl_worker import CASES
-from tests.parallel.spawning import layouts, single_process, world_runner
+from tests.parallel.spawning import layouts, several_worlds, single_process, world_runner
+
+pytestmark = several_worlds
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,14 @@ import pytest
 
 from tests.parallel.cases import Case
 from tests.parallel.rollout_worker import BUDGET, CASES
-from tests.parallel.spawning import layouts, world_runner
+from tests.parallel.spawning import layouts, several_worlds, world_runner
+
+pytestmark = several_worlds
 
 
 @pytest.fixture(scope="module")
 def run_world(tmp_path_factory):
-    return world_runner("tests.parallel.rollout_worker", tmp_path_factory.mktemp("rollouts"), timeout=300)
+    return world_runner("tests.parallel.rollout_worker", tmp_path_factory.mktemp("rollouts"))
 
 
 def by_data_rank(folder: Path, case: Case) -> list[dict]:

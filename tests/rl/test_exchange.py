@@ -6,15 +6,17 @@ import json
 
 import pytest
 
-from tests.parallel.spawning import spawn
+from tests.parallel.spawning import several_worlds, spawn
+from tests.parallel.watching import assert_ended_well
 from tests.rl.exchange_cases import as_json, parcel, words
+
+pytestmark = several_worlds
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("exchange")
-    result = spawn(2, "tests.rl.exchange_worker", str(folder), timeout=120)
-    assert result.returncode == 0, result.stderr[-4000:]
+    assert_ended_well(spawn(2, "tests.rl.exchange_worker", str(folder)))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

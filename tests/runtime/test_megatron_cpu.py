@@ -13,7 +13,8 @@ from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import random as tracker
 
 from megatron_ring.runtime.megatron_cpu import STAND_INS, StandIn, _resolve, hits, megatron_on_cpu, reset_hits
-from tests.parallel.spawning import spawn
+from tests.parallel.spawning import several_worlds, spawn
+from tests.parallel.watching import assert_ended_well
 
 UPSTREAM = Path(megatron.core.__file__).parent
 KEYS = {row.key for row in STAND_INS}
@@ -88,12 +89,12 @@ def test_it_refuses_a_machine_with_cuda(monkeypatch):
 
 
 @pytest.mark.slow
+@several_worlds
 def test_training_uses_every_row_and_no_row_is_for_nothing(tmp_path):
     """One process and two, fp32 and bf16, with multi-token prediction, recompute and a checkpoint."""
     seen: set[str] = set()
     for world in (1, 2):
-        result = spawn(world, "tests.runtime.seam_worker", str(tmp_path))
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+        assert_ended_well(spawn(world, "tests.runtime.seam_worker", str(tmp_path)))
     for path in tmp_path.glob("hits.*.json"):
         seen |= set(json.loads(path.read_text()))
     assert seen == KEYS

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 
-from tests.parallel.spawning import spawn
+from tests.parallel.spawning import several_worlds, spawn
+from tests.parallel.watching import assert_ended_well
 from tests.rl.rollout.broken_worker import CASES
 
 
+@several_worlds
 def test_every_rank_says_that_the_weights_are_broken(tmp_path):
-    result = spawn(2, "tests.rl.rollout.broken_worker", str(tmp_path), timeout=120)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    assert_ended_well(spawn(2, "tests.rl.rollout.broken_worker", str(tmp_path)))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second and len(first) == 2 * len(CASES)
     for line in first.values():
