@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from megatron_ring.config.rl import RolloutConfig
+from megatron_ring.config.rl import RolloutConfig, rollout_concurrency
 from megatron_ring.data.prompts import Prompt
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.errors import RolloutError
@@ -52,7 +52,11 @@ class Answering:
         self.session, self.engine, self.rewards, self.tokenizer = session, engine, rewards, tokenizer
 
     def __call__(
-        self, requests: Sequence[Request], sampling: SamplingParams, token_budget: int | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        token_budget: int | None = None,
+        concurrency: int | None = None,
     ) -> tuple[list[Rollout], list[Response]]:
         """(judged responses in the order in which they ended, responses that a budget interrupted).
 
@@ -61,7 +65,8 @@ class Answering:
         prompts = {request.prompt.uid: request.prompt for request in requests}
         ended: list[tuple[Response, Future[RewardResult] | None]] = []
         unfinished: list[Response] = []
-        for response in self.engine.generate(requests, sampling, token_budget=token_budget):
+        stream = self.engine.generate(requests, sampling, token_budget=token_budget, concurrency=concurrency)
+        for response in stream:
             if response.stop == "unfinished":
                 unfinished.append(response)
             else:
@@ -211,7 +216,8 @@ class Collector:
             for request in requests
             if request.prefix is not None
         }
-        rollouts, unfinished = self.answer(requests, self.sampling, token_budget)
+        concurrency = rollout_concurrency(self.config)
+        rollouts, unfinished = self.answer(requests, self.sampling, token_budget, concurrency)
         for response in unfinished:
             self.book.interrupt(response)
         for rollout in rollouts:

@@ -22,10 +22,11 @@ CASES = [
     *(Case("v1", 2, layout) for layout in (dict(tp=2), dict(pp=2), dict(ep=2), dict())),
     *(Case("v2_mtp", 2, layout) for layout in (dict(tp=2), dict(pp=2, vpp=2), dict(ep=2, overlap=True))),
     Case("dense", 2, dict(tp=2, sp=False)),
-    *(Case("v1", 4, layout) for layout in (dict(tp=2, pp=2), dict(pp=2, ep=2))),
+    *(Case("v1", 4, layout) for layout in (dict(tp=2, pp=2), dict(pp=2, ep=2), dict(ep=2))),
     *(Case("v2_mtp", 4, layout) for layout in (dict(tp=2, ep=2), dict(tp=2, etp=1, ep=4))),
 ]
-BUDGET = 60
+BUDGETED: dict[str, int] = dict(token_budget=40, concurrency=6)
+NEXT: dict[str, int] = dict(token_budget=15, concurrency=3)
 PARAMS = sampling(15, stop_ids=tuple(range(0, 250, 9)), record_routes=True)
 
 
@@ -46,23 +47,33 @@ def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) 
     engine = engine_at_start(case, session, folder, is_reference=is_reference)
     asked = requests(samples=2)
     # uneven shares: one rank is done long before the other and steps along
-    cuts = [0, 11, 16] if session.topology.dp_size == 2 else [0, 16]
-    own = asked[cuts[session.topology.dp_rank] : cuts[session.topology.dp_rank + 1]]
-    rollout = InProcessEngine(engine, slots=5)
+    dp_size, dp_rank = session.topology.dp_size, session.topology.dp_rank
+    cuts = {1: [0, 16], 2: [0, 11, 16], 4: [0, 7, 7, 8, 16]}[dp_size]
+    own = asked[cuts[dp_rank] : cuts[dp_rank + 1]]
+    # passes of few tokens: a round of one rank takes more of them than the round of another
+    rollout = InProcessEngine(engine, slots=5, prefill_tokens=20)
     rollout.load_weights(1)
     whole = list(rollout.generate(own, PARAMS))
-    parts = list(rollout.generate(own, PARAMS, token_budget=BUDGET))
+    parts = list(rollout.generate(own, PARAMS, **BUDGETED))
     rest = {r.key: r for r in parts if r.stop == "unfinished"}
+    again = [
+        replace(a, prefix=rest[k] if rest[k].length else None)
+        for a in own
+        if (k := (a.prompt.uid, a.sample)) in rest
+    ]
+    later = list(rollout.generate(again, PARAMS, **NEXT))
+    rest = {r.key: r for r in later if r.stop == "unfinished"}
     again = [replace(a, prefix=rest[k]) for a in own if (k := (a.prompt.uid, a.sample)) in rest]
     resumed = list(rollout.generate(again, PARAMS))
     # a rank without any request
-    single = list(rollout.generate(asked[:1] if session.topology.dp_rank == 0 else [], PARAMS))
+    single = list(rollout.generate(asked[:1] if dp_rank == 0 else [], PARAMS))
     rollout.close()
     result = dict(
-        dp_rank=session.topology.dp_rank,
+        dp_rank=dp_rank,
         whole=written(whole),
         parts=written(parts),
-        resumed=written([r for r in parts if r.stop != "unfinished"] + resumed),
+        later=written(later),
+        resumed=written([r for r in [*parts, *later] if r.stop != "unfinished"] + resumed),
         single=written(single),
     )
     (folder / f"{case.name}.{session.rank}.json").write_text(json.dumps(result))

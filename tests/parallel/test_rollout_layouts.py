@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.parallel.cases import Case
-from tests.parallel.rollout_worker import BUDGET, CASES
+from tests.parallel.rollout_worker import BUDGETED, CASES, NEXT
 from tests.parallel.spawning import layouts, several_worlds, world_runner
 
 pytestmark = several_worlds
@@ -47,8 +47,18 @@ def test_a_layout_generates_what_one_process_does(case: Case, run_world):
     assert_same([r for answer in answers for r in answer["whole"]], reference["whole"])
     assert_same([r for answer in answers for r in answer["resumed"]], reference["whole"])
     assert_same([r for answer in answers for r in answer["single"]], reference["single"])
-    produced = sum(len(r["tokens"]) for answer in answers for r in answer["parts"])
-    # one step of every slot may pass it
-    assert BUDGET <= produced < BUDGET + 5 * len(answers)
-    stops = {r["stop"] for answer in answers for r in answer["parts"]}
-    assert "unfinished" in stops and len(stops) > 1
+
+
+@pytest.mark.parametrize("case", layouts(CASES, slow_from=4))
+def test_a_shared_budget_stops_every_layout_at_the_same_tokens(case: Case, run_world):
+    folder = run_world(case.world)
+    (reference,) = by_data_rank(folder, Case(case.model, 1))
+    answers = by_data_rank(folder, case)
+    before = 0
+    for name, options in (("parts", BUDGETED), ("later", NEXT)):
+        assert_same([r for answer in answers for r in answer[name]], reference[name])
+        produced = sum(len(r["tokens"]) for r in reference[name]) - before
+        assert options["token_budget"] <= produced < options["token_budget"] + options["concurrency"]
+        stops = [r["stop"] for r in reference[name]]
+        assert "unfinished" in stops and len(set(stops)) > 1
+        before = sum(len(r["tokens"]) for r in reference[name] if r["stop"] == "unfinished")

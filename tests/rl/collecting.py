@@ -65,6 +65,7 @@ class ScriptedEngine:
         self.length, self.slots, self.version = length, slots, 0
         self.calls: list[list[Request]] = []
         self.budgets: list[int | None] = []
+        self.concurrencies: list[int | None] = []
         self.log: list[str] = []
         self.fails_after: int | None = None
 
@@ -74,10 +75,16 @@ class ScriptedEngine:
     def close(self) -> None: ...
 
     def generate(
-        self, requests: Sequence[Request], sampling: SamplingParams, *, token_budget: int | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        *,
+        token_budget: int | None = None,
+        concurrency: int | None = None,
     ) -> Iterator[Response]:
         self.calls.append(list(requests))
         self.budgets.append(token_budget)
+        self.concurrencies.append(concurrency)
         waiting = [self._begin(request) for request in requests]
         busy: list[Response] = []
         produced = ended = 0

@@ -73,6 +73,17 @@ def test_what_was_interrupted_goes_on_and_new_prompts_fill_the_rest():
     assert len(groups) > 4 and len({group[0][0] for group in groups}) == len(groups)
 
 
+def test_a_budget_comes_with_the_sequences_that_are_sure_to_end_within_it():
+    engine = ScriptedEngine()
+    source = collector(engine, rollout_token_budget=40)
+    found = source.collect(version=0)
+    source.refill(found, 1)
+    assert engine.budgets == [40, 40] and engine.concurrencies == [2, 2]
+    engine = ScriptedEngine()
+    collector(engine).collect(version=0)
+    assert engine.budgets == [None] and engine.concurrencies == [None]
+
+
 def test_a_continued_response_remembers_who_sampled_what():
     engine = ScriptedEngine(lambda uid, sample: 6, slots=1)
     source = collector(engine, rollout_token_budget=4, prompts_per_step=1, group_size=2)

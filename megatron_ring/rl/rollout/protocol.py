@@ -16,9 +16,12 @@ class SamplingParams:
     """How answers are drawn, for all requests of one call.
 
     ``temperature`` 0 takes the most likely token. ``max_response_length`` counts tokens, the stop token and a
-    resumed prefix included. ``stop_ids`` end a response, which keeps the one it met. A token's random number
-    follows from ``seed``, its prompt's uid, its sample and its place alone, so the same response comes out
-    whatever else is decoded with it.
+    resumed prefix included. ``stop_ids`` end a response, which keeps the one it met.
+
+    A token's random number follows from ``seed``, its prompt's uid, its sample and its place alone, whatever else
+    is decoded with it. Its logits change with that by rounding, since the sums of a batch of another size are taken
+    in another order: in float32 the same tokens come out up to ties at rounding; in bfloat16 1 of 24 responses was
+    seen to change with the number of slots.
 
     Example: ``SamplingParams(temperature=1.0, max_response_length=512, stop_ids=(2,), seed=7)``.
 
@@ -68,11 +71,28 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(
-        self, requests: Sequence[Request], sampling: SamplingParams, *, token_budget: int | None = None
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingParams,
+        *,
+        token_budget: int | None = None,
+        concurrency: int | None = None,
     ) -> Iterator[Response]:
-        """Each request's response as it finishes; where ``token_budget`` new tokens (summed over data-parallel
-        ranks) are reached first, what remains comes last as it stands, with ``stop="unfinished"`` and maybe
-        no token at all.
+        """Each request's response as it finishes; a data-parallel rank asks for its own.
+
+        With ``token_budget`` (new tokens) and ``concurrency`` (sequences decoded at the same time), both summed over
+        data-parallel ranks, what is decoded when is the job's affair and no layout changes it: the requests of all
+        ranks are one queue by (prompt uid, sample), of which ``concurrency`` are admitted at first, and each that
+        ends admits the next. In a round every admitted sequence gains one token; generation stops after the first
+        round that reaches the budget, so by less than ``concurrency`` tokens beyond it. Responses come round by
+        round, those of one round in the queue's order; what remains comes last as it stands, with
+        ``stop="unfinished"`` and maybe no token at all.
+
+        A request whose prefix is as long as a response may be is answered first, without a token more; it keeps
+        its place in the queue, which counts as ended after the round in which it was admitted.
+
+        Raises:
+            RolloutError: one of ``token_budget`` and ``concurrency`` was given without the other.
         """
         ...
 

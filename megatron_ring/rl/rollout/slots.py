@@ -39,7 +39,9 @@ class Pass:
 
 
 class SlotTable:
-    """All requests of one call: waiting, in a slot, or done.
+    """All requests of one call: waiting, in a slot, or done. Each slot is given out again as it becomes free.
+
+    :class:`~megatron_ring.rl.rollout.rounds.RoundTable` is the one that keeps time with other ranks.
 
     Args:
         requests: what is wanted, in the order in which slots are given out.
@@ -69,7 +71,7 @@ class SlotTable:
             if not request.prompt.tokens:
                 raise RolloutError(f"prompt {request.prompt.uid} has no tokens; leave it out")
             prefix = request.prefix
-            if prefix is not None and prefix.length >= sampling.max_response_length:
+            if prefix is not None and is_complete(request, sampling):
                 self.complete.append(replace(prefix, stop="length"))
             else:
                 self.waiting.append(request)
@@ -96,22 +98,30 @@ class SlotTable:
         """Positions of the longest sequence in a slot."""
         return int(self.length_S.max(initial=0))
 
-    def next_pass(self) -> Pass:
-        """New sequences where a good share of the slots is free, else one token of every sequence."""
+    def next_pass(self) -> Pass | None:
+        """New sequences where a good share of the slots is free, else one token of every sequence.
+
+        None where nothing is left to do.
+        """
+        if not self.busy:
+            return None
         free = self.num_slots - int(self.active_S.sum())
         enough = min(len(self.waiting), max(1, self.num_slots // 16))
-        return self._read_new() if self.waiting and free >= enough else self._decode()
+        if self.waiting and free >= enough:
+            return self._read(self.waiting)
+        return self._decode(np.flatnonzero(self.active_S))
 
-    def _read_new(self) -> Pass:
+    def _read(self, queue: deque[Request]) -> Pass:
+        """As many of ``queue`` as free slots and ``prefill_tokens`` allow; they are taken off it."""
         entered: list[int] = []
         total = 0
         for slot in np.flatnonzero(~self.active_S):
-            if not self.waiting:
+            if not queue:
                 break
-            size = len(self.waiting[0].prompt.tokens) + _prefix_length(self.waiting[0])
+            size = len(queue[0].prompt.tokens) + _prefix_length(queue[0])
             if entered and total + size > self.prefill_tokens:
                 break
-            self._enter(int(slot), self.waiting.popleft())
+            self._enter(int(slot), queue.popleft())
             entered.append(int(slot))
             total += size
         # neighbours of equal length are read by one attention call
@@ -128,8 +138,7 @@ class SlotTable:
             uniforms_W=self._uniforms(slots_W),
         )
 
-    def _decode(self) -> Pass:
-        slots_W = np.flatnonzero(self.active_S)
+    def _decode(self, slots_W: np.ndarray) -> Pass:
         return Pass(
             tokens_N=self.last_S[slots_W],
             slots_N=slots_W,
@@ -163,8 +172,8 @@ class SlotTable:
 
     def accept(
         self, done: Pass, tokens_W: np.ndarray, logprobs_W: np.ndarray, routes_NLK: np.ndarray | None
-    ) -> Iterator[Response]:
-        """Take in what a pass sampled, and the routes of what it read; yield what that finishes."""
+    ) -> list[Response]:
+        """Take in what a pass sampled, and the routes of what it read; what that finishes."""
         slots_W = done.slots_W
         if routes_NLK is not None:
             self._keep_routes(done, routes_NLK)
@@ -179,9 +188,7 @@ class SlotTable:
         ended_W = (tokens_W[:, None] == self.stop_ids).any(1)
         full_W = count_W + 1 >= self.sampling.max_response_length
         finished = [(int(slots_W[i]), bool(ended_W[i])) for i in np.flatnonzero(ended_W | full_W)]
-        # before the first yield: the caller may look at the table in between
-        responses = [self._leave(slot, "eos" if ended else "length") for slot, ended in finished]
-        yield from responses
+        return [self._leave(slot, "eos" if ended else "length") for slot, ended in finished]
 
     def unfinished(self) -> Iterator[Response]:
         """What is left, as it stands: sequences in their slots, then requests that never got one."""
@@ -238,6 +245,11 @@ class SlotTable:
             if prefix is not None and prefix.routes_SLK is not None:
                 # a token's route is the one that it was sampled through, under its own policy version
                 self.routes_SPLK[slot, : len(prefix.routes_SLK)] = prefix.routes_SLK
+
+
+def is_complete(request: Request, sampling: SamplingParams) -> bool:
+    """The prefix is as long as a response may be: there is nothing to decode."""
+    return request.prefix is not None and request.prefix.length >= sampling.max_response_length
 
 
 def _prefix_length(request: Request) -> int:

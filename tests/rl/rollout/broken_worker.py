@@ -30,7 +30,8 @@ def said(case: Case, token_budget: int | None) -> str:
                 for parameter in engine.models[-1].output_layer.parameters():
                     parameter.fill_(torch.nan)
         try:
-            list(rollout.generate(requests(), sampling(), token_budget=token_budget))
+            concurrency = None if token_budget is None else 5
+            list(rollout.generate(requests(), sampling(), token_budget=token_budget, concurrency=concurrency))
         except RolloutError as error:
             return f"{session.rank} {error}"
         return f"{session.rank} nothing"

@@ -76,6 +76,38 @@ def test_a_response_does_not_depend_on_slots_and_batches(slots, prefill_tokens):
         assert_same(parts[key], response)
 
 
+@pytest.mark.parametrize(("slots", "prefill_tokens"), [(1, 1), (5, 40), (64, 8192)])
+def test_what_a_budget_leaves_does_not_depend_on_slots_and_batches(slots, prefill_tokens):
+    params = sampling(20, stop_ids=tuple(range(0, 250, 9)), record_routes=True)
+    options = {"token_budget": 90, "concurrency": 6}
+    with small_rollout("v2") as rollout:
+        expected = list(rollout.generate(requests(samples=2), params, **options))
+    with small_rollout("v2", slots=slots, prefill_tokens=prefill_tokens) as rollout:
+        found = list(rollout.generate(requests(samples=2)[::-1], params, **options))
+        assert rollout.cache.num_slots == 6, "a process holds what is admitted"
+    assert 90 <= sum(response.length for response in expected) < 96
+    states = [response.stop for response in expected]
+    assert {"eos", "unfinished"} <= set(states) and states == sorted(states, key="unfinished".__eq__)
+    ended = states.index("unfinished")
+    assert [r.key for r in found[:ended]] == [r.key for r in expected[:ended]]
+    theirs = by_key(found)
+    for response in expected:
+        assert_same(theirs[response.key], response)
+        if response.length:
+            assert np.array_equal(theirs[response.key].routes_SLK, response.routes_SLK)
+
+
+@pytest.mark.parametrize(
+    "options", [{"token_budget": 5}, {"concurrency": 2}, {"token_budget": 5, "concurrency": 0}]
+)
+def test_a_budget_and_its_concurrency_come_together(options):
+    with (
+        small_rollout("dense") as rollout,
+        pytest.raises(RolloutError, match=r"^token_budget=\w+ with concurrency=\w+: give both or neither;"),
+    ):
+        next(rollout.generate(requests((4,)), sampling(), **options))
+
+
 def test_a_stop_token_is_kept_and_is_the_last():
     stop_ids = tuple(range(0, 250, 9))
     with small_rollout("v1") as rollout:
@@ -88,10 +120,10 @@ def test_a_stop_token_is_kept_and_is_the_last():
 def test_going_on_from_a_prefix_is_an_uninterrupted_run(temperature):
     params = sampling(14, temperature=temperature, record_routes=True)
     asked = requests()
-    with small_rollout("v2", slots=3) as rollout:
+    with small_rollout("v2", slots=4) as rollout:
         whole = run(rollout, asked, params)
-        parts = run(rollout, asked, params, token_budget=50)
-        assert 50 <= sum(r.length for r in parts.values()) <= 53
+        parts = run(rollout, asked, params, token_budget=50, concurrency=3)
+        assert 50 <= sum(r.length for r in parts.values()) < 53
         states = [response.stop for response in parts.values()]
         assert states == sorted(states, key=lambda stop: stop == "unfinished") and "length" in states
         assert any(r.length == 0 for r in parts.values())
@@ -111,7 +143,7 @@ def test_a_carried_token_keeps_its_old_log_p_and_route():
     params = sampling(8, record_routes=True)
     (asked,) = requests((6,))
     with small_rollout("v1") as rollout:
-        (part,) = rollout.generate([asked], params, token_budget=3)
+        (part,) = rollout.generate([asked], params, token_budget=3, concurrency=1)
         marked = replace(part, logprobs_R=part.logprobs_R - 1, routes_SLK=part.routes_SLK * 0 + 7)
         (whole,) = rollout.generate([replace(asked, prefix=marked)], params)
     assert whole.logprobs_R[:3].tolist() == marked.logprobs_R.tolist()
@@ -157,7 +189,7 @@ def test_new_weights_change_what_is_said():
 def test_nothing_asked_and_nothing_left():
     with small_rollout("dense") as rollout:
         assert list(rollout.generate([], sampling())) == []
-        assert list(rollout.generate([], sampling(), token_budget=5)) == []
+        assert list(rollout.generate([], sampling(), token_budget=5, concurrency=2)) == []
         (one,) = rollout.generate(requests((4,)), sampling(6))
         again = Request(prompt=requests((4,))[0].prompt, sample=0, prefix=replace(one, stop="unfinished"))
         (same,) = rollout.generate([again], sampling(6))
