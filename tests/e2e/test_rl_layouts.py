@@ -22,6 +22,8 @@ PLAIN = {
     "minibatches_per_step": 1,
     "eval_interval": 1,
 }
+# C3PO++: what a step interrupts goes on in the next one; the updates are too small to move a weight
+BUDGETED = {"rollout_token_budget": 330, "train_iters": 3, "lr": 1e-12, "save_interval": 1}
 LAYOUTS = [
     pytest.param({"expert_model_parallel_size": 2}, 2, id="dp2ep2"),
     pytest.param(
@@ -36,6 +38,7 @@ LAYOUTS = [
     ),
 ]
 EXACT = ("reward", "response_length", "loss_tokens", "c3po/selected", "c3po/cut", "generated_tokens")
+SAMPLED = ("reward_std", "response_length_std", "cut_share")
 CLOSE = ("loss", "policy_loss", "kl", "entropy", "grad_norm", "balance_loss")
 
 
@@ -65,6 +68,44 @@ def test_a_run_is_the_same_at_every_layout(single, corpus, problems, tmp_path, l
             assert ours[name] == pytest.approx(theirs[name], rel=2e-4, abs=1e-7), name
         assert ours["mismatch"] < 1e-4
     assert [r["accuracy"] for r in records(other, "eval")] == [r["accuracy"] for r in records(single, "eval")]
+
+
+@pytest.fixture(scope="module")
+def single_budgeted(corpus, problems, tmp_path_factory) -> Path:  # noqa: F811
+    return rl(corpus, problems, tmp_path_factory.mktemp("single") / "budgeted", 1, **BUDGETED)
+
+
+def waiting(folder: Path, step: int) -> dict[int, list[int]]:
+    """Prompt -> samples that have not ended by ``step``, of all data-parallel ranks."""
+    state = json.loads((folder / f"iter_{step:07d}/trainer_state.json").read_text())
+    return {
+        prompt["uid"]: samples
+        for of_rank in state["trainer"]["open"]
+        for prompt, samples in zip(of_rank["prompts"], of_rank["waiting"], strict=True)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "world"), LAYOUTS)
+def test_a_budgeted_run_interrupts_the_same_responses_at_every_layout(
+    single_budgeted,
+    corpus,
+    problems,  # noqa: F811
+    tmp_path,
+    layout,
+    world,
+):
+    other = rl(corpus, problems, tmp_path / "run", world, **BUDGETED, **layout)
+    ours, theirs = records(other), records(single_budgeted)
+    assert [step["step"] for step in ours] == [1, 2, 3]
+    for name in EXACT + SAMPLED:
+        assert [step[name] for step in ours] == [step[name] for step in theirs], name
+    # the balance loss is a mean over microbatches, which each layout packs in its own way
+    for name in set(CLOSE) - {"balance_loss"}:
+        expected = pytest.approx([step[name] for step in theirs], rel=2e-4, abs=1e-7)
+        assert [step[name] for step in ours] == expected, name
+    for step in (1, 2, 3):
+        assert waiting(single_budgeted, step) and waiting(other, step) == waiting(single_budgeted, step)
 
 
 def test_samples_tell_what_the_best_and_worst_responses_were(single):
