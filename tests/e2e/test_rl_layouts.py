@@ -23,7 +23,14 @@ PLAIN = {
     "eval_interval": 1,
 }
 # C3PO++: what a step interrupts goes on in the next one; the updates are too small to move a weight
-BUDGETED = {"rollout_token_budget": 330, "train_iters": 3, "lr": 1e-12, "save_interval": 1}
+BUDGETED = {
+    "rollout_token_budget": 330,
+    "budget_order": "arrival",
+    "budget_overshoot": "carry",
+    "train_iters": 3,
+    "lr": 1e-12,
+    "save_interval": 1,
+}
 LAYOUTS = [
     pytest.param({"expert_model_parallel_size": 2}, 2, id="dp2ep2"),
     pytest.param(
@@ -37,7 +44,8 @@ LAYOUTS = [
         id="tp2pp2ep2",
     ),
 ]
-EXACT = ("reward", "response_length", "loss_tokens", "c3po/selected", "c3po/cut", "generated_tokens")
+LEDGER = ("sampled", "trained", "cut", "carried", "carried_in", "wasted", "stale")
+EXACT = ("reward", "response_length", "loss_tokens", "c3po/selected", *(f"c3po/{name}" for name in LEDGER))
 SAMPLED = ("reward_std", "response_length_std", "cut_share")
 CLOSE = ("loss", "policy_loss", "kl", "entropy", "grad_norm", "balance_loss")
 

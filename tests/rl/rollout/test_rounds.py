@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ring.config.rl import RolloutConfig
-from megatron_ring.rl.collector import concurrency_of
+from megatron_ring.config.rl import RolloutConfig, rollout_concurrency
 from megatron_ring.rl.rollout import Request, SamplingParams
 from megatron_ring.rl.rollout.rounds import RoundTable, in_queue_order, queue_places
 from megatron_ring.rl.types import Response
@@ -223,7 +222,7 @@ def test_a_table_holds_what_its_rank_decodes_not_the_whole_queue():
 
 def default_concurrency(budget: int, longest: int) -> int:
     config = RolloutConfig(rollout_token_budget=budget, max_response_length=longest)
-    concurrency = concurrency_of(config)
+    concurrency = rollout_concurrency(config)
     assert concurrency is not None
     return concurrency
 
@@ -255,7 +254,7 @@ def test_by_default_every_sequence_admitted_at_first_ends_in_each_step(lengths, 
 
 
 def test_the_default_without_a_budget_and_below_one_response():
-    assert concurrency_of(RolloutConfig()) is None
+    assert rollout_concurrency(RolloutConfig()) is None
     assert default_concurrency(4096, 512) == 8
     assert default_concurrency(100, 512) == 1
 
