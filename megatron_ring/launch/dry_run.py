@@ -20,6 +20,7 @@ from megatron_ring.config.layout import (
     place,
     stage_layers,
 )
+from megatron_ring.config.rl import rollout_concurrency
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.show import format_config
 from megatron_ring.config.stage_rules import STAGE_SECTIONS, Stage
@@ -94,8 +95,11 @@ def _step(config: RunConfig, world_size: int, stage: Stage) -> Table:
 
 def _rollout_rows(config: RunConfig) -> list[tuple[str, str]]:
     rollout, budget = config.rollout, config.budget
+    concurrency = rollout_concurrency(rollout)
+    rounds = [] if concurrency is None else [("responses decoded at the same time", f"{concurrency:,}")]
     return [
         ("responses per rollout step", f"{rollout.prompts_per_step * rollout.group_size:,}"),
+        *rounds,
         ("optimizer steps per rollout step", f"{budget.minibatches_per_step:,}"),
         ("response tokens per optimizer step", f"{budget.token_budget:,} ({budget.token_budget_scope})"),
     ]

@@ -167,7 +167,7 @@ class RlRun(StageRun):
 
     def _collect(self) -> Collected:
         """Judged groups; more prompts are drawn where tokens are missing and refilling is asked for."""
-        rollout, topology = self.config.rollout, self.session.topology
+        rollout = self.config.rollout
         collected = self.collector.collect(self.step)
         if self.config.budget.budget_shortfall != "refill":
             return collected
@@ -178,8 +178,7 @@ class RlRun(StageRun):
                 break
             share = (wanted - there) / max(there, 1) * rollout.prompts_per_step
             # as many again at most: what is there may be a poor sample of what comes
-            count = min(max(round(share), topology.dp_size), rollout.prompts_per_step)
-            self.collector.refill(collected, count)
+            self.collector.refill(collected, min(max(round(share), 1), rollout.prompts_per_step))
         return collected
 
     def _trainable_tokens(self, collected: Collected) -> int:

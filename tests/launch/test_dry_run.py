@@ -43,6 +43,16 @@ def test_ranks_show_their_coordinates_and_experts():
     assert len(table) == 9
 
 
+def test_reinforcement_learning_shows_its_responses_and_budget():
+    flags = (
+        "--preset ring_lite_tiny --rollout-token-budget 400000 --max-response-length 4096 --token-budget 4096"
+    )
+    table = rows(dry_run(load_config(flags.split()), 1, stage="rl"), "Step")
+    assert ["responses", "per", "rollout", "step", "8,192"] in table
+    assert ["responses", "decoded", "at", "the", "same", "time", "97"] in table
+    assert ["response", "tokens", "per", "optimizer", "step", "4,096", "(global)"] in table
+
+
 def test_a_large_world_is_cut_short_and_says_so():
     config = load_config(
         ["--preset", "ring_lite", "--expert-model-parallel-size", "8", "--global-batch-size", "256"]

@@ -194,7 +194,7 @@ def test_seeds_shuffle_and_every_response_gets_its_chance():
 
 
 def test_metrics_carry_every_count():
-    metrics = select([Candidate(0, 0, 5, 0), Candidate(0, 1, 4, 1)], 10).metrics()
+    metrics = select([Candidate(0, 0, 5, 0), Candidate(0, 1, 4, 1)], 10).counts.metrics()
     assert metrics["c3po/selected"] == 9
     assert metrics["c3po/shortfall"] == 1 and metrics["c3po/responses_used"] == 2
     assert all(name.startswith("c3po/") for name in metrics)

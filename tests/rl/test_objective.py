@@ -347,6 +347,17 @@ def test_extreme_ratios_are_held_and_counted():
     )
 
 
+def test_a_response_whose_ratio_is_too_large_is_held_and_counted_by_gspo():
+    problem = Problem("gspo", {})
+    part = problem.microbatches("one")[0]
+    (logits_TV,) = problem.packed_logits("one")
+    first = part.segment_of_T == part.segment_of_T[part.loss_mask_T > 0][0]
+    part.old_logp_T[first & (part.loss_mask_T > 0)] -= 15.0
+    terms = problem.objective(as_logits(logits_TV), part)
+    assert terms.sums["clamped_fraction"].item() == int((first & (part.loss_mask_T > 0)).sum())
+    assert terms.peaks["ratio_max"].item() == pytest.approx(math.exp(10.0), rel=1e-5)
+
+
 def test_cispo_clips_from_above_alone_unless_told_otherwise():
     assert clip_bounds(ObjectiveConfig(objective="cispo")) == (0.0, 1.2)
     assert clip_bounds(ObjectiveConfig(objective="cispo", eps_clip_high=4.0)) == (0.0, 5.0)

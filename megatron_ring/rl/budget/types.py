@@ -78,10 +78,6 @@ class Selection:
     carried: tuple[Pick, ...]
     counts: BudgetCounts
 
-    def metrics(self) -> dict[str, float]:
-        """The counts by name; see :meth:`BudgetCounts.metrics`."""
-        return self.counts.metrics()
-
     @classmethod
     def of_all(cls, candidates: Sequence[Candidate], parts: Sequence[Sequence[int]]) -> Selection:
         """Every token of every candidate, candidates of one part in one minibatch: no budget, nothing left."""

@@ -77,6 +77,8 @@ class PolicyObjective:
         k_T = gap_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
         correction_T = CORRECTIONS[c.mismatch_correction](k_T, *mismatch_bounds(c))
         clamped_T = (free_T.detach().abs() > LOG_RATIO_LIMIT) | (gap_T.abs() > LOG_RATIO_LIMIT)
+        if surrogate.held_T is not None:
+            clamped_T = clamped_T | surrogate.held_T
         policy_T = -correction_T * surrogate.value_T
         total_T = policy_T
         kl_T = torch.zeros_like(policy_T)

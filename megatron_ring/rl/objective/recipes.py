@@ -21,11 +21,14 @@ from megatron_ring.rl.batch import RLMicrobatch
 
 
 class Surrogate(NamedTuple):
-    """What to maximise per token, the ratio it was made of, and where clipping took the gradient away."""
+    """What to maximise per token, the ratio it was made of, where clipping took the gradient away, and where the
+    ratio was too large to be kept (None: nowhere).
+    """
 
     value_T: Tensor
     ratio_T: Tensor
     clipped_T: Tensor
+    held_T: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,9 @@ class StepFacts:
     dp_size: int
     max_response_length: int
 
+
+SEQUENCE_LIMIT = 10.0
+"""Largest mean log ratio of a response (GSPO), as in verl."""
 
 SurrogateFunction = Callable[[Tensor, Tensor, RLMicrobatch, ObjectiveConfig], Surrogate]
 """(log p [T], log p - old log p [T], microbatch, config) -> surrogate."""
@@ -91,7 +97,9 @@ def sequence_ratio(
     segment_T = microbatch.segment_of_T
     mean_S = log_ratio_T.new_zeros(len(microbatch.segment_lengths))
     mean_S = mean_S.index_add(0, segment_T, log_ratio_T * microbatch.weights_T)
-    return clipped_surrogate(mean_S.clamp(max=10.0).exp()[segment_T], microbatch.advantages_T, config)
+    ratio_T = mean_S.clamp(max=SEQUENCE_LIMIT).exp()[segment_T]
+    surrogate = clipped_surrogate(ratio_T, microbatch.advantages_T, config)
+    return surrogate._replace(held_T=(mean_S.detach() > SEQUENCE_LIMIT)[segment_T])
 
 
 def clipped_weight(
