@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from megatron_ring.config.load import config_from_mapping
+from megatron_ring.config.load import config_from_mapping, load_config
 from megatron_ring.config.rl_rules import rl_problems
+from megatron_ring.config.validate import problems
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 MOE = {"num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 32}
 
 
@@ -125,3 +129,21 @@ def test_a_generation_budget_must_let_responses_end_before_they_are_stale():
     (problem,) = found(**few, rollout_token_budget=100, rollout_concurrency=6)
     assert "rollout_concurrency=6 sequences needs 6 steps" in problem and "--rollout-concurrency 0" in problem
     assert found(**few, rollout_token_budget=100, rollout_concurrency=5) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "world_size"),
+    [
+        ("tiny/rl.toml", "", 1),
+        ("tiny/rl.toml", "", 2),
+        ("tiny/rl.toml", "--objective grpo --token-budget 0 --budget-shortfall train", 2),
+        *(
+            (f"ring_lite/{name}.toml", "", world)
+            for name in ("rl_math", "rl_code_science")
+            for world in (8, 64, 256)
+        ),
+    ],
+)
+def test_the_recipes_break_no_rule(recipe, flags, world_size):
+    config = load_config(["--config", str(EXAMPLES / recipe), *flags.split()])
+    assert list(problems(config, world_size, "rl")) == []
