@@ -76,8 +76,16 @@ class ProgressLine:
         self._console.print(line)
 
 
+_COUNTS = ("problems",)
+"""Values that are whole numbers, whatever their size."""
+
+
 def _labelled(name: str, value: float) -> str:
-    shown = f"{value:.2e}" if name == "lr" else f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
+    shown = f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
+    if name == "lr":
+        shown = f"{value:.2e}"
+    elif name in _COUNTS:
+        shown = f"{value:.0f}"
     return f"{name.replace('_', ' ')} {shown}"
 
 

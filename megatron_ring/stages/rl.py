@@ -88,6 +88,9 @@ class RlRun(StageRun):
         if rollout.eval_prompt_data:
             held_out = open_prompts(rollout.eval_prompt_data, self.tokenizer, rollout, seed=0)
             self.held_out = held_out.each_once(rollout.eval_prompts)
+            if len(self.held_out) < rollout.eval_prompts:
+                words = "eval_prompts=%d, but eval_prompt_data has %d problems that may come: each is asked once"
+                log.info(words, rollout.eval_prompts, len(self.held_out))
         self.prompts = open_prompts(
             rollout.prompt_data,
             self.tokenizer,
