@@ -1,6 +1,6 @@
 """What the model is, in Megatron's words; Hugging Face's words live only in the checkpoint maps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Family = Literal["bailing_moe", "bailing_moe_v2", "qwen2"]
@@ -99,6 +99,11 @@ class ModelConfig:
         """Step of the expert bias outside reinforcement learning, which sets moe_router_bias_update_rate itself."""
         rate = self.moe_router_bias_update_rate
         return 1e-3 if rate is None else rate
+
+    def with_still_bias(self) -> "ModelConfig":
+        """The model for reinforcement learning: an expert bias that nobody asked to move stands still."""
+        asked = self.moe_router_bias_update_rate is not None
+        return self if asked else replace(self, moe_router_bias_update_rate=0.0)
 
     @property
     def is_moe(self) -> bool:

@@ -80,7 +80,7 @@ class RlRun(StageRun):
 
     def __init__(self, config: RunConfig, session: Session, stack: contextlib.ExitStack):
         """``stack`` closes verifiers and engine when the run ends."""
-        config = _with_still_bias(config)
+        config = replace(config, model=config.model.with_still_bias())
         super().__init__(config, session)
         assert self.tokenizer is not None
         rollout, seed = config.rollout, config.train.seed
@@ -89,8 +89,8 @@ class RlRun(StageRun):
             held_out = open_prompts(rollout.eval_prompt_data, self.tokenizer, rollout, seed=0)
             self.held_out = held_out.each_once(rollout.eval_prompts)
             if len(self.held_out) < rollout.eval_prompts:
-                words = "eval_prompts=%d, but eval_prompt_data has %d problems that may come: each is asked once"
-                log.info(words, rollout.eval_prompts, len(self.held_out))
+                said = "eval_prompts=%d, but eval_prompt_data has %d that may come: each is asked once"
+                log.info(said, rollout.eval_prompts, len(self.held_out))
         self.prompts = open_prompts(
             rollout.prompt_data,
             self.tokenizer,
@@ -388,13 +388,6 @@ class RlRun(StageRun):
             )
             if rollout.prompt.uid % topology.dp_size == topology.dp_rank
         ]
-
-
-def _with_still_bias(config: RunConfig) -> RunConfig:
-    """An expert bias that nobody asked to move stands still: it would change routes without a gradient."""
-    if config.model.moe_router_bias_update_rate is not None:
-        return config
-    return replace(config, model=replace(config.model, moe_router_bias_update_rate=0.0))
 
 
 def _file(name: str, dp_rank: int) -> str:
