@@ -37,6 +37,7 @@ RESOLVED = {
     "mismatch_low": "mismatch_bounds",
     "mismatch_high": "mismatch_bounds",
     "rollout_concurrency": "rollout_concurrency",
+    "moe_router_bias_update_rate": "with_still_bias",
 }
 """Settings whose "none" means something, and the function of config that says what and is called outside it."""
 
