@@ -46,10 +46,11 @@ class RolloutConfig:
     rollout_concurrency: int = 0
     """C3PO++: sequences decoded at the same time, summed over processes; 0 for as many as are sure to end.
 
-    That is rollout_token_budget / max_response_length, rounded down.
+    That is rollout_token_budget / max_response_length, rounded down, and one at least: with a budget below one
+    response, which then takes several steps.
     """
     rollout_max_staleness: int = 4
-    """Policy versions after which an unfinished or carried response is dropped."""
+    """Policy versions after which a response that waits, unfinished, for its group or carried, is dropped."""
     dynamic_sampling: bool = False
     """Refill groups whose rewards are all equal with new prompts."""
     dynamic_sampling_max_rounds: int = 10
@@ -79,7 +80,7 @@ class BudgetConfig:
     minibatches_per_step: int = 1
     """Optimizer steps fed by one rollout step, each with exactly Phi tokens of its own."""
     budget_order: Literal["shuffled", "arrival", "groups"] = "shuffled"
-    """Order in which responses fill the budget: shuffled by seed, as they finished, or whole groups.
+    """Order in which responses fill the budget: shuffled by seed, as they finished, or a prompt's side by side.
 
     As they finished: by round of the step, then by the tokens that each had to be given, as if all were decoded side
     by side; so the order is the same at every layout.
@@ -89,7 +90,11 @@ class BudgetConfig:
     zero_advantage: Literal["count", "aside"] = "count"
     """Responses without advantage count towards Phi (the paper), or are set aside first."""
     budget_shortfall: Literal["train", "refill"] = "train"
-    """Fewer tokens than Phi: train on what there is, still divided by Phi, or draw more prompts."""
+    """Fewer tokens than Phi: train on what there is, still divided by Phi, or draw more prompts.
+
+    Prompts are drawn until the step has minibatches_per_step * Phi tokens, and, unless they are carried, a longest
+    response more for each cut between two minibatches; in dynamic_sampling_max_rounds rounds at most.
+    """
     microbatch_capacity: int = 32768
     """Token slots of one RL microbatch on one data-parallel rank, prompts included.
 
@@ -191,7 +196,7 @@ def global_token_budget(config: BudgetConfig, dp_size: int, world_size: int) -> 
 def rollout_concurrency(config: RolloutConfig) -> int | None:
     """Sequences that C3PO++ decodes at the same time, summed over processes; None without C3PO++.
 
-    By default so few that all of them are sure to end within one step's tokens.
+    By default so few that all of them are sure to end within one step's tokens, and one at least.
     Example: ``rollout_concurrency(RolloutConfig(rollout_token_budget=100_000, max_response_length=4096))`` is 24.
     """
     if not config.rollout_token_budget:

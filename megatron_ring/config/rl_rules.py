@@ -34,10 +34,22 @@ def objective_problems(config: RunConfig) -> Iterator[str]:
         )
     if o.objective == "c3po" and b.token_budget == 0:
         yield "token_budget=0 trains on every response, but objective=c3po divides by it; set --token-budget"
-    if b.token_budget == 0 and (b.budget_overshoot == "carry" or b.budget_shortfall == "refill"):
+    unread = {"budget_overshoot": "token", "budget_order": "shuffled", "budget_shortfall": "train"}
+    for name, default in unread.items():
+        if b.token_budget == 0 and getattr(b, name) != default:
+            yield (
+                f"{name}={getattr(b, name)} says how a budget is filled, and token_budget=0 is none; set "
+                f"--token-budget or drop --{name.replace('_', '-')}"
+            )
+    if b.budget_overshoot == "carry" and r.rollout_max_staleness == 0:
         yield (
-            f"token_budget=0 leaves nothing to carry or refill (budget_overshoot={b.budget_overshoot}, "
-            f"budget_shortfall={b.budget_shortfall}); set --token-budget or drop those"
+            "rollout_max_staleness=0 drops what budget_overshoot=carry keeps for the next step; set "
+            "--rollout-max-staleness 4 or --budget-overshoot token"
+        )
+    if b.budget_shortfall == "refill" and r.dynamic_sampling_max_rounds < 2:
+        yield (
+            "dynamic_sampling_max_rounds=1 leaves budget_shortfall=refill no second round; set "
+            "--dynamic-sampling-max-rounds 10"
         )
     if o.whiten_advantages and o.advantage_estimator != "gae":
         yield (
@@ -113,15 +125,24 @@ def _sampling_problems(config: RunConfig) -> Iterator[str]:
     concurrency = rollout_concurrency(r)
     if concurrency is None:
         return
-    steps = -(-concurrency * r.max_response_length // r.rollout_token_budget)
-    if steps > r.rollout_max_staleness + 1:
+    rounds = r.dynamic_sampling_max_rounds if r.dynamic_sampling or refills(config) else 1
+    together = min(concurrency, r.prompts_per_step * r.group_size * rounds)
+    steps = -(-together * r.max_response_length // r.rollout_token_budget)
+    # a response that begins at the end of a step has as many whole steps left as it may grow old
+    allowed = max(r.rollout_max_staleness, 1)
+    if steps > allowed:
         yield (
-            f"rollout_token_budget={r.rollout_token_budget} shared by rollout_concurrency={concurrency} sequences needs "
-            f"{steps} steps for a response of max_response_length={r.max_response_length}, but "
-            f"rollout_max_staleness={r.rollout_max_staleness} drops it after {r.rollout_max_staleness + 1}; set "
-            f"--rollout-token-budget {-(-concurrency * r.max_response_length // (r.rollout_max_staleness + 1))} or more"
+            f"rollout_token_budget={r.rollout_token_budget} shared by {together} sequences needs {steps} steps for a "
+            f"response of max_response_length={r.max_response_length}, but rollout_max_staleness="
+            f"{r.rollout_max_staleness} leaves it {allowed}; set --rollout-token-budget "
+            f"{-(-together * r.max_response_length // allowed)} or more"
             + (", or --rollout-concurrency 0" if r.rollout_concurrency else "")
         )
+
+
+def refills(config: RunConfig) -> bool:
+    """Are more prompts drawn where the budget's tokens are missing?"""
+    return config.budget.budget_shortfall == "refill"
 
 
 def _supply_problems(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -130,27 +151,39 @@ def _supply_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     if not b.token_budget:
         return
     phi = global_token_budget(b, data_parallel_size(config.parallel, world_size), world_size)
-    wanted = b.minibatches_per_step * phi
-    rounds = r.dynamic_sampling_max_rounds if b.budget_shortfall == "refill" else 1
-    if r.rollout_token_budget:
-        most = r.rollout_token_budget * rounds
-        made_of = f"rollout_token_budget={r.rollout_token_budget}"
+    rounds = r.dynamic_sampling_max_rounds if refills(config) else 1
+    responses = r.prompts_per_step * r.group_size * rounds
+    most, made_of = (
+        responses * r.max_response_length,
+        (
+            f"prompts_per_step*group_size*max_response_length={r.prompts_per_step}*{r.group_size}*{r.max_response_length}"
+        ),
+    )
+    remedy = "--prompts-per-step"
+    concurrency = rollout_concurrency(r)
+    if concurrency is not None and (r.rollout_token_budget + concurrency - 1) * rounds < most:
+        # the round that reaches the budget is decoded to its end
+        most = (r.rollout_token_budget + concurrency - 1) * rounds
+        made_of = f"rollout_token_budget={r.rollout_token_budget} and a round of {concurrency}"
         remedy = "--rollout-token-budget"
-    else:
-        most = r.prompts_per_step * r.group_size * r.max_response_length * rounds
-        made_of = (
-            f"prompts_per_step*group_size*max_response_length={r.prompts_per_step}*{r.group_size}*"
-            f"{r.max_response_length}"
-        )
-        remedy = "--prompts-per-step"
     if rounds > 1:
         made_of += f", dynamic_sampling_max_rounds={rounds} times"
-    if wanted > most:
-        scope = "" if b.token_budget_scope == "global" else f" ({b.token_budget_scope} of {b.token_budget})"
+    n = b.minibatches_per_step
+    scope = "" if b.token_budget_scope == "global" else f" ({b.token_budget_scope} of {b.token_budget})"
+    budget = (
+        f"minibatches_per_step*token_budget={n}*{phi}{scope}={n * phi} response tokens can never be filled: "
+    )
+    needed = n * -(-phi // r.max_response_length)
+    if n * phi > most:
         yield (
-            f"minibatches_per_step*token_budget={b.minibatches_per_step}*{phi}{scope}={wanted} response tokens can never "
-            f"be filled: a step samples at most {most} ({made_of}); lower --token-budget or --minibatches-per-step, or "
+            f"{budget}a step samples at most {most} ({made_of}); lower --token-budget or --minibatches-per-step, or "
             f"raise {remedy}"
+        )
+    elif b.budget_overshoot != "carry" and needed > responses:
+        yield (
+            f"{budget}no response is shared by two minibatches (budget_overshoot={b.budget_overshoot}), so that they "
+            f"need {needed} responses of {r.max_response_length} tokens, and a step samples {responses}; lower "
+            "--token-budget or --minibatches-per-step, or raise --prompts-per-step"
         )
 
 

@@ -243,6 +243,8 @@ def _step_problems(t: TrainConfig) -> Iterator[str]:
     for name in not_negative.split():
         if getattr(t, name) < 0:
             yield f"{name}={getattr(t, name)} must not be negative; set 0 or more"
+    if t.seed >= 2**63:
+        yield f"seed={t.seed} must be below 2**63; try {t.seed % 10**6}"
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(t, name) < 1:
             yield (

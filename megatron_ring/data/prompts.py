@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -142,27 +143,32 @@ class PromptStream:
     def each_once(self, count: int) -> list[Prompt]:
         """``count`` prompts, blended by weight, no problem twice: all that may come where they are fewer.
 
-        For evaluations, which would weigh a problem double that is asked twice. A source that is used up leaves its
-        turns to the others.
+        For evaluations, which would weigh a problem double that is asked twice: a text that a source repeats, or two
+        sources share, counts once. A source that is used up leaves its turns to the others.
 
         Raises:
             DataError: no source holds a problem that may come, or the chat template refuses one.
         """
         found: list[Prompt] = []
-        left = {place for place, weight in enumerate(self._weights) if weight > 0}
-        turn = 0
+        asked: set[tuple[str, str]] = set()
+        left = [place for place, weight in enumerate(self._weights) if weight > 0]
         while left and len(found) < count:
-            place, _ = self._blend.locate(turn)
-            turn += 1
-            if place not in left:
-                continue
-            prompt = self._next_of(place, len(self._sources[place]) - self._positions[place])
-            if prompt is None:
-                left.remove(place)
-            else:
+            blend = Blend([self._weights[place] for place in left])
+            for turn in itertools.count():
+                place = left[blend.locate(turn)[0]]
+                prompt = self._next_of(place, len(self._sources[place]) - self._positions[place])
+                if prompt is None:
+                    left.remove(place)
+                    break
+                if (prompt.domain, prompt.text) in asked:
+                    self._drawn -= 1
+                    continue
+                asked.add((prompt.domain, prompt.text))
                 found.append(prompt)
+                if len(found) == count:
+                    break
         if not found:
-            raise self._nothing_of(next(iter(self._sources)))
+            raise self._nothing_of(self._sources[0])
         return found
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ is predicted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -183,16 +183,6 @@ def with_column(
         )
         for microbatch, column_T in zip(microbatches, columns, strict=True)
     ]
-
-
-def with_columns(
-    microbatches: Sequence[RLMicrobatch], columns: Mapping[str, Sequence[Tensor]]
-) -> list[RLMicrobatch]:
-    """:func:`with_column` for several columns at once. Example: ``with_columns(grid, {"old_logp_T": old})``."""
-    out = list(microbatches)
-    for name, rows in columns.items():
-        out = with_column(out, name, rows)
-    return out
 
 
 def with_routes(microbatches: Sequence[RLMicrobatch], routes: Sequence[Tensor]) -> list[RLMicrobatch]:

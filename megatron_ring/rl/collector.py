@@ -112,6 +112,8 @@ class Collected:
     uninformative_groups: int = 0
     stale_responses: int = 0
     rounds: int = 0
+    prompts_drawn: int = 0
+    """Of the whole job."""
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -159,7 +161,7 @@ class Collector:
         found.stale_tokens = sum(response.length for response in stale)
         missing = self.config.prompts_per_step - self._total(len(self.book.open))
         while True:
-            self._draw(max(missing, 0))
+            self._draw(found, max(missing, 0))
             self._answer(found, self._tokens_left(found))
             if not self.config.dynamic_sampling:
                 return found
@@ -191,10 +193,11 @@ class Collector:
 
         With C3PO++ this is one more round of ``rollout_token_budget`` tokens.
         """
-        self._draw(count)
+        self._draw(found, count)
         self._answer(found, self.config.rollout_token_budget or None)
 
-    def _draw(self, count: int) -> None:
+    def _draw(self, found: Collected, count: int) -> None:
+        found.prompts_drawn += count
         topology = self.session.topology
         own = [p for p in self.prompts.next(count) if p.uid % topology.dp_size == topology.dp_rank]
         self.book.draw(own)

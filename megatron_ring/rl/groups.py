@@ -70,13 +70,18 @@ class GroupBook:
             self.open[response.prompt_uid].unfinished[response.sample] = response
 
     def drop_stale(self, oldest_version: int) -> list[Response]:
-        """Give up unfinished responses with a token from before ``oldest_version``; returns them."""
+        """Give up responses with a token from before ``oldest_version``, finished or not; returns them."""
+
+        def is_stale(response: Response) -> bool:
+            return bool((response.versions_R < oldest_version).any())
+
         dropped = []
         for group in self.open.values():
-            stale = [s for s, r in group.unfinished.items() if r.versions_R.min() < oldest_version]
-            for sample in stale:
+            for sample in [s for s, r in group.unfinished.items() if is_stale(r)]:
                 dropped.append(group.unfinished.pop(sample))
                 group.waiting.remove(sample)
+            for sample in [s for s, r in group.finished.items() if is_stale(r.response)]:
+                dropped.append(group.finished.pop(sample).response)
         return dropped
 
     def take_complete(self) -> tuple[list[list[Rollout]], list[Rollout]]:

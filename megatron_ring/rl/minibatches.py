@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_ring.config.rl import global_token_budget
+from megatron_ring.config.rl import BudgetConfig, global_token_budget
 from megatron_ring.config.run import RunConfig
 from megatron_ring.data.packing import Grid, pack
 from megatron_ring.data.shuffle import Shuffle
+from megatron_ring.errors import CheckpointError
 from megatron_ring.rl.batch import RLMicrobatch, build_microbatch
 from megatron_ring.rl.budget import Candidate, Selection, audit, select
 from megatron_ring.rl.exchange import gather_json, send_rollouts
+from megatron_ring.rl.groups import GroupBook
 from megatron_ring.rl.types import Pick, Rollout
 from megatron_ring.runtime.session import Session
 
@@ -29,6 +31,20 @@ class Carried(NamedTuple):
     rollout: Rollout
     start: int
     steps: int
+
+
+def must_fit(config: RunConfig, book: GroupBook, carried: Sequence[Carried]) -> None:
+    """Raise CheckpointError where a response of an earlier run, as it is or may become, exceeds a microbatch."""
+    capacity, longest = config.budget.microbatch_capacity, config.rollout.max_response_length
+    slots = [carry.rollout.num_tokens - 1 for carry in carried]
+    for group in book.open.values():
+        lengths = [r.response.length for r in group.finished.values()] + [longest] * bool(group.waiting)
+        slots += [len(group.prompt.tokens) + max(lengths, default=1) - 1]
+    if max(slots, default=0) > capacity:
+        raise CheckpointError(
+            f"microbatch_capacity={capacity} is less than the {max(slots)} tokens of a prompt and response that the "
+            f"checkpoint goes on with; set --microbatch-capacity {max(slots)} or more"
+        )
 
 
 class _Row(NamedTuple):
@@ -79,6 +95,10 @@ class MinibatchPlanner:
             global_token_budget(budget, self.dp_size, session.world_size) if budget.token_budget else 0
         )
         self._multiple_of = topology.pp_size if topology.vpp_size > 1 else 1
+        n, longest = budget.minibatches_per_step, config.rollout.max_response_length
+        between = 0 if budget.budget_overshoot == "carry" else (n - 1) * (longest - 1)
+        self.tokens_wanted = n * self.token_budget + between
+        """Response tokens that are sure to fill a step's minibatches, whatever is lost at a cut between two."""
 
     def plan(self, rollouts: Sequence[Rollout], carried: Sequence[Carried], step: int) -> Plan:
         """Choose this step's tokens from what this rank has, and all others have, and pack them.
@@ -96,14 +116,16 @@ class MinibatchPlanner:
         selection = self._select(candidates, step)
         minibatches, counts = selection.minibatches, selection.counts
         metrics = counts.metrics() if self.token_budget else {}
+        # the next step's policy is one version on; an interrupted response was old before it was carried
+        oldest = step + 1 - self.config.rollout.rollout_max_staleness
+        fresh = [p for p in selection.carried if rows[p.index].version >= oldest]
+        if self.token_budget:
+            metrics["c3po/responses_carried"] = float(len(fresh))
         if any(minibatches):
             metrics |= audit(candidates, [row.score for row in rows], minibatches).metrics()
         grids = [self._grid(rows, picks) for picks in minibatches]
         metrics |= _packing_metrics(grids)
         microbatches = self._exchange(own, rows, minibatches, grids, step)
-        # the next step's policy is one version on; an interrupted response was old before it was carried
-        oldest = step + 1 - self.config.rollout.rollout_max_staleness
-        fresh = [p for p in selection.carried if rows[p.index].version >= oldest]
         kept = [
             Carried(own[rows[p.index].place], p.start, rows[p.index].carried + 1)
             for p in fresh
@@ -152,7 +174,7 @@ class MinibatchPlanner:
     def _select(self, candidates: Sequence[Candidate], step: int) -> Selection:
         budget = self.config.budget
         if not self.token_budget:
-            return _everything(candidates, budget.minibatches_per_step, step)
+            return _everything(candidates, budget, step)
         return select(
             candidates,
             self.token_budget,
@@ -237,13 +259,15 @@ def _candidates(rows: Sequence[_Row]) -> list[Candidate]:
     ]
 
 
-def _everything(candidates: Sequence[Candidate], num_minibatches: int, seed: int) -> Selection:
+def _everything(candidates: Sequence[Candidate], budget: BudgetConfig, seed: int) -> Selection:
     """Every response, in minibatches of equally many: the recipe without a token budget."""
-    order = sorted(range(len(candidates)), key=lambda i: (candidates[i].group, candidates[i].sample))
+    aside = budget.zero_advantage == "aside"
+    used = [i for i, candidate in enumerate(candidates) if not (aside and candidate.zero_advantage)]
+    order = sorted(used, key=lambda i: (candidates[i].group, candidates[i].sample))
     if order:
         shuffle = Shuffle(len(order), "minibatches", seed)
         order = [order[i] for i in shuffle.many(np.arange(len(order))).tolist()]
-    parts = np.array_split(np.array(order, dtype=np.int64), num_minibatches)
+    parts = np.array_split(np.array(order, dtype=np.int64), budget.minibatches_per_step)
     return Selection.of_all(candidates, [part.tolist() for part in parts])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,7 +31,7 @@ from megatron_ring.rl.collector import Answering, Collected, Collector, judges
 from megatron_ring.rl.critic import Critic
 from megatron_ring.rl.exchange import gather_json
 from megatron_ring.rl.ledger import Ledger, Update, account
-from megatron_ring.rl.minibatches import Carried, MinibatchPlanner, Plan
+from megatron_ring.rl.minibatches import Carried, MinibatchPlanner, Plan, must_fit
 from megatron_ring.rl.objective import PolicyObjective
 from megatron_ring.rl.objective import metrics as objective_metrics
 from megatron_ring.rl.objective.recipes import StepFacts
@@ -174,14 +175,14 @@ class RlRun(StageRun):
         collected = self.collector.collect(self.step)
         if self.config.budget.budget_shortfall != "refill":
             return collected
-        wanted = self.planner.token_budget * self.config.budget.minibatches_per_step
         while collected.rounds < rollout.dynamic_sampling_max_rounds:
             there = self._total(self._trainable_tokens(collected))
-            if there >= wanted:
+            missing = self.planner.tokens_wanted - there
+            if missing <= 0:
                 break
-            share = (wanted - there) / max(there, 1) * rollout.prompts_per_step
-            # as many again at most: what is there may be a poor sample of what comes
-            self.collector.refill(collected, min(max(round(share), 1), rollout.prompts_per_step))
+            count = math.ceil(missing / max(there, 1) * max(collected.prompts_drawn, 1))
+            # no more than a step's at once: what is there may be a poor sample of what comes
+            self.collector.refill(collected, min(count, rollout.prompts_per_step))
         return collected
 
     def _trainable_tokens(self, collected: Collected) -> int:
@@ -236,11 +237,14 @@ class RlRun(StageRun):
     def _update_critic(
         self, grids: Sequence[list[RLMicrobatch]], updates: Sequence[Update]
     ) -> list[StepReport]:
-        """One update per minibatch that has a token."""
+        """One update per minibatch that the policy was updated on."""
         if self.critic is None:
             return []
         pairs = zip(grids, updates, strict=True)
-        return [self.critic.step(grid) for grid, update in pairs if update.tokens]
+        reports = [self.critic.step(grid) for grid, update in pairs if update.made]
+        if not all(report.finite for report in reports):
+            log.warning("step %d: the critic's loss is not finite: its update refused", self.step + 1)
+        return reports
 
     def _account(
         self, collected: Collected, offered: Sequence[Rollout], plan: Plan, updates, before: int
@@ -266,7 +270,7 @@ class RlRun(StageRun):
         }
         sums = add_up(own, self.session.topology.groups.dp, self.session.device)
         found = rollout_metrics(sums) | objective_metrics(reports) | router_metrics(reports)
-        found |= plan.metrics | ledger.metrics()
+        found |= plan.metrics | ledger.metrics() | {"loss_tokens": float(ledger.trained)}
         if budget := self.planner.token_budget:
             found["c3po/utilisation"] = ledger.trained / (budget * len(reports))
         for name in ("uninformative_groups", "stale_responses"):
@@ -388,6 +392,7 @@ class RlRun(StageRun):
             )
             if rollout.prompt.uid % topology.dp_size == topology.dp_rank
         ]
+        must_fit(self.config, self.collector.book, self.carried)
 
 
 def _file(name: str, dp_rank: int) -> str:

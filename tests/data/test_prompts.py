@@ -119,6 +119,14 @@ def test_an_evaluation_asks_each_problem_once(stream, tmp_path, there, asked):
     assert drawn == stream(str(tmp_path / "m.jsonl")).each_once(asked), "the same at every evaluation"
 
 
+def test_a_text_that_is_there_twice_is_asked_once(stream, tmp_path):
+    rows = [{"prompt": f"{i % 3}?", "domain": "math", "answer": "1"} for i in range(9)]
+    path = write(tmp_path / "m.jsonl", *rows)
+    assert sorted(p.text for p in stream(path).each_once(9)) == ["0?", "1?", "2?"]
+    both = stream("1", path, "1e-4", sums(tmp_path / "s.jsonl", 3)).each_once(9)
+    assert [prompt.uid for prompt in both] == list(range(6))
+
+
 def test_an_evaluation_of_a_blend_goes_on_where_a_source_is_used_up(stream, tmp_path):
     words = ("0.5", sums(tmp_path / "m.jsonl", 20), "0.5", sums(tmp_path / "s.jsonl", 3, "science"))
     drawn = stream(*words).each_once(10)

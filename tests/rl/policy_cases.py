@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_ring.config.rl import ObjectiveConfig, clip_bounds, mismatch_bounds
 from megatron_ring.data.prompts import Prompt
-from megatron_ring.rl.batch import RLMicrobatch, build_microbatch
+from megatron_ring.rl.batch import RLMicrobatch, build_microbatch, with_column
 from megatron_ring.rl.types import Pick, Response, RewardResult, Rollout
 
 VOCAB = 250
@@ -107,6 +107,16 @@ def off_policy(
         for r, logp_R in zip(samples, old, strict=True)
     ]
     return Scored(old=old, ref=ref), moved
+
+
+def with_columns(
+    microbatches: Sequence[RLMicrobatch], columns: dict[str, Sequence[Tensor]]
+) -> list[RLMicrobatch]:
+    """Several columns at once, each one [T] per microbatch."""
+    out = list(microbatches)
+    for name, rows in columns.items():
+        out = with_column(out, name, rows)
+    return out
 
 
 def columns_of(

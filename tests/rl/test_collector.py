@@ -99,7 +99,7 @@ def test_a_continued_response_remembers_who_sampled_what():
 
 
 def test_what_is_too_old_is_dropped_and_counted():
-    engine = ScriptedEngine(lambda uid, sample: 100 if sample == 0 else 2)
+    engine = ScriptedEngine(lambda uid, sample: 100 if sample == 0 else 2, slots=1)
     source = collector(engine, rollout_token_budget=8, prompts_per_step=1, rollout_max_staleness=1)
     first = source.collect(0)
     assert not first.groups and first.stale_responses == 0
@@ -117,7 +117,7 @@ def test_what_is_too_old_is_dropped_and_counted():
 
 
 def test_a_member_that_is_left_alone_is_counted_with_the_stale():
-    engine = ScriptedEngine(lambda uid, sample: 100 if sample == 0 else 2)
+    engine = ScriptedEngine(lambda uid, sample: 100 if sample == 0 else 2, slots=1)
     source = collector(
         engine, rollout_token_budget=8, prompts_per_step=1, group_size=2, rollout_max_staleness=0
     )
@@ -127,7 +127,9 @@ def test_a_member_that_is_left_alone_is_counted_with_the_stale():
     assert not first.groups and not second.groups and second.stale_responses == 1
     generated = first.generated_tokens + second.generated_tokens
     assert generated == second.stale_tokens + second.open_after
-    assert second.stale_tokens == first.open_after, "the prefix, and the response that it was compared with"
+    assert second.stale_tokens == first.open_after + 2, (
+        "the prefix, and the response that it was compared with"
+    )
 
 
 def test_uninformative_groups_are_replaced_by_new_prompts():

@@ -15,7 +15,7 @@ from megatron_ring.checkpoint.convert.families import tensor_map
 from megatron_ring.checkpoint.convert.publish import hf_parts, shards_of
 from megatron_ring.checkpoint.state import model_state
 from megatron_ring.config.rl import ObjectiveConfig
-from megatron_ring.rl.batch import NO_ROUTE, build_microbatch, with_columns, with_routes
+from megatron_ring.rl.batch import NO_ROUTE, build_microbatch, with_routes
 from megatron_ring.rl.objective import PolicyObjective, metrics
 from megatron_ring.rl.objective.recipes import StepFacts
 from tests.checkpoint import reference_model
@@ -29,6 +29,7 @@ from tests.rl.policy_cases import (
     off_policy,
     plain_loss,
     rollouts,
+    with_columns,
 )
 
 FACTS = StepFacts(token_budget=100, dp_size=1, max_response_length=16)

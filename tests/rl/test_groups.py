@@ -72,6 +72,17 @@ def test_a_stale_prefix_is_dropped_and_its_group_goes_on_without_it():
     assert [r.response.sample for r in group] == [1, 2]
 
 
+def test_a_member_that_waits_too_long_for_its_group_is_dropped_too():
+    book = GroupBook(3)
+    book.draw([prompt(1)])
+    book.finish(judged(response(1, 0, length=4, version=2), RIGHT))
+    book.finish(judged(response(1, 1, length=5, version=3), WRONG))
+    assert [r.key for r in book.drop_stale(oldest_version=3)] == [(1, 0)]
+    book.finish(judged(response(1, 2, version=4), RIGHT))
+    (group,), alone = book.take_complete()
+    assert [r.response.sample for r in group] == [1, 2] and alone == []
+
+
 def test_a_group_of_one_says_nothing_and_is_counted():
     book = GroupBook(2)
     book.draw([prompt(1)])

@@ -231,6 +231,28 @@ def plan_on_all_ranks(settings: RunConfig, made: list[Rollout], dp_size: int, st
     return planner.plan(made, [], 0), of_ranks
 
 
+def test_without_a_budget_every_token_is_trained_on():
+    planner = MinibatchPlanner(config(token_budget=0, microbatch_capacity=32), session())
+    for step in range(3):
+        new = step_of(step)
+        plan = planner.plan(new, [], step=step)
+        every = Counter(t for part in trained(plan) for t in part)
+        assert every == Counter(int(t) for r in new for t in r.response.tokens_R)
+        assert [sum(m.num_responses for m in grid) for grid in plan.grids] == [5, 4]
+        assert plan.shortfall == 0
+    assert trained(planner.plan([], [], 0)) == [[], []]
+
+
+def test_without_a_budget_responses_without_advantage_can_be_left_out_too():
+    planner = MinibatchPlanner(config(token_budget=0, zero_advantage="aside"), session())
+    new = step_of(0)
+    same = [replace(r, advantages_R=np.zeros_like(r.advantages_R)) if r.prompt.uid < 2 else r for r in new]
+    plan = planner.plan(same, [], step=0)
+    kept = Counter(int(t) for r in same if r.prompt.uid >= 2 for t in r.response.tokens_R)
+    assert Counter(t for part in trained(plan) for t in part) == kept
+    assert plan.excluded == sum(r.response.length for r in same if r.prompt.uid < 2)
+
+
 @pytest.mark.parametrize("treatment", ["count", "aside"])
 def test_responses_without_advantage(treatment):
     planner = MinibatchPlanner(config(zero_advantage=treatment), session())
@@ -263,7 +285,7 @@ def test_the_carried_go_on_where_they_were_cut_until_they_are_too_old():
         assert plan.metrics["c3po/carried_in"] == plan.metrics["c3po/sampled"]
         assert (plan.stale > 0) == (step == 2)
     assert plan.carried == [], "offered for the second time, they are not kept for a third"
-    assert plan.carried_tokens == 0 and plan.stale > 0
+    assert plan.carried_tokens == 0 and plan.stale > 0 and plan.metrics["c3po/responses_carried"] == 0
 
 
 def test_a_response_is_as_old_as_its_oldest_token():

@@ -11,7 +11,7 @@ import torch
 
 from megatron_ring.config.rl import ObjectiveConfig, clip_bounds
 from megatron_ring.model.build import Logits
-from megatron_ring.rl.batch import build_microbatch, with_columns
+from megatron_ring.rl.batch import build_microbatch
 from megatron_ring.rl.objective import RECIPES, PolicyObjective, Recipe, metrics, register
 from megatron_ring.rl.objective.divergence import k3
 from megatron_ring.rl.objective.recipes import StepFacts, clipped_surrogate, token_ratio, tokens
@@ -28,6 +28,7 @@ from tests.rl.policy_cases import (
     off_policy,
     plain_loss,
     rollouts,
+    with_columns,
 )
 
 FACTS = StepFacts(token_budget=100, dp_size=1, max_response_length=16)

@@ -141,13 +141,13 @@ def test_a_step_in_which_nobody_finishes_trains_on_nothing(configure, tmp_path, 
             super().train_step(metrics)
             state.append(weights(self.engine))
 
-    few = {"rollout_token_budget": 5, "token_budget": 5}
+    few = {"rollout_token_budget": 6, "token_budget": 6}
     run_with(Watched, configure(**few, train_iters=1, log_level="warning"))
     assert all(map(torch.equal, state[0].values(), state[1].values()))
     (step,) = records(tmp_path)
-    assert "reward" not in step and step["loss_tokens"] == 0 and step["generated_tokens"] >= 5
-    assert step["c3po/shortfall"] == 5 and step["c3po/carried"] == step["generated_tokens"]
-    assert "5 of the token budget were missing" in caplog.text
+    assert "reward" not in step and step["loss_tokens"] == 0 and step["generated_tokens"] >= 6
+    assert step["c3po/shortfall"] == 6 and step["c3po/carried"] == step["generated_tokens"]
+    assert "6 of the token budget were missing" in caplog.text
 
 
 def run_with(stage: type[RlRun], config) -> None:
@@ -210,9 +210,8 @@ LEDGER = ("trained", "cut", "carried", "wasted", "excluded", "stale", "masked")
         (
             {
                 "rollout_token_budget": 120,
-                "rollout_concurrency": 9,
-                "rollout_max_staleness": 1,
-                "budget_overshoot": "carry",
+                "rollout_concurrency": 5,
+                "rollout_max_staleness": 0,
                 "overlong": "mask",
                 "token_budget": 60,
             },
@@ -238,7 +237,7 @@ def test_a_refused_update_trained_on_nothing(configure, tmp_path, monkeypatch):
     monkeypatch.setattr(RlRun, "refuses", lambda self, report: self.step == 0)
     train_rl(configure())
     first, second = records(tmp_path)
-    assert first["c3po/trained"] == 0 and first["c3po/utilisation"] == 0
+    assert first["c3po/trained"] == first["loss_tokens"] == 0 and first["c3po/utilisation"] == 0
     assert second["c3po/trained"] == 80 and second["c3po/utilisation"] == 1
 
 
@@ -273,6 +272,38 @@ def test_a_refill_scores_values_and_plans_once(configure, tmp_path, monkeypatch)
     train_rl(configure(**critic, train_iters=1, budget_shortfall="refill", token_budget=900))
     (step,) = records(tmp_path)
     assert step["rollout_rounds"] > 1 and step["c3po/trained"] == 900 and len(calls) == 1
+
+
+@pytest.mark.parametrize("overshoot", ["token", "response", "carry"])
+def test_a_refill_counts_on_what_is_lost_between_minibatches(configure, tmp_path, overshoot):
+    """172 tokens may be sampled for 5 x 30 and one minibatch still lack some, where each cut loses a response's rest."""
+    few = {"prompts_per_step": 2, "token_budget": 30, "minibatches_per_step": 5, "budget_shortfall": "refill"}
+    train_rl(configure(**few, budget_overshoot=overshoot, train_iters=3, dynamic_sampling_max_rounds=20))
+    for step in records(tmp_path):
+        assert step["c3po/shortfall"] == 0 and step["c3po/trained"] >= 150
+
+
+def test_a_refill_gets_there_in_the_rounds_that_it_takes(configure, tmp_path):
+    train_rl(
+        configure(budget_shortfall="refill", token_budget=1500, dynamic_sampling_max_rounds=4, train_iters=2)
+    )
+    for step in records(tmp_path):
+        assert step["c3po/trained"] == 1500 and step["rollout_rounds"] <= 4
+
+
+def test_what_goes_on_from_a_checkpoint_must_fit_into_a_microbatch(configure, tmp_path):
+    where = {"save": str(tmp_path / "run"), "load": str(tmp_path / "run"), "budget_overshoot": "carry"}
+    train_rl(configure(**where, train_iters=1, rollout_token_budget=200))
+    small = {
+        "max_prompt_length": 14,
+        "max_response_length": 10,
+        "microbatch_capacity": 24,
+        "token_budget": 20,
+    }
+    with pytest.raises(
+        CheckpointError, match=r"microbatch_capacity=24 is less than the .* set --microbatch-capacity"
+    ):
+        train_rl(configure(**where, **small, train_iters=2, rollout_token_budget=200))
 
 
 def test_whitened_advantages_run(configure, tmp_path):

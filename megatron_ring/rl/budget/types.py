@@ -80,16 +80,20 @@ class Selection:
 
     @classmethod
     def of_all(cls, candidates: Sequence[Candidate], parts: Sequence[Sequence[int]]) -> Selection:
-        """Every token of every candidate, candidates of one part in one minibatch: no budget, nothing left."""
+        """Every token of every candidate of a part, in one minibatch; the others are excluded. No budget."""
         left = [candidate.length - candidate.start for candidate in candidates]
+        used = [index for part in parts for index in part]
+        selected = sum(left[index] for index in used)
         counts = BudgetCounts(
             token_budget=0,
             minibatches=len(parts),
             sampled=sum(left),
             carried_in=sum(n for n, candidate in zip(left, candidates, strict=True) if candidate.carried),
-            selected=sum(left),
+            selected=selected,
+            excluded=sum(left) - selected,
             responses_sampled=len(candidates),
-            responses_used=len(candidates),
+            responses_used=len(used),
+            responses_excluded=len(candidates) - len(used),
         )
         picks = (tuple(Pick(i, candidates[i].start, candidates[i].length) for i in part) for part in parts)
         return cls(minibatches=tuple(picks), carried=(), counts=counts)

@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import queue
-import select
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from multiprocessing import Pipe
+from multiprocessing.connection import wait as wait_for
 from typing import IO
 
 from megatron_ring.config.rl import RewardConfig
@@ -105,7 +105,8 @@ class _Worker:
     def close(self, wait: float) -> str:
         """Kill after ``wait`` seconds, clear up; returns how the process ended and its last words, in one line."""
         pidfd = os.pidfd_open(self._process.pid)
-        select.select([pidfd], [], [], wait)
+        # not select: a process with many open files gives it a number that it cannot take
+        wait_for([pidfd], wait)
         os.close(pidfd)
         self.kill()
         code = self._process.wait()

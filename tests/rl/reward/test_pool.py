@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -58,6 +59,21 @@ def test_scoring_goes_on_beside_the_callers_work_in_as_many_processes_as_asked(p
         assert not any(future.done() for future in futures)
         gate.touch()
         assert len({future.result().detail.split()[0] for future in futures}) == 2
+
+
+def test_a_verifier_that_hangs_is_killed_whatever_else_the_process_has_open(plugin: str, tmp_path: Path):
+    """select() knows no file number above 1023, and a trainer on many ranks has more sockets than that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 2048)), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with RewardPool.open(config(plugin, reward_timeout=5.0)) as pool:
+            assert pool.submit(problem("hang"), str(tmp_path / "pid")).result().status == "timeout"
+            assert pool.submit(problem("right"), "x").result().score == 1.0
+    finally:
+        for number in opened:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_verifier_that_hangs_is_killed_and_replaced(plugin: str, tmp_path: Path):
