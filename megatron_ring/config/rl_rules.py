@@ -153,19 +153,14 @@ def _supply_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     phi = global_token_budget(b, data_parallel_size(config.parallel, world_size), world_size)
     rounds = r.dynamic_sampling_max_rounds if refills(config) else 1
     responses = r.prompts_per_step * r.group_size * rounds
-    most, made_of = (
-        responses * r.max_response_length,
-        (
-            f"prompts_per_step*group_size*max_response_length={r.prompts_per_step}*{r.group_size}*{r.max_response_length}"
-        ),
-    )
-    remedy = "--prompts-per-step"
+    most, remedy = responses * r.max_response_length, "--prompts-per-step"
+    factors = f"{r.prompts_per_step}*{r.group_size}*{r.max_response_length}"
+    made_of = f"prompts_per_step*group_size*max_response_length={factors}"
     concurrency = rollout_concurrency(r)
     if concurrency is not None and (r.rollout_token_budget + concurrency - 1) * rounds < most:
         # the round that reaches the budget is decoded to its end
-        most = (r.rollout_token_budget + concurrency - 1) * rounds
+        most, remedy = (r.rollout_token_budget + concurrency - 1) * rounds, "--rollout-token-budget"
         made_of = f"rollout_token_budget={r.rollout_token_budget} and a round of {concurrency}"
-        remedy = "--rollout-token-budget"
     if rounds > 1:
         made_of += f", dynamic_sampling_max_rounds={rounds} times"
     n = b.minibatches_per_step

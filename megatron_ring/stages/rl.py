@@ -164,8 +164,7 @@ class RlRun(StageRun):
             self.rollout.load_weights(self.step)
         reports = [update.report for update in updates]
         values = self._values(collected, plan, reports, ledger) | value_metrics(value_reports) | {"lr": lr}
-        tokens = ledger.generated
-        metrics.log(self.step, values, tokens=tokens, seconds=time.perf_counter() - begun)
+        metrics.log(self.step, values, tokens=ledger.generated, seconds=time.perf_counter() - begun)
         self._warn(values)
         self.samples.write(self.step, collected.rollouts)
 
@@ -176,7 +175,7 @@ class RlRun(StageRun):
         if self.config.budget.budget_shortfall != "refill":
             return collected
         while collected.rounds < rollout.dynamic_sampling_max_rounds:
-            there = self._total(self._trainable_tokens(collected))
+            there = self._trainable_tokens(collected)
             missing = self.planner.tokens_wanted - there
             if missing <= 0:
                 break
@@ -186,13 +185,14 @@ class RlRun(StageRun):
         return collected
 
     def _trainable_tokens(self, collected: Collected) -> int:
-        """This rank's response tokens that may fill the budget."""
+        """Response tokens of the job that may fill the budget. Collective over the data-parallel group."""
         objective, rollouts = self.config.objective, collected.rollouts
         if self.config.budget.zero_advantage == "aside":
             # group-relative advantages, which need no critic
             rollouts = [r for r in self._with_advantages(rollouts) if np.any(r.advantages_R)]
         own = sum(r.response.length for r in rollouts if not is_masked(r, objective))
-        return own + self._carried_tokens()
+        group, device = self.session.topology.groups.dp, self.session.device
+        return sum(gather_json(own + self._carried_tokens(), group, device))
 
     def _carried_tokens(self) -> int:
         """This rank's response tokens that the last step's budget left."""
@@ -247,7 +247,12 @@ class RlRun(StageRun):
         return reports
 
     def _account(
-        self, collected: Collected, offered: Sequence[Rollout], plan: Plan, updates, before: int
+        self,
+        collected: Collected,
+        offered: Sequence[Rollout],
+        plan: Plan,
+        updates: Sequence[Update],
+        before: int,
     ) -> Ledger:
         """The step's ledger, checked. ``before``: this rank's carried tokens at its start."""
         masked = collected.num_tokens - sum(rollout.response.length for rollout in offered)
@@ -255,10 +260,6 @@ class RlRun(StageRun):
         ledger.check(self.step + 1, self.tokens_left)
         self.tokens_left = ledger.carried
         return ledger
-
-    def _total(self, count: int) -> int:
-        """Collective over the data-parallel group."""
-        return sum(gather_json(count, self.session.topology.groups.dp, self.session.device))
 
     def _values(
         self, collected: Collected, plan: Plan, reports: Sequence[StepReport], ledger: Ledger
