@@ -34,13 +34,23 @@ def objective_problems(config: RunConfig) -> Iterator[str]:
         )
     if o.objective == "c3po" and b.token_budget == 0:
         yield "token_budget=0 trains on every response, but objective=c3po divides by it; set --token-budget"
-    unread = {"budget_overshoot": "token", "budget_order": "shuffled", "budget_shortfall": "train"}
+    unread = {
+        "token_budget_scope": "global",
+        "budget_overshoot": "token",
+        "budget_order": "shuffled",
+        "budget_shortfall": "train",
+    }
     for name, default in unread.items():
         if b.token_budget == 0 and getattr(b, name) != default:
             yield (
                 f"{name}={getattr(b, name)} says how a budget is filled, and token_budget=0 is none; set "
                 f"--token-budget or drop --{name.replace('_', '-')}"
             )
+    if b.token_budget == 0 and b.minibatches_per_step > r.prompts_per_step * r.group_size:
+        yield (
+            f"minibatches_per_step={b.minibatches_per_step} is more than the {r.prompts_per_step}*{r.group_size} responses "
+            "of a step; set --minibatches-per-step 1"
+        )
     if b.budget_overshoot == "carry" and r.rollout_max_staleness == 0:
         yield (
             "rollout_max_staleness=0 drops what budget_overshoot=carry keeps for the next step; set "
@@ -107,6 +117,11 @@ def _mismatch_problems(config: RunConfig) -> Iterator[str]:
     low, high = mismatch_bounds(o)
     if low > high:
         yield f"mismatch_low={low} must be at most mismatch_high={high}; try 0.5 and 5"
+    elif not low <= 1 <= high:
+        yield (
+            f"mismatch_low={low} to mismatch_high={high} leaves out 1, at which engine and trainer agree: no token would "
+            "count; try 0.5 and 5"
+        )
 
 
 def _sampling_problems(config: RunConfig) -> Iterator[str]:
@@ -125,18 +140,16 @@ def _sampling_problems(config: RunConfig) -> Iterator[str]:
     concurrency = rollout_concurrency(r)
     if concurrency is None:
         return
-    rounds = r.dynamic_sampling_max_rounds if r.dynamic_sampling or refills(config) else 1
-    together = min(concurrency, r.prompts_per_step * r.group_size * rounds)
+    together = max(min(concurrency, r.prompts_per_step * r.group_size), r.group_size)
     steps = -(-together * r.max_response_length // r.rollout_token_budget)
     # a response that begins at the end of a step has as many whole steps left as it may grow old
     allowed = max(r.rollout_max_staleness, 1)
     if steps > allowed:
+        least = -(-together * r.max_response_length // allowed)
         yield (
-            f"rollout_token_budget={r.rollout_token_budget} shared by {together} sequences needs {steps} steps for a "
-            f"response of max_response_length={r.max_response_length}, but rollout_max_staleness="
-            f"{r.rollout_max_staleness} leaves it {allowed}; set --rollout-token-budget "
-            f"{-(-together * r.max_response_length // allowed)} or more"
-            + (", or --rollout-concurrency 0" if r.rollout_concurrency else "")
+            f"rollout_token_budget={r.rollout_token_budget} may take {steps} steps to end {together} responses of "
+            f"max_response_length={r.max_response_length} (rollout_concurrency, or a group), but rollout_max_staleness="
+            f"{r.rollout_max_staleness} drops what waits longer than {allowed}; set --rollout-token-budget {least} or more"
         )
 
 
@@ -156,8 +169,8 @@ def _supply_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     most, remedy = responses * r.max_response_length, "--prompts-per-step"
     factors = f"{r.prompts_per_step}*{r.group_size}*{r.max_response_length}"
     made_of = f"prompts_per_step*group_size*max_response_length={factors}"
-    concurrency = rollout_concurrency(r)
-    if concurrency is not None and (r.rollout_token_budget + concurrency - 1) * rounds < most:
+    concurrency = min(rollout_concurrency(r) or 0, r.prompts_per_step * r.group_size)
+    if concurrency and (r.rollout_token_budget + concurrency - 1) * rounds < most:
         # the round that reaches the budget is decoded to its end
         most, remedy = (r.rollout_token_budget + concurrency - 1) * rounds, "--rollout-token-budget"
         made_of = f"rollout_token_budget={r.rollout_token_budget} and a round of {concurrency}"

@@ -143,14 +143,14 @@ class PromptStream:
     def each_once(self, count: int) -> list[Prompt]:
         """``count`` prompts, blended by weight, no problem twice: all that may come where they are fewer.
 
-        For evaluations, which would weigh a problem double that is asked twice: a text that a source repeats, or two
-        sources share, counts once. A source that is used up leaves its turns to the others.
+        For evaluations, which would weigh a problem double that is asked twice: a prompt that a source repeats, or
+        two sources share, counts once. A source that is used up leaves its turns to the others.
 
         Raises:
             DataError: no source holds a problem that may come, or the chat template refuses one.
         """
         found: list[Prompt] = []
-        asked: set[tuple[str, str]] = set()
+        asked: set[tuple[str, tuple[int, ...]]] = set()
         left = [place for place, weight in enumerate(self._weights) if weight > 0]
         while left and len(found) < count:
             blend = Blend([self._weights[place] for place in left])
@@ -160,10 +160,10 @@ class PromptStream:
                 if prompt is None:
                     left.remove(place)
                     break
-                if (prompt.domain, prompt.text) in asked:
+                if (prompt.domain, prompt.tokens) in asked:
                     self._drawn -= 1
                     continue
-                asked.add((prompt.domain, prompt.text))
+                asked.add((prompt.domain, prompt.tokens))
                 found.append(prompt)
                 if len(found) == count:
                     break

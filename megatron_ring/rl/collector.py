@@ -191,10 +191,15 @@ class Collector:
     def refill(self, found: Collected, count: int) -> None:
         """Draw ``count`` prompts more for a step that lacks tokens, into ``found``.
 
-        With C3PO++ this is one more round of ``rollout_token_budget`` tokens.
+        With C3PO++ this is one more round of ``rollout_token_budget`` tokens, and groups in the making are counted
+        among the ``count``.
         """
+        if self.config.rollout_token_budget:
+            count = max(count - self._total(len(self.book.open)), 0)
         self._draw(found, count)
         self._answer(found, self.config.rollout_token_budget or None)
+        if self._total(len(found.groups)):
+            self.barren_steps = 0
 
     def _draw(self, found: Collected, count: int) -> None:
         found.prompts_drawn += count

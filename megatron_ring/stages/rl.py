@@ -85,10 +85,10 @@ class RlRun(StageRun):
         super().__init__(config, session)
         assert self.tokenizer is not None
         rollout, seed = config.rollout, config.train.seed
-        self.held_out = []
+        self.held_out, domains = [], frozenset[str]()
         if rollout.eval_prompt_data:
             held_out = open_prompts(rollout.eval_prompt_data, self.tokenizer, rollout, seed=0)
-            self.held_out = held_out.each_once(rollout.eval_prompts)
+            self.held_out, domains = held_out.each_once(rollout.eval_prompts), held_out.domains
             if len(self.held_out) < rollout.eval_prompts:
                 said = "eval_prompts=%d, but eval_prompt_data has %d that may come: each is asked once"
                 log.info(said, rollout.eval_prompts, len(self.held_out))
@@ -102,7 +102,7 @@ class RlRun(StageRun):
         rewards = None
         if judges(session):
             # before the model, so that verifiers load their libraries meanwhile
-            rewards = stack.enter_context(RewardPool.open(config.reward, self.prompts.domains))
+            rewards = stack.enter_context(RewardPool.open(config.reward, self.prompts.domains | domains))
         self.sampling = SamplingParams(
             temperature=rollout.temperature,
             top_p=rollout.top_p,

@@ -59,6 +59,16 @@ CASES = [
         "group_size=1 with dynamic_sampling: a response that is alone never differs",
     ),
     (dict(rollout_concurrency=8), "rollout_concurrency=8 is for C3PO++"),
+    (dict(mismatch_correction="mask", mismatch_high=0.7), "leaves out 1, at which engine and trainer agree"),
+    (dict(mismatch_correction="tis", mismatch_high=0.5), "leaves out 1, at which engine and trainer agree"),
+    (
+        dict(objective="dapo", token_budget=0, token_budget_scope="per_gpu"),
+        "token_budget_scope=per_gpu says how",
+    ),
+    (
+        dict(objective="grpo", token_budget=0, minibatches_per_step=9, prompts_per_step=2, group_size=4),
+        "minibatches_per_step=9 is more than the 2*4 responses of a step",
+    ),
     (
         dict(objective="dapo", token_budget=0, budget_order="arrival"),
         "budget_order=arrival says how a budget is",
@@ -147,18 +157,27 @@ def test_a_budget_is_refused_from_the_first_token_that_no_step_can_sample(settin
 
 
 def test_a_generation_budget_must_let_responses_end_before_they_are_stale():
-    few = {"token_budget": 10, "max_response_length": 100, "rollout_max_staleness": 4}
+    few = {"token_budget": 10, "max_response_length": 100, "rollout_max_staleness": 4, "group_size": 1}
     assert found(**few, rollout_token_budget=25) == [], "one at a time, a quarter of it in each of four steps"
     (problem,) = found(**few, rollout_token_budget=24)
-    assert "shared by 1 sequences needs 5 steps for a response of max_response_length=100" in problem
+    assert "may take 5 steps to end 1 responses of max_response_length=100" in problem
     assert problem.endswith("set --rollout-token-budget 25 or more")
     (problem,) = found(**few, rollout_token_budget=100, rollout_concurrency=5)
-    assert "shared by 5 sequences needs 5 steps" in problem and "--rollout-concurrency 0" in problem
+    assert "may take 5 steps to end 5 responses" in problem
+    # members of one group wait for one another
+    assert len(found(**few | {"group_size": 5}, rollout_token_budget=100)) == 1
+    assert found(**few | {"group_size": 4}, rollout_token_budget=100) == []
     assert found(**few, rollout_token_budget=100, rollout_concurrency=4) == []
     # no more are decoded than there are
-    two = {"prompts_per_step": 1, "group_size": 2, "rollout_token_budget": 200, "rollout_concurrency": 1000}
-    assert found(**few | {"rollout_max_staleness": 0}, **two) == []
-    assert len(found(**few | {"rollout_max_staleness": 0}, **two | {"rollout_token_budget": 199})) == 1
+    two = {
+        **few,
+        "rollout_max_staleness": 0,
+        "prompts_per_step": 1,
+        "group_size": 2,
+        "rollout_concurrency": 1000,
+    }
+    assert found(**two, rollout_token_budget=200) == []
+    assert len(found(**two, rollout_token_budget=199)) == 1
 
 
 @pytest.mark.parametrize(
@@ -177,3 +196,10 @@ def test_a_generation_budget_must_let_responses_end_before_they_are_stale():
 def test_the_recipes_break_no_rule(recipe, flags, world_size):
     config = load_config(["--config", str(EXAMPLES / recipe), *flags.split()])
     assert list(problems(config, world_size, "rl")) == []
+
+
+def test_a_concurrency_above_what_there_is_to_decode_fills_no_budget():
+    few = {"prompts_per_step": 6, "group_size": 4, "max_response_length": 24, "token_budget": 500}
+    for concurrency in (24, 10**6):
+        (problem,) = found(**few, rollout_token_budget=150, rollout_concurrency=concurrency)
+        assert "a step samples at most 173" in problem

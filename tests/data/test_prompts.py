@@ -127,6 +127,22 @@ def test_a_text_that_is_there_twice_is_asked_once(stream, tmp_path):
     assert [prompt.uid for prompt in both] == list(range(6))
 
 
+def test_problems_with_the_same_last_word_are_not_the_same(stream, tmp_path):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"f{i}"},
+                {"role": "assistant", "content": str(i)},
+                {"role": "user", "content": "Sure?"},
+            ],
+            "domain": "math",
+            "answer": str(i),
+        }
+        for i in range(5)
+    ]
+    assert len(stream(write(tmp_path / "m.jsonl", *rows)).each_once(9)) == 5
+
+
 def test_an_evaluation_of_a_blend_goes_on_where_a_source_is_used_up(stream, tmp_path):
     words = ("0.5", sums(tmp_path / "m.jsonl", 20), "0.5", sums(tmp_path / "s.jsonl", 3, "science"))
     drawn = stream(*words).each_once(10)

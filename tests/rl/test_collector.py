@@ -208,6 +208,27 @@ def test_a_refill_adds_to_the_step():
     assert found.rounds == 2 and len(found.rollouts) == 18
 
 
+def test_a_refill_of_an_interrupted_step_draws_no_more_than_is_missing():
+    engine = ScriptedEngine(lambda uid, sample: 9)
+    source = collector(engine, rollout_token_budget=12)
+    found = source.collect(version=0)
+    waiting = len(source.book.open)
+    for _ in range(3):
+        source.refill(found, 4)
+    assert waiting == 4 and source.prompts.drawn <= 4 + len(found.groups), (
+        "the groups in the making are enough"
+    )
+
+
+def test_what_a_refill_finds_is_no_barren_step():
+    source = collector(ScriptedEngine(), dynamic_sampling=True, rollout_token_budget=36)
+    source.barren_steps = 2
+    found = source.collect(version=0)
+    source.barren_steps = 2
+    source.refill(found, 4)
+    assert found.groups and source.barren_steps == 0
+
+
 def test_one_response_to_a_prompt_is_a_group_where_a_critic_judges():
     found = collector(ScriptedEngine(), group_size=1).collect(version=0)
     assert keys(found.groups) == [[(uid, 0)] for uid in range(4)]

@@ -141,7 +141,7 @@ def test_a_step_in_which_nobody_finishes_trains_on_nothing(configure, tmp_path, 
             super().train_step(metrics)
             state.append(weights(self.engine))
 
-    few = {"rollout_token_budget": 6, "token_budget": 6}
+    few = {"rollout_token_budget": 6, "token_budget": 6, "rollout_max_staleness": 16}
     run_with(Watched, configure(**few, train_iters=1, log_level="warning"))
     assert all(map(torch.equal, state[0].values(), state[1].values()))
     (step,) = records(tmp_path)
