@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from megatron_ring.config.rl import ObjectiveConfig
-from megatron_ring.rl.advantage import assign, gae, group_mean, group_norm, length_penalty, rloo
+from megatron_ring.rl.advantage import (
+    assign,
+    gae,
+    group_mean,
+    group_norm,
+    length_penalty,
+    moments,
+    rloo,
+    whiten,
+)
 from megatron_ring.rl.types import RewardResult
 from tests.rl.policy_cases import rollouts
 
@@ -105,3 +114,27 @@ def test_overlong_responses_keep_lose_or_leave():
     masked = assign(samples, ObjectiveConfig(advantage_estimator="group_mean", overlong="mask"), 11)
     assert [a.response.key for a in masked] == [s.response.key for s in samples[1:]]
     assert [a.advantages_R[0] for a in masked] == pytest.approx([1 / 3, -2 / 3]), "its reward still counts"
+
+
+def test_whitening_is_over_the_tokens_of_all_ranks_and_leaves_returns_alone():
+    samples = [replace(s, returns_R=s.advantages_R + 1) for s in rollouts()]
+    shares = [samples[0::3], samples[1::3], samples[2::3]]
+    of_all = [row for share in shares for row in moments(share)]
+    whitened = [rollout for share in shares for rollout in whiten(share, of_all)]
+    tokens = np.concatenate([r.advantages_R for r in whitened]).astype(np.float64)
+    assert tokens.mean() == pytest.approx(0, abs=1e-6) and tokens.std() == pytest.approx(1, abs=1e-6)
+    # a long response weighs by its tokens, and the order of ranks changes no bit
+    alone = {r.response.key: r for r in whiten(samples, moments(samples[::-1]))}
+    before = {r.response.key: r for r in samples}
+    for rollout in whitened:
+        assert np.array_equal(rollout.advantages_R, alone[rollout.response.key].advantages_R)
+        assert rollout.returns_R is before[rollout.response.key].returns_R
+
+
+def test_whitening_by_hand():
+    row = replace(rollouts()[0], advantages_R=np.float32([1.0, 2.0, 3.0]))
+    (found,) = whiten([row], moments([row]))
+    assert found.advantages_R.tolist() == pytest.approx([-1.224745, 0, 1.224745], abs=1e-5)
+    one = replace(row, advantages_R=np.float32([5.0]))
+    assert whiten([one], moments([one]))[0].advantages_R.tolist() == [5.0], "nothing to compare with"
+    assert whiten([], []) == []

@@ -217,9 +217,21 @@ LEDGER = ("trained", "cut", "carried", "wasted", "excluded", "stale", "masked")
             },
             {"trained", "carried", "stale", "masked"},
         ),
+        (
+            {
+                "prompts_per_step": 12,
+                "rollout_token_budget": 400,
+                "rollout_concurrency": 5,
+                "rollout_max_staleness": 1,
+                "budget_overshoot": "carry",
+                "overlong": "mask",
+                "token_budget": 2,
+            },
+            {"trained", "carried", "stale", "masked"},
+        ),
         ({"objective": "grpo", "token_budget": 0}, {"trained"}),
     ],
-    ids=["token", "carry", "mask", "aside", "dynamic", "c3po++", "none"],
+    ids=["token", "carry", "mask", "aside", "dynamic", "c3po++", "c3po++carry", "none"],
 )
 def test_every_sampled_token_is_accounted_for(configure, tmp_path, settings, moved):
     """What a step sampled is what it trained on, cut, left, wasted, left out or gave up; and nothing is lost between."""
