@@ -170,6 +170,8 @@ class RewardConfig:
     """Verifier processes of one data-parallel process."""
     reward_timeout: float = 10.0
     """Seconds after which a verifier is killed and its response scored 0."""
+    reward_worker_judgements: int = 1000
+    """Judgements after which a verifier process is replaced by a fresh one, with whatever it has leaked."""
     sandbox_memory_mb: int = 512
     """Memory that model-written code may use."""
     sandbox_timeout: float = 5.0

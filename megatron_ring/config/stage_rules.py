@@ -232,7 +232,7 @@ def _objective_problems(o: ObjectiveConfig, r: RolloutConfig) -> Iterator[str]:
 
 
 def _reward_problems(w: RewardConfig) -> Iterator[str]:
-    yield from _least(w, "reward_workers sandbox_memory_mb", 1)
+    yield from _least(w, "reward_workers reward_worker_judgements sandbox_memory_mb", 1)
     for name in ("reward_timeout", "sandbox_timeout"):
         if getattr(w, name) <= 0:
             yield f"{name}={getattr(w, name)} must be above 0 seconds; try 10"

@@ -1,121 +1,57 @@
 """Verifiers beside the trainer: scores arrive while generation goes on, and no response can stop a run.
 
-Each worker process has a thread here that hands it one response at a time and waits. A verifier that takes longer
-than ``reward_timeout`` is killed and replaced; one that dies is replaced. Either is the value of that response alone.
-The clock of a response starts when its verifier is called: imports do not count.
+Each worker has a thread here that hands it one response at a time and waits. A verifier that takes longer than its
+time is killed and replaced; one that dies is replaced. Either is the value of that response alone. The clock of a
+response starts when its verifier is called: imports do not count. Where a verifier lives, see :mod:`walls`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import pickle
+import logging
+import math
 import queue
-import signal
-import subprocess
-import sys
-import tempfile
 import threading
-from collections.abc import Collection, Iterator
+import typing
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import wait as wait_for
-from typing import IO
+from typing import Any
 
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.data.prompts import Prompt
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward.registry import BUILT_IN, parse_reward_functions
-from megatron_ring.rl.types import RewardResult
+from megatron_ring.rl.reward.judging import Task
+from megatron_ring.rl.reward.registry import (
+    BUILT_IN,
+    Place,
+    judging_seconds,
+    needs_walls,
+    parse_reward_functions,
+    place_of,
+)
+from megatron_ring.rl.reward.verifier import DiedError, Verifier
+from megatron_ring.rl.reward.walls import raise_walls
+from megatron_ring.rl.reward.worker import START_SECONDS
+from megatron_ring.rl.types import RewardResult, RewardStatus
+
+log = logging.getLogger("megatron_ring")
 
 _DYING_SECONDS = 0.5
 """A process whose socket has closed is about to end by itself, with an exit code that says more than a kill."""
-START_SECONDS = 120.0
-"""Longest start of a worker, and longest load of what a domain needs."""
+_SILENCE_SECONDS = 10.0
+"""Longest silence of a worker that has a task and nothing to load, or whose task's time is over: it is stopped."""
 MAX_DEATHS_AT_START = 3
-
-
-class _DiedError(Exception):
-    """A worker ended, or had to be killed while it loaded."""
+_STATUSES = frozenset(typing.get_args(RewardStatus))
+_CHECKED_AT_ONCE = 200
+_CHECK_SECONDS = 120.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
-    prompt: Prompt
-    text: str
-    future: Future[RewardResult]
-
-
-class _Worker:
-    """One verifier process and the socket to it."""
-
-    def __init__(self, config: RewardConfig, domains: Collection[str]):
-        self._log: IO[bytes] = tempfile.TemporaryFile("ab+", buffering=0)  # noqa: SIM115 (closed by close)
-        self._socket, far_end = Pipe()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        try:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    __name__.replace("pool", "worker"),
-                    str(far_end.fileno()),
-                    str(os.getpid()),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=self._log,
-                stderr=self._log,
-                pass_fds=(far_end.fileno(),),
-                env=environment,
-                start_new_session=True,
-            )
-        finally:
-            far_end.close()
-        self._settings = (config, tuple(domains))
-
-    def wait_until_loaded(self) -> str | None:
-        """None once the worker has its reward functions, or the line with which it refuses to have them."""
-        self.send(self._settings)
-        words = self.receive(START_SECONDS)
-        if words is None:
-            raise _DiedError
-        return words.get("refused")
-
-    def send(self, words: object) -> None:
-        try:
-            self._socket.send_bytes(pickle.dumps(words))
-        except OSError as error:
-            raise _DiedError from error
-
-    def receive(self, seconds: float) -> dict | None:
-        """The worker's next word; None if it says nothing for so long. Raises _DiedError at its end."""
-        try:
-            return json.loads(self._socket.recv_bytes()) if self._socket.poll(seconds) else None
-        except (EOFError, OSError) as error:
-            raise _DiedError from error
-
-    def kill(self) -> None:
-        """End the process and whatever it started; also after it has died."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-    def close(self, wait: float) -> str:
-        """Kill after ``wait`` seconds, clear up; returns how the process ended and its last words, in one line."""
-        pidfd = os.pidfd_open(self._process.pid)
-        # not select: a process with many open files gives it a number that it cannot take
-        wait_for([pidfd], wait)
-        os.close(pidfd)
-        self.kill()
-        code = self._process.wait()
-        self._socket.close()
-        with self._log as log:
-            log.seek(0)
-            lines = log.read().decode(errors="replace").strip().splitlines()
-        end = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"{end}: {lines[-1][:200]}" if lines else end
+    task: Task
+    place: Place
+    future: Future[Any]
 
 
 class RewardPool:
@@ -130,29 +66,34 @@ class RewardPool:
         self._known = {*BUILT_IN, *parse_reward_functions(config.reward_functions)}
         for domain in self._domains:
             self._check_domain(domain)
+        places: list[Place] = [place_of(config, domain) for domain in self._domains]
+        # what is given by path is imported whatever the problems are, so that a mistake shows at the start
+        self._places = sorted({*places, *(["outside"] if config.reward_functions else [])}) or ["inside"]
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._workers: set[_Worker] = set()
+        self._workers: set[Verifier] = set()
         self._deaths_at_start = 0
         self._broken: RewardError | None = None
         self._closed = False
-        self._first_loaded: Future[None] = Future()
+        self._first_loaded: dict[Place, Future[None]] = {place: Future() for place in self._places}
         self.num_replaced = 0
-        """Workers that were replaced because they hung or died over a response."""
+        """Processes that were replaced because they hung or died over a response."""
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, config: RewardConfig, domains: Collection[str] = ()) -> Iterator[RewardPool]:
-        """Start ``config.reward_workers`` processes and kill them at the end; what is unjudged then is cancelled.
+        """Start ``config.reward_workers`` workers and kill them at the end; what is unjudged then is cancelled.
 
         Returns when one worker has imported every reward function; with "code" in ``domains`` it has tried the
         sandbox too. What else ``domains`` need is loaded in the background. Raises RewardError in one line for a
         domain without a function, a path that leads nowhere, a sandbox that does not isolate, workers that cannot
-        start.
+        start. Says once if there are no walls here.
         """
         if config.reward_workers < 1:
             raise RewardError(f"reward_workers={config.reward_workers} must be at least 1; try 2")
         pool = cls(config, domains)
+        if "inside" in pool._places and raise_walls().missing:
+            log.warning("%s", _without_walls())
         threads = [
             threading.Thread(target=pool._serve, name=f"reward-{n}", daemon=True)
             for n in range(config.reward_workers)
@@ -160,7 +101,8 @@ class RewardPool:
         for thread in threads:
             thread.start()
         try:
-            pool._first_loaded.result()
+            for loaded in pool._first_loaded.values():
+                loaded.result()
             yield pool
         finally:
             pool._close(threads)
@@ -168,13 +110,39 @@ class RewardPool:
     def submit(self, prompt: Prompt, text: str) -> Future[RewardResult]:
         """The verdict on ``text``, in time. The future raises RewardError only if nobody can judge the domain."""
         self._check_domain(prompt.domain)
-        future: Future[RewardResult] = Future()
+        alone = needs_walls(self._config, prompt)
+        if alone and raise_walls().missing:
+            raise RewardError(
+                f"{prompt.reference.get('dataset')} evaluates answers, which is done inside walls only, and there are "
+                f"none here: {raise_walls().missing}; take other problems or make the walls possible"
+            )
+        seconds = judging_seconds(self._config, prompt)
+        task = Task(domain=prompt.domain, seconds=seconds, prompt=prompt, text=text, alone=alone)
+        return self._put(task)
+
+    def check_references(self, domain: str, references: Sequence[Mapping[str, Any]]) -> list[str | None]:
+        """Why nobody can judge by each of ``references``, or None; the workers share the work.
+
+        What a data file holds is read where answers are: inside the walls.
+        """
+        self._check_domain(domain)
+        starts = range(0, len(references), _CHECKED_AT_ONCE)
+        futures = [
+            self._put(
+                Task(domain=domain, seconds=_CHECK_SECONDS, references=references[n : n + _CHECKED_AT_ONCE])
+            )
+            for n in starts
+        ]
+        return [problem for future in futures for problem in future.result()]
+
+    def _put(self, task: Task) -> Future[Any]:
+        future: Future[Any] = Future()
         with self._lock:
             if self._closed:
                 raise RuntimeError("the pool is closed")
             if self._broken is not None:
                 raise self._broken
-            self._jobs.put(_Job(prompt=prompt, text=text, future=future))
+            self._jobs.put(_Job(task=task, place=place_of(self._config, task.domain), future=future))
         return future
 
     def _check_domain(self, domain: str) -> None:
@@ -185,88 +153,119 @@ class RewardPool:
             )
 
     def _serve(self) -> None:
-        """One worker's thread: keep a process alive, and give it one response after another."""
-        worker = self._start()
-        while worker is not None:
-            job = self._jobs.get()
-            if job is None:
-                break
+        """One worker's thread: keep a process of each place alive, and give them one response after another."""
+        verifiers: dict[Place, Verifier] = {}
+        for place in self._places:
+            verifier = self._start(place)
+            if verifier is not None:
+                verifiers[place] = verifier
+        while (job := self._jobs.get()) is not None:
             if not job.future.set_running_or_notify_cancel():
                 continue
-            while worker is not None and not job.future.done():
-                if not self._judge(worker, job):
-                    worker = self._start()
-            if worker is None and not job.future.done():
-                job.future.set_exception(self._broken or CancelledError())
-        if worker is not None:
-            self._end(worker, 0.0)
+            while not job.future.done():
+                verifier = verifiers.pop(job.place, None) or self._start(job.place)
+                if verifier is None:
+                    job.future.set_exception(self._broken or CancelledError())
+                elif self._judge(verifier, job):
+                    verifiers[job.place] = verifier
+        for verifier in verifiers.values():
+            self._end(verifier, 0.0)
 
-    def _judge(self, worker: _Worker, job: _Job) -> bool:
+    def _judge(self, verifier: Verifier, job: _Job) -> bool:
         """Settle the job's future, or leave it unsettled for another worker; False if this worker is gone."""
         started = False
         try:
-            worker.send((job.prompt, job.text))
-            words = worker.receive(START_SECONDS)
-            if words is None:
-                raise _DiedError
-            if "refused" in words:
-                job.future.set_exception(RewardError(words["refused"]))
+            if not self._hand_over(verifier, job):
                 return True
             started = True
             self._deaths_at_start = 0
-            words = worker.receive(self._config.reward_timeout)
-        except _DiedError:
-            how = self._end(worker, _DYING_SECONDS)
+            words = verifier.receive(job.task.seconds + _SILENCE_SECONDS)
+            if words is not None:
+                self._settle(job, words)
+                return True
+        except DiedError:
+            how = self._end(verifier, _DYING_SECONDS)
             if self._closed:
                 job.future.set_exception(CancelledError())
             elif started:
-                self._settle(
-                    job, RewardResult(score=0.0, status="verifier_error", detail=f"verifier died: {how}")
-                )
+                self._settle(job, {"died": how})
             else:
                 self._count_death(how)
             return False
-        if words is None:
-            self._end(worker, 0.0)
-            detail = f"verifier killed after {self._config.reward_timeout:g} s"
-            self._settle(job, RewardResult(score=0.0, status="timeout", detail=detail))
+        except TimeoutError:  # it is stopped, and has not seen the job
+            self._end(verifier, 0.0)
             return False
-        score, status, detail = words["result"]
-        job.future.set_result(RewardResult(score=score, status=status, detail=detail))
+        self._end(verifier, 0.0)
+        self._settle(job, {"timeout": True})
+        return False
+
+    def _hand_over(self, verifier: Verifier, job: _Job) -> bool:
+        """True once the job has started; False if it was refused. Raises TimeoutError if the worker says nothing."""
+        if not verifier.is_ready:
+            self._next(verifier, START_SECONDS)
+        verifier.is_ready = False
+        verifier.send(job.task)
+        words = self._next(verifier, _SILENCE_SECONDS)
+        while "loading" in words:
+            words = self._next(verifier, START_SECONDS)
+        if "refused" in words:
+            job.future.set_exception(RewardError(str(words["refused"])))
+            return False
+        if "started" not in words:
+            self._settle(job, words)
+            return False
         return True
 
-    def _settle(self, job: _Job, result: RewardResult) -> None:
-        with self._lock:
-            self.num_replaced += 1
-        job.future.set_result(result)
+    @staticmethod
+    def _next(verifier: Verifier, seconds: float) -> dict[str, Any]:
+        words = verifier.receive(seconds)
+        if words is None:
+            raise TimeoutError
+        return words
 
-    def _start(self) -> _Worker | None:
-        """A process that has its reward functions; None if the pool is closed or cannot keep one alive."""
+    def _settle(self, job: _Job, words: Mapping[str, Any]) -> None:
+        if "problems" in words and job.task.prompt is None:
+            job.future.set_result([None if each is None else str(each) for each in words["problems"]])
+            return
+        result = _result(words, job.task.seconds)
+        if "result" not in words:
+            with self._lock:
+                self.num_replaced += 1
+        if job.task.prompt is None:
+            problem = f"a verifier cannot check references of {job.task.domain}: {result.detail}"
+            job.future.set_exception(RewardError(f"{problem}; look for the one that it cannot read"))
+        else:
+            job.future.set_result(result)
+
+    def _start(self, place: Place) -> Verifier | None:
+        """A worker that has its reward functions; None if the pool is closed or cannot keep one alive."""
         while True:
             with self._lock:
                 if self._closed or self._broken is not None:
                     return None
                 try:
-                    worker = _Worker(self._config, self._domains)
+                    domains = [d for d in self._domains if place_of(self._config, d) == place]
+                    worker = Verifier(self._config, domains, place)
                 except OSError as error:
                     line = f"a reward worker cannot be started: {error}; lower reward_workers or free memory"
                     return self._break(RewardError(line))
                 self._workers.add(worker)
             try:
-                refused = worker.wait_until_loaded()
-            except _DiedError:
+                refused = worker.wait_until_loaded(START_SECONDS)
+            except DiedError:
                 self._count_death(self._end(worker, _DYING_SECONDS))
                 continue
             with self._lock:
                 if refused is None:
-                    if not self._first_loaded.done():
-                        self._first_loaded.set_result(None)
+                    loaded = self._first_loaded.get(place)
+                    if loaded is not None and not loaded.done():
+                        loaded.set_result(None)
                     return worker
             self._end(worker, _DYING_SECONDS)
             with self._lock:
                 return self._break(RewardError(refused))
 
-    def _end(self, worker: _Worker, wait: float) -> str:
+    def _end(self, worker: Verifier, wait: float) -> str:
         with self._lock:
             # from here on only this thread touches it: its process id may belong to another soon
             self._workers.discard(worker)
@@ -287,8 +286,9 @@ class RewardPool:
         """With the lock held: give up, and tell everyone who waits."""
         if self._broken is None and not self._closed:
             self._broken = error
-            if not self._first_loaded.done():
-                self._first_loaded.set_exception(error)
+            for loaded in self._first_loaded.values():
+                if not loaded.done():
+                    loaded.set_exception(error)
             self._drain(error)
 
     def _drain(self, error: BaseException) -> None:
@@ -309,3 +309,30 @@ class RewardPool:
                 worker.kill()
         for thread in threads:
             thread.join()
+
+
+def _result(words: Mapping[str, Any], seconds: float) -> RewardResult:
+    """A worker's verdict; what comes from inside the walls may have any form."""
+    if "timeout" in words:
+        return RewardResult(score=0.0, status="timeout", detail=f"verifier killed after {seconds:g} s")
+    if "died" in words:
+        return RewardResult(
+            score=0.0, status="verifier_error", detail=f"verifier died: {words['died']}"[:400]
+        )
+    match words.get("result"):
+        case [int() | float() as score, str() as status, str() as detail] if (
+            math.isfinite(score) and status in _STATUSES
+        ):
+            return RewardResult(score=float(score), status=typing.cast(RewardStatus, status), detail=detail)
+    return RewardResult(score=0.0, status="verifier_error", detail="the verifier's words are no verdict")
+
+
+def _without_walls() -> str:
+    walls = raise_walls()
+    left = (
+        "under resource limits and a seccomp filter" if walls.filter_bytes else "under resource limits alone"
+    )
+    return (
+        f"no walls around verifiers here ({walls.missing}): they run {left}, and code and scorers that evaluate "
+        "answers are refused"
+    )

@@ -1,4 +1,4 @@
-"""Which function judges which domain: the built-in four, and any other by import path.
+"""Which function judges which domain, and where: the built-in four, and any other by import path.
 
 A reward function takes a prompt and the text of a response and returns a RewardResult. It runs alone in a worker
 process, in its main thread; it may hang or die there. An exception that it raises is that response's
@@ -12,19 +12,24 @@ import importlib.util
 import inspect
 import math
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.data.prompts import Prompt
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward import gym, math_answer
 from megatron_ring.rl.reward.code import CodeJudge
+from megatron_ring.rl.reward.code import check_reference as check_code_reference
 from megatron_ring.rl.types import RewardResult, RewardStatus
 
 RewardFunction = Callable[[Prompt, str], RewardResult]
 
 BUILT_IN = ("math", "science", "code", "reasoning_gym")
+_INSIDE = frozenset({"math", "science", "reasoning_gym"})
+Place = Literal["inside", "outside"]
+"""Of the walls around verifiers."""
 _STATUSES = frozenset(typing.get_args(RewardStatus))
 _FORM = "write domain=module:function"
 HOSTILE_TEXTS = (
@@ -51,6 +56,8 @@ class Judge:
 
     function: RewardFunction
     load: Callable[[], None]
+    check: Callable[[Mapping[str, Any]], str | None] = lambda reference: None
+    """Why nobody can judge by a reference; None if it can be done."""
 
 
 def parse_reward_functions(words: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -77,18 +84,51 @@ def parse_reward_functions(words: Iterable[str]) -> dict[str, tuple[str, str]]:
     return paths
 
 
-def load_judges(config: RewardConfig) -> dict[str, Judge]:
-    """Every domain's judge; what is given by path is imported, and takes the place of a built-in one.
+def place_of(config: RewardConfig, domain: str) -> Place:
+    """Where a domain's judge lives: libraries that read answers inside the walls, all else outside.
+
+    The code judge reads nothing but what programs printed, and gives each a sandbox of its own; users' own functions
+    may need their files, their network or a GPU.
+    """
+    own = parse_reward_functions(config.reward_functions)
+    return "inside" if domain in _INSIDE and domain not in own else "outside"
+
+
+def needs_walls(config: RewardConfig, prompt: Prompt) -> bool:
+    """Whether the verifier of this problem evaluates what a model wrote."""
+    if prompt.domain != "reasoning_gym" or place_of(config, prompt.domain) != "inside":
+        return False
+    return gym.needs_walls(str(prompt.reference.get("dataset")))
+
+
+def judging_seconds(config: RewardConfig, prompt: Prompt) -> float:
+    """Seconds after which the verifier of one response is killed."""
+    return config.reward_timeout
+
+
+def load_judges(config: RewardConfig, place: Place) -> dict[str, Judge]:
+    """The judges of one place; what is given by path is imported, and takes the place of a built-in one.
 
     Raises RewardError if a path cannot be imported or does not lead to a reward function.
     """
+    if place == "inside":
+        return {
+            "math": Judge(
+                function=math_answer.judge_math,
+                load=math_answer.load,
+                check=lambda reference: math_answer.check_reference(str(reference.get("answer", ""))),
+            ),
+            "science": Judge(
+                function=math_answer.judge_science,
+                load=math_answer.load,
+                check=lambda reference: math_answer.check_science_reference(str(reference.get("answer", ""))),
+            ),
+            "reasoning_gym": Judge(
+                function=gym.judge_reasoning_gym, load=gym.load, check=gym.check_reference
+            ),
+        }
     code = CodeJudge(config)
-    judges = {
-        "math": Judge(function=math_answer.judge_math, load=math_answer.load),
-        "science": Judge(function=math_answer.judge_science, load=math_answer.load),
-        "code": Judge(function=code, load=code.load),
-        "reasoning_gym": Judge(function=gym.judge_reasoning_gym, load=gym.load),
-    }
+    judges = {"code": Judge(function=code, load=code.load, check=check_code_reference)}
     for domain, (module, name) in parse_reward_functions(config.reward_functions).items():
         where = f"reward_functions={domain}={module}:{name}"
         try:

@@ -84,7 +84,7 @@ def command(program: Program, limits: Limits, data_fds: Mapping[str, int], secco
     argv = [
         *(find_tool("bwrap", "the code sandbox"), "--unshare-all", "--unshare-user"),
         *("--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--die-with-parent", "--new-session"),
-        *_system(),
+        *system_binds(),
         *(
             "--proc",
             "/proc",
@@ -164,7 +164,7 @@ def seccomp_program() -> bytes:
 
 
 @functools.cache
-def _system() -> Sequence[str]:
+def system_binds() -> Sequence[str]:
     """The read-only system: /usr, and where the loader, /bin and the JVM's settings are looked for."""
     words = ["--ro-bind", "/usr", "/usr"]
     for name in ("bin", "lib", "lib32", "lib64", "libx32"):
