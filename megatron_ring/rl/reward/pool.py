@@ -181,6 +181,7 @@ class RewardPool:
             self._deaths_at_start = 0
             words = verifier.receive(job.task.seconds + _SILENCE_SECONDS)
             if words is not None:
+                verifier.is_ready = bool(words.get("ready"))
                 self._settle(job, words)
                 return True
         except DiedError:
@@ -200,7 +201,7 @@ class RewardPool:
         return False
 
     def _hand_over(self, verifier: Verifier, job: _Job) -> bool:
-        """True once the job has started; False if it was refused. Raises TimeoutError if the worker says nothing."""
+        """True once the job has started; False if it is settled already. Raises TimeoutError if the worker says nothing."""
         if not verifier.is_ready:
             self._next(verifier, START_SECONDS)
         verifier.is_ready = False
@@ -208,13 +209,14 @@ class RewardPool:
         words = self._next(verifier, _SILENCE_SECONDS)
         while "loading" in words:
             words = self._next(verifier, START_SECONDS)
+        if "started" in words:
+            return True
+        verifier.is_ready = bool(words.get("ready"))
         if "refused" in words:
             job.future.set_exception(RewardError(str(words["refused"])))
-            return False
-        if "started" not in words:
+        else:
             self._settle(job, words)
-            return False
-        return True
+        return False
 
     @staticmethod
     def _next(verifier: Verifier, seconds: float) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Verifier:
             far_end.close()
         self._settings = (config, tuple(domains), place, filter_bytes)
         self.is_ready = False
-        """Whether it has said, since its last task, that it waits for the next."""
+        """Whether it has said that it waits for the next task."""
 
     def _start(self, words: tuple[str, ...], fd: int) -> subprocess.Popen:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)

@@ -4,8 +4,9 @@
 
 It is a program of its own rather than a multiprocessing child, so that it never imports the entry script, torch or
 what else the trainer holds. Over the socket FD come pickled words of the trainer, first the settings, then one
-:class:`Task` after another. JSON goes back: loaded (or refused, with an error's line), then for every task ready before
-it and started, result, timeout, died or refused for it; loading where a task's library has to be loaded first.
+:class:`Task` after another. JSON goes back: loaded (or refused, with an error's line), ready, and for every task
+started, then result, timeout, died or refused, with whether it is ready for the next at once; else ready comes once it is.
+Before started there is loading, where a task's library has to be loaded first.
 
 The keeper never reads what a model wrote. Inside the walls it loads the libraries once and the process that judges is
 a fork of it, so a new one costs milliseconds. Outside, where users' functions live, that process loads them itself,
@@ -63,16 +64,20 @@ class _Keeper:
         with contextlib.suppress(RewardError):  # what needs it says so again
             for domain in self._domains:
                 self._load(domain)
+            self._prepare()
+        self._say(ready=True)
         while True:
-            with contextlib.suppress(RewardError):
-                self._prepare()
-            self._say(ready=True)
             task = pickle.loads(self._trainer.recv_bytes())
             _shorten_log()
             try:
-                self._say(**self._do(task))
+                words = self._do(task)
             except RewardError as error:
-                self._say(refused=str(error))
+                words = {"refused": str(error)}
+            self._say(**words, ready=self._judging is not None)
+            if self._judging is None:
+                with contextlib.suppress(RewardError):
+                    self._prepare()
+                self._say(ready=True)
 
     def _do(self, task: Task) -> dict[str, Any]:
         if self._inside and task.domain not in self._loaded:
