@@ -155,10 +155,6 @@ def _bwrap(way: str, environment: dict[str, str], seccomp_fd: int) -> list[str]:
     else:
         argv += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     argv += system_binds()
-    for folder in _folders():
-        for parent in reversed(folder.parents[:-1]):
-            argv += ["--perms", "0755", "--dir", str(parent)]
-        argv += ["--ro-bind", str(folder), str(folder)]
     # no /proc: nothing here needs it, and what is not there cannot be misused
     argv += [
         "--dev",
@@ -172,6 +168,10 @@ def _bwrap(way: str, environment: dict[str, str], seccomp_fd: int) -> list[str]:
         "--chdir",
         "/tmp",
     ]
+    for folder in _folders():
+        for parent in reversed([each for each in folder.parents[:-1] if each != Path("/tmp")]):
+            argv += ["--perms", "0755", "--dir", str(parent)]
+        argv += ["--ro-bind", str(folder), str(folder)]
     argv.append("--clearenv")
     for name, value in environment.items():
         argv += ["--setenv", name, value]
