@@ -15,7 +15,6 @@ python="${PYTHON:-.venv/bin/python}"
 packages=()
 command -v bwrap >/dev/null || packages+=(bubblewrap)
 "$python" -c 'import ctypes.util, sys; sys.exit(not ctypes.util.find_library("seccomp"))' || packages+=(libseccomp2)
-command -v prlimit >/dev/null || packages+=(util-linux)
 [ -e /usr/bin/python3 ] || packages+=(python3-minimal)
 
 if [ "${#packages[@]}" -gt 0 ]; then

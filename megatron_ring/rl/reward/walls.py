@@ -126,7 +126,7 @@ def _start(
     if way == "none":
         environment = {**os.environ, **environment}
     else:
-        held = [open_data(seccomp_program())]
+        held = [open_data(seccomp_program(final=False))]
         argv = [*_bwrap(way, environment, held[0]), *argv]
         who = identity() if way == "namespaces" else {}
         environment = {"PATH": "/usr/bin:/bin"}

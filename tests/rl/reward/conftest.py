@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 from megatron_ring.data.prompts import Prompt
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.sandbox import Sandbox
-from megatron_ring.rl.reward.sandbox_command import FIRST_UID
 
 PLUGIN = """
 import os, signal, sys, time
@@ -101,15 +99,21 @@ def own_processes() -> list[psutil.Process]:
 
 
 def sandbox_processes() -> list[str]:
-    """Command lines of own processes that are a sandbox's (root starts them by uid)."""
-    found = []
+    """Command lines of what runs in a sandbox: two process namespaces below ours, that of its zygote and its own."""
+    return [words for words, depth in _command_lines() if depth == 2]
+
+
+def zygotes() -> list[str]:
+    """Command lines of the processes that stand ready for runs of ours: one namespace below ours."""
+    return [words for words, depth in _command_lines() if depth == 1]
+
+
+def _command_lines() -> Iterator[tuple[str, int]]:
     for process in own_processes():
-        with contextlib.suppress(psutil.NoSuchProcess):
-            words = " ".join(process.cmdline())
-            uid_fits = FIRST_UID <= process.uids().real < FIRST_UID + 1000
-            if uid_fits if os.geteuid() == 0 else "/code/" in words:
-                found.append(words)
-    return found
+        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            ids = next(line.split()[1:] for line in status.splitlines() if line.startswith("NSpid:"))
+            yield " ".join(process.cmdline()), len(ids) - 1
 
 
 def becomes(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:

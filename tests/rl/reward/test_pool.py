@@ -15,7 +15,7 @@ import pytest
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.pool import RewardPool
-from tests.rl.reward.conftest import becomes, own_processes, problem, sandbox_processes
+from tests.rl.reward.conftest import becomes, own_processes, problem, sandbox_processes, zygotes
 
 ROOT = Path(__file__).parents[3]
 FUNCTIONS = ("right", "wait", "hang", "die", "leave", "fail", "number", "chatter", "modules", "sandboxed")
@@ -192,14 +192,15 @@ def test_closing_kills_what_runs_and_cancels_what_waits(plugin: str, tmp_path: P
 
 
 def test_a_killed_verifier_takes_its_sandbox_along(plugin: str, sandbox):
+    ready = len(zygotes())
     with RewardPool.open(config(plugin, reward_timeout=5.0)) as pool:
         assert pool.submit(problem("sandboxed"), "").result().status == "timeout"
         assert becomes(lambda: sandbox_processes() == [])
     with RewardPool.open(config(plugin, reward_timeout=600.0)) as pool:
         pool.submit(problem("sandboxed"), "")
-        # bwrap's two and the four that the program makes of itself; Sandbox.open's check has fewer
-        assert becomes(lambda: len(sandbox_processes()) == 6)
-    assert becomes(lambda: sandbox_processes() == [])
+        # the run's first and the four that the program makes of itself; Sandbox.open's check has fewer
+        assert becomes(lambda: len(sandbox_processes()) == 5)
+    assert becomes(lambda: sandbox_processes() == [] and len(zygotes()) == ready)
 
 
 def test_code_is_judged_in_the_sandbox(plugin: str, sandbox):
