@@ -3,16 +3,21 @@
 
     python tools/benchmark/sandbox.py [--runs 100] [--workers 1 2] [--without-compilers]
 
-Bare is ``python -I -S -B`` of the same system Python on the same program, without any wall. Bare and sandbox take turns
-in rounds, so that what else the machine does hits both. Every run's output is checked before its time counts.
+Bare is ``python -I -S -B`` of the same system Python on the same program, without any wall; "one bwrap per run" puts the
+same walls around each run with a bubblewrap of its own and a fresh interpreter, "own interpreter" starts the latter only.
+All take turns in rounds, so that what else the machine does hits each. Every run's output is checked before its time
+counts.
 """
 
 import argparse
+import dataclasses
+import operator
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,44 +56,124 @@ def _per_second(run, runs: int, workers: int) -> float:
     return runs / (time.perf_counter() - started)
 
 
+def bwrap_each(argv: Sequence[str]):
+    """A function that runs ``argv`` inside a bubblewrap of its own, as a run without a zygote would."""
+    from megatron_ring.rl.reward import sandbox_command as walls
+
+    words = [walls.find_tool("bwrap", "the sandbox"), "--unshare-all", "--unshare-user", "--die-with-parent"]
+    words += [
+        "--uid",
+        "65534",
+        "--gid",
+        "65534",
+        "--hostname",
+        "sandbox",
+        "--new-session",
+        *walls.system_binds(),
+    ]
+    words += [
+        "--proc",
+        "/proc",
+        "--tmpfs",
+        "/proc/1",
+        "--remount-ro",
+        "/proc/1",
+        "--dev",
+        "/dev",
+        "--size",
+        "67108864",
+    ]
+    words += ["--tmpfs", "/tmp", "--chdir", "/tmp", "--clearenv", "--disable-userns", "--cap-drop", "ALL"]
+    limits = ["--cpu=61:62", "--fsize=16777216", "--nproc=26", "--nofile=64", "--core=0", "--as=536870912"]
+
+    def run(_: int) -> bool:
+        data, rules = walls.open_data(SOURCE.encode()), walls.open_data(walls.seccomp_program())
+        try:
+            done = subprocess.run(
+                [
+                    *(*words, "--seccomp", str(rules), "--ro-bind-data", str(data), f"{walls.CODE}/main.py"),
+                    *(
+                        "--remount-ro",
+                        "/dev",
+                        "--remount-ro",
+                        "/",
+                        "--",
+                        "/usr/bin/prlimit",
+                        *limits,
+                        "--",
+                        *argv,
+                    ),
+                ],
+                input=b"1 2",
+                capture_output=True,
+                check=False,
+                pass_fds=(data, rules),
+                cwd="/",
+                **walls.identity(),
+            )
+        finally:
+            os.close(data)
+            os.close(rules)
+        return done.stdout == b"3\n"
+
+    return run
+
+
 def python_runs(words: argparse.Namespace) -> None:
     from megatron_ring.rl.reward.sandbox import Sandbox
-    from megatron_ring.rl.reward.sandbox_command import Limits
+    from megatron_ring.rl.reward.sandbox_command import Limits, Program
+    from megatron_ring.rl.reward.sandbox_process import Zygote
 
     started = time.perf_counter()
     sandbox = Sandbox.open()
     print(f"start, isolation tried: {1e3 * (time.perf_counter() - started):.0f} ms")
     program = sandbox.python(SOURCE)
+    fresh = dataclasses.replace(program, ready_python=False)
     argv = [*program.argv[:-1], "-c", SOURCE]
+    starts = []
+    for _ in range(5):
+        started = time.perf_counter()
+        Zygote.start(program.argv[0]).close()
+        starts.append(1e3 * (time.perf_counter() - started))
+    print(f"one more process that stands ready, started and ended: {statistics.median(starts):.0f} ms")
 
     def bare(_: int) -> bool:
         done = subprocess.run(argv, input=b"1 2", capture_output=True, check=False)
         return done.stdout == b"3\n"
 
-    def walled(_: int) -> bool:
-        return sandbox.run(program, Limits(seconds=60.0), b"1 2").stdout == b"3\n"
+    def walled(each: Program):
+        return lambda _: sandbox.run(each, Limits(seconds=60.0), b"1 2").stdout == b"3\n"
 
-    for run in (bare, walled):
-        run(0)
+    sides = {
+        "bare python": bare,
+        "one bwrap per run": bwrap_each(program.argv),
+        "sandbox, own interpreter": walled(fresh),
+        "sandbox": walled(program),
+    }
+    for run in sides.values():
+        assert run(0)
     for workers in words.workers:
         rounds = [
-            [_per_second(run, words.runs, workers) for run in (bare, walled)] for _ in range(words.rounds)
+            [_per_second(run, words.runs, workers) for run in sides.values()] for _ in range(words.rounds)
         ]
-        for name, rates in zip(("bare python", "sandbox"), zip(*rounds, strict=True), strict=True):
-            rate = statistics.median(rates)
+        rates = dict(zip(sides, zip(*rounds, strict=True), strict=True))
+        for name, each in rates.items():
+            rate = statistics.median(each)
+            ratio = statistics.median(map(operator.truediv, each, rates["one bwrap per run"]))
             print(
-                f"{workers} worker{'s' * (workers > 1)}, {name}: {rate:.0f} runs/s (best round {max(rates):.0f}), "
-                f"{1e3 * workers / rate:.1f} ms a run"
+                f"{workers} worker{'s' * (workers > 1)}, {name}: {rate:.0f} runs/s (best round {max(each):.0f}), "
+                f"{1e3 * workers / rate:.1f} ms a run, {ratio:.2f} times one bwrap per run"
             )
 
 
 def compiled_runs() -> None:
     from megatron_ring.config.rl import RewardConfig
-    from megatron_ring.rl.reward.code import CodeJob, CodeJudge
+    from megatron_ring.rl.reward.code import CodeJob, CodeJudge, Language
 
     judge = CodeJudge(RewardConfig(reward_timeout=120.0, sandbox_timeout=60.0))
     test = {"input": "1 2", "output": "3"}
-    for language, source in (("cpp", CPP), ("java", JAVA)):
+    sources: tuple[tuple[Language, str], ...] = (("cpp", CPP), ("java", JAVA))
+    for language, source in sources:
         seconds = []
         for tests in ((test,), (test,) * 21):
             started = time.perf_counter()
@@ -121,6 +206,7 @@ def main() -> None:
     words = _arguments()
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     python_runs(words)
+    print(f"load {os.getloadavg()[0]:.1f}")
     if not words.without_compilers:
         compiled_runs()
     answers()
