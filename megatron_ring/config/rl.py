@@ -173,9 +173,9 @@ class RewardConfig:
     reward_worker_judgements: int = 1000
     """Judgements after which a verifier process is replaced by a fresh one, with whatever it has leaked."""
     sandbox_memory_mb: int = 512
-    """Memory that model-written code may use."""
+    """Memory that model-written code may use; a problem's own memory_limit_mb counts up to 4 times this."""
     sandbox_timeout: float = 5.0
-    """Seconds of wall clock per test that model-written code may use."""
+    """CPU seconds per test that model-written code may use; a problem's own time_limit counts up to 4 times this."""
 
 
 def global_token_budget(config: BudgetConfig, dp_size: int, world_size: int) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
 def answer_part(text: str) -> str:
@@ -45,15 +44,6 @@ def final_answer(text: str) -> str:
     part = answer_part(text)
     boxed = last_boxed(part)
     return part.strip() if boxed is None else boxed
-
-
-def last_code_block(text: str) -> tuple[str, str] | None:
-    """(language tag in lower case, source) of the last fenced block of the answer part; None without one.
-
-    Example: ``last_code_block("Here:\\n```python\\nprint(1)\\n```") == ("python", "print(1)\\n")``.
-    """
-    blocks = _FENCE.findall(answer_part(text))
-    return (blocks[-1][0].lower(), blocks[-1][1]) if blocks else None
 
 
 def _braced(text: str, start: int) -> str | None:

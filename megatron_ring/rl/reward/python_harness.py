@@ -1,31 +1,120 @@
-"""What stands before a Python solution inside the sandbox. Read as text, run there; never imported by the trainer.
+"""What stands before a Python solution inside the sandbox. Read as text, run there; the trainer reads its tables.
 
-    harness.py stdin | function | unit_test
+    main.py stdin | function | unit_test
 
-Standard input is the test's (stdin), or one JSON object: {"function", "args"} or {"test", "token"}. Exit codes: 90
-the solution does not compile, 91 its result is not JSON, 92 a test failed. The token is printed after the last test:
-a solution that exits early, with whatever code, does not have it.
+Standard input is the test's (stdin), or one JSON object: {"function", "lines"} (a JSON value each), or what
+harness_tester reads. Exit codes: 90 the solution does not compile, 91 its result is not JSON.
+
+A script (stdin) has what Python gives to a script. Functions and classes have besides, where they are used and not
+defined, the names that LeetCode and LiveCodeBench provide. All have deep recursion and integers of any length.
 """
 
 import builtins
+import importlib
 import json
 import os
+import re
 import sys
 
 SOURCE = "/code/solution.py"
+MODULES = (
+    "typing", "collections", "heapq", "bisect", "itertools", "functools", "math", "operator", "re", "string", "random",
+    "copy", "datetime", "statistics", "sys", "os", "io", "time", "json", "array", "fractions", "decimal", "enum",
+    "dataclasses", "abc", "queue", "threading",
+)  # fmt: skip
+STAR = {
+    "typing": "Any Callable DefaultDict Deque Dict FrozenSet Generator Iterable Iterator List Literal Mapping "
+    "NamedTuple NoReturn Optional OrderedDict Sequence Set Text Tuple Type TypeVar Union",
+    "collections": "ChainMap Counter defaultdict deque namedtuple OrderedDict UserDict UserList UserString",
+    "heapq": "heapify heappop heappush heappushpop heapreplace merge nlargest nsmallest",
+    "bisect": "bisect bisect_left bisect_right insort insort_left insort_right",
+    "itertools": "accumulate chain combinations combinations_with_replacement compress count cycle dropwhile filterfalse "
+    "groupby islice pairwise permutations product repeat starmap takewhile tee zip_longest",
+    "functools": "cache cached_property cmp_to_key lru_cache partial reduce singledispatch total_ordering wraps",
+    "math": "acos acosh asin asinh atan atan2 atanh ceil comb copysign cos cosh degrees dist e erf exp expm1 fabs "
+    "factorial floor fmod frexp fsum gcd hypot inf isclose isfinite isinf isnan isqrt lcm ldexp lgamma log log10 log1p "
+    "log2 modf nan perm pi prod radians remainder sin sinh sqrt tan tanh tau trunc ulp",
+    "operator": "add and_ attrgetter concat contains eq floordiv ge getitem gt index inv invert is_ is_not itemgetter le "
+    "lshift lt matmul methodcaller mod mul ne neg not_ or_ pos rshift setitem sub truediv truth xor",
+    "re": "compile findall finditer fullmatch match search split",
+    "string": "ascii_letters ascii_lowercase ascii_uppercase capwords digits hexdigits octdigits printable punctuation "
+    "whitespace",
+    "random": "choice choices randint randrange sample shuffle uniform",
+    "copy": "copy deepcopy",
+    "datetime": "date datetime timedelta timezone",
+    "statistics": "mean median mode pstdev pvariance stdev variance",
+    "fractions": "Fraction",
+    "decimal": "Decimal getcontext",
+    "enum": "Enum IntEnum auto",
+    "dataclasses": "dataclass field",
+    "abc": "ABC abstractmethod",
+    "io": "BytesIO StringIO",
+}
+RECURSION = 550_000
+"""LeetCode's own limit."""
+THREAD_STACK = 1 << 26
+
+
+class ListNode:
+    def __init__(self, val=0, next=None):
+        self.val, self.next = val, next
+
+
+class TreeNode:
+    def __init__(self, val=0, left=None, right=None):
+        self.val, self.left, self.right = val, left, right
+
+
+def provided(source):
+    """Of the names that LeetCode and LiveCodeBench provide, those that occur in ``source``.
+
+    A name of both a module and something in it (bisect, copy) is the module where a point follows it.
+    """
+    words = set(re.findall(r"\w+", source)) - set(dir(builtins))
+    found = {kind.__name__: kind for kind in (ListNode, TreeNode) if kind.__name__ in words}
+    for module in MODULES:
+        for name in words.intersection(STAR.get(module, "").split()) - set(found):
+            found[name] = getattr(importlib.import_module(module), name)
+    for module in words.intersection(MODULES):
+        if module not in found or re.search(rf"\b{module}\.", source):
+            found[module] = importlib.import_module(module)
+    if "datetime" in words and re.search(r"\bdatetime\.(now|today|strptime|combine|fromisoformat)\b", source):
+        found["datetime"] = importlib.import_module("datetime").datetime
+    return found
+
+
+def make_room(source):
+    """Deep recursion and integers of any length. The stack grows as it is used, within the memory limit."""
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    resource.setrlimit(resource.RLIMIT_STACK, (hard, hard))
+    sys.setrecursionlimit(RECURSION)
+    sys.set_int_max_str_digits(0)
+    if "stack_size" in source:
+        import threading
+
+        # a thread's stack is reserved whole: what people ask for to be sure would be all the memory there is
+        real = threading.stack_size
+        threading.stack_size = lambda size=0: real(min(size, THREAD_STACK))
 
 
 def load(name):
     """The solution's globals after it has run as module ``name``."""
-    import traceback
     import types
 
     with open(SOURCE, encoding="utf-8", errors="surrogateescape") as file:
         source = file.read()
     try:
         code = compile(source, "solution.py", "exec")
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
+    except (SyntaxError, ValueError):
+        import traceback
+
         traceback.print_exc(limit=0)
+        sys.exit(90)
+    except (MemoryError, RecursionError):
+        # what Python says of a source that its compiler has not the depth for
+        print("the source is nested too deeply", file=sys.stderr)
         sys.exit(90)
     # the site module, which is not loaded here, is where people's exit() comes from
     builtins.exit = builtins.quit = sys.exit
@@ -33,10 +122,13 @@ def load(name):
     module.__file__ = SOURCE
     sys.modules[name] = module
     if name == "solution":
-        import typing
-
-        module.__dict__.update({word: getattr(typing, word) for word in typing.__all__})
+        # where names of Python are looked up, so that the module's own are those that the solution made
+        module.__dict__["__builtins__"] = {**vars(builtins), **provided(source)}
+        if os.path.exists("/code/prompt.py"):
+            with open("/code/prompt.py", encoding="utf-8") as file:
+                exec(compile(file.read(), "prompt.py", "exec"), module.__dict__)
     sys.argv = ["solution.py"]
+    make_room(source)
     exec(code, module.__dict__)
     return module.__dict__
 
@@ -49,6 +141,7 @@ def private_stdout():
 
 
 def call_function():
+    sys.set_int_max_str_digits(0)
     task = json.loads(sys.stdin.read())
     out = private_stdout()
     found = load("solution")
@@ -57,7 +150,7 @@ def call_function():
         function = getattr(found["Solution"](), task["function"], None)
     if function is None:
         sys.exit(f"no function {task['function']}")
-    result = function(*task["args"])
+    result = function(*map(json.loads, task["lines"]))
     try:
         text = json.dumps(result)
     except (TypeError, ValueError) as error:
@@ -68,38 +161,11 @@ def call_function():
 
 
 def run_unit_test():
-    task = json.loads(sys.stdin.read())
-    token, test = task.pop("token"), task.pop("test")
-    out = private_stdout()
-    names = load("solution")
-    before = dict(names)
-    try:
-        exec(compile(test, "test.py", "exec"), names)
-        run_collected({name: value for name, value in names.items() if before.get(name) is not value})
-    except AssertionError:
-        import traceback
+    sys.path.insert(0, "/code")
+    import harness_tester
 
-        traceback.print_exc()
-        sys.exit(92)
-    sys.stdout.flush()
-    os.write(out, token.encode())
-    os._exit(0)
-
-
-def run_collected(made):
-    """Run what the test's source defines without calling it: test functions and unittest cases."""
-    import unittest
-
-    suite = unittest.TestSuite()
-    for name, value in made.items():
-        if isinstance(value, type) and issubclass(value, unittest.TestCase):
-            suite.addTests(unittest.defaultTestLoader.loadTestsFromTestCase(value))
-        elif name.startswith("test") and callable(value):
-            value()
-    if suite.countTestCases():
-        outcome = unittest.TextTestRunner(stream=sys.stderr).run(suite)
-        if not outcome.wasSuccessful():
-            raise AssertionError("a unittest case failed")
+    sys.set_int_max_str_digits(0)
+    harness_tester.run_unit_test(load, provided)
 
 
 MODES = {"stdin": lambda: load("__main__"), "function": call_function, "unit_test": run_unit_test}

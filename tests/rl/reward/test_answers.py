@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ring.rl.reward.answers import answer_part, final_answer, last_boxed, last_code_block, unboxed
+from megatron_ring.rl.reward.answers import answer_part, final_answer, last_boxed, unboxed
 
 
 @pytest.mark.parametrize(
@@ -44,11 +44,3 @@ def test_what_was_thought_is_not_an_answer():
     assert final_answer("12+7=19</think> 16 ") == "16"
     assert final_answer(r"12 </think> it is \boxed{16}.") == "16"
     assert final_answer(" 16\n") == "16"
-
-
-def test_the_last_closed_code_block_counts():
-    text = "```python\na\n```\nthen\n```CPP linenums\nint b;\n  ```\n"
-    assert last_code_block(text) == ("cpp", "int b;\n")
-    assert last_code_block("```\nx = '```'\n```") == ("", "x = '```'\n")
-    assert last_code_block("```py\ncut off") is None
-    assert last_code_block("```py\nthought\n```\n</think> nothing") is None

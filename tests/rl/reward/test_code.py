@@ -8,11 +8,11 @@ import pytest
 
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward.code import CodeJob, CodeJudge, same_output, same_value
+from megatron_ring.rl.reward.code import CodeJob, CodeJudge
 from megatron_ring.rl.reward.registry import check_reward_function
 from megatron_ring.rl.reward.sandbox import Sandbox
 from megatron_ring.rl.types import RewardResult
-from tests.rl.reward.conftest import problem, sandbox_processes
+from tests.rl.reward.conftest import problem
 
 SUMS = ({"input": "1 2\n", "output": "3"}, {"input": "5 6\n", "output": "11\n"})
 SORTS = ({"input": [[3, 1, 2]], "output": [1, 2, 3]}, {"input": "[2, 1]\n", "output": "[1, 2]"})
@@ -31,12 +31,12 @@ JAVA_SUM = (
 
 @pytest.fixture(scope="module")
 def judge(sandbox: Sandbox) -> CodeJudge:
-    return CodeJudge(RewardConfig(sandbox_timeout=200.0, sandbox_memory_mb=256, reward_timeout=600.0))
+    return CodeJudge(RewardConfig(sandbox_timeout=200.0, sandbox_memory_mb=256))
 
 
 @pytest.fixture(scope="module")
 def impatient(sandbox: Sandbox) -> CodeJudge:
-    return CodeJudge(RewardConfig(sandbox_timeout=2.0, reward_timeout=600.0))
+    return CodeJudge(RewardConfig(sandbox_timeout=2.0))
 
 
 def verdict(judge: CodeJudge, source: str, **job) -> RewardResult:
@@ -62,6 +62,29 @@ def verdict(judge: CodeJudge, source: str, **job) -> RewardResult:
         ("while True: print('x' * 1000)", "output_limit"),
         ("x = 1 #" + "x" * (200 << 20), "compile_error"),
         ("(" * 100_000, "compile_error"),
+        ("-" * 100_000 + "1", "compile_error"),
+        (
+            "def f(n): return n and 1 + f(n - 1)\nprint(sum(map(int, input().split())) + f(30000) - 30000)",
+            "correct",
+        ),
+        (
+            "from functools import cache\n@cache\ndef f(n): return n and 1 + f(n - 1)\n"
+            "print(sum(map(int, input().split())) + f(20000) - 20000)",
+            "correct",
+        ),
+        ("print(sum(map(int, input().split())) + len(str(10 ** 9999)) - 10000)", "correct"),
+        ("print(Counter())", "crashed"),
+        (
+            "import sys, threading\nsys.setrecursionlimit(10 ** 7)\nthreading.stack_size(1 << 29)\n"
+            "def f(n): return n and 1 + f(n - 1)\ndef main(): print(sum(map(int, input().split())) + f(30000) - 30000)\n"
+            "thread = threading.Thread(target=main)\nthread.start()\nthread.join()",
+            "correct",
+        ),
+        (
+            "import sys\ninput = sys.stdin.buffer.readline\na, b = map(int, input().split())\n"
+            "sys.stdout.buffer.write(b'%d\\n' % (a + b))",
+            "correct",
+        ),
     ],
 )
 def test_python_from_stdin(judge: CodeJudge, source: str, status: str):
@@ -79,6 +102,15 @@ def test_python_from_stdin(judge: CodeJudge, source: str, status: str):
         ("import os\nprint('[1, 2, 3]', flush=True)\nos._exit(0)", "wrong"),
         ("def other(x): return sorted(x)", "crashed"),
         ("def arrange(x): raise ValueError", "crashed"),
+        ("def arrange(x: Optional[List[int]], y: ListNode = None): return nsmallest(9, x)", "correct"),
+        ("import bisect\ndef arrange(x):\n    y = []\n    for n in x: bisect.insort(y, n)\n    return y", "correct"),
+        ("def arrange(x):\n    y = []\n    for n in x: y.insert(bisect(y, n), n)\n    return y", "correct"),
+        ("def arrange(x): return bisect.insort([], 1) or copy.copy(sorted(x))", "correct"),
+        ("def arrange(x): return sorted(x) if pow(2, 10, 7) == 2 and sum(accumulate(x)) else 0", "correct"),
+        ("def arrange(x):\n    f = cache(lambda n: n and f(n - 1))\n    return sorted(x) + [f(9000)][1:]", "correct"),
+        ("def arrange(x): return [float(n) for n in sorted(x)]", "correct"),
+        ("def arrange(x): return [str(n) for n in sorted(x)]", "wrong"),
+        ("def arrange(x): return [n == 1 or n for n in sorted(x)]", "wrong"),
     ],
 )  # fmt: skip
 def test_python_functions(judge: CodeJudge, source: str, status: str):
@@ -111,6 +143,18 @@ def test_python_unit_tests(judge: CodeJudge, source: str, status: str, test: str
         ("int main() {", "compile_error"),
         ('#include "/etc/shadow"\nint main() {}', "compile_error"),
         ("int main() { int *nothing = 0; *nothing = 1; }", "crashed"),
+        (
+            '#include <bits/stdc++.h>\n#pragma GCC optimize("O3")\nusing namespace std;\nint main() {\n'
+            "  vector<int> v(istream_iterator<int>(cin), {}); cout << ranges::count_if(v, [](auto) { return true; }) - 2\n"
+            '  + accumulate(v.begin(), v.end(), 0) << "\\n"; }',
+            "correct",
+        ),
+        (
+            "#include <iostream>\nint deep(int n) {\n"
+            "  volatile char room[64]; room[0] = 0; return n ? 1 + deep(n - 1) + room[0] : 0; }\n"
+            "int main() { int a, b; std::cin >> a >> b; std::cout << deep(500000) - 500000 + a + b; }",
+            "correct",
+        ),
         ("#include <vector>\nint main() { return std::vector<char>(10ull << 30, 1)[5]; }", "memory"),
     ],
 )
@@ -125,6 +169,19 @@ def test_cpp(judge: CodeJudge, source: str, status: str):
     [
         (JAVA_SUM, "correct"),
         (JAVA_SUM.replace("a + b", "a - b"), "wrong"),
+        ("package a.b;\nimport java.util.*;\n/* public class No {} */\n"
+         "record Two(int a, int b) { int sum() { return a + b; } }\nsealed interface I permits J {}\n"
+         "final class J implements I { String s = \"public class X { static void main\"; }\n"
+         "public enum Start { ONLY; public static class Inner { static void main() {} }\n"
+         "  public static final void main(final String... w) { Scanner in = new Scanner(System.in);\n"
+         "  System.out.println(new Two(in.nextInt(), in.nextInt()).sum()); } }", "correct"),
+        ("class A { static class B { public static void main(String[] w) {\n  var in = new java.util.Scanner(System.in);\n"
+         "  System.out.println(in.nextInt() + in.nextInt()); } } void main() {} }", "correct"),
+        ("record Main(int a, int b) { public static void main(String[] w) { var in = new java.util.Scanner(System.in);\n"
+         "  var x = new Main(in.nextInt(), in.nextInt()); System.out.println(x.a() + x.b()); } }", "correct"),
+        ("interface Main { static void main(String[] w) { var in = new java.util.Scanner(System.in);\n"
+         "  System.out.println(in.nextInt() + in.nextInt()); } }", "correct"),
+        ("class Main { void main(String[] w) {} static int main(String w) { return 1; } }", "compile_error"),
         ("class Main { int x = ; }", "compile_error"),
         ("class Main { public static void main(String[] w) { long[][] x = new long[999][];"
          " for (int i = 0; i < 999; i++) x[i] = new long[9999999]; } }", "memory"),
@@ -143,13 +200,10 @@ def test_endless_solutions_time_out(impatient: CodeJudge, language: str, source:
     assert verdict(impatient, source, language=language).status == "timeout"
 
 
-def test_all_tests_together_are_bounded(sandbox: Sandbox):
-    judge = CodeJudge(RewardConfig(sandbox_timeout=5.0, reward_timeout=3.0))
-    result = verdict(
-        judge, "import time\ntime.sleep(0.6)\nprint(1)", tests=({"input": "", "output": "1"},) * 9
-    )
-    assert result.status == "timeout" and result.detail.endswith(("s", "over"))
-    assert sandbox_processes() == []
+def test_every_test_has_its_own_limit(sandbox: Sandbox):
+    judge = CodeJudge(RewardConfig(sandbox_timeout=60.0, reward_timeout=0.5))
+    source = "import time\ntime.sleep(0.2)\nprint(1)"
+    assert verdict(judge, source, tests=({"input": "", "output": "1"},) * 5).status == "correct"
 
 
 def test_a_batch_keeps_its_order(judge: CodeJudge):
@@ -161,13 +215,22 @@ def test_a_batch_keeps_its_order(judge: CodeJudge):
     assert [r.status for r in judge.run_batch(jobs, workers=2)] == ["correct", "wrong"] * 4
 
 
-def test_the_last_block_of_a_response_is_judged(judge: CodeJudge):
+def test_the_block_that_is_the_solution_is_judged(judge: CodeJudge):
     prompt = problem("code", language="python", mode="stdin", tests=list(SUMS))
-    good, bad = "```python\nprint(sum(map(int, input().split())))\n```\n", "```\nprint(0)\n```\n"
+    good, bad = "```python\nprint(sum(map(int, input().split())))\n```\n", "```python\nprint(0)\n```\n"
     assert judge(prompt, bad + "Or:\n" + good).status == "correct"
     assert judge(prompt, good + bad).status == "wrong"
+    assert judge(prompt, good + "Output:\n```\n3\n```\n").status == "correct"
+    assert judge(prompt, "1. So:\n   " + good.replace("\n", "\n   ")).status == "correct"
     assert judge(prompt, "print(3)").status == "parse_error"
+    assert judge(problem("code", tests=[]), good).status == "verifier_error"
     check_reward_function(judge, prompt)
+
+
+def test_the_block_of_a_unit_test_defines_what_it_uses(judge: CodeJudge):
+    prompt = problem("code", mode="unit_test", tests=list(UNITS))
+    good = "```python\ndef add(a, b): return a + b\n```\n"
+    assert judge(prompt, good + "Use:\n```python\nprint(add(1, 2))\n```").status == "correct"
 
 
 def test_what_cannot_be_judged_is_an_error_in_one_line(judge: CodeJudge):
@@ -178,30 +241,3 @@ def test_what_cannot_be_judged_is_an_error_in_one_line(judge: CodeJudge):
             judge.judge(CodeJob(source="x", tests=SUMS, language=language, mode=mode))
     with pytest.raises(ValueError, match="without tests"):
         CodeJob.of({"tests": []}, "print(1)")
-
-
-@pytest.mark.parametrize(
-    ("output", "expected", "equal"),
-    [
-        ("1 2\n", "1 2", True),
-        ("1  2 \n\n", "1 2\n", True),
-        ("1\n2", "1 2", False),
-        ("", "0", False),
-        ("0.33333331", "0.33333333", True),
-        ("0.333", "0.3333", False),
-        ("3", "3.0", True),
-        ("3.0", "3", False),
-        ("nan", "1.0", False),
-        ("yes", "1.0", False),
-    ],
-)
-def test_outputs_are_compared_word_by_word(output: str, expected: str, equal: bool):
-    assert same_output(output, expected) is equal
-
-
-def test_values_are_compared_deeply():
-    assert same_value([1, {"a": [0.30000000000000004]}], [1, {"a": [0.3]}])
-    assert not same_value([1, 2], [1, 2, 3])
-    assert not same_value({"a": 1}, {"a": 1, "b": 2})
-    assert not same_value("1", 1)
-    assert not same_value(None, [])

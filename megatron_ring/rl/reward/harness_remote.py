@@ -1,0 +1,273 @@
+"""What a unit test holds in place of the solution's objects. Read as text, run in the sandbox; never imported.
+
+What the solution's process says about an expected value counts for nothing: its object never equals plain data,
+`in` looks at what the object yields, and an operator between the object and plain data gives another object that
+cannot be turned into a number. So an object that equals everything passes no test that expects a value.
+"""
+
+import types
+import weakref
+
+import harness_values as values
+
+_NUMBERS_WORDS = (
+    "__abs__ __bool__ __int__ __float__ __complex__ __index__ __round__ __trunc__ __floor__ __ceil__"
+)
+NUMBERS = _NUMBERS_WORDS.split()
+_OPERATORS_WORDS = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift divmod"
+OPERATORS = _OPERATORS_WORDS.split()
+ARITHMETIC = {f"__{before}{name}__" for name in OPERATORS for before in ("", "r", "i")}
+_PLAIN_WORDS = (
+    "__len__ __iter__ __next__ __neg__ __pos__ __invert__ __reversed__ __hash__ __str__ __repr__ "
+    "__format__ __call__ __enter__ __exit__ __getitem__ __setitem__ __delitem__"
+)
+PLAIN = _PLAIN_WORDS.split()
+
+
+class Gone(BaseException):
+    """The solution's process has ended."""
+
+
+class Unsupported(BaseException):
+    """The test does what cannot be done across two processes."""
+
+
+class Remote:
+    """An object of the solution. Its special methods are added per class, by what the solution's class can do."""
+
+    __slots__ = ("__weakref__", "_ring")
+
+    def __getattr__(self, name):
+        return self._ring.link.attribute(self, name)
+
+    def __setattr__(self, name, value):
+        self._ring.link.set_attribute(self, name, value)
+
+    def __delattr__(self, name):
+        self._ring.link.request({"ask": "del", "o": self._ring.number, "name": name})
+
+    @property
+    def __class__(self):
+        if self._ring.data:
+            return type(self._ring.link.data(self))
+        kind = self._ring.link.value({"ask": "class", "o": self._ring.number})
+        return kind if is_remote(kind) else type(self)
+
+    @property
+    def __dict__(self):
+        return self._ring.link.attribute(self, "__dict__")
+
+    @property
+    def __doc__(self):
+        return self._ring.link.attribute(self, "__doc__")
+
+    def __eq__(self, other):
+        mine = self._ring
+        if not is_remote(other):
+            return mine.data and mine.link.data(self) == other
+        theirs = other._ring
+        if mine.number == theirs.number:
+            return True
+        return (mine.eq or theirs.eq) and bool(compare("__eq__", "__eq__", self, other))
+
+    def __ne__(self, other):
+        return not self == other
+
+    def __lt__(self, other):
+        return order("__lt__", "__gt__", self, other)
+
+    def __le__(self, other):
+        return order("__le__", "__ge__", self, other)
+
+    def __gt__(self, other):
+        return order("__gt__", "__lt__", self, other)
+
+    def __ge__(self, other):
+        return order("__ge__", "__le__", self, other)
+
+    def __instancecheck__(self, value):
+        return self._ring.link.is_a(self, value, False)
+
+    def __subclasscheck__(self, value):
+        return self._ring.link.is_a(self, value, True)
+
+    def __mro_entries__(self, bases):
+        self._ring.link.refuse("a class derived from the solution's")
+
+    def __copy__(self):
+        return self._ring.link.value({"ask": "copy", "o": self._ring.number, "deep": False})
+
+    def __deepcopy__(self, memo):
+        return self._ring.link.value({"ask": "copy", "o": self._ring.number, "deep": True})
+
+
+class Method:
+    """A method of an object of the solution: called in one go, without an object of its own there."""
+
+    def __init__(self, owner, name):
+        self.owner, self.__name__ = owner, name
+
+    def __call__(self, *words, **named):
+        return self.owner._ring.link.call(self.owner, self.__name__, words, named)
+
+
+def is_remote(value):
+    return issubclass(type(value), Remote)
+
+
+def compare(name, mirrored, left, right):
+    """Of two objects of the solution, as Python does it; None where neither knows."""
+    for method, one, other in ((name, left, right), (mirrored, right, left)):
+        said = one._ring.link.value(
+            {"ask": "compare", "o": one._ring.number, "name": method, "other": other._ring.number}
+        )
+        if said is not NotImplemented:
+            return said
+    return None
+
+
+def order(name, mirrored, left, right):
+    if is_remote(right):
+        said = compare(name, mirrored, left, right)
+        if said is not None:
+            return said
+    elif left._ring.data:
+        return getattr(left._ring.link.data(left), name)(right)
+    raise TypeError("an object of the solution's has no order beside plain data")
+
+
+def forwarded(name):
+    def act(self, *words, **named):
+        if name in ARITHMETIC:
+            return arithmetic(self, name, words)
+        if name == "__exit__":
+            # only a guarded with statement lets it swallow anything
+            return self._ring.link.call(self, name, (*words[:2], None), {}, True) and None
+        if name in NUMBERS and self._ring.mixed:
+            raise TypeError("an object made of the solution's and plain data is no number")
+        return self._ring.link.call(self, name, words, named, name != "__call__")
+
+    return act
+
+
+def arithmetic(left, name, others):
+    result = left._ring.link.call(left, name, others, {}, True)
+    mixed = left._ring.mixed or any(not is_remote(other) or other._ring.mixed for other in others)
+    if not mixed or result is NotImplemented:
+        return result
+    if not is_remote(result):
+        raise TypeError("an operator between an object of the solution's and plain data gave plain data")
+    ring = types.SimpleNamespace(**vars(result._ring))
+    ring.mixed = True
+    return bare(type(result), ring)
+
+
+class Guard:
+    """A context manager of the solution's in a with statement of the test's.
+
+    It may swallow what the statement's own lines raise, and only where no assertion stands in them: else it would
+    swallow or skip the assertion.
+    """
+
+    def __init__(self, manager, asserts):
+        self.manager, self.asserts = manager, asserts
+
+    def __enter__(self):
+        return type(self.manager).__enter__(self.manager)
+
+    def __exit__(self, kind, error, trace):
+        said = self.manager._ring.link.call(self.manager, "__exit__", (kind, error, None), {}, True)
+        return said is True and not self.asserts and kind is not None and trace.tb_next is None
+
+
+def contains(self, item):
+    return any(item is found or item == found for found in self)
+
+
+def bare(kind, ring):
+    made = object.__new__(kind)
+    object.__setattr__(made, "_ring", ring)
+    return made
+
+
+class Proxies:
+    """Makes what stands for the solution's objects: one for each, as long as the test holds it."""
+
+    def __init__(self, link):
+        self.link = link
+        self.kinds = {}
+        self.made = weakref.WeakValueDictionary()
+        self.errors = {}
+
+    def of(self, word):
+        if "bases" in word:
+            kind = self.error_class(word["bases"])
+            kind._ring_number = word["o"]
+            return kind
+        if word.get("coroutine"):
+            return self.coroutine(word["o"])
+        made = self.made.get(word["o"])
+        if made is None:
+            ring = types.SimpleNamespace(
+                link=self.link, number=word["o"], eq=bool(word["eq"]), data=bool(word["data"]), mixed=False
+            )
+            made = self.made[word["o"]] = bare(self.kind(str(word["of"]), tuple(map(str, word["can"]))), ring)
+        return made
+
+    async def coroutine(self, number):
+        return self.link.value({"ask": "await", "o": number})
+
+    def kind(self, name, can):
+        if (name, can) not in self.kinds:
+            body = {word: forwarded(word) for word in can if word in ARITHMETIC or word in (*PLAIN, *NUMBERS)}
+            if "__iter__" in can or "__getitem__" in can:
+                body["__contains__"] = contains
+            if "__hash__" not in can:
+                body["__hash__"] = None
+            self.kinds[name, can] = type(name, (Remote,), {"__slots__": (), **body})
+        return self.kinds[name, can]
+
+    def error_class(self, names):
+        """A class for an exception of the solution's, derived from the nearest that Python has."""
+        module, name = map(str, names[0])
+        if values.exception_class([names[0]]) is not Exception or (module, name) == ("builtins", "Exception"):
+            return values.exception_class(names)
+        if len(names) == 1:
+            return Exception
+        if (module, name) not in self.errors:
+            body = {
+                "__module__": module,
+                "__getattr__": of_the_error("attribute"),
+                "__str__": of_the_error("text"),
+            }
+            self.errors[module, name] = type(name, (self.error_class(names[1:]),), body)
+        return self.errors[module, name]
+
+    def error(self, reply):
+        """What the solution raised, to be raised here."""
+        kind = self.error_class(reply["raise"])
+        words = self.link.decode(reply["words"])
+        try:
+            error = kind(*words)
+        except Exception:
+            error = kind()
+        error.args = tuple(words)
+        if "solution" in str(kind.__module__):
+            error._ring_object = self.of(reply["object"])
+        return error
+
+
+def of_the_error(what):
+    """An exception of the solution's answers for itself what Python's own does not know."""
+
+    def attribute(self, name):
+        there = vars(self).get("_ring_object")
+        if there is None or name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(there, name)
+
+    def text(self):
+        there = vars(self).get("_ring_object")
+        return Exception.__str__(self) if there is None else str(there)
+
+    return attribute if what == "attribute" else text
