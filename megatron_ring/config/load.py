@@ -67,6 +67,8 @@ def read_toml(path: str | Path) -> tuple[str | None, dict[str, Any]]:
         tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; name a readable TOML file") from None
+    except RecursionError:
+        raise ConfigError(f"--config {path} is nested too deeply; write tables of settings only") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path} is not valid TOML: {error}; correct that line") from None
     preset = tables.pop("preset", None)

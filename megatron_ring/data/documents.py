@@ -6,14 +6,21 @@ records in a deterministic order, :func:`record_text` decodes one into its docum
 
 from __future__ import annotations
 
+import codecs
 import gzip
-import json
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from megatron_ring.data.json_text import parse_json
 from megatron_ring.errors import DataError
+
+MAX_LINE_BYTES = 1 << 28
+"""Of a line of JSONL: what is longer is no problem or conversation, but a file without line ends, or a trap."""
+MAX_UNPACKED_BYTES = 1 << 30
+"""Of a gzipped file that is one document: a few kilobytes can unpack to any size."""
 
 _JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 
@@ -26,7 +33,7 @@ class Record:
     """
 
     raw: bytes
-    """UTF-8 text, or a line of JSON."""
+    """UTF-8 text, or a line of JSON; a whole file as it lies there, UTF-16 or 32 with its mark."""
     origin: str
     """File, and line in JSONL, for messages."""
     is_json: bool
@@ -62,7 +69,7 @@ def read_records(inputs: Sequence[str | Path]) -> Iterator[Record]:
 
     A .json file that the user names is JSONL too, as Megatron's users have it; one found in a folder is text
     like its neighbours (the package.json of a source tree). Files may be gzipped (.gz). Blank lines are
-    passed over.
+    passed over. A file that begins with the mark of UTF-8, UTF-16 or UTF-32 is read as that.
 
     Raises:
         DataError: an input is missing or cannot be read.
@@ -73,9 +80,9 @@ def read_records(inputs: Sequence[str | Path]) -> Iterator[Record]:
         try:
             with _open(path) as stream:
                 if not is_json:
-                    yield Record(raw=stream.read(), origin=str(path), is_json=False, is_named=is_named)
+                    yield Record(raw=_whole(stream, path), origin=str(path), is_json=False, is_named=is_named)
                     continue
-                for number, line in enumerate(stream, start=1):
+                for number, line in enumerate(_lines(stream, path), start=1):
                     if line.strip():
                         yield Record(raw=line, origin=f"{path}:{number}", is_json=True, is_named=is_named)
         except (OSError, EOFError) as error:
@@ -89,24 +96,25 @@ def record_text(record: Record, json_keys: Sequence[str]) -> str | None:
     Raises:
         DataError: not UTF-8, not JSON, or a key is missing or not a string.
     """
+    encoding = _encoding(record.raw[:4])
     try:
-        text = record.raw.decode("utf-8-sig")
+        text = record.raw.decode(encoding)
     except UnicodeDecodeError as error:
         if not record.is_named and not record.is_json:
             return None
+        known = "UTF-8" if encoding == "utf-8-sig" else f"the {encoding.upper()} that its first bytes say"
         raise DataError(
-            f"{record.origin} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv"
+            f"{record.origin} is not {known} (byte {error.start}); convert it, e.g. with iconv"
         ) from error
     if not record.is_json:
+        if "\x00" in text and record.is_named and _is_wide(record.raw):
+            raise _unmarked(record.origin)
         return None if "\x00" in text and not record.is_named else text
     return _json_text(text, record.origin, json_keys)
 
 
 def _json_text(line: str, origin: str, keys: Sequence[str]) -> str:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{origin} is not JSON ({error}); JSONL holds one object per line") from error
+    fields = parse_json(line, origin, "JSONL holds one object per line")
     if not isinstance(fields, dict):
         raise DataError(f"{origin} is a JSON {type(fields).__name__}; JSONL holds one object per line")
     parts: list[str] = []
@@ -123,6 +131,68 @@ def _json_text(line: str, origin: str, keys: Sequence[str]) -> str:
 
 def _open(path: Path) -> BinaryIO:
     return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+
+
+def _encoding(first: bytes) -> str:
+    """What the mark at the beginning of a file says; UTF-8, with or without a mark, where there is none."""
+    # the mark of UTF-32 begins with that of UTF-16
+    if first.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    return "utf-16" if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+def _lines(stream: BinaryIO, path: Path) -> Iterator[bytes]:
+    """The lines of a file as UTF-8. Raises DataError for UTF-16 without, or against, its mark."""
+    buffered = cast(io.BufferedReader, stream)
+    first = buffered.peek(4)[:512]
+    encoding = _encoding(first[:4])
+    if encoding == "utf-8-sig":
+        if _is_wide(first):
+            raise _unmarked(str(path))
+        if first.startswith(codecs.BOM_UTF8):
+            buffered.read(len(codecs.BOM_UTF8))
+        for line in iter(lambda: buffered.readline(MAX_LINE_BYTES + 1), b""):
+            yield _short_enough(line, path)
+        return
+    wide = io.TextIOWrapper(buffered, encoding=encoding, newline="\n")
+    try:
+        for line in iter(lambda: wide.readline(MAX_LINE_BYTES + 1), ""):
+            yield _short_enough(line.encode("utf-8", "surrogatepass"), path)
+    except UnicodeError as error:
+        reason = getattr(error, "reason", error)
+        raise DataError(
+            f"{path} is not the {encoding.upper()} that its first bytes say ({reason}); convert it to UTF-8"
+        ) from None
+
+
+def _short_enough(line: bytes, path: Path) -> bytes:
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(
+            f"{path} has a line of more than {MAX_LINE_BYTES >> 20} MiB; write one JSON object per line"
+        )
+    return line
+
+
+def _whole(stream: BinaryIO, path: Path) -> bytes:
+    if path.suffix != ".gz":
+        return stream.read()
+    raw = stream.read(MAX_UNPACKED_BYTES + 1)
+    if len(raw) > MAX_UNPACKED_BYTES:
+        raise DataError(
+            f"{path} unpacks to more than {MAX_UNPACKED_BYTES >> 30} GiB; unpack it, or write its documents as JSONL"
+        )
+    return raw
+
+
+def _is_wide(raw: bytes) -> bool:
+    """Does every second byte of a beginning hold nothing, as Latin letters in UTF-16 have it?"""
+    return len(raw) >= 4 and not (any(raw[1:64:2]) and any(raw[0:64:2]))
+
+
+def _unmarked(name: str) -> DataError:
+    return DataError(
+        f"{name} is UTF-16 without its mark; convert it to UTF-8, e.g. with iconv -f UTF-16LE -t UTF-8"
+    )
 
 
 def _is_hidden(path: Path, root: Path) -> bool:

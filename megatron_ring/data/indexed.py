@@ -11,7 +11,6 @@ bytes), document ends (int64[D+1], in sequences, from 0).
 
 from __future__ import annotations
 
-import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ring.data.json_text import parse_json
 from megatron_ring.errors import DataError
 
 HEADER = struct.Struct("<9sQBQQ")
@@ -135,9 +135,10 @@ def _read_manifest(prefix: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); {_REMEDY}, or delete it") from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; check the file and its permissions") from None
+    manifest = parse_json(content, str(path), f"{_REMEDY}, or delete it")
     if not isinstance(manifest, dict):
         raise DataError(f"{path} is a JSON {type(manifest).__name__}, not an object; {_REMEDY}, or delete it")
     return manifest

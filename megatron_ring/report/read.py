@@ -8,7 +8,7 @@ from megatron_ring.config import RunConfig
 from megatron_ring.config.load import config_from_mapping, read_toml
 from megatron_ring.errors import DataError
 from megatron_ring.rl.samples import FILE, read_samples
-from megatron_ring.runtime.metrics_file import read_records
+from megatron_ring.runtime.metrics_file import FIGURES, is_number, read_records
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +72,12 @@ def read_run(path: str | Path) -> Run:
     train = [record for record in records if record["kind"] == "train"]
     if not train:
         raise DataError(f"metrics file {file} holds no training step; train a step, or name another run")
+    for record in train:
+        missing = [name for name in FIGURES if name not in record]
+        if missing:
+            raise DataError(
+                f"metrics file {file}: step {record['step']} has no {missing[0]}; repair the file or name another run"
+            )
     # a resume may validate the same step again: the later word holds
     evals = {record["step"]: record for record in records if record["kind"] == "eval"}
     folder = file.parent
@@ -96,9 +102,5 @@ def _last_responses(path: Path) -> tuple[dict[str, Any], ...]:
 
 
 def _series(records: list[dict[str, Any]], name: str) -> Series:
-    pairs = [(record["step"], record[name]) for record in records if _is_number(record.get(name))]
+    pairs = [(record["step"], record[name]) for record in records if is_number(record.get(name))]
     return Series(steps=[step for step, _ in pairs], values=[float(value) for _, value in pairs])
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_ring.data.tokenizer import Tokenizer
-from megatron_ring.errors import ConfigError
+from megatron_ring.errors import ConfigError, DataError
 from megatron_ring.rl.types import Rollout
+from megatron_ring.runtime.metrics_file import is_number, is_step
 
 FILE = "samples.jsonl"
 
@@ -31,7 +33,10 @@ class SampleTable:
         self._tokenizer, self._every = tokenizer, every
         if self._path is not None and self._path.exists():
             kept = [row for row in read_samples(self._path) if row["step"] <= resume_step]
-            self._path.write_text("".join(map(_line, kept)), encoding="utf-8")
+            try:
+                self._path.write_text("".join(map(_line, kept)), encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(f"{self._path}: {error.strerror}; see that the disk has space") from None
 
     def write(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """Raises ConfigError when the file cannot be written."""
@@ -63,12 +68,33 @@ def _line(row: dict) -> str:
 
 
 def read_samples(path: Path) -> list[dict]:
-    """The rows of a ``samples.jsonl``; a last line that was cut short is left out."""
+    """The rows of a ``samples.jsonl``; a last line that was cut short is left out.
+
+    Raises:
+        DataError: it cannot be read, or another line is no row.
+    """
+    try:
+        # not splitlines: responses hold line separators that JSON leaves as they are
+        lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; repair or move the file") from None
     rows = []
-    # not splitlines: responses hold line separators that JSON leaves as they are
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if _is_row(row):
+            rows.append(row)
+        elif number < len(lines):
+            raise DataError(f"{path} line {number} is no sample; repair or move the file")
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and is_step(row.get("step"))
+        and all(isinstance(row.get(name), str) for name in ("prompt", "response", "status"))
+        and is_number(row.get("score"))
+    )

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -106,7 +107,7 @@ class MetricsLogger:
         self._flops_per_token = flops_per_token
         self._step = resume_step
         self._file: MetricsFile | None = None
-        self._tensorboard: Any = None
+        self._tensorboard: _TensorBoard | None = None
         self._wandb: Any = None
         if wandb_project is not None and importlib.util.find_spec("wandb") is None:
             # on every rank, so that no rank waits for the writer
@@ -189,8 +190,7 @@ class MetricsLogger:
 
     def _send(self, step: int, scalars: dict[str, float]) -> None:
         if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard = self._tensorboard.add(step, scalars)
         if self._wandb is not None:
             self._wandb.log({"step": step, **scalars})
 
@@ -204,7 +204,48 @@ class MetricsLogger:
         self._file = self._tensorboard = self._wandb = None
 
 
-def _open_tensorboard(folder: str | Path, resume_step: int) -> Any:
+class _TensorBoard:
+    """TensorBoard's events; what happens to them ends no training."""
+
+    def __init__(self, writer: Any, folder: str | Path):
+        self._writer, self._folder = writer, folder
+        self._hook = threading.excepthook
+        threading.excepthook = self._thread_ended
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> _TensorBoard | None:
+        """None after a failure, which is said once."""
+        try:
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
+        except OSError as error:
+            self._give_up(error)
+            return None
+        return self
+
+    def close(self) -> None:
+        try:
+            self._writer.close()
+        except OSError as error:
+            self._give_up(error)
+        threading.excepthook = self._hook
+
+    def _give_up(self, error: OSError) -> None:
+        log.warning(
+            "no more TensorBoard events in %s: %s; the run goes on without them, make room and resume to have more",
+            self._folder,
+            error.strerror or error,
+        )
+        with contextlib.suppress(OSError):
+            self._writer.close()
+        threading.excepthook = self._hook
+
+    def _thread_ended(self, ended: threading.ExceptHookArgs) -> None:
+        """The writer's thread hands its error on to the next call: no traceback of it beside."""
+        if not (issubclass(ended.exc_type, OSError) and type(ended.thread).__name__ == "_AsyncWriterThread"):
+            self._hook(ended)
+
+
+def _open_tensorboard(folder: str | Path, resume_step: int) -> _TensorBoard | None:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -212,10 +253,11 @@ def _open_tensorboard(folder: str | Path, resume_step: int) -> Any:
         return None
     try:
         # hides what a killed run said about later steps
-        return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
+        writer = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else 0)
     except OSError as error:
         message = f"--tensorboard-dir {folder}: {error.strerror}; name a folder that can be written"
         raise ConfigError(message) from None
+    return _TensorBoard(writer, folder)
 
 
 def _open_wandb(project: str, run_dir: str | Path | None, resume_step: int, facts: dict[str, Any]) -> Any:

@@ -35,15 +35,46 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            if not (isinstance(record["kind"], str) and isinstance(record["step"], int)):
-                raise TypeError
-        except (ValueError, TypeError, KeyError):
+            record: Any = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not _is_record(record):
             if number == len(lines):
                 break
-            raise DataError(f"{path} line {number} is no metrics record; repair or move the file") from None
+            raise DataError(f"{path} line {number} is no metrics record; repair or move the file")
         records.append(record)
     return records
+
+
+def is_number(value: Any) -> bool:
+    """A number that can be drawn: finite, and no larger than what a float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST
+
+
+def is_step(value: Any) -> bool:
+    """A count of steps. Example: ``is_step(3) and not is_step(True)``."""
+    return is_number(value) and isinstance(value, int) and value >= 0
+
+
+_MOST = 1e300
+FIGURES = ("tokens", "seconds", "wall_seconds")
+"""What every step's record has."""
+
+
+def _is_record(record: Any) -> bool:
+    """Does it say what a reader counts on, in the types of the list above?"""
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("kind"), str)
+        or not is_step(record.get("step"))
+    ):
+        return False
+    figures = [name for name in record if name in FIGURES or name.startswith("seconds_")]
+    return (
+        all(is_number(record[name]) for name in figures)
+        and isinstance(record.get("time", ""), str)
+        and is_number(record.get("world_size", 1))
+    )
 
 
 class MetricsFile:

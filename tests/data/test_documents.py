@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ring.data import documents
 from megatron_ring.data.documents import read_records, record_text
 from megatron_ring.errors import DataError
 
@@ -79,3 +80,69 @@ def test_inputs_that_are_not_there_are_named(tmp_path: Path):
         texts(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"input folder .* holds no files"):
         texts(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_unicode_with_its_mark_is_read_as_what_it_is(tmp_path: Path, encoding: str, packed: bool):
+    mark = {"utf-16-le": "\ufeff", "utf-16-be": "\ufeff"}.get(encoding, "")
+    text = '{"text": "\u0a0aone"}\n\n{"text": "\u00fc \U0001f600"}\n'
+    for name, content in (("a.jsonl", text), ("b.txt", "\u0a0a two\n")):
+        data = (mark + content).encode(encoding)
+        path = tmp_path / (f"{name}.gz" if packed else name)
+        path.write_bytes(gzip.compress(data) if packed else data)
+    paths = sorted(tmp_path.iterdir())
+    records = list(read_records(paths))
+    assert [record_text(record, ["text"]) for record in records] == [
+        "\u0a0aone",
+        "\u00fc \U0001f600",
+        "\u0a0a two\n",
+    ]
+    assert [record.origin.rpartition(":")[2] for record in records[:2]] == ["1", "3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        (
+            "a.jsonl",
+            '{"text": "x"}\n'.encode("utf-16-le"),
+            "a.jsonl is UTF-16 without its mark; convert it to UTF-8",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "x"}\n'.encode("utf-16-be"),
+            "a.jsonl is UTF-16 without its mark; convert it to UTF-8",
+        ),
+        ("a.txt", "one two".encode("utf-16-le"), "a.txt is UTF-16 without its mark; convert it to UTF-8"),
+        ("a.jsonl", b"\xff\xfe{\x00\x00", "a.jsonl is not the UTF-16 that its first bytes say"),
+        ("a.txt", b"\xff\xfe{\x00\x00", "a.txt is not the UTF-16 that its first bytes say"),
+        ("a.jsonl", b'{"text": "\xe9"}', "a.jsonl:1 is not UTF-8"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl:1 is nested more than 64 deep"),
+    ],
+)
+def test_what_is_no_unicode_is_one_line(tmp_path: Path, name: str, data: bytes, said: str):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=said) as caught:
+        [record_text(record, ["text"]) for record in read_records([tmp_path / name])]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_line_or_a_packed_file_without_end_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(documents, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(documents, "MAX_UNPACKED_BYTES", 1000)
+    for encoding in ("utf-8", "utf-16"):
+        (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(("{}\n" + "[" * 5000).encode(encoding)))
+        with pytest.raises(DataError, match=r"a.jsonl.gz has a line of more than"):
+            list(read_records([tmp_path / "a.jsonl.gz"]))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"x" * 5000))
+    with pytest.raises(DataError, match=r"b.txt.gz unpacks to more than"):
+        list(read_records([tmp_path / "b.txt.gz"]))
+    (tmp_path / "c.txt").write_bytes(b"x" * 5000)
+    assert texts(tmp_path / "c.txt") == ["x" * 5000], "a plain file is as large as it lies there"
+
+
+def test_an_unreadable_file_that_was_only_found_is_left_out(tmp_path: Path):
+    (tmp_path / "a.bin").write_bytes(b"\xff\xfe\x00\xd8x")
+    (record,) = read_records([tmp_path])
+    assert record_text(record, ["text"]) is None

@@ -103,3 +103,71 @@ def test_values_are_shown_with_their_own_digits():
     assert shown("lr", 3e-4) == "3.00e-04" and shown("lr", 0.0) == "0"
     assert shown("mfu", 0.4123) == "41.2%" and shown("tokens_per_second", 13120.0) == "13.1k"
     assert shown("loss", 3.14159) == "3.1416" and shown("z_loss", 1.23456e-5) == "1.23e-05"
+
+
+GOOD = {"kind": "train", "step": 1, "tokens": 1, "seconds": 1.0, "wall_seconds": 1.0, "loss": 2.0}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1]", "5", "null", '{"step": 1}', '{"kind": 3, "step": 1}', "[" * 100_000,
+        *(json.dumps(GOOD | {name: value}) for name, value in [
+            ("step", True), ("step", -1), ("step", 1.5), ("step", "1"), ("tokens", "many"), ("tokens", None),
+            ("seconds", [1]), ("wall_seconds", "1"), ("wall_seconds", None), ("seconds_data", {}), ("tokens", 10**400),
+        ]),
+        '{"kind": "run", "step": 0, "time": 5}',
+        '{"kind": "run", "step": 0, "world_size": "two"}',
+    ],
+)  # fmt: skip
+def test_a_record_of_odd_types_is_one_line(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text("\n".join([json.dumps(GOOD), line, json.dumps(GOOD), ""]))
+    with pytest.raises(DataError, match=r"metrics.jsonl line 2 is no metrics record"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokens", "seconds", "wall_seconds"])
+def test_a_step_without_its_figures_is_one_line(tmp_path, name):
+    record = {key: value for key, value in GOOD.items() if key != name}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(DataError, match=f"step 1 has no {name}; repair the file"):
+        read_run(tmp_path)
+
+
+def test_a_value_that_no_float_holds_leaves_a_gap(tmp_path):
+    lines = [GOOD, GOOD | {"step": 2, "loss": 10**400}, GOOD | {"step": 3, "loss": "low"}]
+    text = "\n".join(map(json.dumps, lines)) + '\n{"kind": "eval", "step": 3, "loss": 1e999}\n'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    run = read_run(tmp_path)
+    assert run.series("loss").steps == [1] and run.eval_series("loss").steps == []
+    assert run_facts(run)["Tokens"] == "3"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "5",
+        "[]",
+        "{",
+        "[" * 100_000,
+        '{"step": "1"}',
+        '{"step": 1, "prompt": 5, "response": "", "status": "", "score": 1}',
+    ],
+)
+def test_a_sample_of_odd_types_is_one_line(write_run, row):
+    folder = write_run()
+    good = '{"step": 1, "prompt": "", "response": "\u2028", "status": "wrong", "score": 0.0}'
+    (folder / "samples.jsonl").write_text(f"{good}\n{row}\n{good}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"samples.jsonl line 2 is no sample; repair or move the file"):
+        read_run(folder)
+    (folder / "samples.jsonl").write_text(f"{good}\n{row}", encoding="utf-8")
+    assert len(read_run(folder).responses) == 1, "a last line that was cut short is left out"
+
+
+def test_nested_toml_is_one_line(write_run):
+    folder = write_run()
+    for text in ("a = " + "[" * 100_000, "[model]\nnum_layers = " + "{a = " * 5000):
+        (folder / "config.toml").write_text(text)
+        with pytest.raises(ConfigError, match=r"config.toml is (nested too deeply|not valid TOML)") as caught:
+            read_run(folder)
+        assert "\n" not in str(caught.value)

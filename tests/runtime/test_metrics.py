@@ -1,12 +1,16 @@
 """The metrics file holds each step once whatever kills a run; the progress line says what a person needs."""
 
+import errno
 import json
 import logging
 import math
+import os
 import re
 import resource
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -347,3 +351,26 @@ def test_durations_and_counts_read_well():
         "1.23M",
         "16.8G",
     ]
+
+
+def test_a_full_disk_ends_tensorboard_with_one_warning_and_not_the_run(tmp_path, monkeypatch, caplog, capfd):
+    """The writer's thread meets the error first, as it does on a full disk."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    hook = threading.excepthook
+    with MetricsLogger(tmp_path, total_steps=9, log_interval=9, tensorboard_dir=tmp_path / "tb") as metrics:
+        monkeypatch.setattr(RecordWriter, "write", full)
+        deadline = time.monotonic() + 60
+        step = 0
+        while not caplog.records and time.monotonic() < deadline:
+            step += 1
+            metrics.log(step, {"loss": 1.0}, tokens=1, seconds=1.0)
+        metrics.log(step + 1, {"loss": 1.0}, tokens=1, seconds=1.0)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 1 and "No space left on device; the run goes on without them" in lines[0]
+    assert "Traceback" not in capfd.readouterr().err and threading.excepthook is hook
+    assert len(of_kind(tmp_path / "metrics.jsonl", "train")) == step + 1

@@ -1,0 +1,52 @@
+"""JSON that somebody else wrote."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megatron_ring.errors import DataError
+
+MAX_DEPTH = 64
+"""Lists and objects inside one another; beyond it Python's own recursion would end what reads the value."""
+
+
+def parse_json(text: str | bytes, origin: str, remedy: str = "write one object per line") -> Any:
+    """The value of ``text``.
+
+    Raises:
+        DataError: not JSON, or nested too deeply; the line begins with ``origin`` and ends with ``remedy``.
+    """
+    try:
+        value = json.loads(text)
+        deep = _openings(text) > MAX_DEPTH and _is_deep(value)
+    except RecursionError:
+        deep = True
+        value = None
+    except ValueError as error:
+        raise DataError(f"{origin} is not JSON ({error}); {remedy}") from None
+    if deep:
+        raise DataError(f"{origin} is nested more than {MAX_DEPTH} deep; write it flatter")
+    return value
+
+
+def _openings(text: str | bytes) -> int:
+    if isinstance(text, str):
+        return text.count("[") + text.count("{")
+    # in UTF-16 and UTF-32, which JSON may be, these bytes are there as well
+    return text.count(b"[") + text.count(b"{")
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
