@@ -39,6 +39,8 @@ class RolloutConfig:
     """Sample from the most likely tokens that make up this share; 1 for all."""
     top_k: int = 0
     """Sample from this many most likely tokens; 0 for all."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a response, beside the tokenizer's end of sequence and those of generation_config.json."""
     rollout_slots: int = 256
     """Sequences that one data-parallel process decodes at the same time; with C3PO++, rollout_concurrency."""
     rollout_token_budget: int = 0

@@ -26,6 +26,8 @@ class DataConfig:
     """sentencepiece: a .model file. huggingface: a tokenizer.json or the folder that holds it."""
     tokenizer_model: str | None = None
     """File (or folder) of the tokenizer."""
+    chat_template_kwargs: str = ""
+    """Names that the chat template is given, as a JSON object such as {"enable_thinking": false}."""
     reset_at_document: bool = True
     """Attention and positions start afresh at each document within a sample."""
     num_workers: int = 0

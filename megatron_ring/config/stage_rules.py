@@ -1,5 +1,6 @@
 """What each stage prints, requires of its config and reads from disk, beyond the rules that all stages share."""
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,11 @@ def stage_problems(config: RunConfig, world_size: int, stage: Stage) -> Iterator
         yield (f"num_workers={config.data.num_workers} must not be negative; 0 reads in the training process")
     if stage == "pretrain":
         yield from _corpus_problems(config.data, config.train)
-    elif stage == "sft":
+        if config.data.chat_template_kwargs:
+            yield "chat_template_kwargs is for conversations; drop --chat-template-kwargs in pre-training"
+        return
+    yield from _template_problems(config.data)
+    if stage == "sft":
         yield from _sft_problems(config)
     else:
         yield from _rollout_problems(config.rollout, data_parallel_size(config.parallel, world_size))
@@ -110,6 +115,18 @@ def _check_corpus(data: DataConfig) -> None:
                 )
 
 
+def _template_problems(d: DataConfig) -> Iterator[str]:
+    try:
+        good = isinstance(json.loads(d.chat_template_kwargs or "{}"), dict)
+    except (ValueError, RecursionError):
+        good = False
+    if not good:
+        yield (
+            f"chat_template_kwargs={d.chat_template_kwargs} must be a JSON object; try "
+            '{"enable_thinking": false}, in quotes'
+        )
+
+
 def _blend_problems(name: str, words: Sequence[str], what: str) -> Iterator[str]:
     if len(words) > 1 and len(words) % 2 != 0:
         yield (f"{name} has {len(words)} words, but a blend is pairs; write weight {what} weight {what}")
@@ -170,6 +187,9 @@ def _rollout_problems(r: RolloutConfig, dp: int) -> Iterator[str]:
             f"prompts_per_step={r.prompts_per_step} must be a multiple of data_parallel_size={dp}; try "
             f"{multiples_near(r.prompts_per_step, dp)}"
         )
+    for token in r.stop_token_ids:
+        if token < 0:
+            yield f"stop_token_ids={token} must be a token's id; set --stop-token-ids"
     if r.temperature <= 0:
         yield f"temperature={r.temperature} must be above 0; try 1.0"
     if not 0 < r.top_p <= 1:

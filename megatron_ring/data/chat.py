@@ -1,28 +1,25 @@
 """Conversations as text, and as token ids with a mask of what the model is to learn.
 
 A message is a mapping with ``role`` (system, user, assistant) and ``content``. Reasoning stays in the
-content, between ``<think>`` and ``</think>``.
+content, between ``<think>`` and ``</think>``, where the template has no name for it. Only what the template writes
+becomes a control token: in a message such words are encoded as the text they are. In an answer ``<think>``,
+``</think>`` and what the tokenizer declares no special token keep their ids.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, LoopControlExtension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from megatron_ring.data.chat_template import Text
+from megatron_ring.data.control_text import free_mark
+from megatron_ring.data.messages import REASONING, Conversation, Message
 from megatron_ring.errors import DataError
 
 if TYPE_CHECKING:
     from megatron_ring.data.tokenizer import Tokenizer
-
-Message = Mapping[str, Any]
 
 CHAT_SYMBOLS = (
     "<role>SYSTEM</role>",
@@ -52,142 +49,251 @@ BAILING_TEMPLATE = """\
 """Ling's and Ring's turns, ``<role>HUMAN</role>...<role>ASSISTANT</role>...``, each answer ended."""
 
 
-def render_template(
-    template: str,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool,
-    special_tokens: Mapping[str, str],
-) -> str:
-    """A conversation as text. The template runs in jinja2's immutable sandbox, as it may come from anywhere.
-
-    Args:
-        template: jinja2 source, with the names that Hugging Face gives a template.
-        messages: the conversation.
-        add_generation_prompt: end with what precedes an answer.
-        special_tokens: e.g. ``{"eos_token": "<|endoftext|>"}``.
-
-    Raises:
-        DataError: the template is broken, reaches for what the sandbox forbids, or refuses the messages.
-    """
-    try:
-        return _compile(template).render(
-            messages=list(messages), add_generation_prompt=add_generation_prompt, tools=None, **special_tokens
-        )
-    except (TemplateError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise DataError(
-            f"chat template failed: {_one_line(error)}; "
-            "check the messages' role and content, and the template"
-        ) from error
+Sample = tuple[list[int], list[bool]]
+"""Token ids, and for each whether it is learned."""
 
 
-def render_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-    """A conversation's token ids, and for each whether it is the assistant's: what fine-tuning learns.
+def render_samples(tokenizer: Tokenizer, conversation: Conversation) -> list[Sample]:
+    """A conversation as what fine-tuning reads: token ids, and for each whether it is learned.
 
-    Each answer counts from behind its generation prompt to its end of sequence, which is added where the
-    template has none: the model has to learn to stop. Prompt and answer are encoded apart, so that a prompt
-    has the same ids here and when an answer is sampled from it (:func:`render_prompt`).
+    An answer counts from behind its generation prompt to its end, which is the stop token that the template puts
+    there, or the end of sequence where it has none: the model has to learn to stop. Prompt and answer are encoded
+    apart, so that a prompt has the same ids here and when an answer is sampled from it (:func:`render_prompt`).
+
+    One sample, where the template only adds to what it wrote for the turns before. Templates that write earlier turns
+    anew as a conversation grows (those that drop their reasoning) give one sample per learned answer: the
+    conversation up to it, with that answer as the last turn, as the model will see it.
 
     Example, with one token per word: ``user: "hi"``, ``assistant: "yes"`` gives
     ids of ``<role> HUMAN </role> hi <role> ASSISTANT </role> yes <eos>`` and mask ``0 0 0 0 0 0 0 1 1``.
 
     Raises:
-        DataError: the template rewrites earlier turns as a conversation grows, so that what the assistant
-            said cannot be told apart; or a message spells out the end-of-sequence token.
+        DataError: a key of a message, the tools or a name that the template does not read; the template refuses the
+            messages, drops an answer's reasoning, or writes an answer apart from its generation prompt.
     """
-    ids, mask, done = _answered_turns(tokenizer, messages)
-    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
-    tail = _encode(tokenizer, _suffix(whole, done))
-    return ids + tail, mask + [False] * len(tail)
+    rendered = _Rendered.of(tokenizer, conversation)
+    for turn in rendered.turns:
+        if turn.index not in conversation.unlearned:
+            rendered.must_show_reasoning(turn)
+    try:
+        return [rendered.whole()]
+    except _Rewritten:
+        turns = [turn for turn in rendered.turns if turn.index not in conversation.unlearned]
+        return [rendered.alone(turn) for turn in turns]
 
 
-def render_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
     """Token ids of a conversation and the generation prompt: what an answer is sampled from.
 
-    They are the first ids of :func:`render_chat` for the conversation with the answer.
+    They are the first ids of :func:`render_samples` for the conversation with the answer.
 
     Raises:
-        DataError: as :func:`render_chat`.
+        DataError: as :func:`render_samples`.
     """
-    ids, _, done = _answered_turns(tokenizer, messages)
-    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    return ids + _encode(tokenizer, _suffix(whole, done))
+    rendered = _Rendered.of(tokenizer, conversation)
+    try:
+        ids, _, done = rendered.answered()
+        return ids + rendered.encode(_suffix(rendered.prompt, done))
+    except _Rewritten:
+        return rendered.encode(rendered.prompt)
 
 
-def _answered_turns(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool], str]:
-    """Ids and mask up to the last answer's end of sequence, and the text they stand for."""
-    _refuse_spelled_eos(tokenizer, messages)
-    ids: list[int] = []
-    mask: list[bool] = []
-    done = ""
-    for index, message in enumerate(messages):
-        if str(message.get("role")).lower() != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(messages[:index], add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: index + 1], add_generation_prompt=False)
-        prompt_ids = _encode(tokenizer, _suffix(before, done))
-        answer, _, rest = _suffix(after, before).partition(tokenizer.eos_token)
-        answer_ids = [*tokenizer.encode(answer), tokenizer.eos_id]
-        ids += prompt_ids + answer_ids
-        mask += [False] * len(prompt_ids) + [True] * len(answer_ids)
-        # what a template puts behind the end of sequence (Qwen's newline) opens the next turn
-        done = after[: len(after) - len(rest)]
-    return ids, mask, done
+class _Rewritten(DataError):
+    """The template writes earlier turns anew when a conversation grows."""
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a template's text, in which the end of sequence is one id whatever the tokenizer."""
-    first, *others = text.split(tokenizer.eos_token)
-    ids = tokenizer.encode(first)
-    for part in others:
-        ids += [tokenizer.eos_id, *tokenizer.encode(part)]
-    return ids
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    index: int
+    before: str
+    """The conversation up to the answer's generation prompt."""
+    after: str
+    """The conversation with the answer as its last turn."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rendered:
+    """A conversation's texts, with marks in control tokens that are none (``mark`` is None without any)."""
+
+    tokenizer: Tokenizer
+    conversation: Conversation
+    messages: Sequence[Message]
+    mark: str | None
+    turns: list[_Turn]
+    prompt: str
+    text: str
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, conversation: Conversation) -> _Rendered:
+        _must_be_read(tokenizer, conversation)
+        messages, tools, mark = _guarded(tokenizer, conversation)
+        answers = [i for i, message in enumerate(messages) if str(message.get("role")).lower() == "assistant"]
+        whole: list[Text] = [(len(messages), True), (len(messages), False)]
+        texts = tokenizer.render(
+            messages,
+            [text for i in answers for text in ((i, True), (i + 1, False))] + whole,
+            tools=tools,
+            template_kwargs=conversation.template_kwargs,
+        )
+        *pairs, prompt, text = texts
+        turns = [
+            _Turn(i, *pair)
+            for i, pair in zip(answers, zip(pairs[::2], pairs[1::2], strict=True), strict=True)
+        ]
+        return cls(
+            tokenizer=tokenizer,
+            conversation=conversation,
+            messages=messages,
+            mark=mark,
+            turns=turns,
+            prompt=prompt,
+            text=text,
+        )
+
+    def whole(self) -> Sample:
+        """All turns in one sample."""
+        ids, mask, done = self.answered()
+        tail = self.encode(_suffix(self.text, done))
+        return ids + tail, mask + [False] * len(tail)
+
+    def alone(self, turn: _Turn) -> Sample:
+        """The turn as the last one; what stands before it is context."""
+        prompt_ids = self.encode(turn.before)
+        answer_ids, _ = self.answer(turn)
+        return prompt_ids + answer_ids, [False] * len(prompt_ids) + [True] * len(answer_ids)
+
+    def answered(self) -> tuple[list[int], list[bool], str]:
+        """Ids and mask up to the last answer's end, and the text they stand for."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        done = ""
+        for turn in self.turns:
+            prompt_ids = self.encode(_suffix(turn.before, done))
+            answer_ids, rest = self.answer(turn)
+            ids += prompt_ids + answer_ids
+            mask += [False] * len(prompt_ids)
+            mask += [turn.index not in self.conversation.unlearned] * len(answer_ids)
+            # what a template puts behind the end (Qwen's newline) opens the next turn
+            done = turn.after[: len(turn.after) - len(rest)]
+        return ids, mask, done
+
+    def answer(self, turn: _Turn) -> tuple[list[int], str]:
+        """Ids of the turn's answer with its end, and the text behind them."""
+        if not turn.after.startswith(turn.before):
+            raise DataError(
+                f"chat template writes the answer of message {turn.index} apart from its generation prompt, so it "
+                "cannot be told what is learned; correct the template, or set its names by --chat-template-kwargs"
+            )
+        text = turn.after[len(turn.before) :]
+        stops = self.tokenizer.stop_tokens
+        place, token = min(
+            ((text.find(token), token) for token in stops if token in text), default=(len(text), None)
+        )
+        end = place + len(token or "")
+        stop_id = self.tokenizer.eos_id if token is None else stops[token]
+        return [*self.encode(text[:place]), stop_id], text[end:]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a template's text, in which the end of sequence is one id whatever the tokenizer."""
+        first, *others = (self._plain(part) for part in text.split(self.tokenizer.eos_token))
+        return first + [token for part in others for token in (self.tokenizer.eos_id, *part)]
+
+    def _plain(self, text: str) -> list[int]:
+        if self.mark is None or self.mark not in text:
+            return self.tokenizer.encode(text)
+        return self.tokenizer.encode_marked(text, self.mark)
+
+    def must_show_reasoning(self, turn: _Turn) -> None:
+        message = self.messages[turn.index]
+        shown = turn.after[len(turn.before) :]
+        for thought in _thoughts(message):
+            if thought not in shown:
+                raise DataError(
+                    f"chat template drops the reasoning of message {turn.index}; take another template, or remove "
+                    "the reasoning"
+                )
+
+
+def _thoughts(message: Message) -> Iterator[str]:
+    """The reasoning of an answer, wherever it stands, without the space around it."""
+    inside = re.findall(r"<think>(.*?)</think>", str(message.get("content")), re.DOTALL)
+    for thought in (*inside, *(message[key] for key in REASONING if key in message)):
+        if str(thought).strip():
+            yield str(thought).strip()
 
 
 def _suffix(text: str, prefix: str) -> str:
     if not text.startswith(prefix):
-        raise DataError(
-            "chat template rewrites earlier turns when a conversation grows, so answers cannot be masked; "
-            "use a template that only appends, or single-turn conversations"
-        )
+        raise _Rewritten("chat template rewrites earlier turns when a conversation grows")
     return text[len(prefix) :]
 
 
-def _refuse_spelled_eos(tokenizer: Tokenizer, messages: Sequence[Message]) -> None:
-    for index, message in enumerate(messages):
-        if tokenizer.eos_token in str(message.get("content")):
-            raise DataError(
-                f"message {index} spells out the end-of-sequence token {tokenizer.eos_token}, which would "
-                "end the conversation early; remove it from the content"
-            )
+def _must_be_read(tokenizer: Tokenizer, conversation: Conversation) -> None:
+    """Refuse what the template would drop in silence."""
+    template = tokenizer.template
+    if conversation.tools and not template.mentions("tools"):
+        raise DataError(
+            "tools are not read by this chat template; remove them, or take a template that shows them"
+        )
+    for name in conversation.template_kwargs:
+        if not template.mentions(name):
+            raise DataError(f"chat_template_kwargs: this chat template does not read {name}; drop it")
+    for number, message in enumerate(conversation.messages):
+        for key in message:
+            if key not in ("role", "content", *REASONING) and not template.reads(key):
+                raise DataError(
+                    f"message {number}: {key} is not read by this chat template; remove it, or take a template that "
+                    "shows it"
+                )
 
 
-class _GenerationBlock(Extension):
-    """``{% generation %} ... {% endgeneration %}``, with which some templates mark answers: its body."""
+def _guarded(
+    tokenizer: Tokenizer, conversation: Conversation
+) -> tuple[list[Message], list[Any] | None, str | None]:
+    """Messages and tools as the template gets them, and the mark in them, if there is one."""
+    strict, lenient = tokenizer.control_text
+    everything = list(_texts([conversation.messages, conversation.tools]))
+    mark = free_mark(everything)
 
-    tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
+    def plain(value: Any) -> Any:
+        return _mapped(value, lambda text: strict.guard(text, mark))
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    named = next((key for key in REASONING if tokenizer.template.reads(key)), None)
+    messages: list[Message] = []
+    for number, message in enumerate(conversation.messages):
+        guarded = {key: plain(value) for key, value in message.items()}
+        if str(message.get("role")).lower() == "assistant":
+            guarded["content"] = lenient.guard(message["content"], mark)
+        thought = guarded.pop(REASONING[0], None)
+        if thought is not None and named is not None:
+            guarded[named] = thought
+        elif thought is not None:
+            if "<think>" in message["content"] or "</think>" in message["content"]:
+                raise DataError(
+                    f"message {number} has its reasoning twice, beside the content and in it; keep one"
+                )
+            guarded["content"] = f"<think>{thought}</think>{guarded['content']}"
+        messages.append(guarded)
+    tools = plain(conversation.tools)
+    used = any(mark in text for text in _texts([messages, tools]))
+    return messages, tools, mark if used else None
 
 
-@lru_cache(maxsize=8)
-def _compile(template: str):
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension, _GenerationBlock]
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
-    environment.globals["raise_exception"] = _raise_template_error
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(template)
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
 
 
-def _raise_template_error(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _mapped(value: Any, change: Any) -> Any:
+    """``value`` with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(inner, change) for key, inner in value.items()}
+    return [_mapped(inner, change) for inner in value] if isinstance(value, list | tuple) else value

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
 from megatron_ring.config.stage_rules import GYM_PREFIX
-from megatron_ring.data.chat import Message
-from megatron_ring.data.documents import Record, read_records
+from megatron_ring.data.documents import read_records
+from megatron_ring.data.json_text import parse_json
+from megatron_ring.data.problem_lines import Problem, read_problem
 from megatron_ring.errors import DataError
 
 GYM_DOMAIN = "reasoning_gym"
@@ -36,25 +36,6 @@ UNSUITABLE = {
     "rush_hour": "its problems have no answer",
 }
 """Data sets that cannot be learned from, and why (reasoning-gym 0.1.25)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """A problem as its source has it.
-
-    Example: ``Problem(domain="math", text="1 + 1 = ?", messages=({"role": "user", "content": "1 + 1 = ?"},),
-    reference={"answer": "2"})``.
-    """
-
-    domain: str
-    text: str
-    """What the user asks last."""
-    messages: tuple[Message, ...]
-    reference: Mapping[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """The line of JSONL that :class:`JsonlSource` reads as this problem."""
-        return {"messages": list(self.messages), "domain": self.domain, "reference": dict(self.reference)}
 
 
 class PromptSource(Protocol):
@@ -98,6 +79,7 @@ class JsonlSource:
 
     Example of a line: ``{"prompt": "1 + 1 = ?", "domain": "math", "answer": "2", "solve_rate": 0.4}``. In place
     of ``prompt`` (text) there may be ``messages``; in place of ``answer``, ``tests`` or a whole ``reference``.
+    :mod:`megatron_ring.data.problem_lines` says what else is read.
     """
 
     def __init__(self, path: str | Path, *, solve_rate_min: float = 0.0, solve_rate_max: float = 1.0) -> None:
@@ -107,11 +89,15 @@ class JsonlSource:
         digest = hashlib.blake2b(f"{solve_rate_min} {solve_rate_max}".encode(), digest_size=8)
         for record in read_records([path]):
             digest.update(record.raw)
-            fields = _fields(record)
+            fields = parse_json(record.raw, record.origin) if record.is_json else None
+            if not isinstance(fields, dict):
+                raise DataError(
+                    f"{record.origin} is no JSON object; name a .jsonl file with one problem per line"
+                )
             rate = fields.get("solve_rate")
             if rate is not None and not _is_rate(rate):
                 raise DataError(f"{record.origin}: solve_rate={rate!r} must be a number from 0 to 1")
-            problem = _problem(fields, record.origin)
+            problem = read_problem(fields, record.origin)
             if rate is None or solve_rate_min <= rate <= solve_rate_max:
                 self._problems.append(problem)
             else:
@@ -226,53 +212,3 @@ def _value(text: str) -> Any:
 
 def _is_rate(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _fields(record: Record) -> dict[str, Any]:
-    try:
-        fields = json.loads(record.raw) if record.is_json else None
-    except ValueError as error:
-        raise DataError(f"{record.origin} is not JSON ({error}); write one object per line") from None
-    if not isinstance(fields, dict):
-        raise DataError(f"{record.origin} is no JSON object; name a .jsonl file with one problem per line")
-    return fields
-
-
-def _problem(fields: Mapping[str, Any], origin: str) -> Problem:
-    messages = fields.get("messages") or fields.get("prompt")
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    domain = fields.get("domain")
-    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise DataError(f"{origin}: neither prompt (text) nor messages (role and content) says what to ask")
-    if messages[-1]["role"].lower() != "user":
-        raise DataError(f"{origin}: the last message is the {messages[-1]['role']}'s, it must be the user's")
-    if not isinstance(domain, str) or not domain:
-        raise DataError(f"{origin}: domain={domain!r} must name who judges the answer, such as math or code")
-    return Problem(
-        domain=domain,
-        text=messages[-1]["content"],
-        messages=tuple(messages),
-        reference=_reference(fields, origin),
-    )
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-
-
-def _reference(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    whole = fields.get("reference")
-    reference = dict(whole) if isinstance(whole, dict) else {}
-    if whole is not None and not isinstance(whole, dict):
-        reference["answer"] = whole
-    reference |= {key: fields[key] for key in ("answer", "tests") if fields.get(key) is not None}
-    if not reference:
-        raise DataError(f"{origin}: none of answer, tests and reference says what is right; add one")
-    return reference
-
-
-def with_suffix(messages: Sequence[Message], suffix: str) -> list[Message]:
-    """``messages`` with a line added to the last one. Example: "1+1?" and "Be brief." give "1+1?\\nBe brief."."""
-    last = {**messages[-1], "content": f"{messages[-1]['content']}\n{suffix}"}
-    return [*messages[:-1], last]

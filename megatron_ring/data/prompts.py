@@ -12,7 +12,9 @@ from typing import Any
 from megatron_ring.config.rl import RolloutConfig
 from megatron_ring.data.blend import Blend
 from megatron_ring.data.chat import render_prompt
-from megatron_ring.data.prompt_sources import Problem, PromptSource, open_source, with_suffix
+from megatron_ring.data.problem_lines import Problem
+from megatron_ring.data.prompt_sources import JsonlSource, PromptSource, open_source
+from megatron_ring.data.same_problem import Asked, asked, is_among
 from megatron_ring.data.shuffle import Shuffle
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.errors import DataError
@@ -24,7 +26,8 @@ class Prompt:
 
     ``uid`` counts the draws of a run (resumes included), so that no two prompts of a run share one.
     ``tokens`` end with the generation prompt: a response goes on from there. ``domain`` names the reward
-    function; ``reference`` is what that function needs.
+    function; ``reference`` is what that function needs. ``asked`` is what tells the problem from others
+    (:mod:`megatron_ring.data.same_problem`).
 
     Example: ``Prompt(uid=17, domain="math", text="12 + 7 - 3 = ?", tokens=(5, 88, 41, 6),
     reference={"answer": "16"})``.
@@ -35,6 +38,7 @@ class Prompt:
     text: str
     tokens: tuple[int, ...]
     reference: Mapping[str, Any]
+    asked: Asked = ()
 
 
 def open_prompts(
@@ -43,7 +47,7 @@ def open_prompts(
     settings: RolloutConfig,
     *,
     seed: int,
-    excluded: Collection[str] = (),
+    excluded: Collection[Asked] = (),
 ) -> PromptStream:
     """The stream of ``settings.prompt_data`` or ``settings.eval_prompt_data``.
 
@@ -53,7 +57,7 @@ def open_prompts(
         tokenizer: its chat template is applied.
         settings: lengths, solve rates and the suffix.
         seed: of the order; the same on every rank.
-        excluded: texts of problems that must not come, such as those held out.
+        excluded: problems that must not come, such as those held out: what prompts have under ``asked``.
 
     Raises:
         DataError: a source cannot be read or holds no problem.
@@ -99,7 +103,7 @@ class PromptStream:
         seed: int,
         max_prompt_length: int,
         prompt_suffix: str = "",
-        excluded: Collection[str] = (),
+        excluded: Collection[Asked] = (),
     ) -> None:
         """
         Args:
@@ -108,7 +112,7 @@ class PromptStream:
             seed: of the order.
             max_prompt_length: a prompt of more tokens, generation prompt included, is left out.
             prompt_suffix: line behind the problem, in every domain but code.
-            excluded: texts of problems that must not come.
+            excluded: problems that must not come, as prompts have them under ``asked``.
         """
         self._sources = [source for _, source in sources]
         self._weights = [weight for weight, _ in sources]
@@ -131,6 +135,13 @@ class PromptStream:
         identity = [(str(weight), source.fingerprint) for weight, source in sources]
         self.fingerprint = hashlib.blake2b(repr((identity, seed)).encode(), digest_size=8).hexdigest()
         """Equal fingerprints give equal problems in equal order."""
+        for source in self._sources:
+            self._must_leave_some(source)
+
+    @property
+    def sources(self) -> Sequence[PromptSource]:
+        """Where the problems come from."""
+        return self._sources
 
     def next(self, count: int) -> list[Prompt]:
         """The next ``count`` prompts; their uids go on from the last one's.
@@ -200,7 +211,9 @@ class PromptStream:
     def _draw(self) -> Prompt:
         place, _ = self._blend.locate(self._drawn)
         source = self._sources[place]
-        prompt = self._next_of(place, len(source))
+        # to the end of a whole epoch: what is left of this one may lack what the next one begins with
+        rest = -self._positions[place] % len(source)
+        prompt = self._next_of(place, rest + len(source))
         if prompt is None:
             raise self._nothing_of(source)
         return prompt
@@ -218,6 +231,16 @@ class PromptStream:
                 return prompt
         return None
 
+    def _must_leave_some(self, source: PromptSource) -> None:
+        """Said at the start where it is known then; generated problems are seen when they come."""
+        if not self._excluded or not isinstance(source, JsonlSource):
+            return
+        if all(is_among(asked(source[index].turns), self._excluded) for index in range(len(source))):
+            raise DataError(
+                f"{source.name}: all of its {len(source)} problems are held out; name other problems, or take them out "
+                "of --eval-prompt-data"
+            )
+
     def _nothing_of(self, source: PromptSource) -> DataError:
         return DataError(
             f"{source.name}: none of its {len(source)} problems may come ({self.num_too_long} longer than "
@@ -226,13 +249,15 @@ class PromptStream:
         )
 
     def _prompt(self, problem: Problem) -> Prompt | None:
-        if problem.text in self._excluded:
+        own = asked(problem.turns)
+        if self._excluded and is_among(own, self._excluded):
             self.num_excluded += 1
             return None
-        messages = problem.messages
-        if self._suffix and problem.domain != "code":
-            messages = with_suffix(messages, self._suffix)
-        tokens = render_prompt(self._tokenizer, messages)
+        suffix = "" if problem.domain == "code" else self._suffix
+        try:
+            tokens = render_prompt(self._tokenizer, problem.conversation(suffix))
+        except DataError as error:
+            raise DataError(f"{problem.origin}: {error}" if problem.origin else str(error)) from None
         if len(tokens) > self._max_prompt_length:
             self.num_too_long += 1
             return None
@@ -242,4 +267,5 @@ class PromptStream:
             text=problem.text,
             tokens=tuple(tokens),
             reference=problem.reference,
+            asked=own,
         )

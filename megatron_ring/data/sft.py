@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 import math
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ring.data.chat import Message, render_chat
+from megatron_ring.data.chat import Sample, render_samples
 from megatron_ring.data.documents import Record, read_records
+from megatron_ring.data.json_text import parse_json
+from megatron_ring.data.messages import Conversation, read_conversation
 from megatron_ring.data.microbatch import Microbatch, pack_microbatch
 from megatron_ring.data.shuffle import Shuffle
 from megatron_ring.data.tokenizer import Tokenizer, TokenizerType, load_tokenizer
@@ -39,7 +40,10 @@ _RECORDS_PER_TASK = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Conversations:
-    """Tokenised conversations, end to end. Tokens behind the last answer are cut off: they teach nothing.
+    """Tokenised conversations, end to end. Tokens behind the last learned answer are cut off: they teach nothing.
+
+    Where a chat template writes earlier turns anew, a conversation is there once for each of its answers (see
+    :func:`~megatron_ring.data.chat.render_samples`), and each counts as one.
 
     Example, two conversations ``[5 6 7 1]`` and ``[5 8 1]`` whose answers are ``7 1`` and ``8 1``::
 
@@ -51,11 +55,13 @@ class Conversations:
     tokens: np.ndarray
     """``int32``."""
     learned: np.ndarray
-    """``bool``: the token is the assistant's."""
+    """``bool``: the token is the assistant's, and is to be learned."""
     starts: np.ndarray
     """``int64``: where each begins, and the end of all."""
     num_too_long: int
     """Left out: longer than the longest that was asked for."""
+    num_split: int = 0
+    """Conversations of the files that are here once for each of their answers."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -87,20 +93,26 @@ def load_conversations(
     tokenizer_model: str,
     longest: int,
     workers: int = 0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Conversations:
     """Read and tokenise chat JSONL: ``{"messages": [{"role": "user", "content": "..."}, ...]}`` per line.
+
+    :mod:`megatron_ring.data.messages` says which further keys are read.
 
     Args:
         paths: JSONL files or folders of them.
         tokenizer_type: with tokenizer_model, the tokenizer, whose chat template is applied.
         longest: a conversation of more tokens is left out and counted.
         workers: processes that tokenise; 0 does it here. The result is the same.
+        chat_template_kwargs: names that the chat template is given, unless a line gives others.
 
     Raises:
         DataError: a file cannot be read, a line is no conversation with an answer (file and line are named),
             or nothing is left.
     """
-    read = _Reader(tokenizer_type=tokenizer_type, tokenizer_model=tokenizer_model)
+    read = _Reader(
+        tokenizer_type=tokenizer_type, tokenizer_model=tokenizer_model, names=dict(chat_template_kwargs or {})
+    )
     parts = list(_tokenised(_tasks(paths), read, workers))
     lengths = np.concatenate([part[2] for part in parts]) if parts else np.zeros(0, np.int64)
     if not len(lengths):
@@ -119,6 +131,7 @@ def load_conversations(
         learned=np.concatenate([part[1] for part in parts])[wanted],
         starts=np.concatenate([[0], np.cumsum(lengths[keep])]),
         num_too_long=int((~keep).sum()),
+        num_split=sum(part[3] for part in parts),
     )
 
 
@@ -245,8 +258,8 @@ class SftStream:
         return [tuple(group) for group in pack_epoch(self._slots, self.capacity, order)]
 
 
-_Part = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Tokens, which of them are learned, and lengths of some conversations."""
+_Part = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+"""Tokens, which of them are learned, and lengths of some conversations; how many of these gave several samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,18 +268,23 @@ class _Reader:
 
     tokenizer_type: TokenizerType
     tokenizer_model: str
+    names: dict[str, Any]
 
     def __call__(self, records: Sequence[Record]) -> _Part:
         tokenizer = _tokenizer(self.tokenizer_type, self.tokenizer_model)
+        tokenizer.template.use(self.names)
         ids: list[int] = []
         learned: list[bool] = []
         lengths: list[int] = []
+        split = 0
         for record in records:
-            own_ids, own_learned = _conversation(record, tokenizer)
-            ids += own_ids
-            learned += own_learned
-            lengths.append(len(own_ids))
-        return np.array(ids, np.int32), np.array(learned, bool), np.array(lengths, np.int64)
+            samples = _samples(record, tokenizer)
+            split += len(samples) > 1
+            for own_ids, own_learned in samples:
+                ids += own_ids
+                learned += own_learned
+                lengths.append(len(own_ids))
+        return np.array(ids, np.int32), np.array(learned, bool), np.array(lengths, np.int64), split
 
 
 @lru_cache(maxsize=2)
@@ -298,44 +316,33 @@ def _tokenised(tasks: Iterator[list[Record]], read: _Reader, workers: int) -> It
             ) from error
 
 
-def _conversation(record: Record, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def _samples(record: Record, tokenizer: Tokenizer) -> list[Sample]:
+    """What a line teaches, each up to its last learned token."""
+    conversation = read_line(record)
     try:
-        ids, learned = render_chat(tokenizer, read_messages(record))
+        samples = render_samples(tokenizer, conversation)
     except DataError as error:
-        if record.origin in str(error):
-            raise
         raise DataError(f"{record.origin}: {error}") from None
-    if True not in learned:
+    samples = [(ids, learned) for ids, learned in samples if True in learned]
+    if not samples:
+        why = "every answer has weight 0" if conversation.unlearned else "no message with role assistant"
         raise DataError(
-            f"{record.origin}: no message with role assistant, so there is nothing to learn; add the answer or "
-            "remove the line"
+            f"{record.origin}: {why}, so there is nothing to learn; add an answer or remove the line"
         )
-    end = len(learned) - learned[::-1].index(True)
-    return ids[:end], learned[:end]
+    ends = [len(learned) - learned[::-1].index(True) for _, learned in samples]
+    return [(ids[:end], learned[:end]) for (ids, learned), end in zip(samples, ends, strict=True)]
 
 
-def read_messages(record: Record) -> list[Message]:
-    """The messages of one JSONL line.
+def read_line(record: Record) -> Conversation:
+    """The conversation of one JSONL line.
 
     Raises:
-        DataError: not JSON, or no list of messages with role and content.
+        DataError: not JSON, no list of messages with role and content, or a key that means something unread.
     """
     if not record.is_json:
         raise DataError(f"{record.origin} is not JSONL; name a .jsonl file of conversations")
-    try:
-        fields = json.loads(record.raw)
-    except ValueError as error:
-        raise DataError(f"{record.origin} is not JSON ({error}); write one object per line") from None
-    messages = fields.get("messages") if isinstance(fields, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f'{record.origin} has no list under "messages"; write {{"messages": [...]}} per line')
-    for number, message in enumerate(messages):
-        whole = isinstance(message, dict) and all(
-            isinstance(message.get(k), str) for k in ("role", "content")
-        )
-        if not whole:
-            raise DataError(f"{record.origin}: message {number} must have a role and a content, both text")
-    return messages
+    fields = parse_json(record.raw, record.origin)
+    return read_conversation(fields if isinstance(fields, dict) else {}, record.origin)
 
 
 def _names(paths: Sequence[str | Path]) -> str:

@@ -103,7 +103,7 @@ def _tokenize(records: Sequence[Record], config: TokenizeConfig, tokenizer: Toke
     num_skipped = 0
     for record in records:
         text = record_text(record, config.json_keys)
-        ids = tokenizer.encode(text) if text else []
+        ids = tokenizer.encode_document(text) if text else []
         if not ids:
             num_skipped += 1
             continue

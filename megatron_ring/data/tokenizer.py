@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from megatron_ring.data.chat import BAILING_TEMPLATE, Message, render_template
+from megatron_ring.data.chat import BAILING_TEMPLATE, CHAT_SYMBOLS
+from megatron_ring.data.chat_template import Text
+from megatron_ring.data.control_text import ControlText, free_mark, without_marks
+from megatron_ring.data.messages import Message
+from megatron_ring.data.templates import ChatTemplate
+from megatron_ring.data.tokenizer_files import further_stops, read_bytes, read_settings
 from megatron_ring.errors import DataError
 
 TokenizerType = Literal["sentencepiece", "huggingface"]
@@ -34,6 +40,13 @@ class Tokenizer(Protocol):
     """Start of a sequence, for tokenizers that have one."""
     fingerprint: str
     """Hash of the tokenizer's file: equal fingerprints give equal ids."""
+    template: ChatTemplate
+    stop_tokens: dict[str, int]
+    """What ends an answer, as text and id: the end of sequence, and those of generation_config.json."""
+    stop_ids: tuple[int, ...]
+    """Ids that end a response: those of stop_tokens, and what the run adds."""
+    control_text: tuple[ControlText, ControlText]
+    """Tokens that nobody's text may become, and those that an answer may not."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``. No token is added; chat symbols in the text become their own ids.
@@ -42,17 +55,45 @@ class Tokenizer(Protocol):
         """
         ...
 
+    def encode_marked(self, text: str, mark: str) -> list[int]:
+        """As :meth:`encode`, of text in which ``mark`` stands inside of what is to stay text; without the mark's ids.
+
+        Raises:
+            DataError: this tokenizer cannot keep them apart.
+        """
+        ...
+
+    def encode_document(self, text: str) -> list[int]:
+        """As :meth:`encode`, but no word of the text begins, ends or pads a document."""
+        ...
+
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the ids; end, padding and start of sequence give none."""
+        """Text of the ids; start, padding and special tokens that end a response give none."""
+        ...
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        texts: Sequence[Text],
+        *,
+        tools: Sequence[Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """The first messages as text, for each of ``texts``; :mod:`megatron_ring.data.chat` gives ids."""
         ...
 
     def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as text; :func:`~megatron_ring.data.chat.render_chat` gives its ids."""
+        """The conversation as text."""
         ...
 
 
 def load_tokenizer(
-    tokenizer_type: TokenizerType, tokenizer_model: str | Path | None, *, vocab_size: int | None = None
+    tokenizer_type: TokenizerType,
+    tokenizer_model: str | Path | None,
+    *,
+    vocab_size: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    stop_token_ids: Sequence[int] = (),
 ) -> Tokenizer:
     """Open a tokenizer.
 
@@ -60,10 +101,12 @@ def load_tokenizer(
         tokenizer_type: ``sentencepiece`` (a .model file) or ``huggingface`` (tokenizer.json or its folder).
         tokenizer_model: the file or folder.
         vocab_size: the model's vocabulary, if the tokenizer is to fit one.
+        chat_template_kwargs: names that the chat template is given with every conversation.
+        stop_token_ids: ids that end a response, beside the tokenizer's own.
 
     Raises:
         DataError: no file is named, it is missing, corrupt, without an end-of-sequence token, or has more
-            tokens than ``vocab_size``.
+            tokens than ``vocab_size``; or its chat template does not read a name that it is given.
     """
     if not tokenizer_model:
         raise DataError("tokenizer_model is not set; name a file, or make one with tools/train_tokenizer.py")
@@ -74,7 +117,7 @@ def load_tokenizer(
             "or make one with tools/train_tokenizer.py"
         )
     if tokenizer_type == "sentencepiece":
-        tokenizer: Tokenizer = SentencePieceTokenizer(path)
+        tokenizer: _Base = SentencePieceTokenizer(path)
     elif tokenizer_type == "huggingface":
         tokenizer = HuggingFaceTokenizer(path)
     else:
@@ -85,8 +128,15 @@ def load_tokenizer(
             f"model's vocab_size={vocab_size}; set vocab_size={tokenizer.vocab_size} or use the tokenizer "
             "that the model was made for"
         )
+    tokenizer.stop_at(stop_token_ids)
+    tokenizer.template.use(chat_template_kwargs or {})
     return tokenizer
 
+
+DOCUMENT_MARK = "\ue000"
+_MARKUP = re.compile(r"(?!<0x[0-9A-F]{2}>)<[^\s<>]+>")
+"""Added tokens that are somebody's marks; the bytes of sentencepiece are none."""
+_THINK = ("<think>", "</think>")
 
 _EXPECTED = {
     "sentencepiece": "sentencepiece .model file",
@@ -94,7 +144,72 @@ _EXPECTED = {
 }
 
 
-class SentencePieceTokenizer:
+class _Base:
+    """What both kinds share."""
+
+    template: ChatTemplate
+    vocab_size: int
+    eos_id: int
+    eos_token: str
+    pad_id: int
+    bos_id: int | None
+    fingerprint: str
+    stop_tokens: dict[str, int]
+    stop_ids: tuple[int, ...]
+    control_text: tuple[ControlText, ControlText]
+
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def encode_marked(self, text: str, mark: str) -> list[int]:
+        raise NotImplementedError
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        raise NotImplementedError
+
+    def encode_document(self, text: str) -> list[int]:
+        mark = DOCUMENT_MARK if DOCUMENT_MARK not in text else free_mark([text])
+        guarded = self._document_text.guard(text, mark, alone=True)
+        return self.encode(text) if guarded == text else self.encode_marked(guarded, mark)
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        texts: Sequence[Text],
+        *,
+        tools: Sequence[Any] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        return self.template.render(messages, texts, tools=tools, names=template_kwargs or {})
+
+    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        return self.render(messages, [(len(messages), add_generation_prompt)])[0]
+
+    def _set_control_text(
+        self, control: Iterable[str], kept_in_answers: Iterable[str], document: Iterable[str]
+    ):
+        strict = ControlText(control)
+        self.control_text = (strict, ControlText(set(strict.tokens) - {*_THINK, *kept_in_answers}))
+        self._document_text = ControlText(document)
+
+    def stop_at(self, token_ids: Sequence[int]) -> None:
+        """End responses at these ids as well. Raises DataError for one outside of the vocabulary."""
+        for token in token_ids:
+            if not 0 <= token < self.vocab_size:
+                raise DataError(
+                    f"stop_token_ids={token} must be below the tokenizer's {self.vocab_size} tokens; name another"
+                )
+        self.stop_ids = tuple(dict.fromkeys((*self.stop_tokens.values(), *token_ids)))
+        special = (token for token in token_ids if self._text_of(token) in self.control_text[0].tokens)
+        self._silent = frozenset(
+            (self.eos_id, self.pad_id, self.bos_id, *self.stop_tokens.values(), *special)
+        )
+
+    def _text_of(self, token_id: int) -> str:
+        raise NotImplementedError
+
+
+class SentencePieceTokenizer(_Base):
     """A sentencepiece model, with Ling's chat template."""
 
     def __init__(self, path: Path) -> None:
@@ -102,7 +217,7 @@ class SentencePieceTokenizer:
 
         if path.is_dir():
             raise DataError(f"tokenizer_model={path} is a folder; name the sentencepiece .model file in it")
-        content = _read(path)
+        content = read_bytes(path)
         self._processor = SentencePieceProcessor()
         try:
             if not content or not self._processor.LoadFromSerializedProto(content):
@@ -120,27 +235,39 @@ class SentencePieceTokenizer:
         self.pad_id: int = self._processor.pad_id() if self._processor.pad_id() >= 0 else self.eos_id
         self.bos_id: int | None = self._processor.bos_id() if self._processor.bos_id() >= 0 else None
         self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.template = ChatTemplate(BAILING_TEMPLATE, {"eos_token": self.eos_token}, trusted=True)
+        self.stop_tokens = {self.eos_token: self.eos_id}
+        pieces = map(self._processor.id_to_piece, range(self.vocab_size))
+        control = [piece for piece in pieces if piece in CHAT_SYMBOLS or _MARKUP.fullmatch(piece)]
+        # control pieces never come out of text: only our own words for the end of sequence do
+        self._set_control_text([*control, self.eos_token], (), [self.eos_token])
+        self.stop_at(())
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(_sayable(text))
 
+    def _text_of(self, token_id: int) -> str:
+        return self._processor.id_to_piece(token_id)
+
+    def encode_marked(self, text: str, mark: str) -> list[int]:
+        text = _sayable(text)
+        found = self._processor.encode(text, return_type="proto").pieces
+        size = len(mark.encode())
+        # positions are of bytes
+        pieces = text.split(mark)
+        ends = itertools.accumulate(len(piece.encode()) + size for piece in pieces[:-1])
+        spans = [(piece.begin, piece.end) for piece in found]
+        return without_marks([piece.id for piece in found], spans, [end - size for end in ends], size)
+
     def decode(self, token_ids: Sequence[int]) -> str:
-        silent = {self.eos_id, self.pad_id, self.bos_id}
+        silent = self._silent
         # rows of a padded embedding beyond the vocabulary can be sampled, but have no text
         return self._processor.decode(
             [int(i) for i in token_ids if i not in silent and 0 <= i < self.vocab_size]
         )
 
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        return render_template(
-            BAILING_TEMPLATE,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            special_tokens={"eos_token": self.eos_token},
-        )
 
-
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(_Base):
     """A tokenizer.json, with the special tokens and chat template that lie beside it."""
 
     def __init__(self, path: Path) -> None:
@@ -149,7 +276,7 @@ class HuggingFaceTokenizer:
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
             raise DataError(f"tokenizer_model={path} holds no tokenizer.json; save the fast tokenizer there")
-        content = _read(file)
+        content = read_bytes(file)
         try:
             self._tokenizer = FastTokenizer.from_buffer(content)
         except Exception as error:  # the Rust library raises bare Exception, whatever is wrong
@@ -162,34 +289,48 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._file = file
-        self._special_tokens, self._template = _read_settings(file.parent)
+        self._special_tokens, template = read_settings(file.parent)
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         self.eos_id = self._special_id("eos_token")
         self.eos_token = self._special_tokens["eos_token"]
         self.pad_id = self._special_id("pad_token") if "pad_token" in self._special_tokens else self.eos_id
         self.bos_id = self._special_id("bos_token") if "bos_token" in self._special_tokens else None
         self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.template = ChatTemplate(template, self._special_tokens, where=str(file))
+        self.stop_tokens = {
+            self.eos_token: self.eos_id,
+            **further_stops(file.parent, self._tokenizer.id_to_token),
+        }
+        self._find_control_text(template or "")
+        self.stop_at(())
+
+    def _find_control_text(self, template: str) -> None:
+        """Special tokens; and added ones that the template writes, or that look like marks (<tool_call>)."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        special = {token.content for token in added if token.special} | {*self._special_tokens.values()}
+        plain = {token.content for token in added} - special
+        marks = {
+            token for token in plain if token in template or token in CHAT_SYMBOLS or _MARKUP.fullmatch(token)
+        }
+        ends = {value for name, value in self._special_tokens.items() if name != "unk_token"}
+        self._set_control_text(special | marks, marks, ends | {*self.stop_tokens})
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(_sayable(text), add_special_tokens=False).ids
 
+    def _text_of(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def encode_marked(self, text: str, mark: str) -> list[int]:
+        text = _sayable(text)
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        marks = [place for place, character in enumerate(text) if character == mark]
+        return without_marks(found.ids, found.offsets, marks, 1)
+
     def decode(self, token_ids: Sequence[int]) -> str:
-        silent = {self.eos_id, self.pad_id, self.bos_id}
+        silent = self._silent
         known = [int(i) for i in token_ids if i not in silent and 0 <= i < self.vocab_size]
         return self._tokenizer.decode(known, skip_special_tokens=False)
-
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        if self._template is None:
-            raise DataError(
-                f"no chat template beside {self._file}; put chat_template.jinja or a tokenizer_config.json "
-                "with chat_template there"
-            )
-        return render_template(
-            self._template,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            special_tokens=self._special_tokens,
-        )
 
     def _special_id(self, name: str) -> int:
         token = self._special_tokens.get(name)
@@ -210,43 +351,3 @@ def _sayable(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-8", "replace").decode()
     return text
-
-
-def _read_settings(folder: Path) -> tuple[dict[str, str], str | None]:
-    """Special tokens by name, and the chat template, from the files beside a tokenizer.json."""
-    settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
-    tokens: dict[str, str] = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = settings.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str) and value:
-            tokens[name] = value
-    template_file = folder / "chat_template.jinja"
-    if template_file.is_file():
-        return tokens, _read(template_file).decode("utf-8", "replace")
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
-    return tokens, template if isinstance(template, str) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(_read(path))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); copy the tokenizer again") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} is a JSON {type(content).__name__}, not an object; copy the tokenizer again")
-    return content
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror}; check the file and its permissions"
-        ) from error

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.same_problem import asked
 from megatron_ring.errors import CheckpointError
 from megatron_ring.rl.types import Response, RewardResult, Rollout
 
@@ -80,11 +81,14 @@ def prompt_to_json(prompt: Prompt) -> dict[str, Any]:
         "text": prompt.text,
         "tokens": list(prompt.tokens),
         "reference": dict(prompt.reference),
+        "asked": list(prompt.asked),
     }
 
 
 def prompt_from_json(values: Mapping[str, Any]) -> Prompt:
-    return Prompt(**{**values, "tokens": tuple(values["tokens"])})
+    # older checkpoints have the last turn alone
+    own = values["asked"] if "asked" in values else asked([values["text"]])
+    return Prompt(**{**values, "tokens": tuple(values["tokens"]), "asked": tuple(own)})
 
 
 def _joined(arrays: Iterable[np.ndarray], dtype: type) -> np.ndarray:

@@ -18,6 +18,7 @@ from megatron_ring.config.count import count_parameters, flops_per_token
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.show import dump_toml, format_config
 from megatron_ring.config.stage_rules import STAGE_SECTIONS, Stage
+from megatron_ring.data.messages import parse_template_kwargs
 from megatron_ring.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ring.errors import ConfigError, RingError
 from megatron_ring.model.spec import require_backend
@@ -265,7 +266,7 @@ class StageRun:
             max_new_tokens=SAMPLE_TOKENS,
             num_slots=self.config.train.seq_length,
             seed=self.config.train.seed,
-            stop_id=self.tokenizer.eos_id,
+            stop_ids=self.tokenizer.stop_ids,
         )
         if self.session.is_writer:
             write_durably(run_dir / "sample.txt", self.tokenizer.decode([*prompt, *new]) + "\n")
@@ -276,4 +277,10 @@ def _tokenizer(config: RunConfig) -> Tokenizer | None:
     data = config.data
     if not data.tokenizer_model:
         return None
-    return load_tokenizer(data.tokenizer_type, data.tokenizer_model, vocab_size=config.model.vocab_size)
+    return load_tokenizer(
+        data.tokenizer_type,
+        data.tokenizer_model,
+        vocab_size=config.model.vocab_size,
+        chat_template_kwargs=parse_template_kwargs(data.chat_template_kwargs),
+        stop_token_ids=config.rollout.stop_token_ids,
+    )

@@ -26,6 +26,7 @@ from megatron_ring.config.stage_rules import Stage
 from megatron_ring.data.prompts import open_prompts
 from megatron_ring.errors import CheckpointError
 from megatron_ring.rl.advantage import assign, is_masked, moments, whiten
+from megatron_ring.rl.alarms import Alarms, say_held_out
 from megatron_ring.rl.batch import RLMicrobatch, with_column, with_routes
 from megatron_ring.rl.collector import Answering, Collected, Collector, judges
 from megatron_ring.rl.critic import Critic
@@ -37,6 +38,8 @@ from megatron_ring.rl.objective import metrics as objective_metrics
 from megatron_ring.rl.objective.recipes import StepFacts
 from megatron_ring.rl.reference import ReferencePolicy
 from megatron_ring.rl.reward.pool import RewardPool
+from megatron_ring.rl.reward.references import check_sources
+from megatron_ring.rl.reward.registry import parse_reward_functions
 from megatron_ring.rl.rollout.engine import InProcessEngine
 from megatron_ring.rl.rollout.protocol import Request, SamplingParams
 from megatron_ring.rl.samples import SampleTable
@@ -85,9 +88,11 @@ class RlRun(StageRun):
         super().__init__(config, session)
         assert self.tokenizer is not None
         rollout, seed = config.rollout, config.train.seed
+        own_domains = parse_reward_functions(config.reward.reward_functions)
         self.held_out, domains = [], frozenset[str]()
         if rollout.eval_prompt_data:
             held_out = open_prompts(rollout.eval_prompt_data, self.tokenizer, rollout, seed=0)
+            check_sources(held_out.sources, own_domains)
             self.held_out, domains = held_out.each_once(rollout.eval_prompts), held_out.domains
             if len(self.held_out) < rollout.eval_prompts:
                 said = "eval_prompts=%d, but eval_prompt_data has %d that may come: each is asked once"
@@ -97,8 +102,9 @@ class RlRun(StageRun):
             self.tokenizer,
             rollout,
             seed=seed,
-            excluded={prompt.text for prompt in self.held_out},
+            excluded={prompt.asked for prompt in self.held_out},
         )
+        check_sources(self.prompts.sources, own_domains)
         rewards = None
         if judges(session):
             # before the model, so that verifiers load their libraries meanwhile
@@ -108,7 +114,7 @@ class RlRun(StageRun):
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             max_response_length=rollout.max_response_length,
-            stop_ids=(self.tokenizer.eos_id,),
+            stop_ids=self.tokenizer.stop_ids,
             seed=seed,
             record_routes=config.objective.routing_replay == "R3",
         )
@@ -122,6 +128,7 @@ class RlRun(StageRun):
             ),
             temperature=rollout.temperature,
         )
+        self.alarms = Alarms(session, config.objective.mismatch_alarm)
         self.carried: list[Carried] = []
         self.tokens_left: int | None = None
         """What the last step's ledger left for this one; None in a run's first step."""
@@ -165,7 +172,7 @@ class RlRun(StageRun):
         reports = [update.report for update in updates]
         values = self._values(collected, plan, reports, ledger) | value_metrics(value_reports) | {"lr": lr}
         metrics.log(self.step, values, tokens=ledger.generated, seconds=time.perf_counter() - begun)
-        self._warn(values)
+        self.alarms.check(self.step, values, collected.rollouts)
         self.samples.write(self.step, collected.rollouts)
 
     def _collect(self) -> Collected:
@@ -281,23 +288,6 @@ class RlRun(StageRun):
             "rollout_rounds": float(collected.rounds),
         }
 
-    def _warn(self, values: dict[str, float]) -> None:
-        if not self.session.is_writer:
-            return
-        if values.get("mismatch", 0.0) > self.config.objective.mismatch_alarm:
-            log.warning(
-                "step %d: rollout and trainer log p differ by %.4f on average, more than mismatch_alarm=%s",
-                self.step,
-                values["mismatch"],
-                self.config.objective.mismatch_alarm,
-            )
-        if values.get("c3po/shortfall", 0) > 0:
-            log.warning(
-                "step %d: %d of the token budget were missing; the loss is still divided by all of it",
-                self.step,
-                values["c3po/shortfall"],
-            )
-
     def _validate(self, metrics: MetricsLogger) -> None:
         if self.held_out:
             super()._validate(metrics)
@@ -394,6 +384,8 @@ class RlRun(StageRun):
             if rollout.prompt.uid % topology.dp_size == topology.dp_rank
         ]
         must_fit(self.config, self.collector.book, self.carried)
+        begun = [group.prompt for group in self.collector.book.open.values()]
+        say_held_out([*begun, *(c.rollout.prompt for c in self.carried)], self.held_out)
 
 
 def _file(name: str, dp_rank: int) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.validate import schedule_problems
+from megatron_ring.data.messages import parse_template_kwargs
 from megatron_ring.data.microbatch import Microbatch
 from megatron_ring.data.sft import SftStream, load_conversations
 from megatron_ring.errors import ConfigError, DataError
@@ -124,6 +125,7 @@ class SftRun(StageRun):
             tokenizer_model=data.tokenizer_model,
             longest=train.seq_length,
             workers=data.num_workers,
+            chat_template_kwargs=parse_template_kwargs(data.chat_template_kwargs),
         )
         if self.session.is_writer:
             log.info(
@@ -135,6 +137,12 @@ class SftRun(StageRun):
                 f"{conversations.num_too_long:,}",
                 train.seq_length,
             )
+            if conversations.num_split:
+                log.info(
+                    "the chat template writes earlier turns anew: %s conversations are read once per answer, each as the "
+                    "last turn",
+                    f"{conversations.num_split:,}",
+                )
         return SftStream(conversations, capacity=train.micro_batch_size * train.seq_length, seed=train.seed)
 
 

@@ -4,7 +4,7 @@ model says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
@@ -24,9 +24,9 @@ def sample_tokens(
     num_slots: int,
     temperature: float = 0.8,
     seed: int = 0,
-    stop_id: int | None = None,
+    stop_ids: Collection[int] = (),
 ) -> list[int]:
-    """Continue ``prompt``; returns the new tokens only, without the stop token. Collective over the world.
+    """Continue ``prompt``; returns the new tokens only, without a stop token. Collective over the world.
 
     ``num_slots`` bounds prompt plus continuation and must divide by the tensor-parallel size. There is no
     KV cache, so the cost grows with the square of the length: this is for samples in a report, not for
@@ -40,7 +40,7 @@ def sample_tokens(
         logits_V = _on_every_rank(engine, results)
         probabilities = torch.softmax(logits_V.double() / temperature, dim=-1)
         token = int(torch.multinomial(probabilities, 1, generator=generator))
-        if token == stop_id:
+        if token in stop_ids:
             break
         tokens.append(token)
     return tokens[len(prompt) :]

@@ -14,6 +14,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 # flags, processes, how the line starts
 SFT = [
+    ("--chat-template-kwargs [1]", 1, "chat_template_kwargs=[1] must be a JSON object; try "),
+    ("--chat-template-kwargs {", 1, "chat_template_kwargs={ must be a JSON object; try "),
     ("--sft-epochs 0", 1, "sft_epochs=0.0 must be above 0; try 3"),
     ("--sft-warmup-fraction 1", 1, "sft_warmup_fraction=1.0 must be from 0 to below 1; try 0.01"),
     ("--sft-save-every-epoch", 1, "sft_save_every_epoch=True needs a folder to save in; set --save FOLDER"),
@@ -29,6 +31,7 @@ RL = [
     ("--eval-prompt-data 0 a 1 b", 1, "eval_prompt_data weight 0 must be a positive number"),
     ("--prompts-per-step 6", 4, "prompts_per_step=6 must be a multiple of data_parallel_size=4; try 4 or 8"),
     ("--group-size 1", 1, "group_size=1 gives advantage_estimator=group_norm nothing to compare; try 16"),
+    ("--stop-token-ids 3 -1", 1, "stop_token_ids=-1 must be a token's id; set --stop-token-ids"),
     ("--temperature 0", 1, "temperature=0.0 must be above 0"),
     ("--top-p 1.5", 1, "top_p=1.5 must be above 0 and at most 1"),
     ("--solve-rate-min 0.9 --solve-rate-max 0.1", 1, "solve_rate_min=0.9 and solve_rate_max=0.1 must be"),

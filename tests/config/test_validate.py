@@ -314,6 +314,12 @@ WRONG = [
     ),
     (
         "ring_lite_tiny",
+        "--chat-template-kwargs {}",
+        1,
+        "chat_template_kwargs is for conversations; drop --chat-template-kwargs in pre-training",
+    ),
+    (
+        "ring_lite_tiny",
         "--data-path a 0.3 b 0.7",
         1,
         "data_path weight a must be a positive number; write weight prefix weight prefix",

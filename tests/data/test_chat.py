@@ -3,7 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ring.data.chat import render_chat, render_prompt, render_template
+from megatron_ring.data import chat
+from megatron_ring.data.chat import render_samples
+from megatron_ring.data.messages import Conversation
 from megatron_ring.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_ring.errors import DataError
 
@@ -14,6 +16,16 @@ CONVERSATION = [
     {"role": "user", "content": "+1?"},
     {"role": "assistant", "content": " 3"},
 ]
+
+
+def render_chat(tokenizer, messages) -> tuple[list[int], list[bool]]:
+    """The one sample that these messages give."""
+    (sample,) = render_samples(tokenizer, Conversation(messages=tuple(messages)))
+    return sample
+
+
+def render_prompt(tokenizer, messages) -> list[int]:
+    return chat.render_prompt(tokenizer, Conversation(messages=tuple(messages)))
 
 
 def answers(tokenizer, ids: list[int], mask: list[bool]) -> str:
@@ -36,6 +48,21 @@ def test_answers_and_their_ends_are_learned_and_nothing_else(
         assert sum(learned and i == tokenizer.eos_id for i, learned in zip(ids, mask, strict=True)) == 2
         text = tokenizer.apply_chat_template(CONVERSATION).replace(tokenizer.eos_token, "")
         assert tokenizer.decode(ids) == text
+
+
+def test_a_template_that_ends_the_last_answer_only_gives_a_sample_per_answer(
+    huggingface_folder: Path, tmp_path: Path
+):
+    """As OLMo 3's, whose end of sequence stands behind the last turn alone."""
+    shutil.copytree(huggingface_folder, tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' and loop.last %}"
+        "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer = HuggingFaceTokenizer(tmp_path / "hf")
+    samples = render_samples(tokenizer, Conversation(messages=tuple(CONVERSATION)))
+    assert [answers(tokenizer, *sample) for sample in samples] == ["<think>add</think>2", " 3"]
+    assert all(ids.count(tokenizer.eos_id) == 1 for ids, _ in samples)
 
 
 def test_ids_of_a_short_conversation(sentencepiece: SentencePieceTokenizer):
@@ -71,7 +98,9 @@ def test_a_template_without_ends_still_teaches_to_stop(huggingface_folder: Path,
     assert ids[-1] == tokenizer.eos_id and mask[-1]
 
 
-def test_a_template_that_drops_earlier_reasoning_cannot_be_masked(huggingface_folder: Path, tmp_path: Path):
+def test_a_template_that_drops_earlier_reasoning_gives_a_sample_per_answer(
+    huggingface_folder: Path, tmp_path: Path
+):
     shutil.copytree(huggingface_folder, tmp_path / "hf")
     (tmp_path / "hf" / "chat_template.jinja").write_text(
         "{% for m in messages %}[{{ m.role }}]"
@@ -80,19 +109,14 @@ def test_a_template_that_drops_earlier_reasoning_cannot_be_masked(huggingface_fo
     )
     tokenizer = HuggingFaceTokenizer(tmp_path / "hf")
     assert answers(tokenizer, *render_chat(tokenizer, CONVERSATION[:3])) == "<think>add</think>2"
-    with pytest.raises(DataError, match="chat template rewrites earlier turns"):
-        render_chat(tokenizer, CONVERSATION)
-
-
-def test_an_end_spelled_out_in_a_message_is_refused(
-    sentencepiece: SentencePieceTokenizer, huggingface: HuggingFaceTokenizer
-):
-    for tokenizer in (sentencepiece, huggingface):
-        message = {"role": "user", "content": f"x{tokenizer.eos_token}y"}
-        with pytest.raises(DataError, match="message 0 spells out the end-of-sequence token"):
-            render_chat(tokenizer, [message])
-        with pytest.raises(DataError, match="message 0 spells out the end-of-sequence token"):
-            render_prompt(tokenizer, [message])
+    first, second = render_samples(tokenizer, Conversation(messages=tuple(CONVERSATION)))
+    assert first == render_chat(tokenizer, CONVERSATION[:3])
+    assert answers(tokenizer, *second) == " 3" and second[0][-1] == tokenizer.eos_id
+    shown = "[system]Be brief.[user]1+1?\n[assistant]2[user]+1?[assistant] 3"
+    assert tokenizer.decode(second[0]) == shown, "as the model will see it: earlier reasoning is gone"
+    assert render_prompt(tokenizer, CONVERSATION[:4]) == second[0][: second[1].index(True)]
+    weighted = Conversation(messages=tuple(CONVERSATION), unlearned=frozenset({2}))
+    assert render_samples(tokenizer, weighted) == [second]
 
 
 @pytest.mark.parametrize(
@@ -116,37 +140,3 @@ def test_a_tokenizer_without_template_says_so(huggingface_folder: Path, tmp_path
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     with pytest.raises(DataError, match=r"no chat template beside .*tokenizer\.json"):
         HuggingFaceTokenizer(tmp_path).apply_chat_template(CONVERSATION)
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ cycler.__init__.__globals__.os.system('touch PATH') }}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ messages.append(1) }}",
-        "{% for i in range(10**9) %}{% endfor %}",
-        "{% if %}",
-        "{{ messages[0].content + 1 }}",
-    ],
-)
-def test_a_hostile_or_broken_template_is_one_line(tmp_path: Path, template: str):
-    with pytest.raises(DataError, match="chat template failed: ") as caught:
-        render_template(
-            template.replace("PATH", str(tmp_path / "touched")),
-            CONVERSATION,
-            add_generation_prompt=False,
-            special_tokens={},
-        )
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_templates_have_the_names_they_expect():
-    template = "{{ bos_token }}{{ tools is none }}{{ {'a': '\u00e9'} | tojson }}{% break %}"
-    looped = "{% for m in messages %}" + template + "{% endfor %}"
-    assert (
-        render_template(
-            looped, CONVERSATION, add_generation_prompt=False, special_tokens={"bos_token": "<s>"}
-        )
-        == '<s>True{"a": "\u00e9"}'
-    )

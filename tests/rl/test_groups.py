@@ -6,7 +6,12 @@ import numpy as np
 
 from megatron_ring.data.prompts import Prompt
 from megatron_ring.rl.groups import GroupBook, is_informative
-from megatron_ring.rl.serialise import rollouts_from_bytes, rollouts_to_bytes
+from megatron_ring.rl.serialise import (
+    prompt_from_json,
+    prompt_to_json,
+    rollouts_from_bytes,
+    rollouts_to_bytes,
+)
 from megatron_ring.rl.types import Response, RewardResult, Rollout
 
 
@@ -151,3 +156,9 @@ def test_rollouts_survive_as_bytes_bit_for_bit():
             assert (ours is None) == (theirs is None)
             assert ours is None or np.array_equal(ours, theirs)
     assert rollouts_from_bytes(rollouts_to_bytes([])) == []
+
+
+def test_a_prompt_of_an_older_checkpoint_is_told_by_its_last_turn():
+    values = prompt_to_json(prompt(3))
+    del values["asked"]
+    assert prompt_from_json(values).asked == ("3 =",)

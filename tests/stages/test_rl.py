@@ -349,7 +349,10 @@ def test_a_shortfall_is_refilled_with_new_prompts(configure, tmp_path):
     [
         ({"prompt_data": ["{folder}/strange.jsonl"]}, "domain=astrology has no reward function"),
         ({"prompt_data": ["{folder}/empty.jsonl"]}, "empty.jsonl"),
-        ({"eval_prompt_data": ["{folder}/train.jsonl"], "eval_prompts": 40}, "none of its 40 problems"),
+        (
+            {"eval_prompt_data": ["{folder}/train.jsonl"], "eval_prompts": 40},
+            "all of its 40 problems are held out",
+        ),
         ({"prompt_data": ["{folder}/nowhere.jsonl"]}, "nowhere.jsonl does not exist"),
         ({"reward_functions": ["toy=tests.nowhere:even"]}, "tests.nowhere"),
         ({"group_size": 1}, "group_size=1"),

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_ring.data.documents import read_records
 from megatron_ring.data.prompt_sources import GymSource, JsonlSource
-from megatron_ring.data.sft import read_messages
+from megatron_ring.data.sft import read_line
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -55,7 +55,7 @@ def test_worked_examples_are_conversations(tmp_path: Path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"{out}: 20 worked examples, 25% of them with a slip\n"
-    conversations = [read_messages(record) for record in read_records([out])]
+    conversations = [read_line(record).messages for record in read_records([out])]
     assert len(conversations) == 20
     assert all([message["role"] for message in one] == ["user", "assistant"] for one in conversations)
     assert json.loads(out.read_text().splitlines()[0])["messages"][1]["content"].startswith("<think>")

@@ -1,0 +1,53 @@
+"""Is one problem another one, written otherwise? What keeps held-out problems out of training.
+
+Two problems are the same where the user's turns are, one after the other, once they are normalised: compatibility
+forms (NFKC) and upper case undone, dashes and quotation marks made plain, white space collapsed, and the punctuation
+of a sentence taken off the ends of its words (``. , ; : ? ! "``). What carries a meaning stays: signs, brackets,
+operators, points and commas inside numbers, exponents and factorials, so that ``2-3``, ``2 3``, ``2^3`` and ``23``
+are four problems.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Collection, Sequence
+
+Asked = tuple[str, ...]
+"""The user's turns, normalised."""
+
+_PLAIN = dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-")
+_PLAIN |= dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb", '"')
+_PLAIN |= dict.fromkeys("\u2018\u2019\u02bc`\u00b4", "'")
+_TABLE = str.maketrans(_PLAIN)
+_BEHIND = re.compile(r'(?:(?<=[^\W\d_]{2})!|[.,;:?"\u3002\u3001]|(?<=[?!"])!)+$')
+"""Sentence punctuation behind a word; behind a digit, a letter or a bracket ``!`` is a factorial."""
+_BEFORE = re.compile('^["\u00bf\u00a1]+')
+
+
+def asked(turns: Sequence[str]) -> Asked:
+    """Example: ``asked(["What is  1 + 2 ?"]) == asked(["what is 1 + 2"])``."""
+    return tuple(_normal(turn) for turn in turns)
+
+
+def is_among(turns: Asked, held_out: Collection[Asked]) -> bool:
+    """Is one of ``held_out`` asked in these turns, first turn or later, turn by turn?
+
+    A conversation in which a held-out problem is asked, and then more, is that problem too; one that asks the last
+    turn of it alone ("Are you sure?") is not.
+    """
+    lengths = {len(problem) for problem in held_out}
+    return any(
+        turns[start : start + length] in held_out
+        for length in lengths
+        for start in range(len(turns) - length + 1)
+    )
+
+
+def _normal(text: str) -> str:
+    # an exponent is no digit of the number under it
+    text = "".join(f"^{c}" if unicodedata.decomposition(c).startswith("<super>") else c for c in text)
+    text = unicodedata.normalize("NFKC", text.translate(_TABLE)).casefold().translate(_TABLE)
+    words = text.split()
+    bare = [_BEHIND.sub("", _BEFORE.sub("", word)) for word in words]
+    return " ".join(filter(None, bare)) or " ".join(words)

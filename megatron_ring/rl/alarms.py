@@ -1,0 +1,89 @@
+"""What a person should hear of while a run goes on: figures that say that something else than the policy is wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.same_problem import is_among
+from megatron_ring.rl.exchange import gather_json
+from megatron_ring.rl.types import Rollout
+from megatron_ring.runtime.session import Session
+
+log = logging.getLogger("megatron_ring")
+
+DOMINANT = 0.5
+"""Share of a step's responses above which a status of :data:`REMEDIES` is said."""
+AGAIN_AFTER = 100
+"""Steps after which it is said again."""
+REMEDIES = {
+    "verifier_error": "the verifier fails on them, whatever the answer: look at the problems' references",
+    "parse_error": "no answer can be read in them: say the form of an answer in the prompt (--prompt-suffix)",
+}
+
+
+class Alarms:
+    """Says each trouble in the step in which it shows. Example: ``Alarms(session, 0.1).check(step, values, rollouts)``."""
+
+    def __init__(self, session: Session, mismatch_alarm: float):
+        self._session, self._mismatch_alarm = session, mismatch_alarm
+        self._said: dict[str, int] = {}
+
+    def check(self, step: int, values: Mapping[str, float], rollouts: Sequence[Rollout]) -> None:
+        """Collective over the data-parallel group: ``values`` are the step's, ``rollouts`` this rank's."""
+        self._unjudged(step, values, rollouts)
+        if not self._session.is_writer:
+            return
+        if values.get("mismatch", 0.0) > self._mismatch_alarm:
+            log.warning(
+                "step %d: rollout and trainer log p differ by %.4f on average, more than mismatch_alarm=%s",
+                step,
+                values["mismatch"],
+                self._mismatch_alarm,
+            )
+        if values.get("c3po/shortfall", 0) > 0:
+            log.warning(
+                "step %d: %d of the token budget were missing; the loss is still divided by all of it",
+                step,
+                values["c3po/shortfall"],
+            )
+
+    def _unjudged(self, step: int, values: Mapping[str, float], rollouts: Sequence[Rollout]) -> None:
+        for status, remedy in REMEDIES.items():
+            share = values.get(f"status/{status}", 0.0)
+            if share <= DOMINANT or step - self._said.get(status, -AGAIN_AFTER) < AGAIN_AFTER:
+                continue
+            self._said[status] = step
+            own = Counter((r.prompt.domain, r.reward.detail) for r in rollouts if r.reward.status == status)
+            counted = [[*key, number] for key, number in own.items()]
+            total: Counter[tuple[str, str]] = Counter()
+            for rows in gather_json(counted, self._session.topology.groups.dp, self._session.device):
+                for domain, detail, number in rows:
+                    total[domain, detail] += number
+            (domain, detail), _ = min(total.items(), key=lambda item: (-item[1], item[0]))
+            if self._session.is_writer:
+                log.warning(
+                    "step %d: %s in %.0f%% of the responses, most often in domain %s: %s; %s",
+                    step,
+                    status,
+                    100 * share,
+                    domain,
+                    " ".join(detail.split())[:120] or "no detail",
+                    remedy,
+                )
+
+
+def say_held_out(prompts: Iterable[Prompt], held_out: Iterable[Prompt]) -> None:
+    """Warn of problems that a checkpoint carries and that are held out now: they are finished and trained on."""
+    problems = {prompt.asked for prompt in held_out}
+    found = {prompt.uid: prompt for prompt in prompts if is_among(prompt.asked, problems)}
+    if found:
+        text = " ".join(next(iter(found.values())).text.split())
+        log.warning(
+            "the checkpoint carries responses to %d problems that --eval-prompt-data holds out now (%.60s); they are "
+            "trained on, since they were begun before: start from its weights with --pretrained-checkpoint to avoid it",
+            len(found),
+            text,
+        )

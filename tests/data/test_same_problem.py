@@ -1,0 +1,44 @@
+"""When two problems are one: white space, case and the punctuation of a sentence say nothing, signs and digits do."""
+
+import itertools
+
+import pytest
+
+from megatron_ring.data.same_problem import asked, is_among
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What is  1 + 2?", " What is 1 + 2? ",
+        "What is 1 + 2?\n", "what is 1 + 2 ?", "WHAT IS 1 + 2", "What is\t1 +\u00a02?!",
+        "\u201cWhat is 1 + 2?\u201d", "What is \uff11 \uff0b \uff12\uff1f", "What, is: 1 + 2...",
+    ],
+)  # fmt: skip
+def test_the_same_problem_written_otherwise(text: str):
+    assert asked([text]) == asked(["What is 1 + 2?"])
+
+
+def test_signs_digits_brackets_and_factorials_tell_problems_apart():
+    texts = [
+        "2-3", "2 3", "23",
+        "2^3", "-23", "2.3", "2,3", "2:3", "2/3", "2*3", "(2)3", "2!", "2", "x!", "x", "|x|", "2%", "$2",
+        "2 + 3 * 4", "(2 + 3) * 4", "f'(x)", "f(x)",
+    ]  # fmt: skip
+    for one, other in itertools.combinations(texts, 2):
+        assert asked([one]) != asked([other]), (one, other)
+    assert asked(["2\u00b3"]) == asked(["2^3"]) and asked(["2\u22123"]) == asked(["2\u20133"]) == asked(
+        ["2-3"]
+    )
+
+
+def test_a_conversation_is_its_users_turns():
+    held_out = {asked(["f1", "Sure?"]), asked(["What is 1 + 2?"])}
+    assert is_among(asked(["f1", "sure"]), held_out)
+    assert is_among(asked(["Hello!", "what is 1 + 2", "Why?"]), held_out), "asked in it"
+    assert not is_among(asked(["Sure?"]), held_out), "the last turn alone is another problem"
+    assert not is_among(asked(["f1"]), held_out) and not is_among(asked(["f1", "x", "sure"]), held_out)
+
+
+def test_text_of_nothing_but_punctuation_is_itself():
+    assert asked(["?"]) != asked(["!"])

@@ -1,0 +1,125 @@
+"""Problems that nobody can judge are refused before the first response, by file and line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ring.data.prompt_sources import GymSource, JsonlSource
+from megatron_ring.errors import DataError
+from megatron_ring.rl.reward.references import check_sources, unjudgeable
+
+GOOD = {"prompt": "1+1", "domain": "math", "answer": "2"}
+
+
+def source(path: Path, *lines: dict) -> JsonlSource:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return JsonlSource(path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"domain": "math", "answer": ""},
+        {"domain": "math", "answer": "  "},
+        {"domain": "math", "answer": ["2"]},
+        {"domain": "math", "answer": True},
+        {"domain": "science", "answer": {"a": 1}},
+        {"domain": "math", "reference": {"solution": "2"}},
+        {"domain": "code", "answer": "x"},
+        {"domain": "code", "tests": []},
+        {"domain": "code", "tests": {"a": 1}},
+        {"domain": "code", "tests": [{"input": "1"}]},
+        {"domain": "code", "tests": ["1"]},
+        {"domain": "code", "language": "cobol", "tests": [{"input": "1", "output": "2"}]},
+        {"domain": "code", "mode": "stdout", "tests": [{"input": "1", "output": "2"}]},
+        {"domain": "code", "mode": "function", "tests": [{"input": [1], "output": 2}]},
+        {"domain": "reasoning_gym", "answer": "x"},
+        {"domain": "reasoning_gym", "reference": {"dataset": "chain_sum", "entry": 5}},
+    ],
+)
+def test_a_problem_without_a_judge_is_named(tmp_path: Path, fields: dict):
+    problems = source(tmp_path / "p.jsonl", GOOD, {"prompt": "f", **fields})
+    assert unjudgeable(problems[0]) is None and unjudgeable(problems[1])
+    with pytest.raises(DataError, match=r"p.jsonl:2: .*: 1 problem that nobody can judge") as caught:
+        check_sources([problems])
+    assert "\n" not in str(caught.value)
+    check_sources([problems], own_domains=[fields["domain"]])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"domain": "math", "answer": 2},
+        {"domain": "math", "answer": r"\frac{1}{2}"},
+        {"domain": "science", "answer": "B"},
+        {"domain": "poem", "answer": []},
+        {"domain": "code", "mode": "function", "function": "f", "tests": [{"input": [1], "output": 2}]},
+        {"domain": "code", "tests": {"inputs": ["1\n"], "outputs": ["2\n"], "fn_name": None}},
+        {"domain": "code", "tests": {"inputs": [[1]], "outputs": [2], "fn_name": "f"}},
+        {"domain": "code", "tests": json.dumps([{"input": "1", "output": "2"}])},
+        {"domain": "code", "language": "cpp", "tests": [{"input": "1", "output": "2"}]},
+    ],
+)
+def test_a_problem_with_a_judge_passes(tmp_path: Path, fields: dict):
+    check_sources([source(tmp_path / "p.jsonl", {"prompt": "f", **fields})])
+
+
+def test_five_are_named_and_all_are_counted(tmp_path: Path):
+    bad = [{"prompt": str(i), "domain": "math", "answer": ""} for i in range(9)]
+    with pytest.raises(DataError) as caught:
+        check_sources([source(tmp_path / "p.jsonl", GOOD, *bad), source(tmp_path / "q.jsonl", GOOD)])
+    line = str(caught.value)
+    assert line.count("p.jsonl:") == 5 and "p.jsonl:6" in line and "p.jsonl:7" not in line
+    assert "and 4 more: 9 problems that nobody can judge" in line
+
+
+def test_generated_problems_need_no_look(tmp_path: Path):
+    generated = GymSource.parse("reasoning_gym:chain_sum?size=5")
+    check_sources([generated])
+    frozen = source(tmp_path / "f.jsonl", *(generated[i].to_json() for i in range(5)))
+    check_sources([frozen])
+
+
+def test_what_stands_beside_the_tests_is_part_of_the_reference(tmp_path: Path):
+    tests = {"inputs": [[1]], "outputs": [2], "fn_name": "f"}
+    problems = source(
+        tmp_path / "p.jsonl",
+        {"prompt": "f", "domain": "code", "tests": tests, "time_limit": 3, "language": "python", "id": 7},
+        {
+            "prompt": "f",
+            "domain": "code",
+            "tests": ["assert f(1) == 2"],
+            "mode": "unit_test",
+            "entry_point": "f",
+        },
+    )
+    assert problems[0].reference == {
+        "tests": [{"input": [1], "output": 2}], "mode": "function", "function": "f", "time_limit": 3, "language": "python"
+    }  # fmt: skip
+    assert problems[1].reference == {"tests": ["assert f(1) == 2"], "mode": "unit_test", "entry_point": "f"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"answer": "2", "ground_truth": "3"}, "ground_truth is not read; write what is right under answer"),
+        ({"answer": "2", "answr": "3"}, "answr is not read; did you mean answer?"),
+        ({"tests": ["a"], "lang": "cpp"}, "lang is not read"),
+        ({"tests": ["a"], "time_limits": 3}, "time_limits is not read; did you mean time_limit?"),
+        ({"tests": ["a"], "input_output": "{}"}, "input_output is not read"),
+        ({"tests": {"inputs": [1], "outputs": []}}, "tests must have as many outputs as inputs"),
+        ({"tests": {"inputs": [1], "outputs": [2], "checker": "x"}}, "tests have a key checker"),
+        ({"tests": "[1"}, "tests is not JSON"),
+        ({"answer": "2", "images": ["a.png"]}, "images is not read, only text can be asked"),
+    ],
+)
+def test_a_key_that_looks_like_a_reference_is_refused_by_name(tmp_path: Path, fields: dict, said: str):
+    with pytest.raises(DataError, match=rf"p.jsonl:1: {said}") as caught:
+        source(tmp_path / "p.jsonl", {"prompt": "f", "domain": "code", **fields})
+    assert "\n" not in str(caught.value)
+
+
+def test_beside_an_answer_other_columns_are_passed_over(tmp_path: Path):
+    line = {**GOOD, "difficulty": 3, "my_column": "x", "solve_rate_8b": 0.5, "solution": "..."}
+    assert source(tmp_path / "p.jsonl", line)[0].reference == {"answer": "2"}
