@@ -223,3 +223,60 @@ def test_a_toml_file_that_is_none(refused, tmp_path):
 )
 def test_the_tools_refuse_in_one_line_too(refused, tmp_path, script, words, said):
     assert said in refused(script, [word.format(tmp=tmp_path) for word in words])
+
+
+SFT, RL = "examples/sft_ring.py", "examples/rl_ring.py"
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"KEYS}]FIELDS}\n'
+PROBLEM = '{"prompt": "a", "domain": "math", "answer": "1"}\n'
+
+
+@pytest.fixture
+def reads(corpus) -> dict[str, object]:
+    """A run that needs nothing but its data."""
+    tokenizer = {"tokenizer-model": corpus["tokenizer-model"], "log-level": "error"}
+    return TINY | tokenizer | {"train-iters": 1, "lr-warmup-iters": 0}
+
+
+@pytest.mark.parametrize(
+    ("keys", "fields", "said"),
+    [
+        (', "tool_calls": [{"type": "function"}]', "", "a.jsonl:2: message 1: tool_calls is not read"),
+        ("", ', "tools": [{"type": "function"}]', "a.jsonl:2: tools are not read by this chat template"),
+        (', "weight": 0', "", "a.jsonl:2: every answer has weight 0"),
+        ("", ', "chat_template_kwargs": {"enable_thinking": false}', "a.jsonl:2: chat_template_kwargs: "),
+        ("", ', "extra": ' + "[" * 3000 + "]" * 3000, "a.jsonl:2 is nested more than 64 deep"),
+    ],
+)
+def test_a_conversation_that_says_more_than_is_read(refused, reads, tmp_path, keys, fields, said):
+    text = CHAT.replace("KEYS", "").replace("FIELDS", "") + CHAT.replace("KEYS", keys).replace(
+        "FIELDS", fields
+    )
+    (tmp_path / "a.jsonl").write_text(text)
+    assert said in refused(SFT, flags(reads | {"sft-data": tmp_path / "a.jsonl"}))
+
+
+def test_a_template_name_that_no_template_reads(refused, reads, tmp_path):
+    (tmp_path / "a.jsonl").write_text(CHAT.replace("KEYS", "").replace("FIELDS", ""))
+    words = flags(reads | {"sft-data": tmp_path / "a.jsonl"})
+    assert "must be a JSON object" in refused(SFT, [*words, "--chat-template-kwargs", "[1]"])
+    line = refused(SFT, [*words, "--chat-template-kwargs", '{"enable_thinking": false}'])
+    assert "this chat template does not read enable_thinking" in line
+
+
+def test_problems_that_nobody_can_judge(refused, reads, tmp_path):
+    (tmp_path / "p.jsonl").write_text(PROBLEM + '{"prompt": "f", "domain": "code", "tests": []}\n')
+    words = reads | {
+        "prompt-data": tmp_path / "p.jsonl",
+        "prompts-per-step": 2,
+        "group-size": 2,
+        "token-budget": 8,
+    }
+    words |= {"max-prompt-length": 16, "max-response-length": 16, "microbatch-capacity": 64}
+    line = refused(RL, flags(words))
+    assert f"{tmp_path}/p.jsonl:2: " in line and "1 problem that nobody can judge" in line
+    (tmp_path / "e.jsonl").write_text('{"prompt": "A ", "domain": "math", "answer": "1"}\n')
+    (tmp_path / "p.jsonl").write_text(PROBLEM)
+    line = refused(RL, flags(words | {"eval-prompt-data": tmp_path / "e.jsonl"}))
+    assert "p.jsonl: all of its 1 problems are held out" in line
+    line = refused(RL, flags(words | {"stop-token-ids": 512}))
+    assert "stop_token_ids=512 must be below the tokenizer's 512 tokens" in line
