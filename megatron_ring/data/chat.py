@@ -49,6 +49,9 @@ BAILING_TEMPLATE = """\
 """Ling's and Ring's turns, ``<role>HUMAN</role>...<role>ASSISTANT</role>...``, each answer ended."""
 
 
+_OF_RESULTS = ("name", "tool_call_id")
+"""Keys of a tool's result that say again what the call before it said."""
+
 Sample = tuple[list[int], list[bool]]
 """Token ids, and for each whether it is learned."""
 
@@ -239,8 +242,9 @@ def _must_be_read(tokenizer: Tokenizer, conversation: Conversation) -> None:
         if not template.mentions(name):
             raise DataError(f"chat_template_kwargs: this chat template does not read {name}; drop it")
     for number, message in enumerate(conversation.messages):
+        tells_again = _OF_RESULTS if str(message.get("role")).lower() in ("tool", "function") else ()
         for key in message:
-            if key not in ("role", "content", *REASONING) and not template.reads(key):
+            if key not in ("role", "content", *REASONING, *tells_again) and not template.reads(key):
                 raise DataError(
                     f"message {number}: {key} is not read by this chat template; remove it, or take a template that "
                     "shows it"

@@ -5,7 +5,8 @@ Of a message, ``role`` and ``content`` are read, and
 - ``reasoning_content`` (or ``reasoning``, ``thinking``) of an answer, which stands before its content;
 - ``weight`` (or ``loss``, ``train``, ``trainable``, ``loss_mask``) of an answer: 0 or false keeps it, but teaches
   nothing of it;
-- whatever the chat template itself asks for, such as ``tool_calls`` or ``name``.
+- whatever the chat template itself asks for, such as ``tool_calls`` or ``name`` (a tool's result may keep its ``name``
+  and ``tool_call_id`` beside a template that does not).
 
 Of a line, ``messages``, ``tools``, ``system`` and ``chat_template_kwargs``. Keys that are known to say nothing about
 the text are passed over (:data:`NOTES`), empty values are as good as none, and every other key of a message is refused

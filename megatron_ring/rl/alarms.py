@@ -82,8 +82,8 @@ def say_held_out(prompts: Iterable[Prompt], held_out: Iterable[Prompt]) -> None:
     if found:
         text = " ".join(next(iter(found.values())).text.split())
         log.warning(
-            "the checkpoint carries responses to %d problems that --eval-prompt-data holds out now (%.60s); they are "
-            "trained on, since they were begun before: start from its weights with --pretrained-checkpoint to avoid it",
+            "the checkpoint carries responses to problems that --eval-prompt-data holds out now (%d, such as: %.60s); they "
+            "are trained on, since they were begun before: start from its weights with --pretrained-checkpoint to avoid it",
             len(found),
             text,
         )

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ring.config.rl import RolloutConfig
 from megatron_ring.data.chat import render_prompt, render_samples
 from megatron_ring.data.json_text import parse_json
 from megatron_ring.data.messages import parse_template_kwargs, read_conversation
+from megatron_ring.data.prompts import open_prompts
 from megatron_ring.data.sft import load_conversations
 from megatron_ring.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megatron_ring.errors import DataError
@@ -142,6 +144,41 @@ def test_what_the_template_reads_is_handed_to_it(huggingface_folder, tmp_path):
     assert learned(tokenizer, fields) == [json.dumps(CALL["tool_calls"])]
     ids = render_prompt(tokenizer, read_conversation(fields, ""))
     assert tokenizer.decode(ids).startswith('[{"type": "function"}]')
+
+
+def test_a_conversation_with_tools_is_read_as_it_is_written(huggingface_folder, tmp_path):
+    """OpenAI's form: the result names its call again, which templates such as Qwen3's and Ring 2.0's leave out."""
+    template = "{{ tools | tojson if tools }}" + THINKS
+    tokenizer = with_template(huggingface_folder, tmp_path, template)
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "1+1?", "name": None},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "content": "2<|im_end|>", "tool_call_id": "c1", "name": "add"},
+        {"role": "assistant", "content": "2", "tool_calls": []},
+    ]
+    assert learned(tokenizer, {"messages": messages, "tools": [{"type": "function"}]}) == [
+        json.dumps([call]) + "2"
+    ]
+    with pytest.raises(DataError, match="message 0: tool_call_id is not read"):
+        learned(tokenizer, {"messages": [{"role": "user", "content": "q", "tool_call_id": "c1"}]})
+
+
+def test_thinking_is_switched_for_problems_too(huggingface_folder, tmp_path):
+    switch = "{% if add_generation_prompt %}[assistant]{% if not enable_thinking %}<think></think>{% endif %}{% endif %}"
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}" + switch
+    with_template(huggingface_folder, tmp_path, template)
+    line_of = {"prompt": "q", "domain": "math", "answer": "1"}
+    rows = [line_of, line_of | {"chat_template_kwargs": {"enable_thinking": True}}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = load_tokenizer(
+        "huggingface", tmp_path / "hf", chat_template_kwargs={"enable_thinking": False}
+    )
+    prompts = open_prompts([str(tmp_path / "p.jsonl")], tokenizer, RolloutConfig(), seed=1).next(2)
+    assert {tokenizer.decode(p.tokens) for p in prompts} == {
+        "[user]q[assistant]",
+        "[user]q[assistant]<think></think>",
+    }
 
 
 def test_thinking_is_switched_by_setting_and_by_line(huggingface_folder, tmp_path):
