@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_ring.data.chat import render_prompt, render_samples
@@ -69,7 +69,7 @@ def control_ids(tokenizer: Tokenizer) -> set[int]:
     }
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(st.sampled_from([*PIECES, *CONTROL]), max_size=8), st.lists(st.sampled_from(PIECES), max_size=4)
 )
@@ -94,11 +94,11 @@ def test_a_users_text_never_becomes_a_control_token(tokenizers, said: list[str],
         assert learned.strip() == answer.strip() and ids[-1 if mask[-1] else -2] == tokenizer.eos_id
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(PIECES), max_size=8))
 def test_text_without_control_tokens_has_its_usual_ids(tokenizers, said: list[str]):
-    question = "".join(said).replace("<think", "think").replace("</think", "think").replace("<role", "role")
-    question = question.replace("</role", "role").replace("<|im_start|", "im") + "."
+    question = "".join(said) + "."
+    assume(not any(token in question for token in CONTROL))
     for tokenizer in tokenizers:
         text = tokenizer.apply_chat_template(spoken(question).messages[:1], add_generation_prompt=True)
         first, *others = text.split(tokenizer.eos_token)
