@@ -171,7 +171,7 @@ class RewardConfig:
     reward_workers: int = 2
     """Verifier processes of one data-parallel process."""
     reward_timeout: float = 10.0
-    """Seconds after which a verifier is killed and its response scored 0."""
+    """Seconds after which a verifier is killed and its response scored 0; code has the time of its tests instead."""
     reward_worker_judgements: int = 1000
     """Judgements after which a verifier process is replaced by a fresh one, with whatever it has leaked."""
     sandbox_memory_mb: int = 512

@@ -37,8 +37,6 @@ from megatron_ring.rl.types import RewardResult
 
 __all__ = ["CODE_KEYS", "CodeJob", "CodeJudge", "check_reference", "same_output", "same_value"]
 
-WALL_FACTOR = 5.0
-"""Wall clock of a run in multiples of its CPU seconds, at most."""
 _START_SECONDS = 2.0
 """Wall clock to start and end one sandbox on a busy machine, beside the run."""
 _LEAST_SECONDS, _LEAST_MB = 1.0, 128
@@ -70,8 +68,8 @@ class CodeJudge:
             job = CodeJob.of(reference, "")
         except ValueError:
             return _START_SECONDS
-        compiler = 0.0 if job.language == "python" else WALL_FACTOR * COMPILE.seconds + _START_SECONDS
-        return compiler + len(job.tests) * (WALL_FACTOR * self.limits_of(job).seconds + _START_SECONDS)
+        compiler = 0.0 if job.language == "python" else COMPILE.wall + _START_SECONDS
+        return compiler + len(job.tests) * (self.limits_of(job).wall + _START_SECONDS)
 
     def __call__(self, prompt: Prompt, text: str) -> RewardResult:
         """Judge the block of ``text`` that is the solution."""

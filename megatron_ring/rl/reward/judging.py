@@ -34,7 +34,7 @@ class Task:
 
     domain: str
     seconds: float
-    """After which the process is killed; loading does not count."""
+    """After which the process is killed, if its judge knows no better; loading does not count."""
     prompt: Prompt | None = None
     text: str = ""
     references: Sequence[Mapping[str, Any]] = ()
@@ -145,7 +145,8 @@ def judge_until_told(keeper: Connection, judges: Mapping[str, Judge], loaded: Co
                 say(refused=str(error))
                 continue
             loaded.add(task.domain)
-        say(started=True)
+        takes = judge.seconds if task.prompt is not None else None
+        say(started=task.seconds if takes is None else takes(task.prompt.reference))
         if task.prompt is None:
             say(problems=[judge.check(reference) for reference in task.references])
         else:

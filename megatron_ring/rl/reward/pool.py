@@ -25,7 +25,6 @@ from megatron_ring.rl.reward.judging import Task
 from megatron_ring.rl.reward.registry import (
     BUILT_IN,
     Place,
-    judging_seconds,
     needs_walls,
     parse_reward_functions,
     place_of,
@@ -116,7 +115,7 @@ class RewardPool:
                 f"{prompt.reference.get('dataset')} evaluates answers, which is done inside walls only, and there are "
                 f"none here: {raise_walls().missing}; take other problems or make the walls possible"
             )
-        seconds = judging_seconds(self._config, prompt)
+        seconds = self._config.reward_timeout
         task = Task(domain=prompt.domain, seconds=seconds, prompt=prompt, text=text, alone=alone)
         return self._put(task)
 
@@ -173,23 +172,23 @@ class RewardPool:
 
     def _judge(self, verifier: Verifier, job: _Job) -> bool:
         """Settle the job's future, or leave it unsettled for another worker; False if this worker is gone."""
-        started = False
+        seconds = None
         try:
-            if not self._hand_over(verifier, job):
+            seconds = self._hand_over(verifier, job)
+            if seconds is None:
                 return True
-            started = True
             self._deaths_at_start = 0
-            words = verifier.receive(job.task.seconds + _SILENCE_SECONDS)
+            words = verifier.receive(seconds + _SILENCE_SECONDS)
             if words is not None:
                 verifier.is_ready = bool(words.get("ready"))
-                self._settle(job, words)
+                self._settle(job, words, seconds)
                 return True
         except DiedError:
             how = self._end(verifier, _DYING_SECONDS)
             if self._closed:
                 job.future.set_exception(CancelledError())
-            elif started:
-                self._settle(job, {"died": how})
+            elif seconds is not None:
+                self._settle(job, {"died": how}, seconds)
             else:
                 self._count_death(how)
             return False
@@ -197,11 +196,14 @@ class RewardPool:
             self._end(verifier, 0.0)
             return False
         self._end(verifier, 0.0)
-        self._settle(job, {"timeout": True})
+        self._settle(job, {"timeout": True}, seconds or 0.0)
         return False
 
-    def _hand_over(self, verifier: Verifier, job: _Job) -> bool:
-        """True once the job has started; False if it is settled already. Raises TimeoutError if the worker says nothing."""
+    def _hand_over(self, verifier: Verifier, job: _Job) -> float | None:
+        """The seconds that a job which has started may take; None if it is settled already.
+
+        Raises TimeoutError if the worker says nothing.
+        """
         if not verifier.is_ready:
             self._next(verifier, START_SECONDS)
         verifier.is_ready = False
@@ -210,13 +212,13 @@ class RewardPool:
         while "loading" in words:
             words = self._next(verifier, START_SECONDS)
         if "started" in words:
-            return True
+            return float(words["started"])
         verifier.is_ready = bool(words.get("ready"))
         if "refused" in words:
             job.future.set_exception(RewardError(str(words["refused"])))
         else:
-            self._settle(job, words)
-        return False
+            self._settle(job, words, job.task.seconds)
+        return None
 
     @staticmethod
     def _next(verifier: Verifier, seconds: float) -> dict[str, Any]:
@@ -225,11 +227,11 @@ class RewardPool:
             raise TimeoutError
         return words
 
-    def _settle(self, job: _Job, words: Mapping[str, Any]) -> None:
+    def _settle(self, job: _Job, words: Mapping[str, Any], seconds: float) -> None:
         if "problems" in words and job.task.prompt is None:
             job.future.set_result([None if each is None else str(each) for each in words["problems"]])
             return
-        result = _result(words, job.task.seconds)
+        result = _result(words, seconds)
         if "result" not in words:
             with self._lock:
                 self.num_replaced += 1

@@ -58,6 +58,8 @@ class Judge:
     load: Callable[[], None]
     check: Callable[[Mapping[str, Any]], str | None] = lambda reference: None
     """Why nobody can judge by a reference; None if it can be done."""
+    seconds: Callable[[Mapping[str, Any]], float] | None = None
+    """Of a reference: wall clock after which judging by it is ended; None for ``reward_timeout``."""
 
 
 def parse_reward_functions(words: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -101,11 +103,6 @@ def needs_walls(config: RewardConfig, prompt: Prompt) -> bool:
     return gym.needs_walls(str(prompt.reference.get("dataset")))
 
 
-def judging_seconds(config: RewardConfig, prompt: Prompt) -> float:
-    """Seconds after which the verifier of one response is killed."""
-    return config.reward_timeout
-
-
 def load_judges(config: RewardConfig, place: Place) -> dict[str, Judge]:
     """The judges of one place; what is given by path is imported, and takes the place of a built-in one.
 
@@ -128,7 +125,7 @@ def load_judges(config: RewardConfig, place: Place) -> dict[str, Judge]:
             ),
         }
     code = CodeJudge(config)
-    judges = {"code": Judge(function=code, load=code.load, check=check_code_reference)}
+    judges = {"code": Judge(function=code, load=code.load, check=check_code_reference, seconds=code.seconds)}
     for domain, (module, name) in parse_reward_functions(config.reward_functions).items():
         where = f"reward_functions={domain}={module}:{name}"
         try:

@@ -86,9 +86,11 @@ class _Keeper:
         judging, words = self._hand_over(task)
         if words is None or "refused" in words:
             return words or {"died": "it does not start to judge"}
-        self._say(started=True)
+        # inside, a process that has read a model's text has no say in its own time
+        seconds = task.seconds if self._inside else float(words["started"])
+        self._say(started=seconds)
         try:
-            words = judging.receive(task.seconds)
+            words = judging.receive(seconds)
         except GoneError:
             self._forget(judging)
             return {"died": judging.end()}

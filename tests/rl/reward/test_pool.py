@@ -273,3 +273,11 @@ def test_no_descriptor_is_left_open(plugin: str, tmp_path: Path):
         return len(os.listdir("/proc/self/fd"))
 
     assert use() == use()
+
+
+def test_code_has_the_time_of_its_tests_and_not_a_verifiers(plugin: str, sandbox):
+    with RewardPool.open(config(plugin, reward_timeout=0.2), domains={"code"}) as pool:
+        prompt = problem("code", tests=[{"input": "", "output": "2"}] * 3)
+        slow = "import time\nt = time.process_time()\nwhile time.process_time() - t < 0.3: pass\nprint(2)"
+        assert pool.submit(prompt, f"```python\n{slow}\n```").result().status == "correct"
+        assert pool.num_replaced == 0

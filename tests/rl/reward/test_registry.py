@@ -4,7 +4,12 @@ import pytest
 
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward.registry import check_reward_function, load_judges, parse_reward_functions
+from megatron_ring.rl.reward.registry import (
+    check_reward_function,
+    load_judges,
+    parse_reward_functions,
+    place_of,
+)
 from megatron_ring.rl.types import RewardResult
 from tests.rl.reward.conftest import problem
 
@@ -52,13 +57,17 @@ def test_words_that_lead_nowhere(words: list[str], line: str):
 )
 def test_functions_that_are_none(plugin: str, function: str, line: str):
     with pytest.raises(RewardError) as caught:
-        load_judges(RewardConfig(reward_functions=(f"poem={plugin}:{function}",)))
+        load_judges(RewardConfig(reward_functions=(f"poem={plugin}:{function}",)), "outside")
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_path_adds_a_domain_or_replaces_a_built_in_one(plugin: str):
-    judges = load_judges(RewardConfig(reward_functions=(f"poem={plugin}:right", f"math={plugin}:number")))
-    assert set(judges) == {"math", "science", "code", "reasoning_gym", "poem"}
+    config = RewardConfig(reward_functions=(f"poem={plugin}:right", f"math={plugin}:number"))
+    judges = load_judges(config, "outside")
+    assert set(judges) == {"math", "code", "poem"}
+    assert set(load_judges(config, "inside")) == {"math", "science", "reasoning_gym"}
+    places = [place_of(config, domain) for domain in ("math", "science", "reasoning_gym", "code", "poem")]
+    assert places == ["outside", "inside", "inside", "outside", "outside"]
     assert judges["poem"].function(problem("poem"), "x").status == "correct"
     assert judges["math"].function(problem("math"), "x") == 1.0
 
