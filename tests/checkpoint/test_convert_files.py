@@ -183,9 +183,9 @@ BAD = {
         lambda f: _edit_config(f, architectures=["LlamaForCausalLM"]),
         "is another family's model",
     ),
-    "family of other tensors": (
+    "two families in one config": (
         lambda f: _edit_config(f, architectures=["Qwen2ForCausalLM"]),
-        "model.embed_tokens.weight",
+        "model_type='bailing_moe' is another family's than architectures=Qwen2ForCausalLM",
     ),
     "tied": (
         lambda f: _edit_config(f, tie_word_embeddings=True),

@@ -1,5 +1,8 @@
 """Do both sides of a conversion compute the same? One prompt through Megatron's model and through the plain
 tensors.
+
+It proves that every weight is in its place and that two pieces of code agree on the arithmetic. It proves nothing
+about the reading of config.json, which both share: there a setting is read, or refused by name (``hf_rules``).
 """
 
 from __future__ import annotations
@@ -55,7 +58,10 @@ def check_logits(hf_folder: Path, megatron_path: Path) -> str:
             f"{hf_folder} and {folder} compute different models: log p differs by {gap:.2e}, more than "
             f"{TOLERANCE:.0e}; convert again with --verify"
         )
-    return f"logits agree: log p over {NUM_TOKENS} tokens x {model.vocab_size} differs by {gap:.1e} at most"
+    return (
+        f"logits agree: log p over {NUM_TOKENS} tokens x {model.vocab_size} differs by {gap:.1e} at most "
+        "(weights and arithmetic; both sides take the settings from one reading of config.json)"
+    )
 
 
 def _megatron_logits(folder: Path, model: ModelConfig, tokens_T: torch.Tensor) -> torch.Tensor:

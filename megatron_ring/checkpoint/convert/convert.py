@@ -25,10 +25,12 @@ from megatron_ring.checkpoint.convert.folders import (
     find_checkpoint,
     must_be_free,
     run_config_of,
+    token_ids,
     write_manifest,
 )
 from megatron_ring.checkpoint.convert.hf_config import (
     config_class_files,
+    defaults_taken,
     hf_config,
     model_config,
     read_hf_config,
@@ -114,11 +116,12 @@ def hf_to_megatron(
         CheckpointError: bad input, no room, or ``target`` holds something already; nothing half-written has
         its name.
     """
-    theirs = read_hf_config(source_folder)
-    model = replace(
-        model_config(theirs, str(source_folder / "config.json")), make_vocab_size_divisible_by=divisible_by
-    )
+    theirs, origin = read_hf_config(source_folder), str(source_folder / "config.json")
+    model = replace(model_config(theirs, origin), make_vocab_size_divisible_by=divisible_by)
     source = SafetensorsFolder(source_folder)
+    if taken := defaults_taken(theirs, origin):
+        said = ", ".join(f"{name}={value}" for name, value in taken.items())
+        reporter.say(f"{origin} leaves out what its class then takes: {said}")
     mapping = tensor_map(model, padded_vocab_size(model, tensor_size))
     check_tensors(source, mapping.names, model, source.tensors.keys() - mapping.names.keys())
     infos = target_infos(source, mapping.into_keys, mapping.keys, options.dtype)
@@ -180,8 +183,9 @@ def megatron_to_hf(
     files_from = export.hf_files or folder.parent / HF_FILES
     base = read_hf_config(files_from) if export.hf_files or (files_from / "config.json").exists() else {}
     normalize = export.normalize_head and model.norm_head
+    ids = {} if base else token_ids(files_from, config.data, model.vocab_size)
     theirs = hf_config(
-        replace(model, norm_head=model.norm_head and not normalize), base, _common_dtype(infos)
+        replace(model, norm_head=model.norm_head and not normalize), base, _common_dtype(infos), ids
     )
     job = Job(
         source=folder,
@@ -197,8 +201,16 @@ def megatron_to_hf(
         notes = _run(job, working, options, reporter)
         if files_from.is_dir():
             carry_over(files_from, working)
-        else:
-            reporter.say("no config.json or tokenizer to carry over (--hf-files): config.json is made anew")
+        if not base:
+            said = ", ".join(f"{name}={value}" for name, value in ids.items())
+            reporter.say(
+                "no config.json to carry over (--hf-files): it is made anew, "
+                + (
+                    f"with the tokenizer's {said}"
+                    if ids
+                    else "without pad and eos tokens: no tokenizer is at hand"
+                )
+            )
         _finish_hf(job, working, theirs)
         write_manifest(working, notes, source=str(folder), source_format="torch_dist", family=model.family)
         if options.verify:

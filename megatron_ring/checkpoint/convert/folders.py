@@ -13,8 +13,9 @@ from megatron_ring import __version__
 from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint.convert.stream import Written
 from megatron_ring.config.load import config_from_mapping, read_toml
-from megatron_ring.config.run import RunConfig
-from megatron_ring.errors import CheckpointError, ConfigError
+from megatron_ring.config.run import DataConfig, RunConfig
+from megatron_ring.data.tokenizer import load_tokenizer
+from megatron_ring.errors import CheckpointError, ConfigError, DataError
 
 MANIFEST = "conversion.json"
 HF_FILES = "hf"
@@ -36,6 +37,24 @@ def carry_over(source: Path, target: Path) -> list[str]:
         shutil.copyfile(path, target / path.name)
         carried.append(path.name)
     return carried
+
+
+def token_ids(files: Path, data: DataConfig, vocab_size: int) -> dict[str, int]:
+    """``pad_token_id`` and ``eos_token_id`` of the tokenizer in ``files``, or else of the run's; empty without one.
+
+    Raises:
+        CheckpointError: it cannot be read, or has more tokens than the model.
+    """
+    kind, path = data.tokenizer_type, Path(data.tokenizer_model) if data.tokenizer_model else None
+    if (files / "tokenizer.json").is_file() and (files / "tokenizer_config.json").is_file():
+        kind, path = "huggingface", files
+    if path is None or not path.exists():
+        return {}
+    try:
+        tokenizer = load_tokenizer(kind, path, vocab_size=vocab_size)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    return {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
 
 
 def must_be_free(root: Path) -> None:

@@ -1,97 +1,40 @@
 """``config.json`` of a Hugging Face folder and our model configuration, into each other.
 
-Only here do Hugging Face's words for a model's settings appear. What a config says beyond what this project
-can compute is refused by name; what it leaves out has the published configuration class's default.
+Only here, in ``hf_keys`` and in ``hf_rules`` do Hugging Face's words for a model's settings appear. What a
+config says beyond what this project can compute is refused by name; what it leaves out has the published
+configuration class's default.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import stat
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+from megatron_ring.checkpoint.convert.hf_keys import KEYS, SAID_OTHERWISE, TRAINING_ONLY
+from megatron_ring.checkpoint.convert.hf_rules import (
+    LARGEST_SIZE,
+    is_size,
+    refuse_what_is_not_computed,
+    said_or_default,
+    short,
+    shown,
+    under_one_name,
+)
 from megatron_ring.config.model import Family, ModelConfig
 from megatron_ring.config.model_rules import model_problems
 from megatron_ring.errors import CheckpointError
 
-ARCHITECTURES: dict[str, Family] = {
-    "BailingMoeForCausalLM": "bailing_moe",
-    "BailingMoeV2ForCausalLM": "bailing_moe_v2",
-    "Qwen2ForCausalLM": "qwen2",
-}
-_MODEL_TYPES: dict[Family, str] = {
-    "bailing_moe": "bailing_moe",
-    "bailing_moe_v2": "bailing_moe_v2",
-    "qwen2": "qwen2",
-}
+ARCHITECTURES: dict[str, Family] = {keys.architecture: family for family, keys in KEYS.items()}
 
-_SAME_EVERYWHERE = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "intermediate_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_key_value_heads",
-    "kv_channels": "head_dim",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_position_embeddings",
-    "norm_epsilon": "rms_norm_eps",
-    "init_method_std": "initializer_range",
-    "rotary_base": "rope_theta",
-}
-_EXPERTS = {
-    "num_experts": "num_experts",
-    "moe_router_topk": "num_experts_per_tok",
-    "moe_ffn_hidden_size": "moe_intermediate_size",
-    "first_k_dense_replace": "first_k_dense_replace",
-}
-_FIELDS: dict[Family, dict[str, str]] = {
-    "bailing_moe": {**_SAME_EVERYWHERE, **_EXPERTS, "norm_head": "norm_head"},
-    "bailing_moe_v2": {
-        **_SAME_EVERYWHERE,
-        **_EXPERTS,
-        "norm_head": "norm_head",
-        "rotary_percent": "partial_rotary_factor",
-        "qk_layernorm": "use_qk_norm",
-        "moe_router_score_function": "score_function",
-        "moe_router_num_groups": "n_group",
-        "moe_router_group_topk": "topk_group",
-        "moe_router_topk_scaling_factor": "routed_scaling_factor",
-        "moe_router_enable_expert_bias": "moe_router_enable_expert_bias",
-        "mtp_num_layers": "num_nextn_predict_layers",
-    },
-    "qwen2": _SAME_EVERYWHERE,
-}
-"""Our field -> their field, where the value is the same."""
-
-_DEFAULTS: dict[str, Any] = {
-    "first_k_dense_replace": 0,
-    "initializer_range": 0.02,
-    "max_position_embeddings": 32768,
-    "norm_head": False,
-    "num_nextn_predict_layers": 0,
-    "partial_rotary_factor": 1.0,
-    "rms_norm_eps": 1e-6,
-    "routed_scaling_factor": 1.0,
-    "score_function": "sigmoid",
-    "use_qk_norm": True,
-    "moe_router_enable_expert_bias": True,
-    "n_group": 0,
-    "topk_group": 0,
-}
-_MUST_BE: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "tie_word_embeddings": (False,),
-    "use_bias": (False,),
-    "use_qkv_bias": (False,),
-    "norm_topk_prob": (True,),
-    "norm_softmax": (False,),
-    "multi_gate": (False,),
-    "rope_scaling": (None,),
-    "use_sliding_window": (False, None),
-    "quantization_config": (None,),
-}
-"""Settings that this project computes in one way only; absent is as good as right."""
+_MAX_BYTES = 10_000_000
+_LARGEST = {"num_layers": 10_000, "num_experts": 100_000, "mtp_num_layers": 100}
+_MOST_EXPERTS = 10_000_000
+"""Experts of all layers together."""
 
 _CONFIG_CLASS = '''"""Configuration class of this model; every setting is in config.json."""
 
@@ -107,32 +50,59 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     """The parsed ``config.json``.
 
     Raises:
-        CheckpointError: it is missing or no JSON object.
+        CheckpointError: it is missing, no plain file, or no JSON object.
     """
     path = folder / "config.json"
+    remedy = "name a Hugging Face model folder"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        # a pipe would be waited for
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path}: is no plain file; {remedy}")
+            if status.st_size > _MAX_BYTES:
+                raise CheckpointError(f"{path}: {status.st_size} bytes are no config.json; {remedy}")
+            config = json.loads(file.read().decode("utf-8"), object_pairs_hook=_without_repeats)
+    except RecursionError:
+        raise CheckpointError(f"{path}: is nested too deeply; {remedy}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path}: {reason}; name a Hugging Face model folder") from None
+        raise CheckpointError(f"{path}: {short(str(reason))}; {remedy}") from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: holds no JSON object; name a Hugging Face model folder")
+        raise CheckpointError(f"{path}: holds no JSON object; {remedy}")
     return config
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{short(twice)} is there twice, and readers differ in which they take")
+    return found
 
 
 def family_of(config: Mapping[str, Any], origin: str) -> Family:
     """Which of our families ``architectures`` names.
 
     Raises:
-        CheckpointError: none.
+        CheckpointError: none, or ``model_type`` says another.
     """
-    named = config.get("architectures") or []
-    for architecture in named:
-        if architecture in ARCHITECTURES:
-            return ARCHITECTURES[architecture]
-    raise CheckpointError(
-        f"{origin}: architectures={named} is another family's model; convertible are {', '.join(ARCHITECTURES)}"
-    )
+    named = config.get("architectures")
+    known = [n for n in named if isinstance(n, str) and n in ARCHITECTURES] if isinstance(named, list) else []
+    if not known:
+        raise CheckpointError(
+            f"{origin}: architectures={shown(named or [])} is another family's model; convertible are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    family = ARCHITECTURES[known[0]]
+    said = config.get("model_type")
+    if said is not None and said not in KEYS[family].model_types:
+        raise CheckpointError(
+            f"{origin}: model_type={shown(said)} is another family's than architectures={known[0]}, "
+            f"which is {' or '.join(KEYS[family].model_types)}; correct the one that is wrong"
+        )
+    return family
 
 
 def model_config(config: Mapping[str, Any], origin: str) -> ModelConfig:
@@ -142,95 +112,152 @@ def model_config(config: Mapping[str, Any], origin: str) -> ModelConfig:
         CheckpointError: another family, a missing or unsupported setting, or sizes that fit no model.
     """
     family = family_of(config, origin)
-    theirs = {**(config.get("rope_parameters") or {}), **config}
-    if theirs.get("num_experts_per_tok") == 1:
-        # the published gates normalise nothing where there is one weight, whatever this says
-        theirs.pop("norm_topk_prob", None)
-    for name, allowed in _MUST_BE.items():
-        if name in theirs and theirs[name] not in allowed:
-            raise CheckpointError(
-                f"{origin}: {name}={theirs[name]!r} is not supported; it must be {allowed[0]!r}"
-            )
-    values: dict[str, Any] = {}
-    for ours, name in _FIELDS[family].items():
-        value = theirs.get(name)
-        values[ours] = _default(name, theirs, origin) if value is None else value
+    theirs = under_one_name(config, family, origin)
+    refuse_what_is_not_computed(theirs, family, origin)
+    values = {
+        ours: _typed(ours, name, said_or_default(name, theirs, family, origin), origin)
+        for ours, name in KEYS[family].fields.items()
+    }
     if family != "qwen2":
-        shared = int(theirs.get("num_shared_experts") or 0)
-        values["moe_shared_expert_intermediate_size"] = shared * values["moe_ffn_hidden_size"]
+        values["moe_shared_expert_intermediate_size"] = _shared_width(theirs, values, family, origin)
     if values.get("moe_router_num_groups") == 1:
         values["moe_router_num_groups"] = values["moe_router_group_topk"] = 0
-    model = ModelConfig(family=family, add_qkv_bias=family == "qwen2", **_typed(values, origin))
+    model = ModelConfig(family=family, add_qkv_bias=family == "qwen2", **values)
+    layers = model.num_layers + model.mtp_num_layers
+    if layers * model.num_experts > _MOST_EXPERTS:
+        raise CheckpointError(
+            f"{origin}: num_experts={model.num_experts} in each of {layers} layers is more than any model has; "
+            "correct it"
+        )
     for problem in model_problems(model):
         raise CheckpointError(f"{origin}: {problem}")
     return model
 
 
-def _default(name: str, theirs: Mapping[str, Any], origin: str) -> Any:
-    if name == "head_dim" and theirs.get("hidden_size") and theirs.get("num_attention_heads"):
-        return theirs["hidden_size"] // theirs["num_attention_heads"]
-    if name == "num_key_value_heads" and theirs.get("num_attention_heads"):
-        return theirs["num_attention_heads"]
-    if name == "intermediate_size" and theirs.get("num_experts") and not theirs.get("first_k_dense_replace"):
-        return theirs.get("moe_intermediate_size")
-    if name not in _DEFAULTS:
-        raise CheckpointError(f"{origin}: {name} is missing; add it as the model was trained")
-    return _DEFAULTS[name]
+def defaults_taken(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Which settings of the model ``config`` leaves out, and the published class's default of each.
+
+    Example: ``{"n_group": 8, "topk_group": 4}``.
+    """
+    family = family_of(config, origin)
+    theirs = under_one_name(config, family, origin)
+    return {
+        name: value
+        for name, value in KEYS[family].defaults.items()
+        if name not in theirs and value is not None and name != "initializer_range"
+    }
 
 
-def _typed(values: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Numbers as our fields have them. JSON writes 600000 for 600000.0."""
-    defaults = ModelConfig()
-    typed = {}
-    for name, value in values.items():
-        kind = type(getattr(defaults, name))
-        good = (
-            isinstance(value, int | float) and not isinstance(value, bool)
-            if kind is float
-            else type(value) is kind
+def _shared_width(theirs: Mapping[str, Any], values: dict[str, Any], family: Family, origin: str) -> int:
+    """Width of all shared experts together: engines take each one's from the key of its own if it is there."""
+    shared = said_or_default("num_shared_experts", theirs, family, origin)
+    each = theirs.get("moe_shared_expert_intermediate_size")
+    each = values["moe_ffn_hidden_size"] if each is None else each
+    for name, value in (("num_shared_experts", shared), ("moe_shared_expert_intermediate_size", each)):
+        if value != 0 and not is_size(value):
+            raise CheckpointError(f"{origin}: the value {shown(value)} for {name} is no int; correct it")
+    return shared * each
+
+
+def _typed(ours: str, name: str, value: Any, origin: str) -> Any:
+    """``value`` as our field has it (JSON writes 600000 for 600000.0), if a model can have it at all."""
+    default = getattr(ModelConfig(), ours)
+    kind = type(default)
+    good = type(value) in (int, float) if kind is float else type(value) is kind
+    if not good:
+        raise CheckpointError(
+            f"{origin}: the value {shown(value)} for {name} is no {kind.__name__}; correct it"
         )
-        if not good:
-            raise CheckpointError(
-                f"{origin}: the value {value!r} for {name} is no {kind.__name__}; correct it"
-            )
-        typed[name] = kind(value)
-    return typed
+    largest = 1e30 if kind is float else _LARGEST.get(ours, LARGEST_SIZE)
+    # no number at all fails the comparison too
+    if kind in (int, float) and not abs(value) <= largest:
+        raise CheckpointError(f"{origin}: {name}={shown(value)} is beyond what any model has; correct it")
+    choices = get_args(get_type_hints(ModelConfig)[ours])
+    if kind is str and value not in choices:
+        raise CheckpointError(
+            f"{origin}: {name}={shown(value)} is not supported; it must be {' or '.join(choices)}"
+        )
+    return kind(value)
 
 
-def hf_config(model: ModelConfig, base: Mapping[str, Any], torch_dtype: str) -> dict[str, Any]:
+def hf_config(
+    model: ModelConfig,
+    base: Mapping[str, Any],
+    torch_dtype: str,
+    token_ids: Mapping[str, int | None] | None = None,
+) -> dict[str, Any]:
     """``config.json`` of ``model``: ``base`` (the config it once came with, or empty) with what we know put
     in.
 
+    ``token_ids`` are the tokenizer's ``pad_token_id`` and ``eos_token_id``, for a config that is made anew: the
+    published classes' own lie beyond a smaller vocabulary, and null is none.
+
     Raises:
-        CheckpointError: ``base`` is another family's, or the shared experts have a width that no config can
-        say.
+        CheckpointError: ``base`` is another family's or has tokens beyond the vocabulary, or the family's config
+            cannot say a setting of ``model``.
     """
     if base and family_of(base, "config.json to carry over") != model.family:
         raise CheckpointError(
             f"config.json to carry over is of {base['architectures']} but the checkpoint is a {model.family}; "
             "name the folder the model came from"
         )
+    keys = KEYS[model.family]
+    _refuse_what_cannot_be_said(model)
     config: dict[str, Any] = {
-        "architectures": [name for name, family in ARCHITECTURES.items() if family == model.family],
-        "model_type": _MODEL_TYPES[model.family],
+        "architectures": [keys.architecture],
+        "model_type": keys.model_types[0],
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "attention_dropout": 0.0,
         "use_cache": True,
-        **base,
+        **({"pad_token_id": None, "eos_token_id": None, **(token_ids or {})} if not base else {}),
+        **{name: value for name, value in base.items() if name not in (*keys.aliases, "rotary_dim")},
     }
-    for ours, name in _FIELDS[model.family].items():
-        config[name] = getattr(model, ours)
+    config |= {name: getattr(model, ours) for ours, name in keys.fields.items()}
     if config.get("n_group") == 0:
         # one group of all experts is how the format says that there are none
         config |= {"n_group": 1, "topk_group": 1}
     config["torch_dtype"] = torch_dtype
     config.pop("dtype", None)
-    if isinstance(config.get("rope_parameters"), dict):
-        config["rope_parameters"] = {**config["rope_parameters"], "rope_theta": model.rotary_base}
-    if model.family == "qwen2":
-        return config
-    return config | _bailing_settings(model)
+    for block in ("rope_parameters", "rope_scaling"):
+        rope = config.get(block)
+        if isinstance(rope, dict):
+            own = {"rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_percent}
+            config[block] = {name: own.get(name, value) for name, value in rope.items()}
+    if model.family != "qwen2":
+        config |= _bailing_settings(model)
+    for name in ("pad_token_id", "eos_token_id"):
+        _refuse_tokens_beyond(name, config.get(name), model.vocab_size)
+    return config
+
+
+def _refuse_what_cannot_be_said(model: ModelConfig) -> None:
+    """
+    Raises:
+        CheckpointError: the family's config and code mean another model than this one.
+    """
+    for ours, value in KEYS[model.family].implied.items():
+        found = getattr(model, ours)
+        if found != value:
+            raise CheckpointError(
+                f"{ours}={found!r} cannot be said in the config of a {model.family}, which means {value!r}: "
+                "engines would compute another model; train with that, or as a family that can say it"
+            )
+    assert {field.name for field in fields(model)} == _accounted_for(model.family)
+
+
+def _accounted_for(family: Family) -> set[str]:
+    unused = {"moe_router_topk", "moe_ffn_hidden_size"} if family == "qwen2" else set()
+    return {*KEYS[family].fields, *KEYS[family].implied, *TRAINING_ONLY, *SAID_OTHERWISE, *unused}
+
+
+def _refuse_tokens_beyond(name: str, value: Any, vocab_size: int) -> None:
+    for token in value if isinstance(value, list) else [value]:
+        if type(token) is int and not 0 <= token < vocab_size:
+            raise CheckpointError(
+                f"{name}={token} of config.json to carry over is not below vocab_size={vocab_size}, so that no "
+                "engine loads the model; name the folder of its own tokenizer with --hf-files"
+            )
 
 
 def _bailing_settings(model: ModelConfig) -> dict[str, Any]:
@@ -246,7 +273,8 @@ def _bailing_settings(model: ModelConfig) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": width,
         # engines that take it at its word would make the one weight of a top-1 model 1
         "norm_topk_prob": model.moe_router_topk > 1,
-        "router_dtype": model.moe_router_dtype,
+        # fp64 is how it was trained; engines take every word but this one for bfloat16
+        "router_dtype": "fp32",
         "use_rmsnorm": True,
         "use_bias": False,
         "use_qkv_bias": False,

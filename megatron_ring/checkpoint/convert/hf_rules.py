@@ -1,0 +1,140 @@
+"""The rules of ``config.json``: settings under one name, their defaults, and what is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_ring.checkpoint.convert.hf_keys import KEYS, is_known
+from megatron_ring.config.model import Family
+from megatron_ring.errors import CheckpointError
+
+LARGEST_SIZE = 2**31
+_SAYABLE_IN_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+
+
+def short(text: str) -> str:
+    """One line of ``text``, cut."""
+    line = " ".join(text.split())
+    return line if len(line) <= 120 else f"{line[:117]}..."
+
+
+def shown(value: Any) -> str:
+    """A value of JSON as one line names it."""
+    try:
+        return short(repr(value))
+    except RecursionError:
+        return "something nested deeply"
+
+
+def under_one_name(config: Mapping[str, Any], family: Family, origin: str) -> dict[str, Any]:
+    """``config`` with every setting at its own key: aliases and what stands in the rope's settings."""
+    theirs = dict(config)
+
+    def put(name: str, value: Any, said_by: str) -> None:
+        if theirs.get(name, value) != value:
+            raise CheckpointError(
+                f"{origin}: {name}={shown(theirs[name])} but {said_by}={shown(value)}; remove the wrong one"
+            )
+        theirs[name] = value
+
+    for alias, name in KEYS[family].aliases.items():
+        if alias in theirs:
+            put(name, theirs.pop(alias), alias)
+    for block in ("rope_parameters", "rope_scaling"):
+        rope = theirs.get(block)
+        if rope is None:
+            continue
+        if not _is_plain_rope(rope):
+            raise CheckpointError(
+                f"{origin}: {block}={shown(rope)} is not supported; only rope_type 'default' is computed"
+            )
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in rope:
+                put(name, rope[name], f"{name} in {block}")
+    rotated = theirs.pop("rotary_dim", None)
+    if rotated is not None:
+        width = said_or_default("head_dim", theirs, family, origin)
+        if not is_size(rotated) or not is_size(width):
+            raise CheckpointError(
+                f"{origin}: rotary_dim={shown(rotated)} is no part of head_dim={shown(width)}; correct it"
+            )
+        # channels, where partial_rotary_factor is a share of them
+        put("partial_rotary_factor", rotated / width, f"rotary_dim={rotated} of head_dim={width}, a share")
+    return theirs
+
+
+def is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value <= LARGEST_SIZE
+
+
+def _is_plain_rope(rope: Any) -> bool:
+    """Is the rope as it was before anything scaled it? ``default`` says so in as many words."""
+    if not isinstance(rope, dict):
+        return False
+    kinds = {rope.get("rope_type", "default"), rope.get("type", "default")} if _hashable(rope) else set()
+    unread = [name for name in rope if name not in _SAYABLE_IN_ROPE and rope[name] is not None]
+    return kinds == {"default"} and not unread
+
+
+def _hashable(rope: dict[str, Any]) -> bool:
+    return all(isinstance(rope.get(name), str | None) for name in ("rope_type", "type"))
+
+
+def refuse_what_is_not_computed(theirs: dict[str, Any], family: Family, origin: str) -> None:
+    """
+    Raises:
+        CheckpointError: a setting at a value that is computed otherwise here, or a key that nobody here knows.
+    """
+    keys = KEYS[family]
+    if theirs.get("num_experts_per_tok") == 1:
+        # the published gates normalise nothing where there is one weight, whatever this says
+        theirs.pop("norm_topk_prob", None)
+    for name, allowed in keys.only.items():
+        if name in theirs and theirs[name] not in allowed:
+            raise CheckpointError(
+                f"{origin}: {name}={shown(theirs[name])} is not supported; it must be {allowed[0]!r}"
+            )
+    kinds = theirs.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise CheckpointError(
+            f"{origin}: layer_types={shown(kinds)} is not supported; every layer must be 'full_attention'"
+        )
+    window = theirs.get("sliding_window")
+    if window is not None and theirs.get("use_sliding_window") is not False:
+        raise CheckpointError(
+            f"{origin}: sliding_window={shown(window)} is not supported; without a window it is null, or "
+            "use_sliding_window is false"
+        )
+    for name, value in theirs.items():
+        if not is_known(family, name) and value not in (None, False, "", [], {}):
+            raise CheckpointError(
+                f"{origin}: {short(name)}={shown(value)} is not known here and may change what a "
+                f"{family} computes; if it does not, remove it from a copy of config.json"
+            )
+
+
+def said_or_default(name: str, theirs: Mapping[str, Any], family: Family, origin: str) -> Any:
+    """What the published class has at ``name``: what is said, or its default.
+
+    Null is no number; where it is a switch that is off, it is off.
+    """
+    default = KEYS[family].defaults.get(name)
+    value = theirs.get(name, default)
+    if value is None and isinstance(default, bool):
+        return False
+    if value is None and name in ("num_shared_experts", "num_nextn_predict_layers"):
+        return 0
+    if value is None and name == "head_dim":
+        width = said_or_default("hidden_size", theirs, family, origin)
+        heads = said_or_default("num_attention_heads", theirs, family, origin)
+        if is_size(width) and is_size(heads):
+            return width // heads
+    if value is None and name == "intermediate_size" and not theirs.get("first_k_dense_replace"):
+        # a width that no layer has
+        value = theirs.get("moe_intermediate_size")
+    if value is None and name == "num_key_value_heads" and name not in theirs:
+        return said_or_default("num_attention_heads", theirs, family, origin)
+    if value is None:
+        raise CheckpointError(f"{origin}: {name} is missing; add it as the model was trained")
+    return value
