@@ -21,7 +21,7 @@ mkdir -p "$run"
 launch=("$PYTHON")
 if [ "$(nproc)" -ge 2 ]; then
     export OMP_NUM_THREADS=1
-    launch=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 2)
+    launch=("$PYTHON" -m megatron_ring.launch.ranks --standalone --nproc-per-node 2)
 fi
 
 _stage() {  # _stage NAME FOLDER [FLAG ...]: examples/NAME_ring.py with its tiny settings, files in FOLDER

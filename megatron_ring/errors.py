@@ -9,6 +9,8 @@ class RingError(Exception):
     """Base of every error that a user, not the code, has to resolve."""
 
     exit_code = 2
+    speaks: bool | None = None
+    """Is this rank the one of its run to say the line? None where nobody has asked."""
 
 
 class ConfigError(RingError):

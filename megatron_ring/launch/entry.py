@@ -31,7 +31,7 @@ def run_entry(main: Callable[[], object]) -> NoReturn:
         main()
     except RingError as error:
         line = " ".join(str(error).split())
-        if _is_speaker(line):
+        if _is_speaker(line) if error.speaks is None else error.speaks:
             print(f"error: {line}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
     sys.exit(0)

@@ -16,6 +16,7 @@ from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.errors import ConfigError
 from megatron_ring.runtime import device
 from megatron_ring.runtime.deterministic import deterministic_operations
+from megatron_ring.runtime.peers import Watch
 from megatron_ring.runtime.products import bf16_products
 from megatron_ring.runtime.topology import Topology, close_topology, distributed_timeout, open_topology
 
@@ -79,15 +80,15 @@ class Session:
         return bool(flag.item())
 
 
-def _init_process_group(parallel: ParallelConfig) -> None:
+def _init_process_group(parallel: ParallelConfig) -> Watch | None:
+    """Open the process group, and a watch over its other ranks if there are any."""
     world_size = world_size_from_env()
     timeout = distributed_timeout(parallel)
+    backend = device.collective_backend()
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(
-            device.collective_backend(), store=store, rank=0, world_size=1, timeout=timeout
-        )
-        return
+        alone = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
+        return None
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(
@@ -99,9 +100,16 @@ def _init_process_group(parallel: ParallelConfig) -> None:
     store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
     # the store outlives a session: a second one must not read the first one's addresses
     prefixed = torch.distributed.PrefixStore(f"session{next(_sessions)}", store)
-    torch.distributed.init_process_group(
-        device.collective_backend(), store=prefixed, rank=rank, world_size=world_size, timeout=timeout
-    )
+    with contextlib.ExitStack() as if_it_fails:
+        # before the first collective, and until the last has been closed
+        watch = Watch.open(prefixed, rank, world_size) if world_size > 1 else None
+        if watch is not None:
+            if_it_fails.push(watch)
+        torch.distributed.init_process_group(
+            backend, store=prefixed, rank=rank, world_size=world_size, timeout=timeout
+        )
+        if_it_fails.pop_all()
+    return watch
 
 
 @contextlib.contextmanager
@@ -126,7 +134,9 @@ def open_session(parallel: ParallelConfig, seed: int, *, deterministic: bool = F
         from megatron_ring.runtime.megatron_fixes import megatron_fixes
 
         stack.enter_context(megatron_fixes())
-        _init_process_group(parallel)
+        watch = _init_process_group(parallel)
+        if watch is not None:
+            stack.push(watch)
         stack.callback(torch.distributed.destroy_process_group)
         topology = open_topology(parallel)
         stack.callback(close_topology)
@@ -138,7 +148,8 @@ def open_session(parallel: ParallelConfig, seed: int, *, deterministic: bool = F
             topology=topology,
         )
         stack.enter_context(_signals(session.exit_request))
-        yield session
+        with watch.reporting() if watch else contextlib.nullcontext():
+            yield session
 
 
 def _seed_everything(seed: int, topology: Topology) -> None:
