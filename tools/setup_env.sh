@@ -20,31 +20,90 @@ _base_python() {
 }
 
 _fingerprint() {
-    (cd "$_root" && cat setup.py pyproject.toml constraints*.txt csrc/* megatron_ring/__init__.py |
+    (cd "$_root" && cat setup.py pyproject.toml constraints*.txt requirements*.lock csrc/* megatron_ring/__init__.py |
         sha256sum | cut -c1-16)
 }
 
-_install() {  # _install EXTRA
-    local extra="$1"
-    local pip=("$PYTHON" -m pip install --quiet --disable-pip-version-check) constraints="constraints-cpu.txt"
+_pip() { "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"; }
+
+_is_locked() {  # is this one of the machines whose files requirements*.lock lists?
+    [ "${RING_HASHES:-1}" != 0 ] && "$PYTHON" - <<'COVERED'
+import platform
+import sys
+
+machine, (libc, _) = platform.machine(), platform.libc_ver()
+covered = machine in ("x86_64", "aarch64") and libc == "glibc" and (3, 11) <= sys.version_info[:2] <= (3, 13)
+sys.exit(not covered)
+COVERED
+}
+
+# _pip_hashed FILE ...: install what requirements files list, each file by its SHA-256, or say in a line why not
+_pip_hashed() {
+    local words=() log file
+    for file in "$@"; do words+=(-r "$file"); done
+    log="$(mktemp)"
+    if _pip --require-hashes --no-deps "${words[@]}" ${RING_PIP_ARGS:-} >"$log" 2>&1; then
+        rm -f "$log"
+        return
+    fi
+    local package got
+    package="$(sed -n '/DO NOT MATCH THE HASHES/,$ s/^ *\([A-Za-z0-9._-]*==[^ ]*\).*/\1/p' "$log" | head -1)"
+    got="$(sed -n 's/^ *Got  *//p' "$log" | head -1)"
+    if grep -q 'DO NOT MATCH THE HASHES' "$log"; then
+        echo "error: $package is not the file that was tested: its SHA-256 $got is not in $*; nothing was installed." \
+            "Look where pip takes it from (pip config list); RING_HASHES=0 installs by version alone" >&2
+    else
+        echo "error: pip could not install $* ($(grep -i '^error' "$log" | tail -1));" \
+            "RING_HASHES=0 installs by version alone" >&2
+    fi
+    rm -f "$log"
+    return 2
+}
+
+# _install_torch [PIP_WORD ...]: its exact version. PyPI does not have the CPU builds, so no lock has them
+_install_torch() {
     local torch="torch==2.13.0" index="https://download.pytorch.org/whl/cpu"
-    if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
-        constraints="constraints.txt"
-        _say "installing torch for CUDA"
-        "${pip[@]}" "$torch"
+    if _has_cuda; then
+        _say "installing torch for CUDA, with what it brings (by version; not in the lock)"
+        _pip "$torch"
     elif ! "$PYTHON" -c 'import torch' 2>/dev/null; then
         # the CPU build is 200 MB where the default index holds several GB of CUDA libraries
         if "$PYTHON" -c "import urllib.request as r; r.urlopen('$index/torch/', timeout=5)" 2>/dev/null; then
-            _say "installing torch for the CPU"
-            "${pip[@]}" "$torch+cpu" --index-url "$index"
+            _say "installing torch for the CPU (by version; its index gives the checksum)"
+            _pip "$@" "$torch+cpu" --index-url "$index"
         else
-            _say "installing torch (PyTorch's CPU index does not answer: taking pip's default)"
-            "${pip[@]}" "$torch"
+            _say "installing torch (by version; PyTorch's CPU index does not answer: taking pip's default)"
+            _pip "$torch"
         fi
     fi
-    _say "installing megatron_ring and what it needs"
-    "${pip[@]}" -c "$constraints" "setuptools>=77" wheel ninja
-    "${pip[@]}" -c "$constraints" --no-build-isolation -e ".${extra:+[$extra]}"
+}
+
+_has_cuda() { command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; }
+
+_install() {  # _install EXTRA
+    local extra="$1" locks=(requirements.lock) constraints="constraints-cpu.txt"
+    if _has_cuda; then constraints="constraints.txt"; fi
+    if _is_locked; then
+        if [ "$extra" = dev ]; then
+            locks+=(requirements-dev.lock)
+            _has_cuda || locks+=(requirements-cpu.lock)
+        fi
+        _say "installing what megatron_ring needs, every file checked by its SHA-256 (${locks[*]})"
+        _pip_hashed "${locks[@]}" || return 2
+        # what it needs is there already, checked
+        _install_torch --no-deps || return 2
+        _say "installing megatron_ring"
+        _pip --no-deps --no-build-isolation -e . || return 2
+        "$PYTHON" -m pip --disable-pip-version-check check >/dev/null 2>&1 ||
+            _say "note: $("$PYTHON" -m pip --disable-pip-version-check check 2>/dev/null | head -1)"
+    else
+        _say "note: installing by version, files not checked by hash (requirements.lock covers Linux with glibc on" \
+            "x86_64 and aarch64 and Python 3.11 to 3.13; RING_HASHES=0 turns it off)"
+        _install_torch || return 2
+        _say "installing megatron_ring and what it needs"
+        _pip -c "$constraints" "setuptools>=77" wheel ninja || return 2
+        _pip -c "$constraints" --no-build-isolation -e ".${extra:+[$extra]}" || return 2
+    fi
 }
 
 setup_env() {
@@ -57,7 +116,7 @@ setup_env() {
     local base
     base="$(_base_python)" || return 2
     [ -x "$PYTHON" ] || { _say "making .venv with $($base --version)"; "$base" -m venv .venv; }
-    _install "$extra"
+    _install "$extra" || return 2
     rm -f ".venv/.ready-${extra:-run}-"*
     touch "$stamp"
 }

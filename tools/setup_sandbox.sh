@@ -24,10 +24,15 @@ if [ "${#packages[@]}" -gt 0 ]; then
         echo "error: ${packages[*]} must be installed, which needs apt-get and root; ask an administrator for it" >&2
         exit 2
     fi
+    if [ "${RING_APT:-1}" = 0 ]; then
+        echo "error: ${packages[*]} must be installed, and RING_APT=0 forbids apt-get; install them by hand" >&2
+        exit 2
+    fi
+    echo "apt-get installs ${packages[*]} on this machine now, as root (RING_APT=0 forbids it)"
     install=("${as_root[@]}" apt-get install -y --no-install-recommends "${packages[@]}")
     # a fresh machine's package lists may be missing or old
     DEBIAN_FRONTEND=noninteractive "${install[@]}" >/dev/null 2>&1 || {
-        "${as_root[@]}" apt-get update -qq >/dev/null
+        "${as_root[@]}" apt-get update -qq >/dev/null || true
         DEBIAN_FRONTEND=noninteractive "${install[@]}" >/dev/null || {
             echo "error: apt-get could not install ${packages[*]}; install them by hand" >&2
             exit 2
