@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_ring.data.prompts import Prompt
-from megatron_ring.rl.reward.math_answer import judge_math
+from megatron_ring.rl.reward.math_answer import judge_math, judge_science
 from tests.cases import Row, lines
 
 _CASES = ("math_plain_text", "math_tiny_values", "math_interval_inequality", "math_box_without_braces")
@@ -15,12 +15,13 @@ def rows() -> Iterator[Row]:
     for case in _CASES:
         for line in lines(case):
             text = line.get("text", rf"\boxed{{{line.get('box')}}}")
-            prompt = Prompt(
-                uid=0, domain="math", text="?", tokens=(), reference={"answer": line["reference"]}
-            )
-            yield Row(
-                case=case,
-                given=f"{text} for {line['reference']}",
-                expected=line["expected"],
-                got=judge_math(prompt, text).score,
-            )
+            for domain, judge in (("math", judge_math), ("science", judge_science)):
+                prompt = Prompt(
+                    uid=0, domain=domain, text="?", tokens=(), reference={"answer": line["reference"]}
+                )
+                yield Row(
+                    case=case,
+                    given=f"{text} for {line['reference']} in {domain}",
+                    expected=line["expected"],
+                    got=judge(prompt, text).score,
+                )

@@ -1,0 +1,203 @@
+"""The text of a mathematical answer, written one way: Unicode and plain spellings become plain LaTeX.
+
+``plain`` is applied until nothing changes, so that applying it twice changes nothing. It works on characters only and
+drops nothing that tells two values apart: what it takes away is space, dollars, sizes of brackets and the full stop.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from megatron_ring.rl.reward.answers import braced, unboxed
+
+MAX_ANSWER_CHARS = 1000
+"""Longer boxes are prose or an attack on the parser: no answer."""
+_MAX_PASSES = 12
+
+
+def word_list(text: str) -> list[str]:
+    """What spaces separate: a long table in few lines.
+
+    Example: ``word_list("sin cos") == ["sin", "cos"]``.
+    """
+    return text.split()
+
+
+_VULGAR = dict(
+    zip(
+        "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞",
+        word_list("12 13 23 14 34 15 25 35 45 16 56 18 38 58 78"),
+        strict=True,
+    )
+)
+_SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿⁱˣʸ", "0123456789+-=()nixy", strict=True))
+_SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₙᵢₓₖ", "0123456789+-=()nixk", strict=True))
+_GREEK = dict(
+    zip(
+        "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩϕϑ",
+        word_list(
+            "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau "
+            "upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega phi theta"
+        ),
+        strict=True,
+    )
+)
+_SIGNS = {
+    **dict.fromkeys("×✕✖⨯", r"\times "),
+    **dict.fromkeys("·⋅∙•∗⸱", r"\cdot "),
+    **dict.fromkeys("÷∕⁄", "/"),
+    **dict.fromkeys("−–—‐‑‒﹣－⁃", "-"),
+    **dict.fromkeys("≤≦⩽", r"\le "),
+    **dict.fromkeys("≥≧⩾", r"\ge "),
+    **dict.fromkeys("≈≃≅", r"\approx "),
+    **dict.fromkeys("∅⌀", r"\emptyset "),
+    **dict.fromkeys("°º˚", r"^\circ "),
+    **dict.fromkeys("′’", "'"),
+    **dict.fromkeys("…⋯", r"\ldots "),
+    **dict.fromkeys("。．", "."),
+    **dict.fromkeys("，、", ","),
+    **dict.fromkeys("₹₽₩₫₺₴₪", "$"),
+    "≠": r"\ne ",
+    "≡": r"\equiv ",
+    "∞": r"\infty ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∖": r"\setminus ",
+    "∈": r"\in ",
+    "∉": r"\notin ",
+    "±": r"\pm ",
+    "∓": r"\mp ",
+    "∠": r"\angle ",
+    "△": r"\triangle ",
+    "⌊": r"\lfloor ",
+    "⌋": r"\rfloor ",
+    "⌈": r"\lceil ",
+    "⌉": r"\rceil ",
+    "⟨": r"\langle ",
+    "⟩": r"\rangle ",
+    "∣": "|",
+    "″": "''",
+    "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}",
+    "ℕ": r"\mathbb{N}",
+    "ℚ": r"\mathbb{Q}",
+    "ℂ": r"\mathbb{C}",
+    "∑": r"\sum ",
+    "∏": r"\prod ",
+    "∫": r"\int ",
+    "∂": r"\partial ",
+    "ℓ": "l",
+    "％": "%",
+    "￥": "¥",
+}
+_TABLE: dict[int, str] = {
+    **{ord(a): b for a, b in _SIGNS.items()},
+    **{ord(a): rf"\{b} " for a, b in _GREEK.items()},
+    **{ord(a): rf"\frac{{{b[0]}}}{{{b[1]}}}" for a, b in _VULGAR.items()},
+    ord("⅒"): r"\frac{1}{10}",
+    ord("µ"): r"\mu ",
+}
+_SUPER = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
+_SUB = re.compile(f"[{''.join(_SUBSCRIPTS)}]+")
+_ROOT = re.compile(r"([√∛∜])\s*(\d+(?:\.\d+)?|[A-Za-z]|)")
+_ROOT_INDEX = {"√": "", "∛": "[3]", "∜": "[4]"}
+
+_DROPPED = re.compile(
+    r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut|strut|hfill|hline|bigskip|noindent)(?![A-Za-z])\s*"
+    r"|\\(?:phantom|vphantom|hphantom|label|tag)\*?\s*\{[^{}]*\}"
+)
+_SIZES = re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*")
+_BAR_SIDES = re.compile(r"\\(left|right)\s*(?:\||\\vert(?![A-Za-z]))")
+_EMPTY_SIDES = re.compile(r"\\(?:left|right)\s*\.(?!\d)")
+_SPACES = re.compile(
+    r"(?:\\[,;:> ]|~|\\q?quad|\\(?:enspace|thinspace|space|hspace\{[^{}]*\})(?![A-Za-z])|\s)+"
+)
+_NOTHING = re.compile(r"\\!|\\/(?!/)|\\allowbreak(?![A-Za-z])|[\u200b-\u200f\u2060\ufeff\u00ad\u202a-\u202e]")
+_FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\;)\s*(?=\d{3}(?!\d))")
+_OUTER_TEXT = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|bf|rm|operatorname)\s*(?=\{)"
+)
+_ROW = re.compile(r"\\\\(?:\s*\[[^\[\]]*\])?")
+_DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}])")
+_FENCES = re.compile(r"\\[()\[\]]")
+_DOLLAR = re.compile(r"(?<!\\)\$")
+_TEXT_STOP = re.compile(r"[.,;:]\s*\}$")
+
+
+class Unreadable(ValueError):
+    """The text is no mathematics that can be judged; the message says why."""
+
+
+def plain(text: str) -> str:
+    """``text`` in one spelling; a fixed point. Raises :class:`Unreadable` for text that is too long.
+
+    Examples: ``plain("$2√3$.") == r"2\\sqrt{3}"``, ``plain("x²·５") == r"x^{2}\\cdot 5"``.
+    """
+    if len(text) > MAX_ANSWER_CHARS:
+        raise Unreadable(f"a box of {len(text)} characters; 1 to {MAX_ANSWER_CHARS} are read")
+    for _ in range(_MAX_PASSES):
+        before, text = text, _outer(_spelling(text))
+        if text == before:
+            return text
+        if len(text) > 4 * MAX_ANSWER_CHARS:
+            break
+    raise Unreadable("nested too deeply in dollars, text or boxes")
+
+
+def _spelling(text: str) -> str:
+    if not text.isascii():
+        text = _ascii(text)
+    if len(text) > 4 and text.startswith("**") and text.endswith("**"):  # bold
+        text = text[2:-2]
+    if "\\" in text:
+        if "\\\\" in text and r"\begin" not in text:  # escaped once too often
+            text = _DOUBLED.sub(r"\\", text)
+        text = _FENCES.sub(" ", _ROW.sub(r"\\cr ", text))
+        text = _NOTHING.sub("", _THOUSANDS.sub("", text))
+        text = _FRACTION.sub(r"\\frac", _DROPPED.sub("", text))
+        text = _BAR_SIDES.sub(lambda side: rf"\{side[1][0]}vert ", text)
+        text = _SIZES.sub("", _EMPTY_SIDES.sub("", text))
+    text = _THOUSANDS.sub("", text).replace("**", "^")
+    if len(_DOLLAR.findall(text)) > 1:  # one alone is money
+        text = _DOLLAR.sub(" ", text)
+    return _SPACES.sub(" ", text).strip()
+
+
+def _ascii(text: str) -> str:
+    text = _ROOT.sub(
+        lambda root: rf"\sqrt{_ROOT_INDEX[root[1]]}" + (f"{{{root[2]}}}" if root[2] else " "), text
+    )
+    text = _SUPER.sub(lambda run: "^{" + "".join(_SUPERSCRIPTS[c] for c in run[0]) + "}", text)
+    text = _SUB.sub(lambda run: "_{" + "".join(_SUBSCRIPTS[c] for c in run[0]) + "}", text)
+    text = _NOTHING.sub("", text).translate(_TABLE)
+    if text.isascii():
+        return text
+    # full-width letters and digits, mathematical alphabets, Arabic digits: what Unicode calls the same character
+    return "".join(c if c.isascii() else _folded(c) for c in text)
+
+
+def _folded(character: str) -> str:
+    if character.isspace():
+        return " "
+    if character.isdecimal():
+        return str(unicodedata.decimal(character))
+    folded = unicodedata.normalize("NFKC", character)
+    return folded if folded.isascii() else character
+
+
+def _outer(text: str) -> str:
+    """Without what stands around the whole: boxes, ``\\text``, plain braces, the full stop."""
+    if text.startswith("\\"):
+        text = unboxed(text) or text
+        whole = _OUTER_TEXT.match(text)
+        if whole is not None:
+            inner = braced(text, whole.end())
+            if inner is not None and whole.end() + len(inner) + 2 == len(text):
+                return inner.strip()
+    elif text.startswith("{") and braced(text, 0) == text[1:-1]:
+        return text[1:-1].strip()
+    while len(text) > 1 and text[-1] in ".,;:" and not text.endswith(("..", r"\.", r"\,", r"\;", r"\:")):
+        text = text[:-1].rstrip()
+    return _TEXT_STOP.sub("}", text) if r"\text" in text else text
