@@ -168,7 +168,16 @@ def _confirmed(a: Node, b: Node, budget: Budget, real: bool) -> bool:
     except NoResidue:
         pass
     # of what has a gamma function in it, the first value to 500 digits takes seconds
-    digits = MORE_DIGITS if _has_gamma(a) or _has_gamma(b) else MOST_DIGITS
+    few = _has_gamma(a) or _has_gamma(b)
+    for digits in (MORE_DIGITS,) if few else (MOST_DIGITS, 6 * MOST_DIGITS):
+        verdict = _same_to(a, b, budget, real, digits)
+        if verdict is not None:
+            return verdict
+    raise TooExpensive("a difference that is too small beside what it stands in")
+
+
+def _same_to(a: Node, b: Node, budget: Budget, real: bool, digits: int) -> bool | None:
+    """Whether two trees agree to so many digits; None where these swallow something that was added."""
     for point in range(POINTS):
         evaluators = [Evaluator(budget, digits, point, real) for _ in range(2)]
         try:
@@ -179,7 +188,7 @@ def _confirmed(a: Node, b: Node, budget: Budget, real: bool) -> bool:
             raise TooExpensive("numbers too large to be told apart")
         distance = _distance(left, right, digits)
         if distance is None:
-            return True
+            return None if any(evaluator.absorbed for evaluator in evaluators) else True
         first = _same_distance(a, b, budget, point, real)
         with mp.workdps(digits):
             return first is not None and distance < first * mp.mpf(10) ** (DIGITS + 20 - digits)

@@ -38,7 +38,8 @@ from megatron_ring.rl.reward.math_words import Node
 
 
 class Evaluator:
-    """Values of trees at one point with some digits. ``rounded`` says that an exact number was too large to keep.
+    """Values of trees at one point with some digits. ``rounded`` says that an exact number was too large to keep,
+    ``absorbed`` that something added was smaller than the last digit.
 
     Example: ``Evaluator(Budget(), 60).value(read("1/2+1/3")) == Fraction(5, 6)``.
     """
@@ -46,6 +47,7 @@ class Evaluator:
     def __init__(self, budget: Budget, digits: int, point: int = 0, real: bool = True) -> None:
         self.budget, self.digits, self.point, self.real = budget, digits, point, real
         self.rounded = False
+        self.absorbed = False
         self.bound: dict[str, Fraction] = {}
         self.cost = 4 * (1 + digits / 60) ** 1.5
 
@@ -99,7 +101,10 @@ class Evaluator:
                 return a + b
             self.rounded = True
         self.budget.charge(20)
-        return self._checked(self.inexact(a) + self.inexact(b))
+        a, b = self.inexact(a), self.inexact(b)
+        if a != 0 and b != 0 and finite(a) and finite(b) and abs(mp.mag(a) - mp.mag(b)) > mp.prec:
+            self.absorbed = True
+        return self._checked(a + b)
 
     def _multiply(self, node: Node) -> Number:
         return reduce(self.times, map(self._of, node.parts))
