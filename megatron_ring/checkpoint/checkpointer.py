@@ -21,6 +21,10 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ring.checkpoint import folder as folders
+from megatron_ring.checkpoint.checksums import Summed, check_share, sum_bytes
+from megatron_ring.checkpoint.index import CheckpointIndex
+from megatron_ring.checkpoint.megatron_io import SaveSummed, check_common, load_sharded
+from megatron_ring.checkpoint.plain_files import shown
 from megatron_ring.checkpoint.rng import gather_rng, load_rng, save_rng
 from megatron_ring.checkpoint.state import (
     Trained,
@@ -118,12 +122,14 @@ class Checkpointer:
             "trainer": trainer,
         }
         rng = gather_rng(self.session)
+        sums = self._sums_of(attachments or {})
+        strategy = SaveSummed(self.config.checkpoint.ckpt_format)
 
         def complete() -> None:
             save_rng(rng, working)
             (working / folders.TRAINER_STATE).write_text(json.dumps(state), encoding="utf-8")
             (working / folders.RUN_CONFIG).write_text(dump_toml(self.config), encoding="utf-8")
-            folders.commit(working, iteration)
+            folders.commit(working, iteration, {**sums, **strategy.sums})
             folders.prune(root, self.config.checkpoint.keep_last_n)
 
         def publish() -> None:
@@ -133,7 +139,7 @@ class Checkpointer:
                 log.info("saved step %d to %s", iteration, folders.folder_of(root, iteration))
 
         with self._writing(working):
-            request = self._write(sharded, working)
+            request = self._write(sharded, working, strategy)
             # behind Megatron's own: it takes a folder that holds a file for a corrupted checkpoint, and says so
             for name, contents in (attachments or {}).items():
                 (working / name).write_bytes(contents)
@@ -193,12 +199,15 @@ class Checkpointer:
         """Put a checkpoint's tensors in place; its trainer state comes back."""
         state = folders.read_trainer_state(folder)
         self._check_model(folder, state["model"])
-        folders.check_contents(folder)
+        index = folders.check_contents(folder)
+        check_common(folder)
+        if self.config.checkpoint.verify_checkpoint_integrity:
+            self._verify(folder)
         model = model_state(self.engine)
         wanted: dict[str, Any] = {name: tensors_only(state) for name, state in model.items()}
         if with_optimizer:
             wanted.update(optimizer_state(self.engine, model, is_loading=True))
-        loaded = self._read(wanted, folder)
+        loaded = self._read(wanted, folder, index)
         for index, chunk in enumerate(self.engine.models):
             load_tensors(chunk, model[f"model{index}"], loaded[f"model{index}"])
         if with_optimizer:
@@ -220,8 +229,9 @@ class Checkpointer:
         wanted = _shape_of(self.config.model)
         for name in _SHAPE_FIELDS:
             if saved.get(name) != wanted[name]:
+                theirs = shown(saved.get(name))
                 raise CheckpointError(
-                    f"{folder}: checkpoint of another model: {name}={saved.get(name)} there but {wanted[name]} here; "
+                    f"{folder}: checkpoint of another model: {name}={theirs} there but {wanted[name]} here; "
                     "use the config that is saved beside it"
                 )
 
@@ -235,14 +245,14 @@ class Checkpointer:
         final = folders.folder_of(root, iteration)
         return final.with_name(final.name + ".incomplete")
 
-    def _write(self, sharded: dict[str, Any], working: Path) -> AsyncRequest | None:
+    def _write(self, sharded: dict[str, Any], working: Path, strategy: SaveSummed) -> AsyncRequest | None:
         metadata = {
             k: v for k, v in sharding_metadata(self.engine.topology).items() if not k.endswith("_group")
         }
         return dist_checkpointing.save(
             sharded,
             str(working),
-            (self.config.checkpoint.ckpt_format, 1),
+            strategy,
             async_sharded_save=self.config.checkpoint.async_save,
             content_metadata=metadata,
         )
@@ -272,13 +282,35 @@ class Checkpointer:
                 shutil.rmtree(working, ignore_errors=True)
             raise
 
-    def _read(self, wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    def _read(self, wanted: dict[str, Any], folder: Path, index: CheckpointIndex) -> dict[str, Any]:
         try:
-            return dist_checkpointing.load(wanted, str(folder))
+            return load_sharded(wanted, folder, index)
         except (*_FAILURES, KeyError, EOFError) as error:
             raise CheckpointError(
                 f"{folder}: cannot be loaded ({_reason(error)}); load an earlier checkpoint"
             ) from None
+
+    def _verify(self, folder: Path) -> None:
+        """Sum every file of a checkpoint again, each rank its share. Collective over the world."""
+        wrong: list[str | None] = [None] * self.session.world_size
+        try:
+            own = check_share(folder, self.session.rank, self.session.world_size)
+            own = own and f"{folder}: {own}; copy it again or load an earlier checkpoint"
+        except CheckpointError as error:
+            own = str(error)
+        torch.distributed.all_gather_object(wrong, own)
+        line = next((each for each in wrong if each), None)
+        if line:
+            raise CheckpointError(line)
+
+    def _sums_of(self, attachments: Mapping[str, bytes]) -> dict[str, Summed]:
+        """Checksums of every rank's own files on rank 0 (empty elsewhere). Collective over the world."""
+        own = {name: sum_bytes(contents) for name, contents in attachments.items()}
+        gathered: list[dict[str, Summed]] | None = (
+            [{} for _ in range(self.session.world_size)] if self.session.is_main else None
+        )
+        torch.distributed.gather_object(own, gathered)
+        return {name: each for of_rank in gathered or [] for name, each in of_rank.items()}
 
     def _agreed_step_count(self) -> int:
         count = torch.tensor([optimizer_step_count(self.engine)], device=self.session.device)

@@ -6,41 +6,29 @@ A save writes into ``iter_0000010.incomplete`` and is renamed when every byte is
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_ring.checkpoint.checksums import Summed, write_sums
+from megatron_ring.checkpoint.index import CheckpointIndex, read_index
+from megatron_ring.checkpoint.plain_files import is_count, read_json, read_plain, shown
+from megatron_ring.checkpoint.run_lock import must_be_mine
 from megatron_ring.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 TRAINER_STATE = "trainer_state.json"
 RUN_CONFIG = "config.toml"
-_MEGATRON_FILES = ("common.pt", "metadata.json")
-_STATE_KEYS = ("iteration", "optimizer_steps", "layout", "model", "trainer")
+_STATE_KEYS = {"iteration": int, "optimizer_steps": int, "layout": dict, "model": dict, "trainer": dict}
+_FORMAT = {"sharded_backend": "torch_dist", "common_backend": "torch"}
+_FORMAT_VERSIONS = ("sharded_backend_version", "common_backend_version")
 _INCOMPLETE = ".incomplete"
-_NAME = re.compile(r"iter_(\d{7,})")
-_DTYPES = "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 float8_e4m3fn float8_e5m2"
-_LOADABLE = {
-    "torch": f"Size device {_DTYPES}",
-    "torch.serialization": "_get_layout",
-    "torch.distributed.checkpoint.metadata": (
-        "Metadata TensorStorageMetadata ChunkStorageMetadata BytesStorageMetadata TensorProperties MetadataIndex "
-        "StorageMeta _MEM_FORMAT_ENCODING"
-    ),
-    "torch.distributed.checkpoint.planner": (
-        "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData"
-    ),
-    "torch.distributed.checkpoint.filesystem": "_StorageInfo _StoragePrefix",
-    "megatron.core.dist_checkpointing.strategies.torch": "MCoreMetadata MCoreSavePlan",
-    "collections": "OrderedDict",
-    "pathlib": "Path PosixPath",
-    "builtins": "set frozenset",
-}
-"""All that ``.metadata`` may name. Nothing in it runs code of the pickle's choice."""
+_NAME = re.compile(r"iter_([0-9]{7,18})")
+_ITERATION = re.compile(r"[0-9]{1,18}")
+_MAX_ATTACHMENT_BYTES = 1 << 40
 
 
 def folder_of(root: Path, iteration: int) -> Path:
@@ -55,6 +43,7 @@ def begin(root: Path, iteration: int, num_bytes: int) -> Path:
         CheckpointError: the folder cannot be written or the disk is too small; nothing has been written then.
     """
     working = folder_of(root, iteration).with_name(folder_of(root, iteration).name + _INCOMPLETE)
+    must_be_mine(root)
     try:
         root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root).free
@@ -72,9 +61,13 @@ def begin(root: Path, iteration: int, num_bytes: int) -> Path:
     return working
 
 
-def commit(working: Path, iteration: int) -> Path:
-    """Make a finished save durable, give it its name and move the pointer."""
+def commit(working: Path, iteration: int, sums: Mapping[str, Summed] | None = None) -> Path:
+    """Make a finished save durable, give it its name and move the pointer.
+
+    ``sums`` are those of its files that were summed when they were written.
+    """
     final = working.with_name(working.name.removesuffix(_INCOMPLETE))
+    write_sums(working, sums or {})
     for path in working.iterdir():
         _fsync(path)
     _fsync(working)
@@ -132,8 +125,13 @@ def latest(root: Path) -> Path | None:
     tracker = root / TRACKER
     if not tracker.exists():
         return None
-    text = tracker.read_text(encoding="utf-8").strip()
-    if not text.isdecimal():
+    try:
+        text = read_plain(tracker, 1_000_000).decode("utf-8", "backslashreplace").strip()
+    except OSError as error:
+        raise CheckpointError(
+            f"{tracker}: {error.strerror}; write a step number that exists into it"
+        ) from None
+    if not _ITERATION.fullmatch(text):
         raise CheckpointError(
             f"{tracker}: holds {text[:40]!r} but must hold a step number; write one that exists"
         )
@@ -152,74 +150,44 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder is no complete checkpoint of this project.
     """
-    path = folder / TRAINER_STATE
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in _STATE_KEYS if key not in state]
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error}; load a complete checkpoint folder (iter_NNNNNNN)") from None
-    if not isinstance(state, dict) or missing:
-        raise CheckpointError(
-            f"{path}: lacks {', '.join(missing) or 'everything'}; load a complete checkpoint folder (iter_NNNNNNN)"
-        )
+    path, remedy = folder / TRAINER_STATE, "load a complete checkpoint folder (iter_NNNNNNN)"
+    state = read_json(path, remedy)
+    for key, kind in _STATE_KEYS.items():
+        if key not in state:
+            raise CheckpointError(f"{path}: lacks {key}; {remedy}")
+        value = state[key]
+        if not (is_count(value) if kind is int else isinstance(value, kind)):
+            wanted = "a count" if kind is int else "an object"
+            raise CheckpointError(f"{path}: holds {shown(value)} for {key}, which is {wanted}; {remedy}")
     return state
 
 
-class _NoForeignCode(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        # the whole name: in "torch" there is an "os.system" too
-        if name not in _LOADABLE.get(module, "").split():
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
+def check_contents(folder: Path) -> CheckpointIndex:
+    """The index of a checkpoint that may come from outside and that Megatron may be given; see
+    :mod:`megatron_ring.checkpoint.megatron_io`.
 
-
-def check_contents(folder: Path) -> None:
-    """Refuse a checkpoint that lacks files, or whose pickled ``.metadata`` names anything but tensors' own
-    classes.
-
-    Megatron reads ``.metadata`` with plain ``pickle``, and what it calls an object rather than a tensor too; a
-    checkpoint may come from outside. Objects are let stand only where Megatron puts its ``_extra_state``, which
-    :meth:`Checkpointer.load` does not ask for.
+    Raises:
+        CheckpointError: it lacks files, is of another format, or has an object where a tensor should be: objects
+            are let stand only where Megatron puts its ``_extra_state``, and are never read.
     """
-    check_metadata(folder)
-    for name in _MEGATRON_FILES:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: no such file; load a complete checkpoint folder")
-    try:
-        json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{folder / 'metadata.json'}: {error}; load another checkpoint") from None
-
-
-def check_metadata(folder: Path) -> None:
-    """The part of :func:`check_contents` that reads ``.metadata``: nothing foreign in it, no tensor cut off."""
-    path = folder / ".metadata"
-    ends: dict[str, int] = {}
-    try:
-        with open(path, "rb") as file:
-            metadata = _NoForeignCode(file).load()
-        entries = metadata.state_dict_metadata
-        objects = [key for key, entry in entries.items() if type(entry).__name__ == "BytesStorageMetadata"]
-        for info in metadata.storage_data.values():
-            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}; load a complete checkpoint folder") from None
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: cannot be read safely ({error}); load a checkpoint that Megatron wrote"
-        ) from None
-    for key in objects:
+    index = read_index(folder)
+    for key in index.objects:
         if "_extra_state" not in key:
             raise CheckpointError(
-                f"{path}: cannot be read safely ({key} is a pickled object, not a tensor); "
+                f"{folder / '.metadata'}: cannot be read safely ({key[:100]} is a pickled object, not a tensor); "
                 "load a checkpoint that Megatron wrote"
             )
-    for name, end in ends.items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else 0
-        if size < end:
-            raise CheckpointError(
-                f"{folder / name}: has {size:,} of at least {end:,} bytes; copy it again or load another checkpoint"
-            )
+    path = folder / "metadata.json"
+    form = read_json(path, "load a complete checkpoint folder")
+    versions = {name: form.get(name, 1) for name in _FORMAT_VERSIONS}
+    known = {name: form.get(name, value) for name, value in _FORMAT.items()} == _FORMAT
+    if (
+        not known
+        or any(value != 1 for value in versions.values())
+        or form.keys() - _FORMAT.keys() - versions.keys()
+    ):
+        raise CheckpointError(f"{path}: describes another format than torch_dist; load another checkpoint")
+    return index
 
 
 def read_attachment(folder: Path, name: str) -> bytes:
@@ -229,7 +197,7 @@ def read_attachment(folder: Path, name: str) -> bytes:
         CheckpointError: it is not there.
     """
     try:
-        return (folder / name).read_bytes()
+        return read_plain(folder / name, _MAX_ATTACHMENT_BYTES)
     except OSError as error:
         raise CheckpointError(
             f"{folder / name}: {error.strerror}; load a checkpoint that this stage saved"

@@ -59,6 +59,8 @@ class CheckpointConfig:
     """Do not load optimizer state."""
     no_load_rng: bool = False
     """Do not load random-number states."""
+    verify_checkpoint_integrity: bool = False
+    """Compare the checksums of a checkpoint's files before it is loaded."""
     ckpt_format: Literal["torch_dist"] = "torch_dist"
     """Format of checkpoints: Megatron's sharded torch_dist."""
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.errors import CheckpointError
 from megatron_ring.runtime.session import open_session
@@ -193,9 +195,7 @@ def test_a_missing_file_is_refused(root, name):
 def test_a_cut_file_is_refused(root, name, left):
     path = root / NAME / name
     os.truncate(path, int(path.stat().st_size * left))
-    # Megatron does not say which of its files it could not read
-    named = root / NAME if name == "common.pt" else root / NAME / name
-    load_fails(root, str(named), untouched=not name.startswith("rng"))
+    load_fails(root, str(root / NAME / name), untouched=not name.startswith("rng"))
 
 
 def test_bytes_that_are_no_tensor_are_refused(root):
@@ -250,6 +250,98 @@ def evil_objects(folder: Path, mark: Path) -> None:
 def test_a_tensor_that_has_become_an_object_is_refused_and_not_unpickled(root, tmp_path):
     evil_metadata(root / NAME, tmp_path / "ran")
     load_fails(root, "cannot be read safely", "is a pickled object, not a tensor")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_class_changed_by_the_pickle_hides_no_object(root, tmp_path):
+    """An allowed class takes another's name and fields, so that an object may stand under a tensor's key."""
+    path = root / NAME / ".metadata"
+    entries = pickle.loads(path.read_bytes()).state_dict_metadata
+    (size,) = {entry.size for key, entry in entries.items() if key.startswith("embedding.")}
+    evil_metadata(root / NAME, tmp_path / "ran")
+    body = pickle.dumps(pickle.loads(path.read_bytes()), 2)[2:]
+    change = pickle.dumps((None, {"__name__": "TensorStorageMetadata", "size": size}), 2)[2:-1]
+    name = b"ctorch.distributed.checkpoint.metadata\nBytesStorageMetadata\n"
+    path.write_bytes(b"\x80\x02" + name + change + b"b0" + body)
+    load_fails(root, "cannot be read safely (it changes what it did not build)")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("way", ["harmless", "evil"])
+def test_metadata_exchanged_after_the_check_is_not_read(root, tmp_path, saved, monkeypatch, way):
+    check = folders.check_contents
+
+    def then_exchanged(folder: Path) -> object:
+        index = check(folder)
+        if way == "evil":
+            (folder / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+            torch.save(Evil(tmp_path / "ran"), folder / "common.pt")
+        return index
+
+    monkeypatch.setattr(folders, "check_contents", then_exchanged)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with checkpointer(seed=2, load=str(root), **SAME) as reader:
+        assert reader.load(root) == TRAINER
+        assert all(map(torch.equal, state_of(reader.engine), saved[1]))
+    assert not (tmp_path / "ran").exists()
+
+
+def archive_of(item: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(item, buffer)
+    return buffer.getvalue()
+
+
+def zip_of(pickled: bytes, method: int = zipfile.ZIP_STORED, more: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/data/0", b"\0" * 100_000)
+        for number in range(more):
+            archive.writestr(f"archive/{number:0200}", b"")
+    return buffer.getvalue()
+
+
+def tensor_pickle(storage: bytes = b"FloatStorage", offset: object = 0, shape: object = (4,)) -> bytes:
+    key = [value_of(item) for item in ("storage", "0", "cpu", 4)]
+    pid = b"(" + key[0] + b"ctorch\n" + storage + b"\n" + b"".join(key[1:]) + b"tQ"
+    rest = b"".join(value_of(item) for item in (offset, shape, (1,), False))
+    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + pid + rest + b"ccollections\nOrderedDict\n)RtR."
+
+
+def value_of(item: object) -> bytes:
+    return pickle.dumps(item, 2)[2:-1]
+
+
+CHUNKS = {
+    "an object": lambda mark: archive_of(Evil(mark)),
+    "a list of tensors": lambda mark: archive_of([torch.zeros(4)]),
+    "a tensor of another shape": lambda mark: archive_of(torch.zeros(3)),
+    "a tensor of another dtype": lambda mark: archive_of(torch.zeros(4, dtype=torch.float16)),
+    "a view of a smaller storage": lambda mark: archive_of(torch.zeros(1).expand(10_000)),
+    "an evil pickle in a zip": lambda mark: zip_of(pickle.dumps(Evil(mark))),
+    "a compressed archive": lambda mark: zip_of(tensor_pickle(), zipfile.ZIP_DEFLATED),
+    "an endless directory": lambda mark: zip_of(tensor_pickle(), more=5000),
+    "an offset outside": lambda mark: zip_of(tensor_pickle(offset=1 << 40)),
+    "a negative offset": lambda mark: zip_of(tensor_pickle(offset=-4)),
+    "an unknown storage": lambda mark: zip_of(tensor_pickle(storage=b"load")),
+    "a shape of 2**62": lambda mark: zip_of(tensor_pickle(shape=(1 << 62,))),
+    "nothing": lambda mark: b"",
+    "zeros": lambda mark: b"\0" * 100_000,
+}
+
+
+@pytest.mark.parametrize("way", CHUNKS)
+def test_a_chunk_that_is_no_tensor_of_its_shape_is_refused_and_nothing_runs(root, tmp_path, monkeypatch, way):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    folder, data = root / NAME, CHUNKS[way](tmp_path / "ran")
+    (folder / "evil.distcp").write_bytes(data + b"\0" * (200_000 - len(data)) if way == "zeros" else data)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    for index, info in metadata.storage_data.items():
+        if index.fqn.startswith("embedding."):
+            info.relative_path, info.offset, info.length = "evil.distcp", 0, max(len(data), 1)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    load_fails(root, str(folder), untouched=False)
     assert not (tmp_path / "ran").exists()
 
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 
 from megatron_ring.checkpoint.convert.folders import find_checkpoint, run_config_of
 from megatron_ring.checkpoint.convert.hf_config import model_config, read_hf_config
 from megatron_ring.checkpoint.convert.plain_forward import plain_logits
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
-from megatron_ring.checkpoint.folder import check_metadata
+from megatron_ring.checkpoint.index import read_index
+from megatron_ring.checkpoint.megatron_io import load_sharded
+from megatron_ring.checkpoint.state import load_tensors, tensors_only
 from megatron_ring.config.count import count_parameters
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.parallel import ParallelConfig
@@ -65,13 +65,12 @@ def check_logits(hf_folder: Path, megatron_path: Path) -> str:
 
 
 def _megatron_logits(folder: Path, model: ModelConfig, tokens_T: torch.Tensor) -> torch.Tensor:
-    check_metadata(folder)
     parallel = ParallelConfig(bf16=False)
     with open_session(parallel, seed=0) as session:
         (chunk,) = build_model(model, parallel, session.topology, session.device, 0)
-        state = {"model": chunk.sharded_state_dict(metadata=sharding_metadata(session.topology))}
-        loaded: Any = dist_checkpointing.load(state, str(folder))
-        chunk.load_state_dict(loaded["model"])
+        state = chunk.sharded_state_dict(metadata=sharding_metadata(session.topology))
+        loaded = load_sharded({"model": tensors_only(state)}, folder, read_index(folder))
+        load_tensors(chunk, state, loaded["model"])
         chunk.eval()
         empty = torch.zeros(len(tokens_T))
         microbatch = pack_microbatch([(tokens_T.tolist(), tokens_T.tolist(), empty.tolist())], len(tokens_T))

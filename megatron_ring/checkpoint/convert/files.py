@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_ring.checkpoint.convert.tensor_map import Box, Shape
+from megatron_ring.checkpoint.plain_files import open_plain
+from megatron_ring.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,13 @@ class MappedFile:
     """A file in memory as the kernel pages it in; read-only."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "rb")  # noqa: SIM115 - open as long as the map is
-        self.map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            self._file = open_plain(path)
+            self.map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: {getattr(error, 'strerror', None) or error}; copy it again"
+            ) from None
 
     def release(self) -> None:
         """Give its pages back; whoever looks at one again has it read again.
@@ -66,6 +73,11 @@ class MappedFile:
         """
         self.map.madvise(mmap.MADV_DONTNEED)
         os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def will_need(self, offset: int, num_bytes: int) -> None:
+        """Have these bytes read ahead: page by page, network file systems are slow."""
+        start = offset - offset % mmap.PAGESIZE
+        self.map.madvise(mmap.MADV_WILLNEED, start, offset + num_bytes - start)
 
     def tensor(self, offset: int, info: TensorInfo, box: Box) -> Tensor:
         """``box`` of the tensor whose bytes start at ``offset``, without a copy.
@@ -82,6 +94,8 @@ class MappedFile:
         return self._run(offset + start * info.dtype.itemsize, info.dtype, box.size).view(box.shape)
 
     def _run(self, offset: int, dtype: torch.dtype, count: int) -> Tensor:
+        if not count:
+            return torch.empty(0, dtype=dtype)
         with warnings.catch_warnings():
             # torch warns that such a tensor must not be written to
             warnings.simplefilter("ignore", UserWarning)

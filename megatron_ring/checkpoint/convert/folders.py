@@ -5,26 +5,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import zlib
 from pathlib import Path
 from typing import Any
 
 from megatron_ring import __version__
 from megatron_ring.checkpoint import folder as folders
+from megatron_ring.checkpoint.checksums import MANIFEST, compare, read_sums
 from megatron_ring.checkpoint.convert.stream import Written
+from megatron_ring.checkpoint.run_lock import must_be_mine
 from megatron_ring.config.load import config_from_mapping, read_toml
 from megatron_ring.config.run import DataConfig, RunConfig
 from megatron_ring.data.tokenizer import load_tokenizer
 from megatron_ring.errors import CheckpointError, ConfigError, DataError
 
-MANIFEST = "conversion.json"
 HF_FILES = "hf"
 """Folder beside the steps of a Megatron checkpoint that keeps what a Hugging Face folder needs besides
 weights.
 """
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 _MAX_BYTES = 100_000_000
-_READ_BYTES = 1 << 22
 
 
 def carry_over(source: Path, target: Path) -> list[str]:
@@ -65,6 +64,7 @@ def must_be_free(root: Path) -> None:
     """
     if root.exists() and not root.is_dir():
         raise CheckpointError(f"{root}: is a file; name a folder")
+    must_be_mine(root)
     if (root / folders.TRACKER).exists() or (root.is_dir() and folders.iterations(root)):
         raise CheckpointError(f"{root}: holds checkpoints already; name another folder or remove it")
 
@@ -110,7 +110,7 @@ def run_config_of(folder: Path, config_file: Path | None) -> RunConfig:
         CheckpointError: there is none, or it cannot be read.
     """
     path = config_file or folder / folders.RUN_CONFIG
-    if not path.exists():
+    if not path.is_file():
         raise CheckpointError(f"{path}: missing; name the model's configuration with --config FILE.toml")
     try:
         _, values = read_toml(path)
@@ -137,22 +137,8 @@ def check_manifest(folder: Path) -> int:
     Raises:
         CheckpointError: no manifest, or a file is missing or differs.
     """
-    path = folder / MANIFEST
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: {error}; name a folder that convert_checkpoint wrote") from None
-    total = 0
-    for name, entry in entries.items():
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            size = file.stat().st_size if file.is_file() else "no"
-            raise CheckpointError(f"{file}: {size} bytes, not {entry['bytes']}; copy it again")
-        crc32 = 0
-        with open(file, "rb") as stream:
-            while block := stream.read(_READ_BYTES):
-                crc32 = zlib.crc32(block, crc32)
-                total += len(block)
-        if f"{crc32:08x}" != entry["crc32"]:
-            raise CheckpointError(f"{file}: CRC-32 is {crc32:08x}, not {entry['crc32']}; copy it again")
-    return total
+    sums = read_sums(folder, MANIFEST)
+    for name, wrong in compare(folder, sums):
+        if wrong:
+            raise CheckpointError(f"{folder / name}: {wrong}; copy it again")
+    return sum(each.num_bytes for each in sums.values())

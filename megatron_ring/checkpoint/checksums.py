@@ -1,0 +1,126 @@
+"""A checksum for every file of a checkpoint, written with it, and compared when somebody asks.
+
+``checksums.json`` lists each file's length and CRC-32. Large files are summed by whoever writes them, as they are
+written. A CRC finds what disks, copies and memory do to bytes; it is no signature. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_ring.checkpoint.plain_files import is_count, is_file_name, open_plain, read_json, shown
+from megatron_ring.errors import CheckpointError
+
+SUMS = "checksums.json"
+MANIFEST = "conversion.json"
+"""What a conversion writes beside its files; it lists the large ones in the same form."""
+_READ_BYTES = 1 << 22
+_REMEDY = "copy it again, or leave the checksums out"
+
+
+class Summed(NamedTuple):
+    """Example: ``Summed(num_bytes=81920, crc32="9ae0daaf")``."""
+
+    num_bytes: int
+    crc32: str
+
+
+def sum_bytes(data: bytes) -> Summed:
+    return Summed(len(data), f"{zlib.crc32(data):08x}")
+
+
+def sum_file(path: Path) -> Summed:
+    """Read a file to its end. Raises OSError where it cannot be."""
+    crc32 = num_bytes = 0
+    with open_plain(path) as file:
+        while block := file.read(_READ_BYTES):
+            crc32 = zlib.crc32(block, crc32)
+            num_bytes += len(block)
+    return Summed(num_bytes, f"{crc32:08x}")
+
+
+def write_sums(folder: Path, known: Mapping[str, Summed]) -> None:
+    """Write ``checksums.json`` for the files of ``folder``; those that are not ``known`` are small and read."""
+    known = {**(read_sums(folder, MANIFEST) if (folder / MANIFEST).exists() else {}), **known}
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != SUMS)
+    sums = {name: known.get(name) or sum_file(folder / name) for name in names}
+    listed = {name: {"bytes": each.num_bytes, "crc32": each.crc32} for name, each in sums.items()}
+    (folder / SUMS).write_text(json.dumps({"files": listed}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_sums(folder: Path, name: str = SUMS) -> dict[str, Summed]:
+    """What ``checksums.json`` (or a conversion's ``conversion.json``) lists.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = folder / name
+    entries = read_json(path, _REMEDY).get("files")
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: lists no files; {_REMEDY}")
+    sums: dict[str, Summed] = {}
+    for file, entry in entries.items():
+        size, crc32 = (entry.get("bytes"), entry.get("crc32")) if isinstance(entry, dict) else (None, None)
+        if not (is_file_name(file) and is_count(size) and isinstance(crc32, str) and len(crc32) == 8):
+            raise CheckpointError(f"{path}: lists {shown(file)} without a length and a checksum; {_REMEDY}")
+        sums[file] = Summed(size, crc32)
+    return sums
+
+
+def compare(folder: Path, sums: Mapping[str, Summed]) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong with it; empty if nothing is) of every file in ``sums``, as the disk gives it."""
+    for name, expected in sums.items():
+        path = folder / name
+        try:
+            _forget_cached(path)
+            found = sum_file(path)
+        except FileNotFoundError:
+            yield name, "missing"
+        except OSError as error:
+            yield name, f"cannot be read ({error.strerror})"
+        else:
+            if found.num_bytes != expected.num_bytes:
+                yield name, f"has {found.num_bytes:,} of {expected.num_bytes:,} bytes"
+            elif found != expected:
+                yield name, f"has CRC-32 {found.crc32}, not {expected.crc32}"
+            else:
+                yield name, ""
+
+
+def check_share(folder: Path, rank: int, world_size: int) -> str:
+    """What is wrong with this rank's share of the files of ``folder``; empty if nothing is.
+
+    Raises:
+        CheckpointError: it has no checksums.
+    """
+    sums = require_sums(folder)
+    # the largest files first, one to each rank in turn
+    names = sorted(sums, key=lambda name: -sums[name].num_bytes)[rank::world_size]
+    problems = [f"{name} {wrong}" for name, wrong in compare(folder, {n: sums[n] for n in names}) if wrong]
+    return "; ".join(problems)
+
+
+def require_sums(folder: Path) -> dict[str, Summed]:
+    """The checksums of a checkpoint, or of the large files of a converted folder.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    for name in (SUMS, MANIFEST):
+        if (folder / name).exists():
+            return read_sums(folder, name)
+    raise CheckpointError(
+        f"{folder}: has no {SUMS} to compare with: an older version or another program wrote it; a run that is to "
+        "load it leaves --verify-checkpoint-integrity out"
+    )
+
+
+def _forget_cached(path: Path) -> None:
+    """Drop a file from the page cache, so that what is summed is what the disk gives back."""
+    with open_plain(path) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

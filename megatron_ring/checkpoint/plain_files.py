@@ -1,0 +1,122 @@
+"""Reading files that somebody else may have put there: what is no plain file, too large or no JSON is one line.
+
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO, TypeGuard
+
+from megatron_ring.errors import CheckpointError
+
+MAX_JSON_BYTES = 100_000_000
+"""No description of a checkpoint is longer, whatever the model."""
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """``path`` for reading; never waits, as opening a named pipe or a terminal would.
+
+    Raises:
+        OSError: it is not there, or it is no plain file; ``strerror`` says which.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+            raise OSError(code, "is no plain file", str(path))
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(handle)
+        raise
+
+
+def read_plain(path: Path, max_bytes: int) -> bytes:
+    """All of a plain file of at most ``max_bytes``.
+
+    Raises:
+        OSError: see :func:`open_plain`; or it is longer.
+    """
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise OSError(errno.EFBIG, f"has {size:,} bytes, more than {max_bytes:,}", str(path))
+        return file.read(size)
+
+
+def read_json(path: Path, remedy: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object that ``path`` holds.
+
+    Raises:
+        CheckpointError: it cannot be read or holds something else; ``remedy`` ends the line.
+    """
+    try:
+        return parse_json_object(read_plain(path, max_bytes))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}; {remedy}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; {remedy}") from None
+
+
+def parse_json_object(data: bytes) -> dict[str, Any]:
+    """The JSON object that ``data`` spells; every key of every object once.
+
+    Raises:
+        ValueError: it spells none; the message is one line.
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"holds {_kind(value)} but must hold a JSON object")
+    return value
+
+
+def is_count(value: object) -> TypeGuard[int]:
+    """Is it an integer from 0 to 2**63 - 1? ``True`` is not."""
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def is_file_name(value: object) -> TypeGuard[str]:
+    """Is it the name of something in a folder, and of nothing outside it?"""
+    return (
+        isinstance(value, str)
+        and 0 < len(value) < 256
+        and value not in (".", "..")
+        and not set("/\\\0\n").intersection(value)
+    )
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """A foreign value as a line can bear it. ``[...]`` for what may be nested."""
+    if value is None or isinstance(value, bool | float):
+        return repr(value)
+    if isinstance(value, int):
+        return str(value) if abs(value) < 10**limit else f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str):
+        return repr(value if len(value) <= limit else value[:limit] + "...")
+    return _kind(value)
+
+
+def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"holds the key {shown(key)} twice")
+        result[key] = value
+    return result
+
+
+def _kind(value: object) -> str:
+    return {dict: "an object", list: "a list", str: "a string", type(None): "null"}.get(
+        type(value), f"a {type(value).__name__}"
+    )

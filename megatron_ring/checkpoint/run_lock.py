@@ -1,0 +1,300 @@
+"""One run folder, one run: a file in the folder says who writes there.
+
+``run.lock`` is made by a hard link, which one of several starters gets, on NFS too, and names its owner: machine
+(boot), process and its start, launch. It is stale at once when the owner's process is gone from the machine that
+asks. Another machine cannot look: there it is stale when nobody has touched it for :data:`STALE_SECONDS`. The owner
+touches it every :data:`TOUCH_SECONDS`, whatever its steps take; ages are differences of the file system's own clock.
+
+Taking over a stale lock is a race as well. Each lock has a token of its own, and only who makes the one claim file
+named after the stale token may put a lock in its place. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_ring.checkpoint.plain_files import is_count, parse_json_object, read_plain
+from megatron_ring.errors import CheckpointError
+
+log = logging.getLogger("megatron_ring")
+
+LOCK = "run.lock"
+TOUCH_SECONDS = 20
+STALE_SECONDS = 300
+_MAX_BYTES = 10_000
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Owner:
+    """Who holds a run folder.
+
+    Example: ``Owner(token="9f...", host="node3", machine="6b2c.../4026531836", pid=4711, started=123456,
+    launch="127.0.0.1:29500/...")``.
+    """
+
+    token: str
+    host: str
+    machine: str
+    """This boot of the machine and the namespace in which ``pid`` is a process."""
+    pid: int
+    started: int
+    """Clock ticks after the boot; another process may have the number later."""
+    launch: str
+    """The same for all processes of one launch."""
+
+    def is_here(self) -> bool:
+        """Can this process see whether the owner lives?"""
+        return self.machine == _machine()
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+def check_run_folder(folder: str | Path | None, *, is_main: bool) -> None:
+    """Refuse a folder in which another run writes, before anything is started; takes nothing.
+
+    A rank other than the first (``is_main``) lets a lock of its own launch stand: the first may have it already.
+
+    Raises:
+        CheckpointError: another run does.
+    """
+    if folder is None:
+        return
+    lock = Path(folder) / LOCK
+    found = _read(lock)
+    if found is None or (not is_main and found.launch == _launch()):
+        return
+    if _is_live(lock, found):
+        raise _refusal(lock, found)
+
+
+def must_be_mine(folder: Path) -> None:
+    """Refuse to write into a folder that another process holds.
+
+    Raises:
+        CheckpointError: one does.
+    """
+    lock = folder / LOCK
+    found = _read(lock)
+    mine = found is not None and found.is_here() and found.pid == os.getpid()
+    if found is not None and not mine and _is_live(lock, found):
+        raise _refusal(lock, found)
+
+
+@contextlib.contextmanager
+def hold_run_folder(folder: str | Path | None) -> Iterator[None]:
+    """Hold ``folder`` (made if need be) for this process until the block ends, however it ends.
+
+    Raises:
+        CheckpointError: another run holds it, or it cannot be written.
+    """
+    if folder is None:
+        yield
+        return
+    lock = Path(folder) / LOCK
+    made: list[Path] = []
+    try:
+        made = [each for each in (lock.parent, *lock.parent.parents) if not each.exists()]
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        owner = _take(lock)
+    except OSError as error:
+        raise CheckpointError(
+            f"--save {folder}: {error.strerror or error}; name a folder that can be written"
+        ) from None
+    stop = threading.Event()
+    toucher = threading.Thread(target=_keep_fresh, args=(lock, owner, stop), daemon=True, name="run-lock")
+    toucher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        toucher.join(timeout=5)
+        if _read(lock) == owner:
+            with contextlib.suppress(OSError):
+                lock.unlink()
+        for each in made:
+            with contextlib.suppress(OSError):  # it holds something now
+                each.rmdir()
+
+
+def _take(lock: Path) -> Owner:
+    """Make ``lock`` ours, or take it over from an owner that is gone."""
+    owner = Owner(
+        token=secrets.token_hex(8),
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=os.getpid(),
+        started=_started(os.getpid()) or 0,
+        launch=_launch(),
+    )
+    own = lock.with_name(f"{LOCK}.{owner.token}")
+    own.write_text(json.dumps(asdict(owner)) + "\n", encoding="utf-8")
+    try:
+        for _ in range(100):
+            if _link(own, lock):
+                return owner
+            held = _read(lock)
+            if held is None:
+                # released, or replaced, since
+                continue
+            if _is_live(lock, held):
+                raise _refusal(lock, held)
+            if _take_over(lock, held, own):
+                log.warning("%s: was held by %s, which is gone: taken over", lock, held)
+                return owner
+        raise CheckpointError(f"{lock}: changes hands without end; remove it when no run writes there")
+    finally:
+        with contextlib.suppress(OSError):
+            own.unlink(missing_ok=True)
+
+
+def _take_over(lock: Path, held: Owner, own: Path) -> bool:
+    """Put ``own`` in the place of the stale lock of ``held`` if nobody else does.
+
+    A claim whose maker died in the middle is stale like a lock, and claimed by its own token in turn.
+    """
+    chain = [held]
+    while True:
+        claim = lock.with_name(f"{LOCK}.{chain[-1].token}.claim")
+        if _link(own, claim):
+            break
+        maker = _read(claim)
+        if maker is None or maker in chain:
+            return False
+        if _is_live(claim, maker):
+            raise _refusal(lock, maker)
+        chain.append(maker)
+    try:
+        if _read(lock) != held:
+            # somebody's claim was done, and taken away, before ours was made
+            return False
+        own.replace(lock)
+        return True
+    finally:
+        # the one that ends a chain takes it away, its own link last
+        for each in chain:
+            with contextlib.suppress(OSError):
+                lock.with_name(f"{LOCK}.{each.token}.claim").unlink(missing_ok=True)
+
+
+def _link(own: Path, target: Path) -> bool:
+    """Give ``own`` the second name ``target`` unless that is taken."""
+    try:
+        os.link(own, target)
+        return True
+    except FileExistsError:
+        # NFS may repeat a request whose answer was lost
+        return target.exists() and own.stat().st_nlink > 1 and own.samefile(target)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+    try:
+        handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return False
+    with os.fdopen(handle, "wb") as file:
+        file.write(own.read_bytes())
+    return True
+
+
+def _keep_fresh(lock: Path, owner: Owner, stop: threading.Event) -> None:
+    while not stop.wait(TOUCH_SECONDS):
+        try:
+            if _read(lock) != owner:
+                log.error(
+                    "%s: is not this run's any more; another run may write here: stop one of them", lock
+                )
+                return
+            os.utime(lock)
+        except (OSError, CheckpointError) as error:
+            log.warning("%s: cannot be touched (%s)", lock, error)
+
+
+def _is_live(lock: Path, owner: Owner) -> bool:
+    """Does the maker of ``lock`` still run, as far as can be known from here?"""
+    if owner.is_here():
+        return _started(owner.pid) == owner.started
+    try:
+        return _now(lock) - lock.stat().st_mtime < STALE_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _now(lock: Path) -> float:
+    """The present by the file system's clock: that of a file just made."""
+    probe = lock.with_name(f"{LOCK}.{secrets.token_hex(8)}")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime
+    except OSError:
+        # a folder that only its owner may write: this machine's clock has to do
+        return time.time()
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def _read(lock: Path) -> Owner | None:
+    """Who made ``lock``; ``None`` if it is not there.
+
+    Raises:
+        CheckpointError: it is there and says nothing that can be understood.
+    """
+    try:
+        values = parse_json_object(read_plain(lock, _MAX_BYTES))
+        owner = Owner(**values)
+        if not all(isinstance(v, str) for v in (owner.token, owner.host, owner.machine, owner.launch)):
+            raise ValueError("names no owner")
+        if not is_count(owner.pid) or not is_count(owner.started) or not owner.token.isalnum():
+            raise ValueError("names no process")
+        return owner
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or "is damaged"
+        raise CheckpointError(f"{lock}: {reason}; remove it when no run writes there") from None
+
+
+def _refusal(lock: Path, owner: Owner) -> CheckpointError:
+    gone = "stop that run" if owner.is_here() else f"stop that run (or wait {STALE_SECONDS} s if it is gone)"
+    return CheckpointError(
+        f"--save {lock.parent}: {owner} writes its checkpoints there; {gone}, or name another folder"
+    )
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> int | None:
+    """When a process of this machine began; ``None`` if there is none or it is dead and not yet buried."""
+    try:
+        fields = (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _launch() -> str:
+    """What all processes of a launch, and of no other at the same time, have in common."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID")
+    values = [os.environ.get(name, "") for name in names]
+    return "/".join(values) if any(values) else f"alone/{os.getpid()}"

@@ -1,0 +1,54 @@
+"""Sum the files of a checkpoint again and compare them with the checksums that were written with it.
+
+    python tools/verify_checkpoint.py runs/tiny                  # a run's folder: its latest checkpoint
+    python tools/verify_checkpoint.py runs/tiny/iter_0000100     # one checkpoint
+    python tools/verify_checkpoint.py models/mine                # what convert_checkpoint.py wrote
+
+Prints a line for each file; exit code 0 if all are as written, 1 if not, 2 if there is nothing to compare with.
+Needs no torch. A checksum shows damage, not who wrote a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_ring.checkpoint.checksums import MANIFEST, SUMS, compare, require_sums
+from megatron_ring.checkpoint.folder import TRACKER, latest
+from megatron_ring.config.load import OneLineParser
+from megatron_ring.errors import CheckpointError
+from megatron_ring.launch.entry import run_entry
+
+
+def main() -> None:
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a checkpoint, or the folder of a run")
+    folder = _checkpoint_of(parser.parse_args().folder)
+    sums = require_sums(folder)
+    bad = 0
+    for name, wrong in compare(folder, dict(sorted(sums.items()))):
+        bad += bool(wrong)
+        print(f"{'missing' if wrong == 'missing' else 'bad    ' if wrong else 'ok     '}  {name}", end="")
+        print(f": {wrong}" if wrong not in ("", "missing") else "", flush=True)
+    others = sorted(p.name for p in folder.iterdir() if p.name not in {*sums, SUMS, MANIFEST})
+    for name in others:
+        print(f"unknown  {name}: no checksum was written for it")
+    print(f"{folder}: {len(sums) - bad} of {len(sums)} files are as written")
+    sys.exit(1 if bad else 0)
+
+
+def _checkpoint_of(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; name a checkpoint or the folder of a run")
+    if not (folder / TRACKER).exists():
+        return folder
+    found = latest(folder)
+    assert found is not None
+    return found
+
+
+if __name__ == "__main__":
+    run_entry(main)
