@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from megatron_ring.checkpoint.run_lock import check_run_folder
 from megatron_ring.config.load import parse_command
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.stage_rules import Stage
@@ -52,6 +53,7 @@ def start(argv: Sequence[str] | None = None, *, stage: Stage = "pretrain") -> Ru
             print(plan, flush=True)
         sys.exit(0)
     check_inputs(command.config, stage)
+    check_run_folder(command.config.checkpoint.save, is_main=_rank() == 0)
     return command.config
 
 

@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 
 from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.checkpoint.folder import write_durably
+from megatron_ring.checkpoint.run_lock import hold_run_folder
 from megatron_ring.config.count import count_parameters, flops_per_token
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.show import dump_toml, format_config
 from megatron_ring.config.stage_rules import STAGE_SECTIONS, Stage
 from megatron_ring.data.messages import parse_template_kwargs
 from megatron_ring.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ring.errors import ConfigError, RingError
+from megatron_ring.errors import CheckpointError, ConfigError, RingError
 from megatron_ring.model.spec import require_backend
 from megatron_ring.runtime.metrics import MetricsLogger
 from megatron_ring.runtime.profile import StepProfiler
@@ -44,7 +45,7 @@ SAMPLE_TOKENS = 120
 def open_stage(config: RunConfig) -> Iterator[Session]:
     """This process's session, with our messages shown from ``log_level`` on, Megatron-Core's from warnings on.
 
-    What is no warning is said by the writer alone.
+    What is no warning is said by the writer alone. Holds the run's folder: nobody else writes there meanwhile.
     """
     logging.basicConfig(level=config.logging.log_level.upper(), format="%(message)s")
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
@@ -52,7 +53,11 @@ def open_stage(config: RunConfig) -> Iterator[Session]:
         log.setLevel(max(logging.root.level, logging.WARNING))
     require_backend(config.model)
     train = config.train
-    with open_session(config.parallel, train.seed, deterministic=train.deterministic) as session:
+    folder = config.checkpoint.save if rank_from_env() == 0 else None
+    with (
+        hold_run_folder(folder),
+        open_session(config.parallel, train.seed, deterministic=train.deterministic) as session,
+    ):
         yield session
 
 
@@ -85,7 +90,20 @@ class StageRun:
         if settings.finetune:
             self.at_start_weights()
         if state is not None:
+            self._go_on(state)
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        """Take up the trainer's state of a checkpoint, which may be another stage's, or somebody's edit."""
+        try:
             self.load_state_dict(state)
+            if type(self.step) is not int or self.step < 0:
+                raise ValueError(f"says step {str(self.step)[:40]!r}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise CheckpointError(
+                f"{self.checkpointer.loaded_folder}: trainer state {reason}; load a checkpoint that this stage saved, or "
+                "its weights alone with --finetune or --pretrained-checkpoint"
+            ) from None
 
     def at_start_weights(self) -> None:
         """Called once while the model holds what the run starts, or started, from; for stages that keep it."""

@@ -21,6 +21,7 @@ from megatron_ring.checkpoint.convert.plan import safetensors_files
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
 from megatron_ring.checkpoint.convert.tensor_map import Box, Copy
 from megatron_ring.checkpoint.convert.torch_dist_io import TorchDistFolder
+from megatron_ring.checkpoint.run_lock import hold_run_folder
 from megatron_ring.config.load import preset_config
 from megatron_ring.errors import CheckpointError
 from tests.checkpoint.convert_cases import (
@@ -341,6 +342,15 @@ def test_a_mistake_is_one_line_and_code_2(words: list[str], message: str, tmp_pa
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_which_a_run_writes_is_left_alone(hf: dict[str, Path], tmp_path: Path, monkeypatch):
+    with hold_run_folder(tmp_path / "m"):
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with pytest.raises(CheckpointError, match="writes its checkpoints there"):
+            hf_to_megatron(hf["v1"], tmp_path / "m", SMALL, Silent())
+        monkeypatch.undo()
+    assert not (tmp_path / "m").exists()
 
 
 def test_nothing_that_exists_is_written_over(hf: dict[str, Path], tmp_path: Path):

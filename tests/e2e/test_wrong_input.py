@@ -6,10 +6,12 @@ alone decides is in ``tests/config``; here the mistake lies in a file, a folder 
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -139,6 +141,40 @@ def test_a_checkpoint_cut_short(refused, settings, run_copy):
     path = run_copy / "iter_0000001" / "__0_0.distcp"
     os.truncate(path, 1000)
     assert f"{path}: has 1,000 of at least" in refused(PRETRAIN, flags(settings | {"load": run_copy}))
+
+
+def _with_trainer(run: Path, trainer: object) -> None:
+    path = run / "iter_0000001/trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trainer": trainer}))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [
+        (None, "holds None for trainer, which is an object"),
+        ([], "holds a list for trainer, which is an object"),
+        ({}, "trainer state lacks 'step'"),
+        ({"step": 1}, "trainer state lacks 'cursor'"),
+        ({"step": 1, "cursor": [], "spikes": {}}, "trainer state "),
+    ],
+)
+def test_a_checkpoint_whose_trainer_state_is_none(refused, settings, run_copy, trainer, said):
+    """It must not begin at step 0 and write over what it could not read."""
+    _with_trainer(run_copy, trainer)
+    line = refused(PRETRAIN, flags(settings | {"load": run_copy, "save": run_copy}))
+    assert said in line and "load a " in line
+
+
+def test_a_folder_in_which_another_run_writes(refused, settings, run_copy):
+    code = "import sys, time; from megatron_ring.checkpoint.run_lock import hold_run_folder as hold\n"
+    code += "with hold(sys.argv[1]): print('held', flush=True); time.sleep(300)"
+    words = [sys.executable, "-c", code, str(run_copy)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        line = refused(PRETRAIN, flags(settings | {"save": run_copy}))
+        assert f"process {other.pid} on " in line and "writes its checkpoints there" in line
+        other.kill()
 
 
 def test_a_pointer_to_a_checkpoint_that_is_gone(refused, settings, run_copy):
