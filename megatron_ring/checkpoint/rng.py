@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
+from megatron_ring.checkpoint.plain_files import read_plain
 from megatron_ring.errors import CheckpointError
 from megatron_ring.runtime import device
 from megatron_ring.runtime.session import Session
@@ -17,6 +18,8 @@ from megatron_ring.runtime.session import Session
 log = logging.getLogger("megatron_ring")
 
 RNG_FILE = "rng.safetensors"
+_MAX_BYTES = 1 << 32
+"""A rank's generators take some ten kilobytes."""
 
 
 def gather_rng(session: Session) -> dict[str, torch.Tensor]:
@@ -34,24 +37,41 @@ def gather_rng(session: Session) -> dict[str, torch.Tensor]:
 
 
 def save_rng(states: dict[str, torch.Tensor], folder: Path) -> None:
-    save_file(states, folder / RNG_FILE)
+    # written here: the package's own writer keeps its files from everybody but their owner
+    (folder / RNG_FILE).write_bytes(save(states))
 
 
 def load_rng(folder: Path, session: Session, same_layout: bool) -> None:
-    """Restore this rank's states; another layout keeps its fresh seeds and says so."""
+    """Restore this rank's states; another layout keeps its fresh seeds and says so.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or lacks a state of this rank.
+    """
     if not same_layout:
         if session.is_main:
             log.warning("random-number states of %s belong to another layout; starting from the seed", folder)
         return
+    path, remedy = folder / RNG_FILE, "use --no-load-rng or load another checkpoint"
     try:
-        states = load_file(folder / RNG_FILE)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder / RNG_FILE}: cannot be read ({error}); use --no-load-rng or load another checkpoint"
-        ) from None
-    own = {
-        name.split(".", 1)[1]: s for name, s in states.items() if name.split(".", 1)[0] == str(session.rank)
-    }
+        states = load(read_plain(path, _MAX_BYTES))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); {remedy}") from None
     tracker = get_cuda_rng_tracker()
-    tracker.set_states({name: own[name] for name in tracker.get_states()})
-    device.set_rng_state(own)
+    named = tracker.get_states()
+    own: dict[str, torch.Tensor] = {}
+    for name, now in {**device.rng_state(), **named}.items():
+        state = states.get(f"{session.rank}.{name}")
+        if state is None or (state.dtype, state.shape) != (now.dtype, now.shape):
+            raise CheckpointError(f"{path}: holds no state of {name} for rank {session.rank}; {remedy}")
+        own[name] = state
+    try:
+        for state in own.values():
+            if state.shape == torch.get_rng_state().shape:
+                # Megatron's tracker only keeps what it is given: a damaged state would end a later step
+                torch.Generator().set_state(state)
+        device.set_rng_state(own)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); {remedy}") from None
+    tracker.set_states({name: own[name] for name in named})

@@ -245,7 +245,7 @@ BAD = {
         lambda f: sorted(f.glob("*.safetensors"))[1].write_bytes(b"\xff" * 64),
         "no safetensors file",
     ),
-    "garbage index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "no weight map"),
+    "garbage index": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "no weight map"),
     "index that leaves the folder": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../x"}}'),
         "not a file beside it",

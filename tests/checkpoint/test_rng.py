@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
@@ -67,3 +68,35 @@ def test_a_file_that_is_none_is_one_line(session, tmp_path):
         ) as caught:
             load_rng(tmp_path, session, same_layout=True)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_who_may_read_the_checkpoint_may_read_the_states(session, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_rng(gather_rng(session), tmp_path)
+        (tmp_path / "other").write_text("x")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1 and modes.pop() & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("harm", ["missing", "another length", "another dtype", "noise"])
+def test_states_that_are_none_are_one_line(session, tmp_path, harm):
+    states = gather_rng(session)
+    before = draw()
+    name = sorted(states)[0]
+    change = {
+        "missing": lambda _: None,
+        "another length": lambda state: state[:-8].clone(),
+        "another dtype": lambda state: state.view(torch.int8),
+        "noise": lambda state: torch.full_like(state, 255),
+    }[harm]
+    states = {n: change(s) if n == name else s for n, s in states.items()}
+    save_rng({n: s for n, s in states.items() if s is not None}, tmp_path)
+    generators = {n: s.clone() for n, s in gather_rng(session).items()}
+    with pytest.raises(CheckpointError, match=r"rng\.safetensors: .*use --no-load-rng") as caught:
+        load_rng(tmp_path, session, same_layout=True)
+    assert "\n" not in str(caught.value) and before
+    assert all(map(torch.equal, gather_rng(session).values(), generators.values())), "nothing was restored"

@@ -275,7 +275,7 @@ def reshard(
         notes = _run(job, working, options, reporter)
         _write_metadata(job, working, notes)
         for path in folder.iterdir():
-            if path.suffix == ".safetensors":
+            if path.suffix == ".safetensors" and path.is_file():
                 shutil.copyfile(path, working / path.name)
         _finish_step(working, state, replace(config, model=model))
         write_manifest(working, notes, source=str(folder), source_format="torch_dist", family=model.family)

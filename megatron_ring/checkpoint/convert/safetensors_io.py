@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from megatron_ring.checkpoint.convert.files import MappedFile, SummedFile, TensorInfo
+from megatron_ring.checkpoint.convert.safetensors_header import DTYPES, read_header
 from megatron_ring.checkpoint.convert.tensor_map import Box
+from megatron_ring.checkpoint.plain_files import is_file_name, read_json, shown
 from megatron_ring.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _IGNORED = ".rotary_emb.inv_freq"
 """A buffer that old exports carry; it follows from the config."""
 
@@ -37,7 +36,7 @@ class SafetensorsFolder:
         self._maps: dict[Path, MappedFile] = {}
         self._files = _weight_files(folder)
         for path in self._files:
-            for name, info, offset in _read_header(path):
+            for name, info, offset in read_header(path):
                 if name.endswith(_IGNORED):
                     continue
                 if name in self.tensors:
@@ -73,54 +72,19 @@ def _weight_files(folder: Path) -> list[Path]:
                 f"{folder}: holds no *.safetensors; download or export the weights in that format"
             )
         return files
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index}: no weight map ({error!r}); download it again") from None
-    for name in names:
-        if Path(name).name != name:
+    weight_map = read_json(index, "download it again").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight map; download it again")
+    for name in weight_map.values():
+        if not is_file_name(name):
             raise CheckpointError(
-                f"{index}: names {name!r}, which is not a file beside it; download it again"
+                f"{index}: names {shown(name)}, which is not a file beside it; download it again"
             )
+    names = sorted(set(weight_map.values()))
+    for name in names:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing although {INDEX} names it; download that shard")
     return [folder / name for name in names]
-
-
-def _read_header(path: Path) -> Iterator[tuple[str, TensorInfo, int]]:
-    """(name, description, byte offset in the file) of every tensor, after checking them against the file's
-    size.
-    """
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > _MAX_HEADER_BYTES or 8 + length > size:
-                raise ValueError(f"header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        entries: list[tuple[str, str, tuple[int, ...], int, int]] = [
-            (name, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise CheckpointError(f"{path}: no safetensors file ({error}); download that shard again") from None
-    end = max((entry[4] for entry in entries), default=0)
-    if 8 + length + end != size:
-        raise CheckpointError(
-            f"{path}: has {size} bytes but its header describes {8 + length + end}: truncated or damaged; "
-            "download that shard again"
-        )
-    for name, dtype, shape, start, stop in entries:
-        if dtype not in _DTYPES:
-            raise CheckpointError(
-                f"{path}: {name} has dtype {dtype}; convertible are {', '.join(_DTYPES)}: dequantize the model first"
-            )
-        info = TensorInfo(_DTYPES[dtype], shape)
-        if stop - start != info.num_bytes or start < 0:
-            raise CheckpointError(
-                f"{path}: {name} has {stop - start} bytes, not {info.num_bytes}; download it again"
-            )
-        yield name, info, 8 + length + start
 
 
 class SafetensorsWriter:
