@@ -64,6 +64,14 @@ _LOOSE_UNIT = re.compile(
 """``5 m`` and ``5m/s``: letters behind a number that may be a unit as well as symbols."""
 
 
+_TEXT_COMMANDS_WORDS = (
+    "text mathrm mathbf frac dfrac sqrt prime odot oplus otimes hbar dagger ast star nabla partial cdot times dot ddot "
+    "vec hat bar left right pi theta alpha beta gamma delta lambda mu nu omega phi psi rho sigma tau Delta Omega"
+)
+_TEXT_COMMANDS = frozenset(_TEXT_COMMANDS_WORDS.split())
+_DEEPEST_TEXT = 20
+
+
 def judge_math(prompt: Prompt, text: str) -> RewardResult:
     """1 if the last box of ``text`` is equal in value to ``prompt.reference["answer"]``."""
     return _judge(_reference(prompt), text, science=False)
@@ -120,7 +128,10 @@ def _problem(answer: str, science: bool) -> str | None:
             return None
         labelled = _labelled(reference)
         load()
-        _worth(labelled[1] if labelled else reference)
+        value = labelled[1] if labelled else reference
+        if not _readings(value, loose_units=science) and _is_text(value):
+            return None
+        _worth(value)
     except Unreadable as error:
         return f"{str(error) or 'it cannot be read'}: {answer[:40]!r}"
     return None
@@ -176,6 +187,8 @@ def _by_value(reference: str, answer: str, science: bool) -> RewardResult:
     from megatron_ring.rl.reward.math_numbers import Budget, TooExpensive
 
     wanted = _readings(reference, loose_units=science)
+    if not wanted and _is_text(reference):
+        return _verdict(_as_text(reference) == _as_text(answer), answer)
     if not wanted:
         why = _problem(reference, science)
         if why is None:
@@ -319,6 +332,31 @@ def _is_word(reference: str) -> bool:
         return False
     name = len(bare) == 3 and bare[0].isupper() and bare[1:].islower()
     return name or max(map(len, words)) > 3 or any(word in _SHORT_WORDS for word in words)
+
+
+def _is_text(reference: str) -> bool:
+    """Whether a reference that is no mathematics of ours is whole, so that an answer can be the same in writing.
+
+    Examples: ``4:30 p.m.`` and ``y^{\\prime}+ry=0`` are, ``甲`` and ``\\frac{1}{`` are not.
+    """
+    depth = deepest = 0
+    for mark in re.findall(r"[({\[\])}]", reference):
+        depth += 1 if mark in "({[" else -1
+        deepest = max(deepest, depth if depth >= 0 else _DEEPEST_TEXT + 1)
+    known = all(command in _TEXT_COMMANDS for command in re.findall(r"\\([A-Za-z]+)", reference))
+    return (
+        depth == 0
+        and deepest <= _DEEPEST_TEXT
+        and known
+        and reference.isascii()
+        and re.search(r"[0-9A-Za-z]", reference) is not None
+        and re.search(r"</?[A-Za-z]", reference) is None
+    )
+
+
+def _as_text(answer: str) -> str:
+    """Without fonts, spaces and capitals."""
+    return re.sub(r"\s|~|\\[,;:! ]", "", _TEXT.sub(r" \1 ", answer)).casefold()
 
 
 def _no_box() -> RewardResult:
