@@ -46,7 +46,7 @@ fi
 import sys
 
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward.sandbox import Sandbox
+from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 
 try:
     Sandbox.open()

@@ -37,7 +37,7 @@ class Prompts(Protocol):
 
 
 class Rewards(Protocol):
-    """Who judges: :class:`megatron_ring.rl.reward.pool.RewardPool` is one."""
+    """Who judges: :class:`megatron_ring.rl.reward.workers.pool.RewardPool` is one."""
 
     def submit(self, prompt: Prompt, text: str) -> Future[RewardResult]: ...
 

@@ -37,9 +37,9 @@ from megatron_ring.rl.objective import PolicyObjective
 from megatron_ring.rl.objective import metrics as objective_metrics
 from megatron_ring.rl.objective.recipes import StepFacts
 from megatron_ring.rl.reference import ReferencePolicy
-from megatron_ring.rl.reward.pool import RewardPool
 from megatron_ring.rl.reward.references import check_sources
 from megatron_ring.rl.reward.registry import parse_reward_functions
+from megatron_ring.rl.reward.workers.pool import RewardPool
 from megatron_ring.rl.rollout.engine import InProcessEngine
 from megatron_ring.rl.rollout.protocol import Request, SamplingParams
 from megatron_ring.rl.samples import SampleTable

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward.code import CodeJob, CodeJudge
-from megatron_ring.rl.reward.code_compare import same_output
+from megatron_ring.rl.reward.code.compare import same_output
+from megatron_ring.rl.reward.code.judge import CodeJob, CodeJudge
 from tests.cases import FOLDER, Row, lines
 
 

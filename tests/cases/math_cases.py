@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_ring.data.prompts import Prompt
-from megatron_ring.rl.reward.math_answer import judge_math, judge_science
+from megatron_ring.rl.reward.mathematics.judge import judge_math, judge_science
 from tests.cases import Row, lines
 
 _CASES = ("math_plain_text", "math_tiny_values", "math_interval_inequality", "math_box_without_braces")

@@ -12,7 +12,7 @@ import pytest
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RolloutError
 from megatron_ring.rl.collector import Collected
-from megatron_ring.rl.reward.pool import RewardPool
+from megatron_ring.rl.reward.workers.pool import RewardPool
 from tests.rl.collecting import ScriptedEngine, collector, keys, prompt, session, wanted_length
 
 

@@ -58,7 +58,7 @@ def _per_second(run, runs: int, workers: int) -> float:
 
 def bwrap_each(argv: Sequence[str]):
     """A function that runs ``argv`` inside a bubblewrap of its own, as a run without a zygote would."""
-    from megatron_ring.rl.reward import sandbox_command as walls
+    from megatron_ring.rl.reward.sandbox import command as walls
 
     words = [walls.find_tool("bwrap", "the sandbox"), "--unshare-all", "--unshare-user", "--die-with-parent"]
     words += [
@@ -120,9 +120,9 @@ def bwrap_each(argv: Sequence[str]):
 
 
 def python_runs(words: argparse.Namespace) -> None:
-    from megatron_ring.rl.reward.sandbox import Sandbox
-    from megatron_ring.rl.reward.sandbox_command import Limits, Program
-    from megatron_ring.rl.reward.sandbox_process import Zygote
+    from megatron_ring.rl.reward.sandbox.command import Limits, Program
+    from megatron_ring.rl.reward.sandbox.process import Zygote
+    from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 
     started = time.perf_counter()
     sandbox = Sandbox.open()
@@ -168,7 +168,7 @@ def python_runs(words: argparse.Namespace) -> None:
 
 def compiled_runs() -> None:
     from megatron_ring.config.rl import RewardConfig
-    from megatron_ring.rl.reward.code import CodeJob, CodeJudge, Language
+    from megatron_ring.rl.reward.code.judge import CodeJob, CodeJudge, Language
 
     judge = CodeJudge(RewardConfig(reward_timeout=120.0, sandbox_timeout=60.0))
     test = {"input": "1 2", "output": "3"}
@@ -185,7 +185,7 @@ def compiled_runs() -> None:
 
 def answers() -> None:
     from megatron_ring.data.prompts import Prompt
-    from megatron_ring.rl.reward.math_answer import judge_math
+    from megatron_ring.rl.reward.mathematics.judge import judge_math
 
     started = time.perf_counter()
     judge_math(Prompt(uid=0, domain="math", text="", tokens=(), reference={"answer": "1/2"}), r"\boxed{0.5}")

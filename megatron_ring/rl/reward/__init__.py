@@ -1,1 +1,1 @@
-"""Rewards: who judges a response, in processes that may hang or die without the trainer noticing."""
+"""Rewards: who judges which domain, and what may be judged. One room per kind of verifier, and one for its processes."""

@@ -8,7 +8,9 @@ from typing import Any
 from megatron_ring.data.problem_lines import Problem
 from megatron_ring.data.prompt_sources import GYM_DOMAIN, JsonlSource, PromptSource
 from megatron_ring.errors import DataError
-from megatron_ring.rl.reward import code, gym, math_answer
+from megatron_ring.rl.reward.code import judge as code
+from megatron_ring.rl.reward.gym import judge as gym
+from megatron_ring.rl.reward.mathematics import judge as mathematics
 
 SHOWN = 5
 """Problems that the line names."""
@@ -49,11 +51,11 @@ def unjudgeable(problem: Problem) -> str | None:
 
 
 def _mathematics(reference: Mapping[str, Any]) -> str | None:
-    return _answer(reference, math_answer.check_reference)
+    return _answer(reference, mathematics.check_reference)
 
 
 def _science(reference: Mapping[str, Any]) -> str | None:
-    return _answer(reference, math_answer.check_science_reference)
+    return _answer(reference, mathematics.check_science_reference)
 
 
 def _answer(reference: Mapping[str, Any], check: Callable[[str], str | None]) -> str | None:

@@ -19,9 +19,10 @@ from typing import Any, Literal
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.data.prompts import Prompt
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward import gym, math_answer
-from megatron_ring.rl.reward.code import CodeJudge
-from megatron_ring.rl.reward.code import check_reference as check_code_reference
+from megatron_ring.rl.reward.code.judge import CodeJudge
+from megatron_ring.rl.reward.code.judge import check_reference as check_code_reference
+from megatron_ring.rl.reward.gym import judge as gym
+from megatron_ring.rl.reward.mathematics import judge as mathematics
 from megatron_ring.rl.types import RewardResult, RewardStatus
 
 RewardFunction = Callable[[Prompt, str], RewardResult]
@@ -51,7 +52,7 @@ HOSTILE_TEXTS = (
 class Judge:
     """A domain's function, and what has to be done once in a process before its first call.
 
-    Example: ``Judge(function=judge_math, load=math_answer.load)``.
+    Example: ``Judge(function=judge_math, load=mathematics.load)``.
     """
 
     function: RewardFunction
@@ -111,14 +112,14 @@ def load_judges(config: RewardConfig, place: Place) -> dict[str, Judge]:
     if place == "inside":
         return {
             "math": Judge(
-                function=math_answer.judge_math,
-                load=math_answer.load,
-                check=lambda reference: math_answer.check_reference(str(reference.get("answer", ""))),
+                function=mathematics.judge_math,
+                load=mathematics.load,
+                check=lambda reference: mathematics.check_reference(str(reference.get("answer", ""))),
             ),
             "science": Judge(
-                function=math_answer.judge_science,
-                load=math_answer.load,
-                check=lambda reference: math_answer.check_science_reference(str(reference.get("answer", ""))),
+                function=mathematics.judge_science,
+                load=mathematics.load,
+                check=lambda reference: mathematics.check_science_reference(str(reference.get("answer", ""))),
             ),
             "reasoning_gym": Judge(
                 function=gym.judge_reasoning_gym, load=gym.load, check=gym.check_reference

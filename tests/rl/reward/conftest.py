@@ -14,7 +14,7 @@ import pytest
 
 from megatron_ring.data.prompts import Prompt
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward.sandbox import Sandbox
+from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 
 PLUGIN = """
 import os, signal, sys, time
@@ -62,8 +62,8 @@ def one_argument(prompt):
 not_a_function = 3
 
 def sandboxed(prompt, text):
-    from megatron_ring.rl.reward.sandbox import Sandbox
-    from megatron_ring.rl.reward.sandbox_command import Limits
+    from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
+    from megatron_ring.rl.reward.sandbox.command import Limits
     sandbox = Sandbox.open()
     source = "import os, time" + chr(10) + "os.fork(); os.fork(); time.sleep(600)"
     sandbox.run(sandbox.python(source), Limits(seconds=600.0))

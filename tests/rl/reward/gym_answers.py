@@ -12,9 +12,9 @@ from typing import Any
 
 from megatron_ring.data.prompt_sources import GymSource
 from megatron_ring.data.prompts import Prompt
-from megatron_ring.rl.reward.gym import judge_reasoning_gym
-from megatron_ring.rl.reward.gym_readers import rational
-from megatron_ring.rl.reward.gym_table import SCORERS
+from megatron_ring.rl.reward.gym.judge import judge_reasoning_gym
+from megatron_ring.rl.reward.gym.readers import rational
+from megatron_ring.rl.reward.gym.table import SCORERS
 from tests.rl.reward.conftest import problem
 
 ADMITTED = sorted(set(SCORERS) - {"acre"})

@@ -8,9 +8,9 @@ import pytest
 
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward.code import CodeJob, CodeJudge
+from megatron_ring.rl.reward.code.judge import CodeJob, CodeJudge
 from megatron_ring.rl.reward.registry import check_reward_function
-from megatron_ring.rl.reward.sandbox import Sandbox
+from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 from megatron_ring.rl.types import RewardResult
 from tests.rl.reward.conftest import problem
 

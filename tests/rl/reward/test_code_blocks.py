@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_ring.rl.reward.code_blocks import Block, code_blocks, solution_block
+from megatron_ring.rl.reward.code.blocks import Block, code_blocks, solution_block
 
 GOOD = "```python\nprint(1)\n```\n"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_ring.rl.reward.code_compare import read_json, same_output, same_value, write_json
+from megatron_ring.rl.reward.code.compare import read_json, same_output, same_value, write_json
 
 LONG = "1" + "0" * 5000
 

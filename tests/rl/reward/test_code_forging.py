@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_ring.config.rl import RewardConfig
-from megatron_ring.rl.reward.code import CodeJob, CodeJudge
-from megatron_ring.rl.reward.sandbox import Sandbox
+from megatron_ring.rl.reward.code.judge import CodeJob, CodeJudge
+from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 
 ANYTHING = """
 class Anything:

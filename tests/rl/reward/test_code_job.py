@@ -7,8 +7,8 @@ import json
 import pytest
 
 from megatron_ring.config.rl import RewardConfig
-from megatron_ring.rl.reward.code import CODE_KEYS, CodeJob, CodeJudge, check_reference
-from megatron_ring.rl.reward.sandbox import Sandbox
+from megatron_ring.rl.reward.code.judge import CODE_KEYS, CodeJob, CodeJudge, check_reference
+from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 from tests.rl.reward.conftest import problem
 
 ADD = "def add(a, b):\n    return a + b\n"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from megatron_ring.config.rl import RewardConfig
-from megatron_ring.rl.reward.code import CodeJob, CodeJudge
-from megatron_ring.rl.reward.code_job import check_reference
-from megatron_ring.rl.reward.sandbox import Sandbox
+from megatron_ring.rl.reward.code.job import check_reference
+from megatron_ring.rl.reward.code.judge import CodeJob, CodeJudge
+from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 
 SHAPES = """
 from collections import namedtuple, defaultdict, deque, Counter, OrderedDict

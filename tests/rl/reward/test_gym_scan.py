@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megatron_ring.rl.reward import gym
+from megatron_ring.rl.reward.gym import judge as gym
 from tests.rl.reward.gym_answers import (
     ADMITTED,
     CONSTANTS,

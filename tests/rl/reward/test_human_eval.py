@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from megatron_ring.config.rl import RewardConfig
-from megatron_ring.rl.reward.code import CodeJob, CodeJudge, check_reference
-from megatron_ring.rl.reward.code_blocks import solution_block
-from megatron_ring.rl.reward.sandbox import Sandbox
+from megatron_ring.rl.reward.code.blocks import solution_block
+from megatron_ring.rl.reward.code.judge import CodeJob, CodeJudge, check_reference
+from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 from tests.rl.reward.human_eval import PER_PROBLEM, mutants, mutated, problems, right_program
 
 EVERY = 8

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ring.rl.reward.math_answer import (
+from megatron_ring.rl.reward.mathematics.judge import (
     check_reference,
     check_science_reference,
     judge_math,
@@ -113,7 +113,7 @@ def test_boxes_that_only_a_word_joins_are_one_answer():
 
 
 def test_what_most_answers_are_is_decided_without_reading_mathematics(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("megatron_ring.rl.reward.math_answer._by_value", None)
+    monkeypatch.setattr("megatron_ring.rl.reward.mathematics.judge._by_value", None)
     for reference, answer in [
         ("16", "16"),
         ("16", "17"),
@@ -216,7 +216,7 @@ def test_a_choice_in_lower_case_is_one_in_science_only():
 def test_usual_references_are_checked_without_importing_what_comparing_needs():
     code = """
 import sys
-from megatron_ring.rl.reward.math_answer import check_reference
+from megatron_ring.rl.reward.mathematics.judge import check_reference
 assert [check_reference(answer) for answer in ("16", "-1/2", "0.5", r"\\\\frac{1}{2}", "yes", "B", "1,000")] == [None] * 7
 assert not {"sympy", "mpmath", "math_verify"} & set(sys.modules)
 check_reference(r"\\\\sqrt{2}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ring.rl.reward.math_answer import check_reference, judge_math, judge_science
+from megatron_ring.rl.reward.mathematics.judge import check_reference, judge_math, judge_science
 from tests.rl.reward.conftest import problem
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ring.rl.reward.math_answer import check_reference, judge_math
-from megatron_ring.rl.reward.math_text import Unreadable, plain
+from megatron_ring.rl.reward.mathematics.judge import check_reference, judge_math
+from megatron_ring.rl.reward.mathematics.text import Unreadable, plain
 from tests.rl.reward.conftest import problem
 
 PAIRS = [

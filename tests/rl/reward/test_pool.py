@@ -14,7 +14,7 @@ import pytest
 
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward.pool import RewardPool
+from megatron_ring.rl.reward.workers.pool import RewardPool
 from tests.rl.reward.conftest import becomes, own_processes, problem, sandbox_processes, zygotes
 
 ROOT = Path(__file__).parents[3]
@@ -137,7 +137,7 @@ def test_neither_process_holds_what_the_other_needs():
     code = f"""
 import sys, time
 import torch
-from megatron_ring.rl.reward.pool import RewardPool
+from megatron_ring.rl.reward.workers.pool import RewardPool
 sys.path[:0] = [{str(ROOT)!r}]
 from tests.rl.reward.conftest import PLUGIN, problem
 import tempfile, pathlib
@@ -161,7 +161,7 @@ import sys, time
 sys.path[:] = {sys.path!r}
 from tests.rl.reward.conftest import problem
 from tests.rl.reward.test_pool import config
-from megatron_ring.rl.reward.pool import RewardPool
+from megatron_ring.rl.reward.workers.pool import RewardPool
 with RewardPool.open(config({plugin!r}, reward_workers=2, reward_timeout=600.0)) as pool:
     pool.submit(problem("hang"), {str(tmp_path / "busy")!r})
     print(pool.submit(problem("right"), "x").result().detail.split()[0], flush=True)

@@ -18,10 +18,11 @@ import psutil
 import pytest
 
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward import sandbox as sandbox_module
-from megatron_ring.rl.reward import sandbox_command, sandbox_process
-from megatron_ring.rl.reward.sandbox import Sandbox
-from megatron_ring.rl.reward.sandbox_command import Limits
+from megatron_ring.rl.reward.sandbox import command as sandbox_command
+from megatron_ring.rl.reward.sandbox import process as sandbox_process
+from megatron_ring.rl.reward.sandbox import sandbox as sandbox_module
+from megatron_ring.rl.reward.sandbox.command import Limits
+from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 from tests.rl.reward.conftest import PATIENCE, becomes, own_processes, sandbox_processes
 
 ROOT = Path(__file__).parents[3]

@@ -8,9 +8,10 @@ import shutil
 import pytest
 
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward import sandbox_process
-from megatron_ring.rl.reward.sandbox import Sandbox
-from megatron_ring.rl.reward.sandbox_command import Limits
+from megatron_ring.rl.reward.code.job import CodeJob
+from megatron_ring.rl.reward.sandbox import process as sandbox_process
+from megatron_ring.rl.reward.sandbox.command import Limits
+from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 from tests.rl.reward.conftest import sandbox_processes, zygotes
 
 PATIENT = Limits(seconds=100.0, wall_seconds=200.0, memory_mb=256)
@@ -281,7 +282,7 @@ def test_without_a_wall_of_the_run_it_refuses(sandbox, monkeypatch: pytest.Monke
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
 def test_a_compiled_program_has_the_same_walls(sandbox: Sandbox):
-    from megatron_ring.rl.reward.programs import Built, build
+    from megatron_ring.rl.reward.code.programs import Built, build
 
     source = """
 #include <csignal>
@@ -301,7 +302,7 @@ int main() {
     std::signal(SIGPIPE, SIG_DFL) == SIG_DFL ? std::abort() : std::exit(3);
 }
 """.replace("fcntl_open(fd)", "(lseek(fd, 0, SEEK_CUR) != -1)")
-    built = build(sandbox, "cpp", "stdin", source, PATIENT, 100.0)
+    built = build(sandbox, CodeJob(source=source, tests=(), language="cpp"), PATIENT)
     assert isinstance(built, Built), built
     result = sandbox.run(built.program, built.limits)
     # abort() ends a program that is not the first process of its namespace

@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 
-from megatron_ring.rl.reward import sandbox_command, sandbox_run
-from megatron_ring.rl.reward.sandbox import Sandbox
-from megatron_ring.rl.reward.sandbox_command import Limits, Program
+from megatron_ring.rl.reward.sandbox import command as sandbox_command
+from megatron_ring.rl.reward.sandbox import run as sandbox_run
+from megatron_ring.rl.reward.sandbox.command import Limits, Program
+from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 from tests.rl.reward.conftest import sandbox_processes
 
 PATIENT = Limits(seconds=100.0, wall_seconds=200.0, memory_mb=256)

@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward import sandbox_process, sandbox_run
-from megatron_ring.rl.reward.sandbox import Sandbox
-from megatron_ring.rl.reward.sandbox_command import Limits, Program
-from megatron_ring.rl.reward.sandbox_process import Zygote
+from megatron_ring.rl.reward.sandbox import process as sandbox_process
+from megatron_ring.rl.reward.sandbox import run as sandbox_run
+from megatron_ring.rl.reward.sandbox.command import Limits, Program
+from megatron_ring.rl.reward.sandbox.process import Zygote
+from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 from tests.rl.reward.conftest import becomes, own_processes, sandbox_processes, zygotes
 
 PATIENT = Limits(seconds=100.0, wall_seconds=200.0, memory_mb=256)

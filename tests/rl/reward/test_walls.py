@@ -14,16 +14,16 @@ import pytest
 
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward import pool as pool_module
-from megatron_ring.rl.reward import verifier as verifier_module
-from megatron_ring.rl.reward.confine import judge_filter
-from megatron_ring.rl.reward.pool import RewardPool, _result
-from megatron_ring.rl.reward.walls import Walls, _try, raise_walls
+from megatron_ring.rl.reward.workers import pool as pool_module
+from megatron_ring.rl.reward.workers import verifier as verifier_module
+from megatron_ring.rl.reward.workers.confine import judge_filter
+from megatron_ring.rl.reward.workers.pool import RewardPool, _result
+from megatron_ring.rl.reward.workers.walls import Walls, _try, raise_walls
 from tests.rl.reward.conftest import becomes, own_processes, problem
 
 _ATTEMPTS = """
 import ctypes, json, os, resource, signal, sys
-from megatron_ring.rl.reward.confine import confine
+from megatron_ring.rl.reward.workers.confine import confine
 confine(bytes.fromhex(sys.argv[1]))
 libc = ctypes.CDLL(None, use_errno=True)
 def call(name, *words):
@@ -133,7 +133,7 @@ print(json.dumps([seen, os.getuid() == 0, dict(os.environ).get("SECRET")]))
 
 @pytest.mark.parametrize("hole", ["os.getuid() == 0", "os.path.exists(sys.argv[1])"])
 def test_walls_with_a_hole_are_no_walls(walls: Walls, hole: str, monkeypatch: pytest.MonkeyPatch):
-    from megatron_ring.rl.reward import walls as module
+    from megatron_ring.rl.reward.workers import walls as module
 
     assert hole in module._PROBE
     monkeypatch.setattr(module, "_PROBE", module._PROBE.replace(hole, "True"))
@@ -261,7 +261,7 @@ import sys, time
 sys.path[:] = {sys.path!r}
 from tests.rl.reward.conftest import problem
 from megatron_ring.config.rl import RewardConfig
-from megatron_ring.rl.reward.pool import RewardPool
+from megatron_ring.rl.reward.workers.pool import RewardPool
 config = RewardConfig(reward_functions=("detach=ring_test_detaching:detach",), reward_workers=1)
 with RewardPool.open(config) as pool:
     print(pool.submit(problem("detach"), {str(tmp_path / "pid")!r}).result().status, flush=True)

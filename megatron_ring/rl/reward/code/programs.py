@@ -1,0 +1,155 @@
+"""From a solution's source to a program for the sandbox: Python as it is, C++ and Java compiled, inside too."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ring.errors import RewardError
+from megatron_ring.rl.reward.code.job import CodeJob
+from megatron_ring.rl.reward.sandbox.command import Limits, Program, find_tool
+from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
+from megatron_ring.rl.types import RewardResult
+
+MAX_SOURCE_BYTES = 1 << 20
+COMPILE = Limits(
+    seconds=30.0,
+    memory_mb=2048,
+    output_bytes=64 << 20,
+    file_bytes=64 << 20,
+    tmp_bytes=256 << 20,
+    processes=64,
+)
+"""A compiled program leaves the sandbox as its standard output."""
+
+# the assembler and the linker are found beside the compiler; messages go to stderr, the program to stdout
+_CXX = "{cxx} -std=c++20 -O2 -pipe -o /tmp/program /code/main.cpp 1>&2 && cat /tmp/program"
+_CXX_RUN = "ulimit -S -s {stack_kb} && exec /code/program"
+_JAVAC = (
+    "{javac} -J-Xmx512m -J-XX:+UseSerialGC -J-XX:TieredStopAtLevel=1 -nowarn -encoding UTF-8 -d /tmp/out {path} 1>&2 "
+    "&& {python} -I -S /code/pack.py /tmp/out /tmp/program.jar {name} 1>&2 && cat /tmp/program.jar"
+)
+# comments, texts and characters: what looks like code inside them is none
+_JAVA_QUOTED = re.compile(
+    r'//[^\n]*|/\*.*?(?:\*/|\Z)|"""(?:\\.|.)*?"""|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'', re.DOTALL
+)
+_JAVA_TYPE = re.compile(
+    r"[{}]|\b(?P<public>public\s+)?(?:(?:final|abstract|strictfp|sealed|non-sealed|static)\s+)*"
+    r"@?(?:class|interface|enum|record)\s+(?P<name>[^\W\d][\w$]*)"
+)
+_FILES = (
+    "harness_values",
+    "harness_solution",
+    "harness_remote",
+    "harness_link",
+    "harness_tester",
+    "harness_pytest",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Built:
+    """A program that is ready to run, and the limits its language needs."""
+
+    program: Program
+    limits: Limits
+
+
+def check_language(language: str, mode: str) -> None:
+    """Raise RewardError for a language or mode that does not exist here."""
+    if mode not in (("stdin", "function", "unit_test") if language == "python" else ("stdin",)) or (
+        language not in ("python", "cpp", "java")
+    ):
+        raise RewardError(
+            f"code of language={language}, mode={mode} cannot be judged; python takes stdin, function and unit_test, "
+            "cpp and java take stdin"
+        )
+
+
+def build(sandbox: Sandbox, job: CodeJob, limits: Limits) -> Built | RewardResult:
+    """``Built``, or the RewardResult of a source that is too long or does not compile."""
+    if len(job.source) > MAX_SOURCE_BYTES:
+        return _compile_error(
+            f"a source of {len(job.source)} characters; at most {MAX_SOURCE_BYTES} are taken"
+        )
+    if job.language != "python":
+        return (_build_cpp if job.language == "cpp" else _build_java)(sandbox, job.source, limits)
+    files = {"/code/solution.py": job.source.encode(errors="surrogateescape")}
+    if job.prompt and job.mode != "stdin":
+        files["/code/prompt.py"] = job.prompt.encode(errors="surrogateescape")
+    if job.mode == "unit_test":
+        files |= {f"/code/{name}.py": _inside(name).encode() for name in _FILES}
+        # the test has a process of its own
+        limits = dataclasses.replace(limits, processes=limits.processes + 1)
+    return Built(program=sandbox.python(_inside("python_harness"), job.mode, files=files), limits=limits)
+
+
+def _build_cpp(sandbox: Sandbox, source: str, limits: Limits) -> Built | RewardResult:
+    cxx = find_tool("g++", "C++ solutions", "install g++")
+    binary = _compile(sandbox, _CXX.format(cxx=cxx), {"/code/main.cpp": source}, COMPILE)
+    if isinstance(binary, RewardResult):
+        return binary
+    # deep recursion takes half of the memory at most
+    script = _CXX_RUN.format(stack_kb=limits.memory_mb << 9)
+    argv = (find_tool("sh", "C++ solutions", "install a POSIX shell"), "-c", script)
+    return Built(program=Program(argv=argv, files={"/code/program": binary}), limits=limits)
+
+
+def _build_java(sandbox: Sandbox, source: str, limits: Limits) -> Built | RewardResult:
+    java = find_tool("java", "Java solutions", "install openjdk-17-jdk-headless")
+    javac = find_tool("javac", "Java solutions", "install openjdk-17-jdk-headless")
+    python = find_tool("python3", "Java solutions", "install the system's python3")
+    name = java_file_name(source)
+    path = f"/code/{name}.java"
+    script = _JAVAC.format(javac=javac, path=path, python=python, name=name)
+    # a JVM reserves far more address space than it uses
+    compile_limits = dataclasses.replace(COMPILE, address_space=False)
+    jar = _compile(sandbox, script, {path: source, "/code/pack.py": _inside("java_pack")}, compile_limits)
+    if isinstance(jar, RewardResult):
+        return jar
+    heap = f"-Xmx{max(16, limits.memory_mb // 2)}m"
+    flags = ("-Xss64m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto", "-XX:-UsePerfData")
+    argv = (java, heap, *flags, "-jar", "/code/program.jar")
+    return Built(
+        program=Program(argv=argv, files={"/code/program.jar": jar}),
+        limits=dataclasses.replace(limits, address_space=False, processes=64),
+    )
+
+
+def java_file_name(source: str) -> str:
+    """The name that javac wants of the file: that of the public outermost type, or Main.
+
+    Example: ``java_file_name("// class A\nfinal class B { public class C {} } public record D() {}") == "D"``.
+    """
+    depth = 0
+    for match in _JAVA_TYPE.finditer(_JAVA_QUOTED.sub(" ", source)):
+        if match[0] in "{}":
+            depth += 1 if match[0] == "{" else -1
+        elif depth == 0 and match["public"]:
+            return match["name"]
+    return "Main"
+
+
+def _compile(sandbox: Sandbox, script: str, sources: dict[str, str], limits: Limits) -> bytes | RewardResult:
+    files = {path: source.encode(errors="surrogateescape") for path, source in sources.items()}
+    shell = find_tool("sh", "compilers", "install a POSIX shell")
+    result = sandbox.run(Program(argv=(shell, "-c", script), files=files), limits)
+    if result.status == "ok" and result.stdout:
+        return result.stdout
+    said = result.stderr.decode(errors="replace").strip()
+    return _compile_error(
+        said if result.status in ("ok", "crashed") else f"compiler: {result.status}; {said}"
+    )
+
+
+def _compile_error(detail: str) -> RewardResult:
+    return RewardResult(score=0.0, status="compile_error", detail=" ".join(detail.split())[:300])
+
+
+@functools.cache
+def _inside(name: str) -> str:
+    """The source of what runs in the sandbox."""
+    return (Path(__file__).parent / "inside" / f"{name}.py").read_text(encoding="utf-8")

@@ -1,0 +1,154 @@
+"""What a unit test asks of the solution, read from its source; nothing is run.
+
+The test is run in a process of its own, where the solution's names stand for what lives in another (see
+``harness_tester``). Which names those are is decided here, so that a solution cannot put itself in the place of
+``len`` or ``abs``: names that Python or its standard library gives to the test are the solution's only where the test
+uses no other name of it, or imports it from ``solution``.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import functools
+import re
+import symtable
+import sys
+from dataclasses import dataclass
+
+from megatron_ring.rl.reward.code.inside.python_harness import MODULES, STAR
+
+_GIVEN = frozenset(
+    [*dir(builtins), "__file__", "__name__", "__doc__", *MODULES, *" ".join(STAR.values()).split()]
+)
+"""Names that a test has without the solution; see ``python_harness.provided``."""
+_HELPERS = frozenset({"pytest"})
+"""Modules that stand in the sandbox beside the standard library: the part of pytest in ``harness_pytest``."""
+_RUNS_TEXT = frozenset({"pickle", "marshal", "shelve"})
+_ENTRY = re.compile(r"[A-Za-z_]\w*(\(\)\.[A-Za-z_]\w*)?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitTest:
+    """A test as it is run.
+
+    Example: for ``"assert add(1, 2) == 3"``: names ("add",), calls_check False.
+    """
+
+    names: tuple[str, ...]
+    """Names of the solution that the test uses."""
+    calls_check: bool
+    """It defines ``check(candidate)`` and leaves the call to its reader."""
+
+
+@functools.lru_cache(maxsize=256)
+def read_unit_test(source: str, entry: str = "") -> UnitTest:
+    """What ``source`` asks for; ``entry`` is what ``check`` is called with. Raises ValueError: why it is no test."""
+    try:
+        tree = ast.parse(source)
+        table = symtable.symtable(source, "test.py", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"is not Python: {error}") from error
+    if entry and not _ENTRY.fullmatch(entry):
+        raise ValueError(
+            f"is for {entry!r}, which is neither a function's name nor of the form Solution().name"
+        )
+    if not any(map(_tells, ast.walk(tree))):
+        raise ValueError("has no assertion: whatever it is given passes")
+    _check_it_is_run(tree)
+    imported = _imports(tree)
+    made = {
+        symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()
+    }
+    free = _globals_used(table) - made
+    calls_check = _leaves_check_uncalled(tree)
+    if calls_check and not entry:
+        raise ValueError("defines check(candidate) and never calls it; name the function in entry_point")
+    own = free - _GIVEN
+    asked = imported | ({entry.partition("(")[0], "Solution"} if entry else set())
+    names = own | asked or {name for name in free if name not in ("eval", "exec", "print")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for base in node.bases:
+                if isinstance(base, ast.Name) and base.id in (own | imported):
+                    raise ValueError(
+                        f"derives a class from the solution's {base.id}, which lives in another process"
+                    )
+    return UnitTest(names=tuple(sorted(names)), calls_check=calls_check)
+
+
+def _check_it_is_run(tree: ast.Module) -> None:
+    """Raise ValueError if every assertion stands where nothing gets to, or a test function needs what nobody gives."""
+    used = {
+        node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    }
+    idle: list[str] = []
+    run = False
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            live = node.name.startswith("test") or node.name == "check" or node.name in used
+            needed = len(node.args.args) - len(node.args.defaults)
+            if node.name.startswith("test") and node.name not in used and needed and not node.decorator_list:
+                raise ValueError(f"has {node.name}({ast.unparse(node.args)}), and no fixtures exist here")
+        elif isinstance(node, ast.ClassDef):
+            live = node.name.startswith("Test") or bool(node.bases) or node.name in used
+        else:
+            live = True
+        if any(map(_tells, ast.walk(node))):
+            run |= live
+            if not live:
+                idle.append(getattr(node, "name", ""))
+    if not run:
+        raise ValueError(f"runs no assertion: they stand in {', '.join(idle)}, which nothing calls")
+
+
+def _tells(node: ast.AST) -> bool:
+    if isinstance(node, ast.Assert | ast.Raise):
+        return True
+    if not isinstance(node, ast.Call):
+        return False
+    name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+    return name == "raises" or (isinstance(node.func, ast.Attribute) and name.startswith(("assert", "fail")))
+
+
+def _imports(tree: ast.Module) -> set[str]:
+    """Names imported from the solution. Raises ValueError for modules that the sandbox does not have."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or "."]
+            if node.module == "solution":
+                names.update(alias.name for alias in node.names if alias.name != "*")
+        else:
+            continue
+        for module in modules:
+            top = module.partition(".")[0]
+            if top in _RUNS_TEXT:
+                raise ValueError(f"imports {module}, which could run what a solution returns")
+            if top not in sys.stdlib_module_names and top != "solution" and top not in _HELPERS:
+                raise ValueError(
+                    f"imports {module}, which the sandbox does not have (the solution's module is called solution)"
+                )
+    return names
+
+
+def _globals_used(table: symtable.SymbolTable) -> set[str]:
+    used = {
+        symbol.get_name()
+        for symbol in table.get_symbols()
+        if symbol.is_referenced() and (symbol.is_global() or table.get_type() == "module")
+    }
+    return used.union(*map(_globals_used, table.get_children()))
+
+
+def _leaves_check_uncalled(tree: ast.Module) -> bool:
+    defines = any(isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body)
+    calls = any(
+        isinstance(node, ast.Call) and getattr(node.func, "id", "") == "check"
+        for statement in tree.body
+        if not isinstance(statement, ast.FunctionDef | ast.ClassDef)
+        for node in ast.walk(statement)
+    )
+    return defines and not calls

@@ -1,0 +1,1 @@
+"""reasoning-gym's problems: bounded readings of their answers, which evaluate nothing."""

@@ -1,0 +1,121 @@
+"""Problems of reasoning-gym: its generators make them, :mod:`table` says what is a right answer.
+
+Nothing that a model or a data file wrote is evaluated here. The package's own verifiers are asked for data sets of
+newer versions only, and those need walls (:func:`needs_walls`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron_ring.data.prompt_sources import UNSUITABLE
+from megatron_ring.data.prompts import Prompt
+from megatron_ring.rl.reward.answers import answer_part, final_answer, last_boxed
+from megatron_ring.rl.reward.gym import calculus as gym_calculus
+from megatron_ring.rl.reward.gym import puzzles as gym_puzzles
+from megatron_ring.rl.reward.gym.table import SCORERS
+from megatron_ring.rl.types import RewardResult
+
+MAX_ANSWER_CHARS = 20_000
+"""Answers may be twice as long as the problem's own, and as long as this in any case."""
+
+_HELD = "an object with dataset (a name) and entry (question, answer, metadata), as tools/freeze_prompts.py writes it"
+
+
+def judge_reasoning_gym(prompt: Prompt, text: str) -> RewardResult:
+    """1 if the final answer is right for the data set named by ``prompt.reference["dataset"]``.
+
+    ``prompt.reference["entry"]`` is the problem as the data set made it: question, answer, metadata. An empty answer
+    counts where that is the right one and the box is there.
+    """
+    dataset, entry = prompt.reference["dataset"], prompt.reference["entry"]
+    own = str(entry["answer"])
+    answer = final_answer(text)
+    if not answer and not (own.strip() in ("", '""') and last_boxed(answer_part(text)) == ""):
+        return RewardResult(score=0.0, status="parse_error", detail="no answer")
+    if len(answer) > max(MAX_ANSWER_CHARS, 2 * len(own)):
+        return RewardResult(score=0.0, status="wrong", detail=f"{len(answer)} characters")
+    if _is_right(dataset, answer, entry):
+        return RewardResult(score=1.0, status="correct")
+    return RewardResult(score=0.0, status="wrong", detail=answer[:60])
+
+
+def _is_right(dataset: str, answer: str, entry: Mapping[str, Any]) -> bool:
+    if dataset in SCORERS:
+        return SCORERS[dataset].right(answer, entry)
+    return _packages_scorer(dataset)(answer, entry) == 1.0
+
+
+def needs_walls(dataset: str) -> bool:
+    """Whether judging ``dataset`` runs a verifier that may evaluate the answer: one that is not ours."""
+    return dataset not in SCORERS
+
+
+def check_reference(reference: Mapping[str, Any]) -> str | None:
+    """Why nobody can judge a problem with this reference, in one line; None if it can be judged.
+
+    Data sets of ours are not imported for it: the problem's own answer is judged, or what that would read is.
+    """
+    dataset, entry = reference.get("dataset"), reference.get("entry")
+    if not isinstance(dataset, str):
+        return f"reference.dataset={_short(dataset)} must be text; write {_HELD}"
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("metadata"), Mapping):
+        return f"reference.entry of {_short(dataset)} has no metadata; write {_HELD}"
+    if not isinstance(entry.get("answer"), str | int):
+        return f"reference.entry.answer={_short(entry.get('answer'))} must be text; write {_HELD}"
+    scorer = SCORERS.get(dataset)
+    if scorer is None:
+        return _check_foreign(dataset)
+    missing = [key for key in scorer.reads if key not in entry["metadata"]]
+    if missing:
+        return f"reference.entry.metadata lacks {', '.join(missing)}, which judging {dataset} needs; write {_HELD}"
+    try:
+        if _judges_itself(dataset, entry):
+            return None
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        return f"reference.entry of {dataset} cannot be read ({why}); write it as reasoning-gym made it"
+    return f"reference.entry of {dataset}: its answer {_short(entry['answer'])} is wrong by its own metadata; correct it"
+
+
+def _judges_itself(dataset: str, entry: Mapping[str, Any]) -> bool:
+    metadata = entry["metadata"]
+    if "integrand" in SCORERS[dataset].reads:
+        # the derivative at one problem takes longer than all other data sets together
+        return bool(gym_calculus.samples(metadata["integrand"], metadata["variable"]))
+    if dataset == "word_ladder":
+        return gym_puzzles.is_ladder(entry["answer"], metadata)
+    return SCORERS[dataset].right(str(entry["answer"]), entry)
+
+
+def _check_foreign(dataset: str) -> str | None:
+    if dataset in UNSUITABLE:
+        return f"reference.dataset={dataset}: {UNSUITABLE[dataset]}; leave the problem out"
+    try:
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        return f"reference.dataset={_short(dataset)} needs reasoning-gym ({error}); pip install reasoning-gym"
+    if dataset not in DATASETS:
+        return f"reference.dataset={_short(dataset)} is no data set of reasoning-gym; correct the name"
+    return None
+
+
+def _short(value: object) -> str:
+    return repr(value)[:60]
+
+
+@functools.cache
+def load() -> None:
+    """Import what judging needs, which takes up to seconds."""
+    gym_calculus.is_antiderivative("x**2/2", "x", "x")
+    gym_puzzles.dictionary()
+
+
+@functools.cache
+def _packages_scorer(dataset: str) -> Callable[[str, Any], float]:
+    from reasoning_gym.factory import get_score_answer_fn
+
+    scorer: Any = get_score_answer_fn(dataset)
+    return scorer

@@ -1,0 +1,375 @@
+"""Whether two answers mean the same: lists, tuples, sets, regions, relations, matrices, and scalars.
+
+What an answer may leave out is what the reference leaves out or says beside the value: the name that a value is
+assigned to, its unit, the sign of degrees. What both of them say has to agree.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import combinations
+
+from megatron_ring.rl.reward.mathematics.equal import (
+    equal,
+    has_value,
+    has_value_somewhere,
+    number_of,
+    proportional,
+)
+from megatron_ring.rl.reward.mathematics.numbers import WORK, Budget, TooExpensive
+from megatron_ring.rl.reward.mathematics.region import REALS, bare_symbol, region_of, same_region
+from megatron_ring.rl.reward.mathematics.residue import has_symbols
+from megatron_ring.rl.reward.mathematics.shapes import (
+    about_values,
+    ascending,
+    assigned,
+    continued,
+    difference,
+    is_about,
+    is_clock,
+    is_equation,
+    is_scalar,
+    listed,
+    outer_unit,
+    scalars_of,
+    unnamed,
+)
+from megatron_ring.rl.reward.mathematics.text import Unreadable
+from megatron_ring.rl.reward.mathematics.units import same_unit
+from megatron_ring.rl.reward.mathematics.words import Node
+
+MAX_UNORDERED = 16
+"""Items without an exact value that are matched in any order."""
+_RELATIONAL = frozenset(("relation", "builder", "cup", "cap", "setminus"))
+_ORDERED = frozenset(["<", ">", "<=", ">="])
+_HUNDRED = Fraction(100)
+
+
+def same(wanted: Node, given: Node, budget: Budget) -> bool:
+    """Whether ``given`` answers what ``wanted`` is the reference of; raises Unreadable, TooExpensive among them.
+
+    Example: ``same(read("1,2"), read("x=2, x=1"), Budget())``.
+    """
+    budget.charge(1)
+    if wanted == given:
+        return True
+    wanted, given = outer_unit(listed(wanted)), outer_unit(listed(given))
+    if "ellipsis" in (wanted.kind, given.kind):
+        return any(same(a, b, budget) for a in continued(wanted) for b in continued(given))
+    if "unit" in (wanted.kind, given.kind):
+        return _same_with_units(wanted, given, budget)
+    if is_about(wanted) or is_about(given):
+        return any(
+            same(a, b, budget) for a in about_values(wanted, budget) for b in about_values(given, budget)
+        )
+    if "list" in (wanted.kind, given.kind):
+        return _same_lists(wanted, given, budget)
+    if wanted.kind in _RELATIONAL or given.kind in _RELATIONAL:
+        return _same_relations(wanted, given, budget)
+    if REALS in (wanted, given):
+        return bool(_same_regions(wanted, given, budget))
+    if "set" in (wanted.kind, given.kind):
+        return wanted.kind == given.kind and _same_items(
+            _distinct(wanted.parts, budget), _distinct(given.parts, budget), budget
+        )
+    if "tuple" in (wanted.kind, given.kind):
+        return _same_tuples(wanted, given, budget)
+    if "matrix" in (wanted.kind, given.kind):
+        return wanted.kind == given.kind and _same_matrices(wanted, given, budget)
+    if "ratio" in (wanted.kind, given.kind):
+        return _same_ratios(wanted, given, budget)
+    if "based" in (wanted.kind, given.kind):
+        return _same_bases(wanted, given)
+    if "congruence" in (wanted.kind, given.kind):
+        pair = (wanted, given) if wanted.kind == given.kind else (_residue(wanted), _residue(given))
+        return all(same(a, b, budget) for a, b in zip(pair[0].parts, pair[1].parts, strict=True))
+    if "beside" in (wanted.kind, given.kind):
+        return False
+    if wanted.kind == given.kind == "modulus":
+        return same(wanted.parts[0], given.parts[0], budget)
+    return _same_scalars(wanted, given, budget)
+
+
+def _same_scalars(wanted: Node, given: Node, budget: Budget) -> bool:
+    """Percent may be said or not, and be a hundredth or not; degrees may be said or not, and are an angle in radians."""
+    if wanted.kind == given.kind and wanted.kind in ("percent", "degrees"):
+        return equal(wanted.parts[0], given.parts[0], budget)
+    for one, other in ((wanted, given), (given, wanted)):
+        if one.kind == "percent":
+            return equal(one, other, budget) or equal(one.parts[0], other, budget)
+        if one.kind == "degrees":
+            turn = Node("multiply", (one.parts[0], Node("constant", name="pi"), _INVERSE_180))
+            return equal(one.parts[0], other, budget) or equal(turn, other, budget)
+    return equal(wanted, given, budget)
+
+
+_INVERSE_180 = Node("number", number=Fraction(1, 180))
+
+
+def _same_with_units(wanted: Node, given: Node, budget: Budget) -> bool:
+    """A unit may be left out; if both are known, they are the same."""
+    if wanted.kind == given.kind == "unit" and not same_unit(wanted.name, given.name):
+        return False
+    for node in (wanted, given):
+        if node.kind == "unit":
+            same_unit(node.name, node.name)
+    return same(
+        wanted.parts[0] if wanted.kind == "unit" else wanted,
+        given.parts[0] if given.kind == "unit" else given,
+        budget,
+    )
+
+
+def _same_lists(wanted: Node, given: Node, budget: Budget) -> bool:
+    """Several answers, in any order; in order, if it is a row that goes on or if the other side is a tuple."""
+    for one, other in ((wanted, given), (given, wanted)):
+        if other.kind in _RELATIONAL or any(part.kind == "relation" for part in one.parts):
+            regions = _same_regions(wanted, given, budget)
+            if regions is not None:
+                return regions
+            break
+    a, b = _values(wanted), _values(given)
+    a, b, ordered = unnamed(a, b)
+    if "[]" in (wanted.name, given.name) and len(a) == 2:
+        return False  # an interval
+    if ordered or "tuple" in (wanted.kind, given.kind):
+        return len(a) == len(b) and all(same(x, y, budget) for x, y in zip(a, b, strict=True))
+    if "set" in (wanted.kind, given.kind):
+        return _same_items(_distinct(a, budget), _distinct(b, budget), budget)
+    if any(part.name == "..." for part in (*a, *b)):
+        return len(a) == len(b) and all(same(x, y, budget) for x, y in zip(a, b, strict=True))
+    if all(part.kind == "tuple" for part in (*a, *b)):  # a point that is named twice is one point
+        a, b = _distinct(a, budget), _distinct(b, budget)
+    return _same_items(a, b, budget)
+
+
+def _values(node: Node) -> tuple[Node, ...]:
+    """The items of a list, in which ``x = 1 \\text{ or } 2`` names ``x`` once and ``x = \\pm 1`` is two."""
+    if node.kind in ("tuple", "set"):
+        return node.parts
+    if node.kind != "list":
+        value = assigned(node, loose=False)
+        if value is not None and value.kind in ("list", "set", "tuple"):
+            return value.parts
+        return (node,)
+    parts = tuple(item for part in node.parts for item in _items(part))
+    names = {part.parts[0].name for part in parts if part.kind == "relation" and bare_symbol(part.parts[0])}
+    first = parts[0]
+    if len(names) == 1 and first.kind == "relation" and first.name == "=" and bare_symbol(first.parts[0]):
+        return tuple(
+            part
+            if part.kind == "relation" or part.kind == "tuple"
+            else Node("relation", (first.parts[0], part), "=")
+            for part in parts
+        )
+    return parts
+
+
+def _distinct(parts: Sequence[Node], budget: Budget) -> list[Node]:
+    result: list[Node] = []
+    seen: set[Node | Fraction] = set()
+    for part in parts:
+        value = number_of(part, budget) if is_scalar(part) else None
+        key = value if isinstance(value, Fraction) else part
+        if key not in seen:
+            seen.add(key)
+            result.append(part)
+    others = [
+        part for part in result if not isinstance(number_of(part, budget) if is_scalar(part) else 0, Fraction)
+    ]
+    if len(others) > MAX_UNORDERED:
+        raise TooExpensive(f"more than {MAX_UNORDERED} members without an exact value")
+    twice = [b for a, b in combinations(others, 2) if same(a, b, budget)]
+    return [part for part in result if not any(part is other for other in twice)]
+
+
+def _items(node: Node) -> tuple[Node, ...]:
+    """What one item of a list stands for: both signs of a plus-minus, all values of one name, or itself."""
+    node = listed(node)
+    return (node,) if node.kind in ("tuple", "set") else _values(node)
+
+
+def _same_items(a: Sequence[Node], b: Sequence[Node], budget: Budget) -> bool:
+    """Whether two rows hold the same, in any order. Exact values are counted; few others are tried in turn."""
+    if len(a) != len(b):
+        return False
+    left, right = [], []
+    counts: Counter[Fraction] = Counter()
+    exact: dict[Fraction, list[Node]] = {}
+    for sign, parts, rest in ((1, a, left), (-1, b, right)):
+        for part in parts:
+            value = number_of(part, budget) if is_scalar(part) else None
+            if isinstance(value, Fraction):
+                counts[value] += sign
+                exact.setdefault(value, []).append(part)
+            else:
+                rest.append(part)
+    for value, count in counts.items():
+        (left if count > 0 else right).extend(exact[value][:1] * abs(count))
+    if len(left) > MAX_UNORDERED or len(right) > MAX_UNORDERED:
+        # what has no partner of its own value differs, but for rounded decimals, of which so many are no answer
+        if not any(count for count in counts.values()):
+            raise TooExpensive(f"more than {MAX_UNORDERED} members without an exact value")
+        return False
+    for part in left:
+        at = next((n for n, other in enumerate(right) if same(part, other, budget)), None)
+        if at is None:
+            return False
+        right.pop(at)
+    return not right
+
+
+def _same_tuples(wanted: Node, given: Node, budget: Budget) -> bool:
+    """Elementwise, with the same brackets; a matrix of one row or column is a tuple too."""
+    if "matrix" in (wanted.kind, given.kind):
+        matrix = wanted if wanted.kind == "matrix" else given
+        if len(matrix.parts) > 1 and len(matrix.parts[0].parts) > 1:
+            return False
+        cells = tuple(cell for row in matrix.parts for cell in row.parts)
+        wanted, given = (
+            Node("tuple", cells, "()") if node.kind == "matrix" else node for node in (wanted, given)
+        )
+    if wanted.kind != given.kind or wanted.name.strip("<>") != given.name.strip("<>"):
+        return False
+    pairs = zip(wanted.parts, given.parts, strict=False)
+    return len(wanted.parts) == len(given.parts) and all(same(a, b, budget) for a, b in pairs)
+
+
+def _same_matrices(wanted: Node, given: Node, budget: Budget) -> bool:
+    shapes = [(len(node.parts), len(node.parts[0].parts)) for node in (wanted, given)]
+    return shapes[0] == shapes[1] and all(
+        same(a, b, budget)
+        for row, other in zip(wanted.parts, given.parts, strict=True)
+        for a, b in zip(row.parts, other.parts, strict=True)
+    )
+
+
+def _same_ratios(wanted: Node, given: Node, budget: Budget) -> bool:
+    """``2:4`` is ``1:2`` and, of two numbers, a fraction; what may be a time of day is compared as it stands."""
+    if wanted.kind == given.kind == "ratio":
+        if len(wanted.parts) != len(given.parts):
+            return False
+        if is_clock(wanted) or is_clock(given):
+            return all(equal(a, b, budget) for a, b in zip(wanted.parts, given.parts, strict=True))
+        a, b = wanted.parts, given.parts
+        return all(
+            equal(Node("multiply", (a[n], b[0])), Node("multiply", (b[n], a[0])), budget)
+            for n in range(1, len(a))
+        )
+    ratio, other = (wanted, given) if wanted.kind == "ratio" else (given, wanted)
+    if len(ratio.parts) != 2 or is_clock(ratio) or not is_scalar(other):
+        return False
+    return equal(Node("multiply", (ratio.parts[0], Node("inverse", ratio.parts[1:]))), other, budget)
+
+
+def _residue(node: Node) -> Node:
+    """What is compared of a residue if only one side says by what."""
+    return Node("row", node.parts[:1] if node.kind == "congruence" else (node,))
+
+
+def _same_bases(wanted: Node, given: Node) -> bool:
+    """``52_8`` is ``52_8``; without a base it is the same digits."""
+    if wanted.kind == given.kind:
+        return wanted == given
+    based, other = (wanted, given) if wanted.kind == "based" else (given, wanted)
+    return other == based.parts[0]
+
+
+def _same_relations(wanted: Node, given: Node, budget: Budget) -> bool:
+    if wanted.kind == given.kind == "relation" and is_equation(wanted) and is_equation(given):
+        return _same_equations(wanted, given, budget)
+    for node, other in ((wanted, given), (given, wanted)):
+        if is_equation(node) and other.kind not in _RELATIONAL:
+            value = assigned(node, loose=node is given)
+            return value is not None and (
+                same(value, given, budget) if node is wanted else same(wanted, value, budget)
+            )
+    regions = _same_regions(wanted, given, budget)
+    if regions is not None:
+        return regions
+    for node, other in ((wanted, given), (given, wanted)):
+        if (
+            node.kind == "relation"
+            and node.name == "in"
+            and other.kind != "relation"
+            and bare_symbol(node.parts[0])
+        ):
+            return same(node.parts[1], other, budget)
+    if wanted.kind == given.kind == "relation":
+        return _same_inequalities(wanted, given, budget)
+    if wanted.kind != given.kind or len(wanted.parts) != len(given.parts):
+        return False
+    if wanted.kind in ("cup", "cap"):
+        return _same_items(wanted.parts, given.parts, budget)
+    return all(same(a, b, budget) for a, b in zip(wanted.parts, given.parts, strict=True))
+
+
+def _same_regions(wanted: Node, given: Node, budget: Budget) -> bool | None:
+    """None where one of both is no region. If both name the symbol that they are about, it is the same."""
+    a, b = region_of(wanted, budget), region_of(given, budget)
+    if a is None or b is None:
+        return None
+    if a[1] and b[1] and a[1] != b[1]:
+        return False
+    return same_region(a[0], b[0], budget)
+
+
+def _same_equations(wanted: Node, given: Node, budget: Budget) -> bool:
+    """The same name with the same value, or two equations with the same solutions as far as a factor shows it."""
+    (a, b), (c, d) = ((node.parts[0], node.parts[-1]) for node in (wanted, given))
+    if bare_symbol(a) and bare_symbol(c):
+        if a.name == c.name:
+            return same(b, d, budget)
+        if not (has_symbols(b) or has_symbols(d)):
+            return False
+    if same_quietly(a, c, budget) and same_quietly(b, d, budget):
+        return True
+    if all(map(is_scalar, (a, b, c, d))):
+        return proportional(difference(a, b), difference(c, d), budget, positive=False)
+    return False
+
+
+def same_quietly(a: Node, b: Node, budget: Budget) -> bool:
+    """As ``same``; what has no value is not the same."""
+    try:
+        return same(a, b, budget)
+    except TooExpensive:
+        raise
+    except Unreadable:
+        return False
+
+
+def _same_inequalities(wanted: Node, given: Node, budget: Budget) -> bool:
+    a, b = wanted.name.split(), given.name.split()
+    if len(a) != len(b) or len(wanted.parts) != len(given.parts):
+        return False
+    if a == b and all(same_quietly(x, y, budget) for x, y in zip(wanted.parts, given.parts, strict=True)):
+        return True
+    if len(a) == 1 and {*a, *b} <= _ORDERED and all(map(is_scalar, (*wanted.parts, *given.parts))):
+        (left, strict), (right, other) = ascending(wanted), ascending(given)
+        return strict == other and proportional(left, right, budget, positive=True)
+    turned = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
+    if {*a, *b} <= _ORDERED and a == [turned[name] for name in reversed(b)]:
+        return all(
+            same_quietly(x, y, budget) for x, y in zip(wanted.parts, reversed(given.parts), strict=True)
+        )
+    if a == b and a[0] in ("!=", "perp", "parallel", "sim", "iff"):
+        return all(
+            same_quietly(x, y, budget) for x, y in zip(wanted.parts, reversed(given.parts), strict=True)
+        )
+    return False
+
+
+def check(node: Node) -> None:
+    """Work out a reference as far as comparing it would; raises Unreadable if it has no value or costs too much."""
+    budget = Budget()
+    for part in scalars_of(node):
+        if not has_symbols(part):
+            if not has_value(part, budget):
+                raise Unreadable("it has no value")
+        elif not has_value_somewhere(part, budget):
+            raise Unreadable("it has no value at any point")
+        if budget.left < 0.6 * WORK:
+            raise TooExpensive("it takes more work than a reference may")

@@ -1,0 +1,257 @@
+"""Whether two scalar trees are equal in value.
+
+- Rational numbers are compared exactly, at any size.
+- Rational functions are compared at rational points and modulo large primes, which is exact but for chance.
+- All else is compared to 60 digits and, where that finds no difference, to 500; a difference counts unless it shrinks
+  with the digits, so a tiny value is as different from another as a large one.
+- Real points decide wherever both sides are real; complex ones where no real point is.
+- A decimal stands for what it was rounded or cut from, if at least 6 significant digits are written.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+from mpmath import mp
+
+from megatron_ring.rl.reward.mathematics.numbers import POINTS, Budget, Number, TooExpensive, Undefined
+from megatron_ring.rl.reward.mathematics.residue import PRIMES, NoResidue, has_symbols, residue
+from megatron_ring.rl.reward.mathematics.value import Evaluator
+from megatron_ring.rl.reward.mathematics.words import Node
+
+DIGITS, MORE_DIGITS, MOST_DIGITS = 60, 110, 500
+ENOUGH_POINTS = 9
+"""Points at which both sides have values, after which no more are tried; identities of integers have them late."""
+DECIMAL_DIGITS = 6
+"""Significant digits from which on a decimal may stand for a value that it was rounded from."""
+
+
+def equal(a: Node, b: Node, budget: Budget) -> bool:
+    """Whether ``a`` and ``b`` have the same value; raises Unreadable, of which TooExpensive is one.
+
+    Example: ``equal(read(r"\\sqrt{12}"), read(r"2\\sqrt{3}"), Budget())``.
+    """
+    if a == b:
+        return True
+    constant = not has_symbols(a) and not has_symbols(b)
+    if constant:
+        left, right = _try(a, budget, DIGITS, 0, False), _try(b, budget, DIGITS, 0, False)
+        if left is None or right is None:
+            return False
+        if isinstance(left, Fraction) and isinstance(right, Fraction):
+            return left == right or _as_decimal(a, b, left, right)
+        if _as_decimal(a, b, left, right):
+            return True
+    for real in (True, False):
+        tried = 0
+        for point in range(1 if constant else POINTS):
+            if tried >= ENOUGH_POINTS:
+                break
+            same = _same_at(a, b, budget, point, real)
+            if same is False:
+                return False
+            tried += same is True
+        if tried >= (1 if constant else 3):
+            return _confirmed(a, b, budget, real)
+    return False
+
+
+def number_of(node: Node, budget: Budget) -> Number | None:
+    """The value of a tree without symbols; None if it has symbols or no value.
+
+    Example: ``number_of(read("1/2"), Budget()) == Fraction(1, 2)``.
+    """
+    return None if has_symbols(node) else _try(node, budget, DIGITS, 0, True)
+
+
+def has_value(node: Node, budget: Budget) -> bool:
+    """Whether a tree without symbols has a value, real or complex."""
+    return _try(node, budget, DIGITS, 0, False) is not None
+
+
+def has_value_somewhere(node: Node, budget: Budget) -> bool:
+    """Whether a tree with symbols has a value at one of the points at least."""
+    return any(
+        _try(node, budget, DIGITS, point, real) is not None
+        for real in (True, False)
+        for point in range(POINTS)
+    )
+
+
+def less(a: Node, b: Node, budget: Budget) -> bool | None:
+    """Whether a number is below another; None where that cannot be said."""
+    left, right = number_of(a, budget), number_of(b, budget)
+    if left is None or right is None:
+        return None
+    if isinstance(left, Fraction) and isinstance(right, Fraction):
+        return left < right
+    with mp.workdps(DIGITS):
+        return bool(_inexact(left) < _inexact(right)) and not equal(a, b, budget)
+
+
+def proportional(a: Node, b: Node, budget: Budget, positive: bool) -> bool:
+    """Whether ``a`` is ``b`` times a constant that is not zero, and positive if asked for."""
+    factor: Number | None = None
+    tried = 0
+    for point in range(POINTS):
+        left, right = _try(a, budget, DIGITS, point, True), _try(b, budget, DIGITS, point, True)
+        if left is None or right is None or (left == 0 and right == 0):
+            continue
+        if left == 0 or right == 0:
+            return False
+        with mp.workdps(DIGITS):
+            ratio = left / right if _both_exact(left, right) else _inexact(left) / _inexact(right)
+            if factor is None:
+                factor = ratio
+            elif _both_exact(factor, ratio):
+                if factor != ratio:
+                    return False
+            elif abs(_inexact(factor) - _inexact(ratio)) > abs(_inexact(factor)) * mp.mpf(10) ** (
+                15 - DIGITS
+            ):
+                return False
+        tried += 1
+    return tried >= 3 and (not positive or (factor is not None and factor > 0))
+
+
+def _try(node: Node, budget: Budget, digits: int, point: int, real: bool) -> Number | None:
+    try:
+        return Evaluator(budget, digits, point, real).value(node)
+    except Undefined:
+        return None
+
+
+def _same_at(a: Node, b: Node, budget: Budget, point: int, real: bool) -> bool | None:
+    """None where one of both has no value."""
+    left, right = _try(a, budget, DIGITS, point, real), _try(b, budget, DIGITS, point, real)
+    if left is None or right is None:
+        return None
+    if _both_exact(left, right):
+        return left == right
+    distance = _distance(left, right, DIGITS)
+    if distance is None:
+        return True
+    return _vanishes(a, b, budget, point, real, distance, MORE_DIGITS)
+
+
+def _distance(left: Number, right: Number, digits: int) -> Number | None:
+    """How far two numbers are apart; None if that is within what so many digits can tell."""
+    with mp.workdps(digits):
+        left, right = _inexact(left), _inexact(right)
+        if left == right:
+            return None
+        if not (mp.isfinite(left) and mp.isfinite(right)):
+            return mp.inf
+        distance = abs(left - right)
+        return None if distance <= max(abs(left), abs(right)) * mp.mpf(10) ** (15 - digits) else distance
+
+
+def _vanishes(
+    a: Node, b: Node, budget: Budget, point: int, real: bool, distance: Number, digits: int
+) -> bool:
+    """Whether a difference is noise: with more digits it shrinks as they grow."""
+    if not mp.isfinite(distance):
+        return False
+    left, right = _try(a, budget, digits, point, real), _try(b, budget, digits, point, real)
+    if left is None or right is None:
+        return False
+    closer = _distance(left, right, digits)
+    with mp.workdps(digits):
+        return closer is None or closer < distance * mp.mpf(10) ** (DIGITS + 20 - digits)
+
+
+def _confirmed(a: Node, b: Node, budget: Budget, real: bool) -> bool:
+    """The last word where no difference was found: residues for rational functions, otherwise many more digits."""
+    try:
+        return all(residue(a, prime, budget) == residue(b, prime, budget) for prime in PRIMES)
+    except NoResidue:
+        pass
+    # of what has a gamma function in it, the first value to 500 digits takes seconds
+    few = _has_gamma(a) or _has_gamma(b)
+    for digits in (MORE_DIGITS,) if few else (MOST_DIGITS, 6 * MOST_DIGITS):
+        verdict = _same_to(a, b, budget, real, digits)
+        if verdict is not None:
+            return verdict
+    raise TooExpensive("a difference that is too small beside what it stands in")
+
+
+def _same_to(a: Node, b: Node, budget: Budget, real: bool, digits: int) -> bool | None:
+    """Whether two trees agree to so many digits; None where these swallow something that was added."""
+    for point in range(POINTS):
+        evaluators = [Evaluator(budget, digits, point, real) for _ in range(2)]
+        try:
+            left, right = (e.value(node) for e, node in zip(evaluators, (a, b), strict=True))
+        except Undefined:
+            continue
+        if any(evaluator.rounded for evaluator in evaluators):
+            raise TooExpensive("numbers too large to be told apart")
+        distance = _distance(left, right, digits)
+        if distance is None:
+            return None if any(evaluator.absorbed for evaluator in evaluators) else True
+        first = _same_distance(a, b, budget, point, real)
+        with mp.workdps(digits):
+            return first is not None and distance < first * mp.mpf(10) ** (DIGITS + 20 - digits)
+    return False
+
+
+def _has_gamma(node: Node) -> bool:
+    return node.kind == "factorial" or node.name == "binom" or any(map(_has_gamma, node.parts))
+
+
+def _same_distance(a: Node, b: Node, budget: Budget, point: int, real: bool) -> Number | None:
+    left, right = _try(a, budget, DIGITS, point, real), _try(b, budget, DIGITS, point, real)
+    if left is None or right is None:
+        return None
+    with mp.workdps(DIGITS):
+        return abs(_inexact(left) - _inexact(right))
+
+
+def _as_decimal(a: Node, b: Node, left: Number, right: Number) -> bool:
+    """Whether one of both is a decimal with digits enough, and the other's value rounded or cut to them."""
+    for node, decimal, other, value in ((a, left, b, right), (b, right, a, left)):
+        digits = written_digits(node)
+        if digits is None or digits < DECIMAL_DIGITS or not isinstance(decimal, Fraction) or decimal == 0:
+            continue
+        if (written_digits(other) or digits) < digits or isinstance(value, mp.mpc):
+            continue  # of two decimals the shorter one is the rounded one
+        with mp.workdps(DIGITS):
+            unit = _inexact(_unit_of_last(decimal, digits))
+            distance = _inexact(abs(value) - abs(decimal) if _both_exact(value, decimal) else abs(value)) - (
+                0 if _both_exact(value, decimal) else _inexact(abs(decimal))
+            )
+            if (value > 0) == (decimal > 0) and -unit / 2 <= distance < unit:
+                return True
+    return False
+
+
+def written_digits(node: Node) -> int | None:
+    """Significant digits of a decimal, be it negative or times a power of ten; None if the tree is no decimal."""
+    if node.kind == "number":
+        return node.digits
+    if node.kind == "-":
+        return written_digits(node.parts[0])
+    if node.kind == "multiply" and len(node.parts) == 2 and node.parts[1].kind == "power":
+        base = node.parts[1].parts[0]
+        if base.kind == "number" and base.number == 10:
+            return written_digits(node.parts[0])
+    return None
+
+
+def _unit_of_last(decimal: Fraction, digits: int) -> Fraction:
+    """The value of one unit in the last of ``digits`` significant digits of ``decimal``."""
+    size = abs(decimal)
+    exponent = int((size.numerator.bit_length() - size.denominator.bit_length()) * math.log10(2))
+    while Fraction(10) ** exponent > size:
+        exponent -= 1
+    while Fraction(10) ** (exponent + 1) <= size:
+        exponent += 1
+    return Fraction(10) ** (exponent - digits + 1)
+
+
+def _both_exact(left: Number, right: Number) -> bool:
+    return isinstance(left, Fraction) and isinstance(right, Fraction)
+
+
+def _inexact(value: Number) -> Number:
+    return mp.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value

@@ -1,0 +1,373 @@
+"""Mathematics and science: the answer in the last box against the reference, by value (PAPER.md, 3.3).
+
+No text of a model is ever evaluated: an answer is read by a grammar of ours into a tree (``text``, ``tokens``,
+``reader``), and trees are compared (``compare``) by arithmetic whose cost is known before it is done
+(``value``). What is too expensive to decide is wrong and says so; nothing hangs.
+
+Readings, where a text could be taken in two ways:
+- boxes that only ``or``, ``and`` or a comma joins are one answer of several values; earlier boxes do not count;
+- a word is compared as a word: ``yes`` would read as the product y*e*s, equal to ``sey``;
+- the letter of a choice may be written with its text; the reference decides which of both is compared;
+- ``1,234`` is a number or a list, ``3e-2`` a power of ten or ``3*e-2``: whichever makes both sides agree;
+- in science, a reference that is one letter from A to J is a choice, and its letter alone is compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from megatron_ring.data.prompts import Prompt
+from megatron_ring.rl.reward.answers import answer_part, boxed_answer, last_boxed, unboxed
+from megatron_ring.rl.reward.mathematics.text import MAX_ANSWER_CHARS, Unreadable, plain, word_list
+from megatron_ring.rl.types import RewardResult
+
+if TYPE_CHECKING:
+    from megatron_ring.rl.reward.mathematics.words import Node
+
+_INTEGER = re.compile(r"[+-]? ?\d{1,300}")
+_GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(?:,\d{3}){1,30}")
+_RATIONAL = re.compile(
+    r"([+-]?)(?:(\d{1,300})/(\d{1,300})|\\frac\{(\d{1,300})\}\{(\d{1,300})\}|(\d{0,100}\.\d{1,100}))"
+)
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
+_WORD = re.compile(r"[^\W\d_]+(?:[ '-]+[^\W\d_]+)*")
+_SHORT_WORDS = frozenset(
+    word_list("no yes odd even none all one two six ten red true zero dne up down left both")
+)
+_MATHEMATICAL = frozenset(
+    word_list(
+        "sin cos tan cot sec csc log exp sqrt cbrt arcsin arccos arctan sinh cosh tanh asin acos "
+        "atan max min gcd lcm abs floor ceil alpha beta gamma delta epsilon zeta theta iota kappa "
+        "lambda sigma omega infinity infty"
+    )
+)
+_CHOICE = re.compile(r"\(?([A-Ja-j])\)?(?:[.:)](?:\s.*)?)?", re.DOTALL)
+_CHOICE_IN_PARENTHESES = re.compile(r"\(([A-Ja-j])\)\s.+", re.DOTALL)
+_LETTER = re.compile(r"\(?([A-J])\)?[.:)]?|\[([A-J])\]")
+_LABELLED = re.compile(
+    r"(?:\(([A-Ja-j])\)|\[([A-J])\]|([A-Ja-j])[.:)])\s*(.+)|([A-J])\s+(?=[\d\\$(-])(.+)", re.DOTALL
+)
+_NAMED_CHOICE = re.compile(
+    r"(?i:option|choice|answer)(?: is)?:? ?(\(?[A-J]\)?(?:[.:)]?|[.:)] .*|\) .*))", re.DOTALL
+)
+_MARKS = re.compile(r"^[\s\\$~]+|[\s\\$~]+$")
+_AMBIGUOUS_COMMA = re.compile(r"\d,\d{3}(?!\d)")
+_AMBIGUOUS_EXPONENT = re.compile(r"(?<![\d.])\d+[eE][+-]?\d")
+_UNIT = r"[A-Za-z]{1,4}(?:\^\{?-?\d\}?)?"
+_LOOSE_UNIT = re.compile(
+    rf"(.*\d\}}*)(?: (?P<plain>[A-Za-z]{{1,3}})|\s*(?P<joined>{_UNIT}(?:/{_UNIT})+))", re.DOTALL
+)
+"""``5 m`` and ``5m/s``: letters behind a number that may be a unit as well as symbols."""
+
+
+_TEXT_COMMANDS_WORDS = (
+    "text mathrm mathbf frac dfrac sqrt prime odot oplus otimes hbar dagger ast star nabla partial cdot times dot ddot "
+    "vec hat bar left right pi theta alpha beta gamma delta lambda mu nu omega phi psi rho sigma tau Delta Omega"
+)
+_TEXT_COMMANDS = frozenset(_TEXT_COMMANDS_WORDS.split())
+_DEEPEST_TEXT = 20
+
+
+def judge_math(prompt: Prompt, text: str) -> RewardResult:
+    """1 if the last box of ``text`` is equal in value to ``prompt.reference["answer"]``."""
+    return _judge(_reference(prompt), text, science=False)
+
+
+def judge_science(prompt: Prompt, text: str) -> RewardResult:
+    """As mathematics; where the reference is the letter of a choice, 1 if the last box names that choice."""
+    reference = _reference(prompt)
+    wanted = _CHOICE.fullmatch(reference)
+    if wanted is None or len(reference) > 3:
+        return _judge(reference, text, science=True)
+    box = last_boxed(answer_part(text))
+    if box is None:
+        return _no_box()
+    try:
+        answer = _unmarked(plain(box))
+    except Unreadable as error:
+        return _unreadable(str(error))
+    given = _CHOICE.fullmatch(answer) or _CHOICE_IN_PARENTHESES.fullmatch(answer)
+    if given is None:
+        return _unreadable(f"no choice in the box: {answer[:60]}")
+    return _verdict(given[1].upper() == wanted[1].upper(), answer)
+
+
+@functools.cache
+def load() -> None:
+    """Import what comparing needs, and work out the constants that every process needs once."""
+    from megatron_ring.rl.reward.mathematics import compare as math_compare  # noqa: F401
+
+
+def check_reference(answer: str) -> str | None:
+    """Why nobody could be right about this reference, in a few words; None if it can be judged.
+
+    Examples: ``check_reference("3/4") is None``, ``check_reference("") == "it is empty"``.
+    """
+    return _problem(str(answer), science=False)
+
+
+def check_science_reference(answer: str) -> str | None:
+    """As :func:`check_reference`, for the domain of science."""
+    return _problem(str(answer), science=True)
+
+
+def _problem(answer: str, science: bool) -> str | None:
+    if _INTEGER.fullmatch(answer):
+        return None
+    try:
+        reference = plain(unboxed(answer) or "")
+        if not reference:
+            return "it is empty"
+        if _exact(reference) is not None or _is_word(reference) or _LETTER.fullmatch(reference):
+            return None
+        if science and _CHOICE.fullmatch(reference) and len(reference) <= 3:
+            return None
+        labelled = _labelled(reference)
+        load()
+        value = labelled[1] if labelled else reference
+        if not _readings(value, loose_units=science) and _is_text(value):
+            return None
+        _worth(value)
+    except Unreadable as error:
+        return f"{str(error) or 'it cannot be read'}: {answer[:40]!r}"
+    return None
+
+
+def _worth(reference: str) -> None:
+    """Read and work out a reference once; raises Unreadable if that cannot be done."""
+    from megatron_ring.rl.reward.mathematics.compare import check
+
+    check(_read(reference))
+
+
+def _reference(prompt: Prompt) -> str:
+    reference = unboxed(str(prompt.reference["answer"]))
+    try:
+        reference = plain(reference or "")
+    except Unreadable as error:
+        raise ValueError(f"problem {prompt.uid}: the reference answer cannot be read: {error}") from error
+    if not reference:
+        raise ValueError(f"problem {prompt.uid} has an empty reference answer")
+    return reference
+
+
+def _judge(reference: str, text: str, science: bool) -> RewardResult:
+    box = boxed_answer(answer_part(text))
+    if box is None:
+        return _no_box()
+    try:
+        answer = plain(box)
+    except Unreadable as error:
+        return _unreadable(str(error))
+    if not answer:
+        return _unreadable(f"a box of 0 characters; 1 to {MAX_ANSWER_CHARS} are read")
+    if answer == reference:
+        return _verdict(True, answer)
+    wanted, given = _exact(reference), _exact(answer)
+    if wanted is not None and given is not None and not (_is_long(reference) or _is_long(answer)):
+        return _verdict(wanted == given, answer)
+    if (chosen := _choice(reference, answer)) is not None:
+        if isinstance(chosen, bool):
+            return _verdict(chosen, answer)
+        reference, answer = chosen
+        if reference == answer:
+            return _verdict(True, answer)
+    if _is_word(reference):
+        return _verdict(_as_word(reference) == _as_word(answer), answer)
+    return _by_value(reference, answer, science)
+
+
+def _by_value(reference: str, answer: str, science: bool) -> RewardResult:
+    load()
+    from megatron_ring.rl.reward.mathematics.compare import same
+    from megatron_ring.rl.reward.mathematics.numbers import Budget, TooExpensive
+
+    wanted = _readings(reference, loose_units=science)
+    if not wanted and _is_text(reference):
+        return _verdict(_as_text(reference) == _as_text(answer), answer)
+    if not wanted:
+        why = _problem(reference, science)
+        if why is None:
+            why = "it cannot be read"
+        raise ValueError(f"the reference answer cannot be judged: {why}")
+    given = _readings(answer, loose_units=True)
+    if not given:
+        return _unreadable(f"cannot read {answer[:60]}: {_why(answer)}")
+    reason = ""
+    budget = Budget()
+    for a in wanted:
+        for b in given:
+            try:
+                if same(a, b, budget):
+                    return _verdict(True, answer)
+            except TooExpensive as error:
+                return RewardResult(score=0.0, status="wrong", detail=f"{answer[:40]}: {error}")
+            except Unreadable as error:
+                reason = str(error)
+    if reason:
+        return _unreadable(f"{answer[:40]}: {reason}")
+    return _verdict(False, answer)
+
+
+def _readings(text: str, loose_units: bool) -> list[Node]:
+    """The trees that a text may stand for, the likeliest first; none if it cannot be read."""
+    options = [{}]
+    if _AMBIGUOUS_COMMA.search(text):
+        options.append({"grouped": False})
+    if _AMBIGUOUS_EXPONENT.search(text):
+        options.append({"scientific": False})
+    found = []
+    for option in options:
+        try:
+            found.append(_read(text, **option))
+        except Unreadable:
+            continue
+    unit = _LOOSE_UNIT.fullmatch(text)
+    if unit is not None and (loose_units or unit["joined"]):
+        with contextlib.suppress(Unreadable):
+            found.extend(_with_unit(_read(unit[1].strip()), unit["plain"] or unit["joined"]))
+    return found
+
+
+def _read(text: str, **options: bool) -> Node:
+    from megatron_ring.rl.reward.mathematics.reader import read
+
+    return read(text, **options)
+
+
+def _with_unit(node: Node, unit: str) -> list[Node]:
+    from megatron_ring.rl.reward.mathematics.units import is_measure
+    from megatron_ring.rl.reward.mathematics.words import Node
+
+    return [Node("unit", (node,), name=unit)] if is_measure(unit) else []
+
+
+def _why(answer: str) -> str:
+    try:
+        _read(answer)
+    except Unreadable as error:
+        return str(error)
+    return ""
+
+
+def _exact(answer: str) -> Fraction | None:
+    """The value of an integer, a fraction of two, or a short decimal: what most answers are."""
+    if _INTEGER.fullmatch(answer):
+        return Fraction(int(answer.replace(" ", "")))
+    if _GROUPED.fullmatch(answer):
+        return Fraction(int(answer.replace(",", "")))
+    match = _RATIONAL.fullmatch(answer)
+    if match is None:
+        return None
+    sign = -1 if match[1] == "-" else 1
+    top, bottom = match[2] or match[4], match[3] or match[5]
+    if top is None:
+        return sign * Fraction(match[6])
+    return None if int(bottom) == 0 else sign * Fraction(int(top), int(bottom))
+
+
+def _is_long(answer: str) -> bool:
+    """Whether a decimal is long enough to stand for what it was rounded from."""
+    return "." in answer and len(answer) > 6
+
+
+def _choice(reference: str, answer: str) -> bool | tuple[str, str] | None:
+    """A verdict or the two texts to compare, where one of both names a choice; None where neither does.
+
+    Examples: ``_choice("B", "(B) 12") is True``, ``_choice("12", "(B) 12") == ("12", "12")``.
+    """
+    wanted, given = _LETTER.fullmatch(_unmarked(reference)), _labelled(answer)
+    if wanted is not None:
+        letter = wanted[1] or wanted[2]
+        if given is not None:
+            return given[0] == letter
+        alone = _LETTER.fullmatch(_unmarked(answer))
+        return None if alone is None else (alone[1] or alone[2]) == letter
+    labelled = _labelled(reference)
+    if labelled is not None:
+        letter, text = labelled
+        if given is not None:
+            return False if given[0] != letter else (text, given[1])
+        alone = _LETTER.fullmatch(_unmarked(answer))
+        return (alone[1] or alone[2]) == letter if alone is not None else (text, answer)
+    return None if given is None else (reference, given[1])
+
+
+def _labelled(answer: str) -> tuple[str, str] | None:
+    """(letter, text) of ``(B) 12``, ``B. 12``, ``\\textbf{(B)}\\ 12``; None for what is no labelled choice."""
+    match = _LABELLED.fullmatch(_unmarked(answer))
+    if match is None:
+        return None
+    letter = match[1] or match[2] or match[3] or match[5]
+    text = plain(match[4] or match[6])
+    return (letter.upper(), text) if text else None
+
+
+def _unmarked(answer: str) -> str:
+    """``\\textbf{(B)} 12`` as ``(B) 12``: a label without its font."""
+    whole = _TEXT.match(answer)
+    if whole is not None and len(whole[1].strip()) <= 4:
+        answer = whole[1] + answer[whole.end() :]
+    answer = _MARKS.sub("", answer)
+    named = _NAMED_CHOICE.fullmatch(answer)
+    return named[1] if named else answer
+
+
+def _as_word(answer: str) -> str:
+    return " ".join(re.sub(r"[\\{}.,!]", " ", _TEXT.sub(r" \1 ", answer)).casefold().split())
+
+
+def _is_word(reference: str) -> bool:
+    """Whether a reference is prose in Latin letters, to be compared as it is written."""
+    bare = _TEXT.sub(r" \1 ", reference).strip() if "\\" in reference else reference
+    match = _WORD.fullmatch(bare)
+    if match is None or not all(c.isascii() or "\u00c0" <= c <= "\u024f" for c in bare):
+        return False
+    words = re.split(r"[ '-]+", bare.casefold())
+    if set(words) & _MATHEMATICAL:
+        return False
+    name = len(bare) == 3 and bare[0].isupper() and bare[1:].islower()
+    return name or max(map(len, words)) > 3 or any(word in _SHORT_WORDS for word in words)
+
+
+def _is_text(reference: str) -> bool:
+    """Whether a reference that is no mathematics of ours is whole, so that an answer can be the same in writing.
+
+    Examples: ``4:30 p.m.`` and ``y^{\\prime}+ry=0`` are, ``甲`` and ``\\frac{1}{`` are not.
+    """
+    depth = deepest = 0
+    for mark in re.findall(r"[({\[\])}]", reference):
+        depth += 1 if mark in "({[" else -1
+        deepest = max(deepest, depth if depth >= 0 else _DEEPEST_TEXT + 1)
+    known = all(command in _TEXT_COMMANDS for command in re.findall(r"\\([A-Za-z]+)", reference))
+    return (
+        depth == 0
+        and deepest <= _DEEPEST_TEXT
+        and known
+        and reference.isascii()
+        and re.search(r"[0-9A-Za-z]", reference) is not None
+        and re.search(r"</?[A-Za-z]", reference) is None
+    )
+
+
+def _as_text(answer: str) -> str:
+    """Without fonts, spaces and capitals."""
+    return re.sub(r"\s|~|\\[,;:! ]", "", _TEXT.sub(r" \1 ", answer)).casefold()
+
+
+def _no_box() -> RewardResult:
+    return _unreadable("no closed \\boxed{} at the end of the answer")
+
+
+def _unreadable(why: str) -> RewardResult:
+    return RewardResult(score=0.0, status="parse_error", detail=why[:200])
+
+
+def _verdict(right: bool, answer: str) -> RewardResult:
+    if right:
+        return RewardResult(score=1.0, status="correct")
+    return RewardResult(score=0.0, status="wrong", detail=answer[:60])

@@ -1,0 +1,188 @@
+"""Shapes of answers: what a tree says beside its value, and the values that are in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mpmath import mp
+
+from megatron_ring.rl.reward.mathematics.equal import number_of
+from megatron_ring.rl.reward.mathematics.numbers import Budget
+from megatron_ring.rl.reward.mathematics.region import ZERO, bare_symbol
+from megatron_ring.rl.reward.mathematics.residue import symbols
+from megatron_ring.rl.reward.mathematics.tokens import repeating
+from megatron_ring.rl.reward.mathematics.words import Node
+
+
+def listed(node: Node) -> Node:
+    """Both values of a plus-minus, as a list."""
+    target = node.parts[-1] if node.kind == "relation" and node.name == "=" else node
+    if not _has_plus_minus(target) or target.kind in ("list", "tuple", "set"):
+        return node
+    return Node("list", (_signed(node, True), _signed(node, False)), name="or")
+
+
+def outer_unit(node: Node) -> Node:
+    """``3\\times 10^8\\text{ m}`` with its unit around the whole, not around its last factor."""
+    if node.kind not in ("ratio", "multiply", "-", "add", "inverse"):
+        return node
+    last = outer_unit(node.parts[-1])
+    if last.kind != "unit" or any(part.kind == "unit" for part in node.parts[:-1]):
+        return node
+    inner = Node(node.kind, (*node.parts[:-1], last.parts[0]), node.name)
+    return Node("unit", (inner,), name=last.name)
+
+
+def _has_plus_minus(node: Node) -> bool:
+    return node.kind in ("pm", "mp") or any(map(_has_plus_minus, node.parts))
+
+
+def _signed(node: Node, upper: bool) -> Node:
+    if node.kind in ("pm", "mp"):
+        inner = _signed(node.parts[0], upper)
+        return inner if (node.kind == "pm") == upper else Node("-", (inner,))
+    if not node.parts:
+        return node
+    parts = tuple(_signed(part, upper) for part in node.parts)
+    return Node(node.kind, parts, node.name, node.number, node.digits)
+
+
+def continued(node: Node) -> list[Node]:
+    """What ``0.333...`` may stand for: the digits at its end for ever, or a decimal that was cut off."""
+    if node.kind != "ellipsis":
+        return [node]
+    head, point, tail = node.name.partition(".")
+    found = [Node("number", number=node.number, digits=node.digits)]
+    for length in range(1, len(tail) // 2 + 1):
+        block = tail[-length:]
+        if tail[-2 * length : -length] == block:
+            found.append(Node("number", number=repeating(f"{head}{point}{tail[:-length]}", block)))
+            break
+    return found
+
+
+def is_about(node: Node) -> bool:
+    return node.kind == "relation" and "~" in node.name.split()
+
+
+def about_values(node: Node, budget: Budget) -> list[Node]:
+    """``a = b \\approx c`` answers with its exact value or with the decimal, if the decimal is within a hundredth."""
+    if not is_about(node):
+        return [node]
+    names = node.name.split()
+    cut = names.index("~")
+    exact = Node("relation", node.parts[: cut + 1], " ".join(names[:cut])) if cut else node.parts[0]
+    if cut + 2 != len(node.parts):
+        return [exact]
+    value, decimal = number_of(node.parts[cut], budget), number_of(node.parts[-1], budget)
+    if cut == 0 and bare_symbol(node.parts[0]):
+        return [node.parts[-1]]
+    if value is None or decimal is None:
+        return [exact]
+    with mp.workdps(20):
+        near = abs(mp.mpf(1) * float(value) - float(decimal)) <= abs(float(value)) / 100
+    return [exact, node.parts[-1]] if near else [exact]
+
+
+def is_scalar(node: Node) -> bool:
+    return node.kind not in (
+        *(
+            "relation",
+            "builder",
+            "cup",
+            "cap",
+            "setminus",
+            "set",
+            "tuple",
+            "list",
+            "matrix",
+            "ratio",
+            "based",
+        ),
+        *("unit", "ellipsis", "percent", "degrees", "modulus", "congruence", "pm", "mp", "beside", "row"),
+    )
+
+
+def is_clock(node: Node) -> bool:
+    hours, minutes = node.parts[0].number, node.parts[1].number
+    return (
+        hours is not None
+        and minutes is not None
+        and hours.denominator == minutes.denominator == 1
+        and 0 <= hours <= 24
+        and (10 <= minutes < 60 or bool(node.parts[1].name))
+    )
+
+
+def is_equation(node: Node) -> bool:
+    return node.kind == "relation" and set(node.name.split()) == {"="}
+
+
+def assigned(node: Node, loose: bool) -> Node | None:
+    """The value that an equation gives to a name; None if the equation has to be solved first.
+
+    ``loose``, as an answer is read, lets ``a+b=5`` and ``1+1=2`` name the value of an expression.
+    """
+    if not is_equation(node):
+        return None
+    left, value = node.parts[0], node.parts[-1]
+    if _is_name(left):
+        return value
+    names = symbols(left)
+    if left.kind == "call" and names and node.parts[1:] and not symbols(value):
+        return value  # sin x = 1/2 says what the sine is
+    return value if loose and (len(names) > 1 or not (names or symbols(value))) else None
+
+
+def _is_name(node: Node) -> bool:
+    """Whether a left side only names what it is about: ``x``, ``(x, y)``, ``AB``, ``V_1:V_2``, ``|AB|``."""
+    if node.kind in ("tuple", "list", "set", "multiply", "inverse", "ratio") or (
+        node.kind == "call" and node.name == "abs"
+    ):
+        return bool(node.parts) and all(map(_is_name, node.parts))
+    return bare_symbol(node)
+
+
+def _stem(name: Node) -> str:
+    return name.name.partition("_")[0] if bare_symbol(name) else repr(name)
+
+
+def unnamed(a: Sequence[Node], b: Sequence[Node]) -> tuple[Sequence[Node], Sequence[Node], bool]:
+    """Without names that only one of both rows gives to its values, and whether their order counts then.
+
+    ``x_1=2, x_2=3`` names the values of one unknown, ``x=2, y=3`` those of two.
+    """
+    values = [[assigned(part, loose=False) for part in parts] for parts in (a, b)]
+    named = [all(value is not None for value in row) for row in values]
+    if named[0] == named[1] or any(part.kind == "relation" for part in (b if named[0] else a)):
+        return a, b, False
+    rows = [
+        [v for v in row if v is not None] if name else parts
+        for row, name, parts in zip(values, named, (a, b), strict=True)
+    ]
+    stems = {_stem(part.parts[0]) for part in (a if named[0] else b)}
+    return rows[0], rows[1], len(stems) > 1
+
+
+def difference(a: Node, b: Node) -> Node:
+    return a if b == ZERO else Node("add", (a, Node("-", (b,))))
+
+
+def ascending(node: Node) -> tuple[Node, str]:
+    """``l < r`` as what is below zero, and whether it may be zero."""
+    left, right = node.parts
+    if node.name.startswith(">"):
+        left, right = right, left
+    return difference(left, right), node.name[1:]
+
+
+def scalars_of(node: Node) -> Iterator[Node]:
+    """The scalar trees that a comparison would work out."""
+    node = outer_unit(listed(node))
+    if node.kind == "ellipsis":
+        return
+    if is_scalar(node):
+        yield node
+        return
+    for part in node.parts:
+        yield from scalars_of(part)

@@ -1,0 +1,124 @@
+"""Words behind a number: units that can be told apart, and other words that may stand there or not."""
+
+from __future__ import annotations
+
+import re
+
+from megatron_ring.rl.reward.mathematics.text import Unreadable, word_list
+
+MAX_WORDS = 5
+_SAME = """
+mm millimeter millimetre
+cm centimeter centimetre
+dm decimeter decimetre
+m meter metre
+km kilometer kilometre
+in inch inches "
+ft foot feet
+yd yard
+mi mile
+mg milligram
+g gram gm
+kg kilogram
+lb pound-mass lbs
+oz ounce
+t ton tonne
+ms millisecond
+s sec second
+min minute
+h hr hour
+day d
+week wk
+month
+year yr
+ml milliliter millilitre cc
+l liter litre
+gal gallon
+$ dollar usd \\$ bucks
+cent ¢
+$€ euro eur €
+$£ gbp £
+$¥ yen ¥ yuan rmb
+rad radian
+hz hertz
+n newton
+j joule
+kj kilojoule
+w watt
+kw kilowatt
+pa pascal
+kpa kilopascal
+v volt
+a amp ampere
+k kelvin
+c celsius
+f fahrenheit
+am
+pm
+mol mole
+ev electronvolt
+мм миллиметр
+см сантиметр
+м метр
+км километр
+кг килограмм
+г грамм
+ч час
+"""
+_KNOWN = {word: line.split()[0] for line in _SAME.strip().splitlines() for word in line.split()}
+LETTERS = frozenset("msghNJWVL")
+"""Letters that are a unit though they stand alone and could be symbols."""
+_HEDGES = frozenset(
+    word_list("or and not no but if either maybe isn't except unless instead actually wrong false false? vs")
+)
+_WORD = re.compile(r"[^\W\d_]+|[$€£¥¢\"]")
+_SPLIT = re.compile(r"[^\W\d_]+|[$€£¥¢\"]|\^-?\d+|/|-?\d+")
+
+
+def same_unit(wanted: str, given: str) -> bool:
+    """Whether two units agree: what is known is the same, what is not (``apples``) is no matter.
+
+    Raises Unreadable for words that are no unit at all, such as ``or 6``.
+    """
+    a, b = _measure(wanted), _measure(given)
+    return not a or not b or a == b
+
+
+def is_measure(text: str) -> bool:
+    """Whether bare letters behind a number are a unit: ``m/s^2``, and of single letters the commonest.
+
+    Examples: ``is_measure("km/h")``, ``not is_measure("a/b")``.
+    """
+    if len(text) == 1:
+        return text in LETTERS
+    return bool(_measure(text))
+
+
+def _measure(text: str) -> tuple[str, ...]:
+    """A unit word by word, in one spelling; empty if it is no unit of measurement that is known."""
+    words = _WORD.findall(text)
+    lowered = [word.casefold() for word in words]
+    if len(words) > MAX_WORDS or _HEDGES & set(lowered):
+        raise Unreadable(f"words behind the answer: {text[:40]}")
+    plain = text.replace("\\", " ").replace("{", "").replace("}", "").replace(".", "").replace("per", "/")
+    plain = re.sub(r"\bsquare\s+(\w+)", r"\1^2", re.sub(r"\bcubic\s+(\w+)", r"\1^3", plain))
+    plain = re.sub(r"\bsq\.?\s+(\w+)", r"\1^2", plain)
+    if re.search(r"(?<![\^\-\d])\d", plain):
+        raise Unreadable(f"numbers behind the answer: {text[:40]}")
+    found: list[str] = []
+    for word in _SPLIT.findall(plain):
+        name = _known(word)
+        if name is None:
+            return ()
+        found.append(name)
+    return tuple(found)
+
+
+def _known(word: str) -> str | None:
+    if word in "/" or word[0] in "^-" or word.isdigit():
+        return word
+    lowered = word.casefold()
+    for spelling in (word, lowered, lowered.removesuffix("s"), lowered.removesuffix("es")):
+        if spelling in _KNOWN:
+            return _KNOWN[spelling]
+    return None

@@ -1,0 +1,244 @@
+"""The walls of the sandbox as data: bubblewrap's command line, limits, a seccomp filter, a uid of no one.
+
+bubblewrap builds the outer walls once, around a process that stands ready (``zygote.py``); that one builds
+the inner walls anew for every run. Each part closes a hole that the others leave:
+- bwrap never starts as root: root's /proc/sys is writable inside, and RLIMIT_NPROC does not bind root;
+- ``/`` and ``/dev`` are remounted read-only, or code fills their memory-backed file systems;
+- /dev has no zero: a shared mapping of it is memory that no process's RSS shows;
+- memory that RSS does not show cannot be made, or is bounded by a count: see ``seccomp_program``;
+- clone3 hides its flags from a filter, so it does not exist inside, and libc falls back to clone.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ring.errors import RewardError
+
+SETUP = "run tools/setup_sandbox.sh"
+FIRST_UID = 64000
+"""Root starts sandboxes as one of 1000 numeric uids from here on, chosen by process id."""
+
+CODE = "/code"
+"""The folder of a run's files; nothing else of it outlives the run or is there before it."""
+WALL_FACTOR = 5.0
+"""Wall clock is bounded at this multiple of the CPU seconds: a busy machine is not the program's fault."""
+RESERVED_MB = 8192
+"""Address space beyond its memory that a JVM reserves: classes, code cache, archive, stacks, arenas."""
+
+_FORBIDDEN = (
+    "ptrace process_vm_readv process_vm_writev pidfd_getfd kcmp unshare setns mount umount2 pivot_root chroot "
+    "fsopen fsconfig fsmount fspick move_mount open_tree mount_setattr open_by_handle_at name_to_handle_at bpf "
+    "perf_event_open userfaultfd add_key request_key keyctl io_uring_setup io_uring_enter io_uring_register "
+    "socket bind connect listen accept accept4 init_module finit_module delete_module kexec_load reboot "
+    "swapon swapoff acct quotactl syslog shmget msgget semget"
+)
+# what holds memory of the kernel that no RSS shows: programs find these missing and do without
+_MISSING = (
+    "clone3 memfd_create memfd_secret vmsplice splice tee mq_open io_setup inotify_init inotify_init1 "
+    "fanotify_init landlock_create_ruleset seccomp modify_ldt remap_file_pages"
+)
+_WITHOUT_ATTRIBUTES = "setxattr lsetxattr fsetxattr"
+_NAMESPACE_FLAGS = (0x80, 0x20000, 0x02000000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000)
+_SHARED_ANONYMOUS, _HUGE_PAGES = 0x21, 0x40000
+_SET_PIPE_SIZE, _LEASE, _NOTIFY = 1031, 1024, 1026
+_RECORD_LOCKS = (6, 7, 37, 38)
+_PR_SET_SECCOMP = 22
+_AF_UNIX = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one run in the sandbox may use.
+
+    ``memory_mb`` bounds the memory of all its processes together (resident, swapped, page tables, and what their
+    descriptors can buffer). The address space of each is bounded by the same number; if ``address_space`` is False
+    (a JVM reserves more than it uses) by ``RESERVED_MB`` more. Files in /tmp count on their own, as ``tmp_bytes``.
+
+    Example: ``Limits(seconds=5.0, memory_mb=512)``.
+    """
+
+    seconds: float = 5.0
+    """CPU seconds of all its processes together."""
+    wall_seconds: float | None = None
+    """Wall clock; None for ``WALL_FACTOR`` times ``seconds``."""
+    memory_mb: int = 512
+    output_bytes: int = 1 << 20
+    """Standard output and error, each; the run is killed when it writes more."""
+    file_bytes: int = 16 << 20
+    tmp_bytes: int = 64 << 20
+    tmp_inodes: int = 8192
+    """Files, folders and hard links in /tmp together: each holds about a kilobyte of the kernel's memory."""
+    processes: int = 24
+    """Processes and threads."""
+    address_space: bool = True
+
+    @property
+    def wall(self) -> float:
+        """Seconds of wall clock after which the run is ended whatever it has used."""
+        return WALL_FACTOR * self.seconds if self.wall_seconds is None else self.wall_seconds
+
+    def rlimits(self) -> dict[str, tuple[int, int]]:
+        """Soft and hard limits of each process by their names in the resource module, RLIMIT_ left out."""
+        cpu = math.ceil(self.seconds) + 1
+        hard = {
+            "FSIZE": self.file_bytes,
+            # the process that stands ready and the run's first one have the same uid
+            "NPROC": self.processes + 2,
+            "NOFILE": 64,
+            "CORE": 0,
+            "MEMLOCK": 0,
+            "MSGQUEUE": 0,
+            "SIGPENDING": 1024,
+            "RTPRIO": 0,
+            "AS": (self.memory_mb + (0 if self.address_space else RESERVED_MB)) << 20,
+        }
+        return {"CPU": (cpu, cpu + 1)} | {name: (value, value) for name, value in hard.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Program:
+    """What to start inside: absolute command, and files (path below /code -> content) that exist only there.
+
+    ``ready_python`` runs the script that ``argv`` names in the interpreter that stands ready, which saves its start.
+
+    Example: ``Program(argv=("/usr/bin/python3", "/code/solution.py"), files={"/code/solution.py": b"print(1)"})``.
+    """
+
+    argv: tuple[str, ...]
+    files: Mapping[str, bytes]
+    ready_python: bool = False
+
+
+def find_tool(name: str, why: str, remedy: str = SETUP) -> str:
+    """Absolute, resolved path of a program under /usr, the only part of the system that exists inside."""
+    found = shutil.which(name, path="/usr/bin:/usr/local/bin:/bin")
+    resolved = os.path.realpath(found) if found else ""
+    if not resolved.startswith("/usr/"):
+        where = f"resolves to {resolved}" if found else "is not installed"
+        raise RewardError(f"{name} {where}, but {why} needs it below /usr; {remedy}")
+    return resolved
+
+
+def command(python: str, text_fd: int, words: Sequence[str]) -> list[str]:
+    """bwrap's argv: ``python`` runs the program ``text_fd`` as first process inside, with ``words``.
+
+    It keeps CAP_SYS_ADMIN (mounts) and CAP_SETPCAP, in its own user namespace; no run does. There is no
+    --die-with-parent: it would fire when the thread that started it ends, and bwrap killed before its child runs
+    leaves that child for ever. The program inside watches its owner instead.
+    """
+    devices = ("null", "full", "random", "urandom")
+    return [
+        *(find_tool("bwrap", "the code sandbox"), "--unshare-all", "--unshare-user"),
+        *("--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--new-session", "--as-pid-1"),
+        *system_binds(),
+        *("--proc", "/proc", "--tmpfs", "/dev", "--dir", "/dev/shm", "--symlink", "/proc/self/fd", "/dev/fd"),
+        *(word for name in devices for word in ("--dev-bind-try", f"/dev/{name}", f"/dev/{name}")),
+        *(
+            word
+            for fd, name in enumerate(("stdin", "stdout", "stderr"))
+            for word in ("--symlink", f"/proc/self/fd/{fd}", f"/dev/{name}")
+        ),
+        *("--dir", "/tmp", "--perms", "0555", "--ro-bind-data", str(text_fd), f"{CODE}/zygote.py"),
+        *("--chdir", "/tmp", "--clearenv", "--setenv", "PATH", "/usr/bin", "--setenv", "HOME", "/tmp"),
+        *("--setenv", "LANG", "C.UTF-8", "--disable-userns"),
+        *("--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SETPCAP"),
+        *("--remount-ro", "/dev", "--remount-ro", "/", "--"),
+        *(python, "-I", "-S", "-B", f"{CODE}/zygote.py", *words),
+    ]
+
+
+def identity() -> dict:
+    """Keywords of Popen that take root away."""
+    if os.geteuid() != 0:
+        return {}
+    uid = FIRST_UID + os.getpid() % 1000
+    return {"user": uid, "group": uid, "extra_groups": []}
+
+
+def open_data(content: bytes, name: str = "data") -> int:
+    """A sealed descriptor that reads ``content``: nothing is written to a disk."""
+    import fcntl
+
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(content)
+    os.lseek(fd, 0, os.SEEK_SET)
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    return fd
+
+
+@functools.cache
+def seccomp_program(final: bool = True) -> bytes:
+    """The filter in the kernel's form. Besides ways out it denies ways to hold memory that no RSS shows.
+
+    ``final`` denies further filters, too.
+
+    Such are shared mappings that no file stands behind, huge pages, pages given to pipes, larger pipes, record locks,
+    extended attributes, queues and rings. What is left is bounded by the number of descriptors.
+    """
+    try:
+        import pyseccomp
+    except (ImportError, RuntimeError) as error:
+        raise RewardError(
+            f"pyseccomp cannot be used ({error}), but the code sandbox needs it; {SETUP}"
+        ) from error
+
+    def has(position: int, bits: int) -> pyseccomp.Arg:
+        return pyseccomp.Arg(position, pyseccomp.MASKED_EQ, bits, bits)
+
+    def is_word(position: int, value: int) -> pyseccomp.Arg:
+        # the kernel reads 32 bits of these arguments and would be told another story by the rest
+        return pyseccomp.Arg(position, pyseccomp.MASKED_EQ, 0xFFFFFFFF, value)
+
+    denied, missing = pyseccomp.ERRNO(errno.EPERM), pyseccomp.ERRNO(errno.ENOSYS)
+    table = [(denied, name) for name in _FORBIDDEN.split()]
+    table += [(missing, name) for name in _MISSING.split()]
+    table += [(pyseccomp.ERRNO(errno.ENOTSUP), name) for name in _WITHOUT_ATTRIBUTES.split()]
+    table += [(denied, "clone", has(0, flag)) for flag in _NAMESPACE_FLAGS]
+    table += [(denied, "mmap", has(3, bits)) for bits in (_SHARED_ANONYMOUS, _HUGE_PAGES)]
+    table += [(denied, "fcntl", is_word(1, number)) for number in (_SET_PIPE_SIZE, _LEASE, _NOTIFY)]
+    table += [(pyseccomp.ERRNO(errno.ENOLCK), "fcntl", is_word(1, number)) for number in _RECORD_LOCKS]
+    table += [
+        *([(denied, "prctl", is_word(0, _PR_SET_SECCOMP))] if final else []),
+        # limits of other processes: the run's first one belongs to the same user
+        (denied, "prlimit64", pyseccomp.Arg(0, pyseccomp.NE, 0)),
+        (denied, "socketpair", pyseccomp.Arg(0, pyseccomp.NE, _AF_UNIX)),
+    ]
+    rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    for action, name, *arguments in table:
+        try:
+            rules.add_rule(action, name, *arguments)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RewardError(
+                f"libseccomp refuses {name}: {error}; install libseccomp 2.5.2 or newer"
+            ) from error
+    with tempfile.TemporaryFile() as file:
+        rules.export_bpf(file)
+        file.seek(0)
+        return file.read()
+
+
+@functools.cache
+def system_binds() -> Sequence[str]:
+    """The read-only system: /usr, and where the loader, /bin and the JVM's settings are looked for."""
+    words = ["--ro-bind", "/usr", "/usr"]
+    for name in ("bin", "lib", "lib32", "lib64", "libx32"):
+        path = Path("/", name)
+        if path.is_symlink():
+            words += ["--symlink", os.readlink(path), str(path)]
+        elif path.is_dir():
+            words += ["--ro-bind", str(path), str(path)]
+    for path in [*sorted(Path("/etc").glob("java-*-openjdk")), Path("/etc/ld.so.cache")]:
+        if path.exists():
+            words += ["--ro-bind", str(path), str(path)]
+    return words

@@ -1,0 +1,1 @@
+"""Verifiers' processes: a pool, the walls around them, and how each of them ends."""
