@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import math
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +20,6 @@ from megatron_ring.config.rl import RewardConfig
 from megatron_ring.data.prompts import Prompt
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.code.judge import CodeJudge
-from megatron_ring.rl.reward.code.judge import check_reference as check_code_reference
 from megatron_ring.rl.reward.gym import judge as gym
 from megatron_ring.rl.reward.mathematics import judge as mathematics
 from megatron_ring.rl.types import RewardResult, RewardStatus
@@ -57,8 +56,6 @@ class Judge:
 
     function: RewardFunction
     load: Callable[[], None]
-    check: Callable[[Mapping[str, Any]], str | None] = lambda reference: None
-    """Why nobody can judge by a reference; None if it can be done."""
     seconds: Callable[[Mapping[str, Any]], float] | None = None
     """Of a reference: wall clock after which judging by it is ended; None for ``reward_timeout``."""
 
@@ -87,21 +84,18 @@ def parse_reward_functions(words: Iterable[str]) -> dict[str, tuple[str, str]]:
     return paths
 
 
-def place_of(config: RewardConfig, domain: str) -> Place:
+def place_of(domain: str, own: Container[str]) -> Place:
     """Where a domain's judge lives: libraries that read answers inside the walls, all else outside.
 
-    The code judge reads nothing but what programs printed, and gives each a sandbox of its own; users' own functions
-    may need their files, their network or a GPU.
+    The code judge reads nothing but what programs printed, and gives each a sandbox of its own; users' ``own``
+    functions may need their files, their network or a GPU.
     """
-    own = parse_reward_functions(config.reward_functions)
     return "inside" if domain in _INSIDE and domain not in own else "outside"
 
 
-def needs_walls(config: RewardConfig, prompt: Prompt) -> bool:
-    """Whether the verifier of this problem evaluates what a model wrote."""
-    if prompt.domain != "reasoning_gym" or place_of(config, prompt.domain) != "inside":
-        return False
-    return gym.needs_walls(str(prompt.reference.get("dataset")))
+def needs_walls(prompt: Prompt) -> bool:
+    """Whether the built-in verifier of this problem evaluates what a model wrote."""
+    return prompt.domain == "reasoning_gym" and gym.needs_walls(str(prompt.reference.get("dataset")))
 
 
 def load_judges(config: RewardConfig, place: Place) -> dict[str, Judge]:
@@ -111,22 +105,12 @@ def load_judges(config: RewardConfig, place: Place) -> dict[str, Judge]:
     """
     if place == "inside":
         return {
-            "math": Judge(
-                function=mathematics.judge_math,
-                load=mathematics.load,
-                check=lambda reference: mathematics.check_reference(str(reference.get("answer", ""))),
-            ),
-            "science": Judge(
-                function=mathematics.judge_science,
-                load=mathematics.load,
-                check=lambda reference: mathematics.check_science_reference(str(reference.get("answer", ""))),
-            ),
-            "reasoning_gym": Judge(
-                function=gym.judge_reasoning_gym, load=gym.load, check=gym.check_reference
-            ),
+            "math": Judge(function=mathematics.judge_math, load=mathematics.load),
+            "science": Judge(function=mathematics.judge_science, load=mathematics.load),
+            "reasoning_gym": Judge(function=gym.judge_reasoning_gym, load=gym.load),
         }
     code = CodeJudge(config)
-    judges = {"code": Judge(function=code, load=code.load, check=check_code_reference, seconds=code.seconds)}
+    judges = {"code": Judge(function=code, load=code.load, seconds=code.seconds)}
     for domain, (module, name) in parse_reward_functions(config.reward_functions).items():
         where = f"reward_functions={domain}={module}:{name}"
         try:

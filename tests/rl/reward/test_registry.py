@@ -66,7 +66,9 @@ def test_a_path_adds_a_domain_or_replaces_a_built_in_one(plugin: str):
     judges = load_judges(config, "outside")
     assert set(judges) == {"math", "code", "poem"}
     assert set(load_judges(config, "inside")) == {"math", "science", "reasoning_gym"}
-    places = [place_of(config, domain) for domain in ("math", "science", "reasoning_gym", "code", "poem")]
+    places = [
+        place_of(domain, {"poem", "math"}) for domain in ("math", "science", "reasoning_gym", "code", "poem")
+    ]
     assert places == ["outside", "inside", "inside", "outside", "outside"]
     assert judges["poem"].function(problem("poem"), "x").status == "correct"
     assert judges["math"].function(problem("math"), "x") == 1.0

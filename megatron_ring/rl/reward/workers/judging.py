@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -27,17 +27,15 @@ _LAST_WORDS = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """What a process is to do: judge ``text``, or say by which of ``references`` nobody can judge.
+    """A response to judge.
 
-    Example: ``Task(domain="math", seconds=10.0, prompt=prompt, text="\\boxed{4}")``.
+    Example: ``Task(prompt=prompt, text="\\boxed{4}", seconds=10.0)``.
     """
 
-    domain: str
+    prompt: Prompt
+    text: str
     seconds: float
     """After which the process is killed, if its judge knows no better; loading does not count."""
-    prompt: Prompt | None = None
-    text: str = ""
-    references: Sequence[Mapping[str, Any]] = ()
     alone: bool = False
     """In a process that does nothing else before or after: its library evaluates the text."""
 
@@ -136,22 +134,19 @@ def judge_until_told(keeper: Connection, judges: Mapping[str, Judge], loaded: Co
     loaded = set(loaded)
     while True:
         task: Task = pickle.loads(keeper.recv_bytes())
-        judge = judges[task.domain]
-        if task.domain not in loaded:
+        domain = task.prompt.domain
+        judge = judges[domain]
+        if domain not in loaded:
             say(loading=True)
             try:
                 judge.load()
             except RewardError as error:
                 say(refused=str(error))
                 continue
-            loaded.add(task.domain)
-        takes = judge.seconds if task.prompt is not None else None
-        say(started=task.seconds if takes is None else takes(task.prompt.reference))
-        if task.prompt is None:
-            say(problems=[judge.check(reference) for reference in task.references])
-        else:
-            result = verdict(judge, task.prompt, task.text)
-            say(result=[float(result.score), result.status, str(result.detail)])
+            loaded.add(domain)
+        say(started=task.seconds if judge.seconds is None else judge.seconds(task.prompt.reference))
+        result = verdict(judge, task.prompt, task.text)
+        say(result=[float(result.score), result.status, str(result.detail)])
 
 
 def verdict(judge: Judge, prompt: Prompt, text: str) -> RewardResult:

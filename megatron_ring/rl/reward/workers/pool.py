@@ -13,7 +13,7 @@ import math
 import queue
 import threading
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any
@@ -42,15 +42,13 @@ _SILENCE_SECONDS = 10.0
 """Longest silence of a worker that has a task and nothing to load, or whose task's time is over: it is stopped."""
 MAX_DEATHS_AT_START = 3
 _STATUSES = frozenset(typing.get_args(RewardStatus))
-_CHECKED_AT_ONCE = 200
-_CHECK_SECONDS = 120.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
     task: Task
     place: Place
-    future: Future[Any]
+    future: Future[RewardResult]
 
 
 class RewardPool:
@@ -62,10 +60,11 @@ class RewardPool:
     def __init__(self, config: RewardConfig, domains: Collection[str]):
         self._config = config
         self._domains = tuple(sorted(domains))
-        self._known = {*BUILT_IN, *parse_reward_functions(config.reward_functions)}
+        self._own = parse_reward_functions(config.reward_functions)
+        self._known = {*BUILT_IN, *self._own}
         for domain in self._domains:
             self._check_domain(domain)
-        places: list[Place] = [place_of(config, domain) for domain in self._domains]
+        places: list[Place] = [place_of(domain, self._own) for domain in self._domains]
         # what is given by path is imported whatever the problems are, so that a mistake shows at the start
         self._places = sorted({*places, *(["outside"] if config.reward_functions else [])}) or ["inside"]
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -109,39 +108,22 @@ class RewardPool:
     def submit(self, prompt: Prompt, text: str) -> Future[RewardResult]:
         """The verdict on ``text``, in time. The future raises RewardError only if nobody can judge the domain."""
         self._check_domain(prompt.domain)
-        alone = needs_walls(self._config, prompt)
+        place = place_of(prompt.domain, self._own)
+        alone = place == "inside" and needs_walls(prompt)
         if alone and raise_walls().missing:
             raise RewardError(
                 f"{prompt.reference.get('dataset')} evaluates answers, which is done inside walls only, and there are "
                 f"none here: {raise_walls().missing}; take other problems or make the walls possible"
             )
         seconds = self._config.reward_timeout
-        task = Task(domain=prompt.domain, seconds=seconds, prompt=prompt, text=text, alone=alone)
-        return self._put(task)
-
-    def check_references(self, domain: str, references: Sequence[Mapping[str, Any]]) -> list[str | None]:
-        """Why nobody can judge by each of ``references``, or None; the workers share the work.
-
-        What a data file holds is read where answers are: inside the walls.
-        """
-        self._check_domain(domain)
-        starts = range(0, len(references), _CHECKED_AT_ONCE)
-        futures = [
-            self._put(
-                Task(domain=domain, seconds=_CHECK_SECONDS, references=references[n : n + _CHECKED_AT_ONCE])
-            )
-            for n in starts
-        ]
-        return [problem for future in futures for problem in future.result()]
-
-    def _put(self, task: Task) -> Future[Any]:
-        future: Future[Any] = Future()
+        task = Task(prompt=prompt, text=text, seconds=seconds, alone=alone)
+        future: Future[RewardResult] = Future()
         with self._lock:
             if self._closed:
                 raise RuntimeError("the pool is closed")
             if self._broken is not None:
                 raise self._broken
-            self._jobs.put(_Job(task=task, place=place_of(self._config, task.domain), future=future))
+            self._jobs.put(_Job(task=task, place=place, future=future))
         return future
 
     def _check_domain(self, domain: str) -> None:
@@ -228,18 +210,11 @@ class RewardPool:
         return words
 
     def _settle(self, job: _Job, words: Mapping[str, Any], seconds: float) -> None:
-        if "problems" in words and job.task.prompt is None:
-            job.future.set_result([None if each is None else str(each) for each in words["problems"]])
-            return
         result = _result(words, seconds)
         if "result" not in words:
             with self._lock:
                 self.num_replaced += 1
-        if job.task.prompt is None:
-            problem = f"a verifier cannot check references of {job.task.domain}: {result.detail}"
-            job.future.set_exception(RewardError(f"{problem}; look for the one that it cannot read"))
-        else:
-            job.future.set_result(result)
+        job.future.set_result(result)
 
     def _start(self, place: Place) -> Verifier | None:
         """A worker that has its reward functions; None if the pool is closed or cannot keep one alive."""
@@ -248,7 +223,7 @@ class RewardPool:
                 if self._closed or self._broken is not None:
                     return None
                 try:
-                    domains = [d for d in self._domains if place_of(self._config, d) == place]
+                    domains = [d for d in self._domains if place_of(d, self._own) == place]
                     worker = Verifier(self._config, domains, place)
                 except OSError as error:
                     line = f"a reward worker cannot be started: {error}; lower reward_workers or free memory"

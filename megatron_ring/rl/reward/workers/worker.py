@@ -80,9 +80,10 @@ class _Keeper:
                 self._say(ready=True)
 
     def _do(self, task: Task) -> dict[str, Any]:
-        if self._inside and task.domain not in self._loaded:
+        domain = task.prompt.domain
+        if self._inside and domain not in self._loaded:
             self._say(loading=True)
-            self._load(task.domain)
+            self._load(domain)
         judging, words = self._hand_over(task)
         if words is None or "refused" in words:
             return words or {"died": "it does not start to judge"}
