@@ -1,5 +1,7 @@
 """Foreign templates: the names they expect, what they may not do, and what they may not cost."""
 
+import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -108,3 +110,17 @@ def test_a_name_that_the_template_does_not_read_is_refused():
     assert template.render(MESSAGES, [(2, True)], names={"enable_thinking": True}) == ["2"]
     with pytest.raises(DataError, match="chat template does not read enable_thinkin; drop it"):
         template.use({"enable_thinkin": False})
+
+
+def test_a_template_is_rendered_whatever_else_the_process_has_open():
+    """select() knows no file number above 1023, and a trainer on many ranks has more sockets than that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 2048)), hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        template = ChatTemplate("{{ messages[0].content }}", {})
+        assert template.render(MESSAGES, [(2, False)]) == ["1+1?"]
+    finally:
+        for number in opened:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
