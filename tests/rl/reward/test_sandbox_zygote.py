@@ -134,7 +134,7 @@ def test_one_that_was_killed_or_hangs_while_idle_is_replaced(monkeypatch: pytest
 
 
 def _zygote_processes(sandbox: Sandbox) -> list:
-    pids = [sandbox_run._process_of(zygote.pidfd) for zygote in sandbox._idle if zygote.pidfd is not None]
+    pids = [sandbox_process.process_of(zygote.pidfd) for zygote in sandbox._idle if zygote.pidfd is not None]
     return [process for process in own_processes() if process.pid in pids]
 
 

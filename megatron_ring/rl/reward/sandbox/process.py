@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_ring.errors import RewardError
+from megatron_ring.rl.reward.sandbox.cgroup import Group, MemoryCgroup
 from megatron_ring.rl.reward.sandbox.command import SETUP, command, identity, open_data, seccomp_program
 
 START_SECONDS = 60.0
@@ -50,10 +51,12 @@ class Zygote:
     walls: Mapping[str, str] = field(default_factory=dict)
     """Its own namespaces, which none of its runs may share."""
     owner_pid: int = field(default_factory=os.getpid)
+    group: Group | None = None
+    """What bounds its memory and that of its run together."""
 
     @classmethod
-    def start(cls, python: str) -> Zygote:
-        """A zygote that is ready. Raises RewardError where it cannot be had."""
+    def start(cls, python: str, memory: MemoryCgroup | None = None) -> Zygote:
+        """A zygote that is ready, in a group of its own. Raises RewardError where it cannot be had."""
         fds: list[int] = []
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -83,10 +86,24 @@ class Zygote:
         zygote = cls(process=process, control=ours, mark=mark)
         try:
             zygote._get_to_know()
+            if memory is not None:
+                zygote._enter(memory)
         except BaseException:
             zygote.close()
             raise
         return zygote
+
+    def bound(self, limit: int) -> None:
+        """Let it and its next run hold ``limit`` bytes, where it has a group. Raises GoneError if that cannot be."""
+        if self.group is not None:
+            try:
+                self.group.begin(limit)
+            except OSError as error:
+                raise GoneError(f"its memory cgroup cannot be limited to {limit} bytes: {error}") from error
+
+    def struck(self) -> bool:
+        """Whether the kernel has killed something of it or of its run because they reached that limit."""
+        return self.group is not None and self.group.struck()
 
     def ask(self, request: Mapping[str, object], fds: Sequence[int]) -> None:
         """Hand a run over. Raises GoneError if nobody takes it."""
@@ -134,6 +151,9 @@ class Zygote:
             _kill_named(self.mark)
         assert self.process.stdout is not None
         self.process.stdout.close()
+        if self.group is not None:
+            self.group.remove()
+            self.group = None
 
     def last_words(self) -> str:
         """The end of what bwrap or the zygote has written, in one line."""
@@ -157,10 +177,27 @@ class Zygote:
             raise RewardError(f"bwrap did not start the sandbox: {self.last_words()}; {remedy}")
         self.walls, self.pidfd = heard[0]["ready"], heard[1]
 
+    def _enter(self, memory: MemoryCgroup) -> None:
+        assert self.pidfd is not None
+        try:
+            self.group = memory.make()
+            self.group.take(process_of(self.pidfd))
+        except OSError as error:
+            raise RewardError(
+                f"the memory cgroup in {memory.parent} that was tried at the start works no longer: {error}; "
+                "leave it as it was, or start again"
+            ) from error
+
 
 @functools.cache
 def _text() -> bytes:
     return Path(__file__).with_name("zygote.py").read_bytes()
+
+
+def process_of(pidfd: int) -> int:
+    """The process's id as it is here, which is not what it is inside."""
+    with open(f"/proc/self/fdinfo/{pidfd}") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
 
 
 def _readable(fd: int, seconds: float) -> bool:

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_ring.errors import RewardError
+from megatron_ring.rl.reward.sandbox.cgroup import bytes_for
 from megatron_ring.rl.reward.sandbox.command import CODE, Limits, Program, open_data
-from megatron_ring.rl.reward.sandbox.process import END_SECONDS, START_SECONDS, GoneError, Zygote
+from megatron_ring.rl.reward.sandbox.process import END_SECONDS, START_SECONDS, GoneError, Zygote, process_of
 
 RunStatus = Literal["ok", "crashed", "timeout", "memory", "output_limit"]
 
@@ -86,6 +87,7 @@ def _start(
 ) -> _Watched:
     """Ask for the run and wait until it has begun: its first process is known before any limit counts."""
     theirs: list[int] = []
+    zygote.bound(bytes_for(program, limits))
     try:
         theirs.append(open_data(stdin))
         ours = []
@@ -120,7 +122,7 @@ def _start(
         if not _hear(watched, deadline - time.monotonic()):
             raise GoneError(f"no word of the run for {START_SECONDS:g} s")
     stack.callback(os.close, watched.first_pidfd)
-    watched.first_pid = _process_of(watched.first_pidfd)
+    watched.first_pid = process_of(watched.first_pidfd)
     if not os.path.exists(f"/proc/{watched.first_pid}/stat") and not _over(watched.first_pidfd):
         raise RewardError(
             "/proc hides the sandbox's processes, so they cannot be watched; mount it without hidepid"
@@ -178,6 +180,10 @@ def _hear_or_fail(watched: _Watched) -> None:
     try:
         _hear(watched, 0.0)
     except GoneError as error:
+        if watched.zygote.struck():
+            # of all that shares the limit the kernel may choose the process that stands ready
+            watched.cut = "memory"
+            return
         said = watched.zygote.last_words()
         raise RewardError(
             f"the sandbox was killed during a run ({said}); free memory, or see who did"
@@ -229,7 +235,9 @@ def _result(watched: _Watched) -> RunResult:
         if exit_code < 0:
             # the first process itself was killed, and not by us
             exit_code = _SIGNALLED - exit_code
-        if exit_code == _SIGNALLED + signal.SIGXCPU or watched.cpu_seconds > watched.limits.seconds:
+        if watched.zygote.struck():
+            status = "memory"
+        elif exit_code == _SIGNALLED + signal.SIGXCPU or watched.cpu_seconds > watched.limits.seconds:
             status = "timeout"
         elif exit_code == _SIGNALLED + signal.SIGXFSZ:
             status = "output_limit"
@@ -270,7 +278,7 @@ def _look(watched: _Watched) -> int:
     watched.lost_seconds += max(0, gone - waited_for) / _TICKS
     used = sum(map(sum, ticks.values())) / _TICKS + watched.lost_seconds
     watched.cpu_seconds = max(watched.cpu_seconds, used)
-    if memory > watched.limits.memory_mb << 20:
+    if memory > watched.limits.memory_mb << 20 or watched.zygote.struck():
         watched.cut = "memory"
     elif watched.cpu_seconds > watched.limits.seconds:
         watched.cut = "timeout"
@@ -300,9 +308,3 @@ def _held_bytes(pid: int) -> int:
                 kilobytes += int(line.split()[1])
     # the size of this folder is the number of its entries, from Linux 6.2 on; 0 before
     return (kilobytes << 10) + _FD_BYTES * os.stat(f"/proc/{pid}/fd").st_size
-
-
-def _process_of(pidfd: int) -> int:
-    """The process's id as it is here, which is not what it is inside."""
-    with open(f"/proc/self/fdinfo/{pidfd}") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("Pid:"))

@@ -11,8 +11,10 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Literal
 
 from megatron_ring.errors import RewardError
+from megatron_ring.rl.reward.sandbox.cgroup import MemoryCgroup
 from megatron_ring.rl.reward.sandbox.command import CODE, SETUP, Limits, Program, find_tool
 from megatron_ring.rl.reward.sandbox.process import GoneError, Zygote
 from megatron_ring.rl.reward.sandbox.run import RunResult, run
@@ -93,10 +95,19 @@ class Sandbox:
 
     def __init__(self, python_path: str):
         self._python = python_path
+        self._memory = MemoryCgroup.find()
         self._idle: list[Zygote] = []
         self._owner_pid = os.getpid()
         self._lock = threading.Lock()
         weakref.finalize(self, _close, self._idle)
+
+    @property
+    def memory_bound(self) -> Literal["cgroup", "counted"]:
+        """Whether a group of the kernel holds all that a run has, or it is denied and counted alone.
+
+        The group's limit is the run's memory, its /tmp, its files and 32 MB together; the count stays at its memory.
+        """
+        return "counted" if self._memory is None else "cgroup"
 
     @classmethod
     def open(cls) -> Sandbox:
@@ -155,7 +166,7 @@ class Sandbox:
             with self._lock:
                 zygote = self._idle.pop() if self._idle else None
             if zygote is None:
-                return Zygote.start(self._python)
+                return Zygote.start(self._python, self._memory)
             if zygote.idle():
                 return zygote
             zygote.close()

@@ -28,6 +28,7 @@ from megatron_ring.rl.reward.registry import (
     parse_reward_functions,
     place_of,
 )
+from megatron_ring.rl.reward.sandbox.cgroup import sweep
 from megatron_ring.rl.reward.workers.judging import Task
 from megatron_ring.rl.reward.workers.verifier import DiedError, Verifier
 from megatron_ring.rl.reward.workers.walls import raise_walls
@@ -288,6 +289,8 @@ class RewardPool:
                 worker.kill()
         for thread in threads:
             thread.join()
+        # a worker that is killed cannot do it
+        sweep()
 
 
 def _result(words: Mapping[str, Any], seconds: float) -> RewardResult:
