@@ -48,6 +48,38 @@ def test_another_answer_is_wrong(name: str):
     assert (result.score, result.status) == (0.0, "wrong")
 
 
+MARKS = [r"\text{%s}", r"\mathrm{%s}", "$%s$", "**%s**", "`%s`", "%s.", r"$\text{%s}$.", "```\n%s\n```"]
+
+
+@pytest.mark.parametrize(
+    "name", ["chain_sum", "syllogism", "sudoku", "word_sorting", "spell_backward", "dice"]
+)
+@pytest.mark.parametrize("mark", MARKS)
+def test_what_only_sets_an_answer_changes_no_verdict(name: str, mark: str):
+    entry = entry_of(name)
+    prompt = problem("reasoning_gym", dataset=name, entry=entry)
+    for answer, right in ((entry["answer"], 1.0), (entry["answer"] + " zebra", 0.0)):
+        assert judge_reasoning_gym(prompt, rf"\boxed{{{mark % answer}}}").score == right
+
+
+def test_an_answer_that_ends_with_a_full_stop_keeps_it():
+    entry = {"answer": "Ends here.", "metadata": {}}
+    prompt = problem("reasoning_gym", dataset="emoji_mystery", entry=entry)
+    for answer, right in (
+        ("Ends here.", 1.0),
+        (r"\text{Ends here.}", 1.0),
+        ("Ends here", 0.0),
+        ("here.", 0.0),
+    ):
+        assert judge_reasoning_gym(prompt, rf"\boxed{{{answer}}}").score == right
+
+
+def test_whole_numbers_may_be_grouped():
+    prompt = problem("reasoning_gym", dataset="lcm", entry={"answer": "1800", "metadata": {}})
+    for answer, right in (("1,800", 1.0), ("1800", 1.0), ("1,80", 0.0), ("1,801", 0.0), ("18,00", 0.0)):
+        assert judge_reasoning_gym(prompt, rf"\boxed{{{answer}}}").score == right
+
+
 def test_part_of_the_score_is_none():
     entry = entry_of("chain_sum")
     prompt = problem("reasoning_gym", dataset="chain_sum", entry=entry)

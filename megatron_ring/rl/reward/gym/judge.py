@@ -7,12 +7,13 @@ newer versions only, and those need walls (:func:`needs_walls`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron_ring.data.prompt_sources import UNSUITABLE
 from megatron_ring.data.prompts import Prompt
-from megatron_ring.rl.reward.answers import answer_part, final_answer, last_boxed
+from megatron_ring.rl.reward.answers import answer_part, braced, final_answer, last_boxed
 from megatron_ring.rl.reward.gym import calculus as gym_calculus
 from megatron_ring.rl.reward.gym import puzzles as gym_puzzles
 from megatron_ring.rl.reward.gym.table import SCORERS
@@ -37,8 +38,9 @@ def judge_reasoning_gym(prompt: Prompt, text: str) -> RewardResult:
         return RewardResult(score=0.0, status="parse_error", detail="no answer")
     if len(answer) > max(MAX_ANSWER_CHARS, 2 * len(own)):
         return RewardResult(score=0.0, status="wrong", detail=f"{len(answer)} characters")
-    if _is_right(dataset, answer, entry):
-        return RewardResult(score=1.0, status="correct")
+    for bare in _unmarked(answer, dataset in SCORERS):
+        if _is_right(dataset, bare, entry):
+            return RewardResult(score=1.0, status="correct")
     return RewardResult(score=0.0, status="wrong", detail=answer[:60])
 
 
@@ -46,6 +48,38 @@ def _is_right(dataset: str, answer: str, entry: Mapping[str, Any]) -> bool:
     if dataset in SCORERS:
         return SCORERS[dataset].right(answer, entry)
     return _packages_scorer(dataset)(answer, entry) == 1.0
+
+
+_FONT = re.compile(r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathtt)\s*(?=\{)")
+_MOST_MARKS = 4
+
+
+def _unmarked(answer: str, ours: bool) -> Iterator[str]:
+    """An answer, and what is left of it without what only sets it: a font, dollars, bold, a fence, a last full stop.
+
+    Example: ``list(_unmarked(r"\text{Yes}.", True)) == [r"\text{Yes}.", r"\text{Yes}", "Yes"]``.
+    """
+    yield answer
+    for _ in range(_MOST_MARKS if ours else 0):
+        before = answer
+        answer = _peeled(answer.strip())
+        if answer == before:
+            return
+        yield answer
+
+
+def _peeled(answer: str) -> str:
+    font = _FONT.match(answer)
+    inner = braced(answer, font.end()) if font is not None else None
+    if font is not None and inner is not None and font.end() + len(inner) + 2 == len(answer):
+        return inner
+    for mark in ("```", "$$", "**", "$", "`"):
+        if len(answer) > 2 * len(mark) and answer.startswith(mark) and answer.endswith(mark):
+            inner = answer[len(mark) : -len(mark)]
+            if mark in inner:
+                return answer
+            return inner.partition("\n")[2] if mark == "```" and "\n" in inner else inner
+    return answer[:-1] if answer.endswith(".") and not answer.endswith("..") else answer
 
 
 def needs_walls(dataset: str) -> bool:

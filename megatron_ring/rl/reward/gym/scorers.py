@@ -117,7 +117,7 @@ def _wanted(text: Any) -> Fraction:
 
 
 def by_whole(answer: str, entry: Entry) -> bool:
-    given = whole(answer)
+    given = number(answer)
     return given is not None and given == whole(str(entry["answer"]))
 
 
