@@ -103,6 +103,8 @@ KILLERS = {
         "|" * 900,
         "||x" * 250,
     ],
+    "functions of nothing": [rf"\{name}{{}}()" for name in ("gcd", "lcm", "max", "min", "sin", "log")]
+    + [r"\gcd()"],
     "undefined": ["0^0", "1/0", r"\infty-\infty", r"\ln 0", "0^{-1}", "(1+10^{-400})^{10^{400}}"],
 }
 

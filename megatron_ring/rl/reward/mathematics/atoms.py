@@ -58,7 +58,7 @@ class Atoms(Words):
         if kind == "accent":
             text = self.canonical_argument()
             return self.symbol(f"{token.text}{{{text}}}" if token.text != "mathrm" else text)
-        if not token.text.isascii():
+        if kind == "mark" or not token.text.isascii():
             raise Unreadable(f"{token.text[:20]!r} is no mathematics")
         return self.symbol(f"text{{{token.text.casefold()}}}")
 

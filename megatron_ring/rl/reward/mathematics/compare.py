@@ -13,12 +13,18 @@ from itertools import combinations
 
 from megatron_ring.rl.reward.mathematics.equal import (
     equal,
-    has_value,
-    has_value_somewhere,
     number_of,
     proportional,
 )
-from megatron_ring.rl.reward.mathematics.numbers import WORK, Budget, TooExpensive
+from megatron_ring.rl.reward.mathematics.forms import (
+    families,
+    one_argument,
+    one_constant,
+    residue_class,
+    spelled,
+    standard,
+)
+from megatron_ring.rl.reward.mathematics.numbers import Budget, TooExpensive
 from megatron_ring.rl.reward.mathematics.region import REALS, bare_symbol, region_of, same_region
 from megatron_ring.rl.reward.mathematics.residue import has_symbols
 from megatron_ring.rl.reward.mathematics.shapes import (
@@ -27,17 +33,18 @@ from megatron_ring.rl.reward.mathematics.shapes import (
     assigned,
     continued,
     difference,
+    in_full,
     is_about,
     is_clock,
     is_equation,
     is_scalar,
     listed,
     outer_unit,
-    scalars_of,
+    turned,
     unnamed,
 )
 from megatron_ring.rl.reward.mathematics.text import Unreadable
-from megatron_ring.rl.reward.mathematics.units import same_unit
+from megatron_ring.rl.reward.mathematics.units import is_radian, same_unit
 from megatron_ring.rl.reward.mathematics.words import Node
 
 MAX_UNORDERED = 16
@@ -55,7 +62,7 @@ def same(wanted: Node, given: Node, budget: Budget) -> bool:
     budget.charge(1)
     if wanted == given:
         return True
-    wanted, given = outer_unit(listed(wanted)), outer_unit(listed(given))
+    wanted, given = (outer_unit(listed(standard(node))) for node in families(wanted, given))
     if "ellipsis" in (wanted.kind, given.kind):
         return any(same(a, b, budget) for a in continued(wanted) for b in continued(given))
     if "unit" in (wanted.kind, given.kind):
@@ -64,6 +71,9 @@ def same(wanted: Node, given: Node, budget: Budget) -> bool:
         return any(
             same(a, b, budget) for a in about_values(wanted, budget) for b in about_values(given, budget)
         )
+    classes = residue_class(wanted), residue_class(given)
+    if classes[0] is not None and classes[1] is not None:
+        return _same_residues(classes[0], classes[1], budget)
     if "list" in (wanted.kind, given.kind):
         return _same_lists(wanted, given, budget)
     if wanted.kind in _RELATIONAL or given.kind in _RELATIONAL:
@@ -83,8 +93,8 @@ def same(wanted: Node, given: Node, budget: Budget) -> bool:
     if "based" in (wanted.kind, given.kind):
         return _same_bases(wanted, given)
     if "congruence" in (wanted.kind, given.kind):
-        pair = (wanted, given) if wanted.kind == given.kind else (_residue(wanted), _residue(given))
-        return all(same(a, b, budget) for a, b in zip(pair[0].parts, pair[1].parts, strict=True))
+        values = [node.parts[0] if node.kind == "congruence" else node for node in (wanted, given)]
+        return same(values[0], values[1], budget)
     if "beside" in (wanted.kind, given.kind):
         return False
     if wanted.kind == given.kind == "modulus":
@@ -100,21 +110,22 @@ def _same_scalars(wanted: Node, given: Node, budget: Budget) -> bool:
         if one.kind == "percent":
             return equal(one, other, budget) or equal(one.parts[0], other, budget)
         if one.kind == "degrees":
-            turn = Node("multiply", (one.parts[0], Node("constant", name="pi"), _INVERSE_180))
-            return equal(one.parts[0], other, budget) or equal(turn, other, budget)
-    return equal(wanted, given, budget)
-
-
-_INVERSE_180 = Node("number", number=Fraction(1, 180))
+            return equal(one.parts[0], other, budget) or equal(turned(one), other, budget)
+    return equal(wanted, one_constant(wanted, given), budget)
 
 
 def _same_with_units(wanted: Node, given: Node, budget: Budget) -> bool:
-    """A unit may be left out; if both are known, they are the same."""
+    """A unit may be left out; if both are known, they are the same. A million may be left out of an answer."""
+    if in_full(wanted) != wanted and given.kind != "unit" and same(in_full(wanted).parts[0], given, budget):
+        return True
+    wanted, given = (wanted if given.kind != "unit" else in_full(wanted)), in_full(given)
     if wanted.kind == given.kind == "unit" and not same_unit(wanted.name, given.name):
         return False
-    for node in (wanted, given):
+    for node, other in ((wanted, given), (given, wanted)):
         if node.kind == "unit":
             same_unit(node.name, node.name)
+            if other.kind == "degrees" and is_radian(node.name):
+                return equal(turned(other), node.parts[0], budget)
     return same(
         wanted.parts[0] if wanted.kind == "unit" else wanted,
         given.parts[0] if given.kind == "unit" else given,
@@ -132,7 +143,7 @@ def _same_lists(wanted: Node, given: Node, budget: Budget) -> bool:
             break
     a, b = _values(wanted), _values(given)
     a, b, ordered = unnamed(a, b)
-    if "[]" in (wanted.name, given.name) and len(a) == 2:
+    if not {wanted.name, given.name}.isdisjoint(("[]", "[)", "(]")) and len(a) == 2:
         return False  # an interval
     if ordered or "tuple" in (wanted.kind, given.kind):
         return len(a) == len(b) and all(same(x, y, budget) for x, y in zip(a, b, strict=True))
@@ -264,9 +275,19 @@ def _same_ratios(wanted: Node, given: Node, budget: Budget) -> bool:
     return equal(Node("multiply", (ratio.parts[0], Node("inverse", ratio.parts[1:]))), other, budget)
 
 
-def _residue(node: Node) -> Node:
-    """What is compared of a residue if only one side says by what."""
-    return Node("row", node.parts[:1] if node.kind == "congruence" else (node,))
+def _same_residues(a: tuple[Node, Node], b: tuple[Node, Node], budget: Budget) -> bool:
+    """``7`` and ``2`` are the same modulo ``5``; what has no value is compared as it stands."""
+    if not same(a[1], b[1], budget):
+        return False
+    left, right, modulus = (number_of(node, budget) for node in (a[0], b[0], a[1]))
+    if (
+        isinstance(left, Fraction)
+        and isinstance(right, Fraction)
+        and isinstance(modulus, Fraction)
+        and modulus
+    ):
+        return ((left - right) / modulus).denominator == 1
+    return same(a[0], b[0], budget)
 
 
 def _same_bases(wanted: Node, given: Node) -> bool:
@@ -274,7 +295,9 @@ def _same_bases(wanted: Node, given: Node) -> bool:
     if wanted.kind == given.kind:
         return wanted == given
     based, other = (wanted, given) if wanted.kind == "based" else (given, wanted)
-    return other == based.parts[0]
+    return other == based.parts[0] or (
+        based.parts[0].kind == "symbol" and spelled(other) == based.parts[0].name
+    )
 
 
 def _same_relations(wanted: Node, given: Node, budget: Budget) -> bool:
@@ -283,6 +306,8 @@ def _same_relations(wanted: Node, given: Node, budget: Budget) -> bool:
     for node, other in ((wanted, given), (given, wanted)):
         if is_equation(node) and other.kind not in _RELATIONAL:
             value = assigned(node, loose=node is given)
+            if node is given and not has_symbols(node) and not _holds(node, budget):
+                return False
             return value is not None and (
                 same(value, given, budget) if node is wanted else same(wanted, value, budget)
             )
@@ -306,6 +331,12 @@ def _same_relations(wanted: Node, given: Node, budget: Budget) -> bool:
     return all(same(a, b, budget) for a, b in zip(wanted.parts, given.parts, strict=True))
 
 
+def _holds(equation: Node, budget: Budget) -> bool:
+    """Whether ``1+1=2`` is true."""
+    first, *others = equation.parts
+    return all(same_quietly(first, other, budget) for other in others)
+
+
 def _same_regions(wanted: Node, given: Node, budget: Budget) -> bool | None:
     """None where one of both is no region. If both name the symbol that they are about, it is the same."""
     a, b = region_of(wanted, budget), region_of(given, budget)
@@ -318,6 +349,7 @@ def _same_regions(wanted: Node, given: Node, budget: Budget) -> bool | None:
 
 def _same_equations(wanted: Node, given: Node, budget: Budget) -> bool:
     """The same name with the same value, or two equations with the same solutions as far as a factor shows it."""
+    given = one_argument(wanted, given)
     (a, b), (c, d) = ((node.parts[0], node.parts[-1]) for node in (wanted, given))
     if bare_symbol(a) and bare_symbol(c):
         if a.name == c.name:
@@ -360,16 +392,3 @@ def _same_inequalities(wanted: Node, given: Node, budget: Budget) -> bool:
             same_quietly(x, y, budget) for x, y in zip(wanted.parts, reversed(given.parts), strict=True)
         )
     return False
-
-
-def check(node: Node) -> None:
-    """Work out a reference as far as comparing it would; raises Unreadable if it has no value or costs too much."""
-    budget = Budget()
-    for part in scalars_of(node):
-        if not has_symbols(part):
-            if not has_value(part, budget):
-                raise Unreadable("it has no value")
-        elif not has_value_somewhere(part, budget):
-            raise Unreadable("it has no value at any point")
-        if budget.left < 0.6 * WORK:
-            raise TooExpensive("it takes more work than a reference may")

@@ -75,7 +75,7 @@ def _sign_of(at: Evaluator, value: Number) -> Number:
     return Fraction((value > 0) - (value < 0))
 
 
-TURNING = frozenset(["sin", "cos", "tan", "cot", "sec", "csc"])
+TURNING = frozenset(["cis", "sin", "cos", "tan", "cot", "sec", "csc"])
 MPMATH = {
     "arcsin": "asin",
     "arccos": "acos",
@@ -92,7 +92,13 @@ def _elementary(name: str) -> Callable[..., Number]:
 
 
 FUNCTIONS: dict[tuple[str, int], Callable[..., Number]] = {
-    **{(name, 1): _elementary(name) for name in (*TURNING, *MPMATH, "exp", "sinh", "cosh", "tanh", "coth")},
+    **{
+        (name, 1): _elementary(name)
+        for name in (*(TURNING - {"cis"}), *MPMATH, "exp", "sinh", "cosh", "tanh", "coth")
+    },
+    ("cis", 1): lambda at, value: at.plus(
+        at.real_function("cos", value), mp.mpc(0, 1) * at.real_function("sin", value)
+    ),
     ("ln", 1): _log,
     ("log", 1): _log,
     ("log", 2): _log,

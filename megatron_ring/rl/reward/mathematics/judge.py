@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING
 
 from megatron_ring.data.prompts import Prompt
 from megatron_ring.rl.reward.answers import answer_part, boxed_answer, last_boxed, unboxed
-from megatron_ring.rl.reward.mathematics.text import MAX_ANSWER_CHARS, Unreadable, plain, word_list
+from megatron_ring.rl.reward.mathematics import choices
+from megatron_ring.rl.reward.mathematics.text import MAX_ANSWER_CHARS, TEXT, Unreadable, plain, word_list
 from megatron_ring.rl.types import RewardResult
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ _GROUPED = re.compile(r"[+-]?[1-9]\d{0,2}(?:,\d{3}){1,30}")
 _RATIONAL = re.compile(
     r"([+-]?)(?:(\d{1,300})/(\d{1,300})|\\frac\{(\d{1,300})\}\{(\d{1,300})\}|(\d{0,100}\.\d{1,100}))"
 )
-_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
 _WORD = re.compile(r"[^\W\d_]+(?:[ '-]+[^\W\d_]+)*")
 _SHORT_WORDS = frozenset(
     word_list("no yes odd even none all one two six ten red true zero dne up down left both")
@@ -45,16 +45,6 @@ _MATHEMATICAL = frozenset(
         "lambda sigma omega infinity infty"
     )
 )
-_CHOICE = re.compile(r"\(?([A-Ja-j])\)?(?:[.:)](?:\s.*)?)?", re.DOTALL)
-_CHOICE_IN_PARENTHESES = re.compile(r"\(([A-Ja-j])\)\s.+", re.DOTALL)
-_LETTER = re.compile(r"\(?([A-J])\)?[.:)]?|\[([A-J])\]")
-_LABELLED = re.compile(
-    r"(?:\(([A-Ja-j])\)|\[([A-J])\]|([A-Ja-j])[.:)])\s*(.+)|([A-J])\s+(?=[\d\\$(-])(.+)", re.DOTALL
-)
-_NAMED_CHOICE = re.compile(
-    r"(?i:option|choice|answer)(?: is)?:? ?(\(?[A-J]\)?(?:[.:)]?|[.:)] .*|\) .*))", re.DOTALL
-)
-_MARKS = re.compile(r"^[\s\\$~]+|[\s\\$~]+$")
 _AMBIGUOUS_COMMA = re.compile(r"\d,\d{3}(?!\d)")
 _AMBIGUOUS_EXPONENT = re.compile(r"(?<![\d.])\d+[eE][+-]?\d")
 _UNIT = r"[A-Za-z]{1,4}(?:\^\{?-?\d\}?)?"
@@ -80,20 +70,20 @@ def judge_math(prompt: Prompt, text: str) -> RewardResult:
 def judge_science(prompt: Prompt, text: str) -> RewardResult:
     """As mathematics; where the reference is the letter of a choice, 1 if the last box names that choice."""
     reference = _reference(prompt)
-    wanted = _CHOICE.fullmatch(reference)
+    wanted = choices.CHOICE.fullmatch(reference)
     if wanted is None or len(reference) > 3:
         return _judge(reference, text, science=True)
     box = last_boxed(answer_part(text))
     if box is None:
         return _no_box()
     try:
-        answer = _unmarked(plain(box))
+        answer = plain(box)
     except Unreadable as error:
         return _unreadable(str(error))
-    given = _CHOICE.fullmatch(answer) or _CHOICE_IN_PARENTHESES.fullmatch(answer)
+    given = choices.named(answer)
     if given is None:
         return _unreadable(f"no choice in the box: {answer[:60]}")
-    return _verdict(given[1].upper() == wanted[1].upper(), answer)
+    return _verdict(given == wanted[1].upper(), answer)
 
 
 @functools.cache
@@ -122,11 +112,11 @@ def _problem(answer: str, science: bool) -> str | None:
         reference = plain(unboxed(answer) or "")
         if not reference:
             return "it is empty"
-        if _exact(reference) is not None or _is_word(reference) or _LETTER.fullmatch(reference):
+        if _exact(reference) is not None or _is_word(reference) or choices.LETTER.fullmatch(reference):
             return None
-        if science and _CHOICE.fullmatch(reference) and len(reference) <= 3:
+        if science and choices.CHOICE.fullmatch(reference) and len(reference) <= 3:
             return None
-        labelled = _labelled(reference)
+        labelled = choices.labelled(reference)
         load()
         value = labelled[1] if labelled else reference
         if not _readings(value, loose_units=science) and _is_text(value):
@@ -139,7 +129,7 @@ def _problem(answer: str, science: bool) -> str | None:
 
 def _worth(reference: str) -> None:
     """Read and work out a reference once; raises Unreadable if that cannot be done."""
-    from megatron_ring.rl.reward.mathematics.compare import check
+    from megatron_ring.rl.reward.mathematics.shapes import check
 
     check(_read(reference))
 
@@ -170,7 +160,7 @@ def _judge(reference: str, text: str, science: bool) -> RewardResult:
     wanted, given = _exact(reference), _exact(answer)
     if wanted is not None and given is not None and not (_is_long(reference) or _is_long(answer)):
         return _verdict(wanted == given, answer)
-    if (chosen := _choice(reference, answer)) is not None:
+    if (chosen := choices.choice(reference, answer)) is not None:
         if isinstance(chosen, bool):
             return _verdict(chosen, answer)
         reference, answer = chosen
@@ -186,6 +176,8 @@ def _by_value(reference: str, answer: str, science: bool) -> RewardResult:
     from megatron_ring.rl.reward.mathematics.compare import same
     from megatron_ring.rl.reward.mathematics.numbers import Budget, TooExpensive
 
+    if (letter := choices.LETTER.fullmatch(reference)) is not None:
+        reference = letter[1] or letter[2]
     wanted = _readings(reference, loose_units=science)
     if not wanted and _is_text(reference):
         return _verdict(_as_text(reference) == _as_text(answer), answer)
@@ -275,55 +267,13 @@ def _is_long(answer: str) -> bool:
     return "." in answer and len(answer) > 6
 
 
-def _choice(reference: str, answer: str) -> bool | tuple[str, str] | None:
-    """A verdict or the two texts to compare, where one of both names a choice; None where neither does.
-
-    Examples: ``_choice("B", "(B) 12") is True``, ``_choice("12", "(B) 12") == ("12", "12")``.
-    """
-    wanted, given = _LETTER.fullmatch(_unmarked(reference)), _labelled(answer)
-    if wanted is not None:
-        letter = wanted[1] or wanted[2]
-        if given is not None:
-            return given[0] == letter
-        alone = _LETTER.fullmatch(_unmarked(answer))
-        return None if alone is None else (alone[1] or alone[2]) == letter
-    labelled = _labelled(reference)
-    if labelled is not None:
-        letter, text = labelled
-        if given is not None:
-            return False if given[0] != letter else (text, given[1])
-        alone = _LETTER.fullmatch(_unmarked(answer))
-        return (alone[1] or alone[2]) == letter if alone is not None else (text, answer)
-    return None if given is None else (reference, given[1])
-
-
-def _labelled(answer: str) -> tuple[str, str] | None:
-    """(letter, text) of ``(B) 12``, ``B. 12``, ``\\textbf{(B)}\\ 12``; None for what is no labelled choice."""
-    match = _LABELLED.fullmatch(_unmarked(answer))
-    if match is None:
-        return None
-    letter = match[1] or match[2] or match[3] or match[5]
-    text = plain(match[4] or match[6])
-    return (letter.upper(), text) if text else None
-
-
-def _unmarked(answer: str) -> str:
-    """``\\textbf{(B)} 12`` as ``(B) 12``: a label without its font."""
-    whole = _TEXT.match(answer)
-    if whole is not None and len(whole[1].strip()) <= 4:
-        answer = whole[1] + answer[whole.end() :]
-    answer = _MARKS.sub("", answer)
-    named = _NAMED_CHOICE.fullmatch(answer)
-    return named[1] if named else answer
-
-
 def _as_word(answer: str) -> str:
-    return " ".join(re.sub(r"[\\{}.,!]", " ", _TEXT.sub(r" \1 ", answer)).casefold().split())
+    return " ".join(re.sub(r"[\\{}.,!]", " ", TEXT.sub(r" \1 ", answer)).casefold().split())
 
 
 def _is_word(reference: str) -> bool:
     """Whether a reference is prose in Latin letters, to be compared as it is written."""
-    bare = _TEXT.sub(r" \1 ", reference).strip() if "\\" in reference else reference
+    bare = TEXT.sub(r" \1 ", reference).strip() if "\\" in reference else reference
     match = _WORD.fullmatch(bare)
     if match is None or not all(c.isascii() or "\u00c0" <= c <= "\u024f" for c in bare):
         return False
@@ -356,7 +306,7 @@ def _is_text(reference: str) -> bool:
 
 def _as_text(answer: str) -> str:
     """Without fonts, spaces and capitals."""
-    return re.sub(r"\s|~|\\[,;:! ]", "", _TEXT.sub(r" \1 ", answer)).casefold()
+    return re.sub(r"\s|~|\\[,;:! ]", "", TEXT.sub(r" \1 ", answer)).casefold()
 
 
 def _no_box() -> RewardResult:

@@ -7,6 +7,7 @@ becomes a symbol whose name is its whole text.
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 from megatron_ring.rl.reward.mathematics.atoms import OPAQUE, Atoms
@@ -21,6 +22,7 @@ _STARTS = frozenset(
         "angle triangle ..."
     )
 ) | frozenset(OPAQUE)
+_LETTER_DIGITS = re.compile(r"(-?[0-9A-Z]*[A-Z][0-9A-Z]*)_\{(\d+)\}")
 MAX_POSTFIXES = 4
 """Signs behind one number: ``5!``, ``50\\%``, ``5\\text{ cm}``."""
 
@@ -30,6 +32,8 @@ def read(text: str, *, grouped: bool = True, scientific: bool = True) -> Node:
 
     Example: ``read("1/2").parts[1].kind == "inverse"``.
     """
+    if (digits := _LETTER_DIGITS.fullmatch(text)) is not None:  # 3AF_{16} is no product
+        return Node("based", (Node("symbol", name=digits[1]),), name=digits[2])
     reader = _Reader(tokens(text, grouped=grouped, scientific=scientific))
     if not reader.words:
         raise Unreadable("nothing to read")
@@ -67,6 +71,8 @@ class _Reader(Atoms):
             parts.append(self.sets())
             if self.peek() in ("pmod", "mod") or (self.peek() == "(" and self.peek(1) == "mod"):
                 parts.append(self._bracketed_modulus())
+        if names == ["equiv"] and len(parts) == 2:
+            names = ["="]  # without a modulus, equal for all
         return Node("relation", tuple(parts), name=" ".join(names)) if names else parts[0]
 
     def _bracketed_modulus(self) -> Node:
@@ -105,7 +111,11 @@ class _Reader(Atoms):
             while self.peek() in _SIGNS:
                 sign = sign_of(sign, self.take().text)
             node = self.product()
-            parts.append(Node(sign, (node,)) if sign in ("-", "pm", "mp") else node)
+            if sign == "-" and node.kind == "based":
+                node = Node("based", (Node("-", node.parts),), name=node.name)
+            else:
+                node = Node(sign, (node,)) if sign in ("-", "pm", "mp") else node
+            parts.append(node)
             if self.peek() not in _SIGNS:
                 return parts[0] if len(parts) == 1 else Node("add", tuple(parts))
 

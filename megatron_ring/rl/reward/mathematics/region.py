@@ -55,7 +55,10 @@ def region_of(node: Node, budget: Budget) -> tuple[Region, str] | None:
         return _built(node, budget)
     if node.kind == "relation":
         return _of_relation(node, budget)
-    if node.kind == "list" and any(part.kind == "relation" and part.name != "=" for part in node.parts):
+    if node.kind == "list" and (
+        any(part.kind == "relation" and part.name != "=" for part in node.parts)
+        or all(part.kind == "tuple" for part in node.parts)
+    ):
         return _of_list(node, budget)
     return None
 
@@ -141,16 +144,21 @@ def _half_line(name: str, end: Node) -> Region:
 
 def _of_list(node: Node, budget: Budget) -> tuple[Region, str] | None:
     """Inequalities of one symbol: ``or`` joins what they allow, ``and`` narrows it; a comma joins what is apart."""
-    parts = [_of_relation(part, budget) if part.kind == "relation" else None for part in node.parts]
+    parts = [region_of(part, budget) if part.kind in ("relation", "tuple") else None for part in node.parts]
     found = [part for part in parts if part is not None]
-    if len(found) != len(parts) or len({name for _, name in found}) != 1:
+    names = {name for _, name in found if name}
+    if len(found) != len(parts) or len(names) > 1:
         return None
     regions = [region for region, _ in found]
+    if any(part.kind == "tuple" for part in node.parts):  # intervals side by side, whatever joins them
+        return _union(regions, budget), "".join(names)
+    if not names:
+        return None
     narrowed = regions[0]
     for region in regions[1:]:
         narrowed = _intersection(narrowed, region, budget)
     joined = node.name == "or" or (node.name == "," and not narrowed)
-    return (_union(regions, budget) if joined else narrowed), found[0][1]
+    return (_union(regions, budget) if joined else narrowed), "".join(names)
 
 
 def _mentions(node: Node, symbol: Node) -> bool:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 from mpmath import mp
 
-from megatron_ring.rl.reward.mathematics.equal import number_of
-from megatron_ring.rl.reward.mathematics.numbers import Budget
+from megatron_ring.rl.reward.mathematics.equal import has_value, has_value_somewhere, number_of
+from megatron_ring.rl.reward.mathematics.numbers import WORK, Budget, TooExpensive
 from megatron_ring.rl.reward.mathematics.region import ZERO, bare_symbol
-from megatron_ring.rl.reward.mathematics.residue import symbols
+from megatron_ring.rl.reward.mathematics.residue import has_symbols, symbols
+from megatron_ring.rl.reward.mathematics.text import Unreadable
 from megatron_ring.rl.reward.mathematics.tokens import repeating
+from megatron_ring.rl.reward.mathematics.units import scaled
 from megatron_ring.rl.reward.mathematics.words import Node
+
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
 def listed(node: Node) -> Node:
@@ -31,6 +36,25 @@ def outer_unit(node: Node) -> Node:
         return node
     inner = Node(node.kind, (*node.parts[:-1], last.parts[0]), node.name)
     return Node("unit", (inner,), name=last.name)
+
+
+def in_full(node: Node) -> Node:
+    """``5\\text{ million dollars}`` as ``5000000\\text{ dollars}``."""
+    if node.kind != "unit":
+        return node
+    factor, rest = scaled(node.name)
+    if factor == 1:
+        return node
+    return Node(
+        "unit", (Node("multiply", (node.parts[0], Node("number", number=Fraction(factor)))),), name=rest
+    )
+
+
+def turned(degrees: Node) -> Node:
+    """An angle of so many degrees, in radians."""
+    return Node(
+        "multiply", (degrees.parts[0], Node("constant", name="pi"), Node("number", number=Fraction(1, 180)))
+    )
 
 
 def _has_plus_minus(node: Node) -> bool:
@@ -75,12 +99,15 @@ def about_values(node: Node, budget: Budget) -> list[Node]:
     if cut + 2 != len(node.parts):
         return [exact]
     value, decimal = number_of(node.parts[cut], budget), number_of(node.parts[-1], budget)
-    if cut == 0 and bare_symbol(node.parts[0]):
+    if cut == 0 and is_name(node.parts[0]):
         return [node.parts[-1]]
     if value is None or decimal is None:
         return [exact]
     with mp.workdps(20):
-        near = abs(mp.mpf(1) * float(value) - float(decimal)) <= abs(float(value)) / 100
+        apart = abs(mp.mpf(1) * float(value) - float(decimal))
+        if apart > 0.5 and apart > abs(float(value)) / 20:
+            return []  # a claim that is false is no answer
+        near = apart <= abs(float(value)) / 100
     return [exact, node.parts[-1]] if near else [exact]
 
 
@@ -126,7 +153,7 @@ def assigned(node: Node, loose: bool) -> Node | None:
     if not is_equation(node):
         return None
     left, value = node.parts[0], node.parts[-1]
-    if _is_name(left):
+    if is_name(left):
         return value
     names = symbols(left)
     if left.kind == "call" and names and node.parts[1:] and not symbols(value):
@@ -134,12 +161,12 @@ def assigned(node: Node, loose: bool) -> Node | None:
     return value if loose and (len(names) > 1 or not (names or symbols(value))) else None
 
 
-def _is_name(node: Node) -> bool:
+def is_name(node: Node) -> bool:
     """Whether a left side only names what it is about: ``x``, ``(x, y)``, ``AB``, ``V_1:V_2``, ``|AB|``."""
     if node.kind in ("tuple", "list", "set", "multiply", "inverse", "ratio") or (
         node.kind == "call" and node.name == "abs"
     ):
-        return bool(node.parts) and all(map(_is_name, node.parts))
+        return bool(node.parts) and all(map(is_name, node.parts))
     return bare_symbol(node)
 
 
@@ -160,8 +187,14 @@ def unnamed(a: Sequence[Node], b: Sequence[Node]) -> tuple[Sequence[Node], Seque
         [v for v in row if v is not None] if name else parts
         for row, name, parts in zip(values, named, (a, b), strict=True)
     ]
-    stems = {_stem(part.parts[0]) for part in (a if named[0] else b)}
-    return rows[0], rows[1], len(stems) > 1
+    names = [_stem(part.parts[0]) for part in (a if named[0] else b)]
+    if len(names) > 1 and "".join(sorted(names)) in _ALPHABET and sorted(names) != names:
+        # y=2, x=1 is the point (1,2)
+        row = int(not named[0])
+        rows[row] = [
+            value for _, value in sorted(zip(names, rows[row], strict=True), key=lambda pair: pair[0])
+        ]
+    return rows[0], rows[1], len(set(names)) > 1
 
 
 def difference(a: Node, b: Node) -> Node:
@@ -186,3 +219,16 @@ def scalars_of(node: Node) -> Iterator[Node]:
         return
     for part in node.parts:
         yield from scalars_of(part)
+
+
+def check(node: Node) -> None:
+    """Work out a reference as far as comparing it would; raises Unreadable if it has no value or costs too much."""
+    budget = Budget()
+    for part in scalars_of(node):
+        if not has_symbols(part):
+            if not has_value(part, budget):
+                raise Unreadable("it has no value")
+        elif not has_value_somewhere(part, budget):
+            raise Unreadable("it has no value at any point")
+        if budget.left < 0.6 * WORK:
+            raise TooExpensive("it takes more work than a reference may")

@@ -105,7 +105,8 @@ _ROOT_INDEX = {"√": "", "∛": "[3]", "∜": "[4]"}
 
 _DROPPED = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut|strut|hfill|hline|bigskip|noindent)(?![A-Za-z])\s*"
-    r"|\\(?:phantom|vphantom|hphantom|label|tag)\*?\s*\{[^{}]*\}"
+    r"|\\(?:phantom|vphantom|hphantom|label|tag|(?:text)?color|colorbox)\*?\s*\{[^{}]*\}"
+    r"|\\(?:tiny|small|normalsize|[lL]arge|LARGE|[hH]uge|ensuremath|relax|checkmark)(?![A-Za-z])\s*"
 )
 _SIZES = re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*")
 _BAR_SIDES = re.compile(r"\\(left|right)\s*(?:\||\\vert(?![A-Za-z]))")
@@ -114,15 +115,71 @@ _SPACES = re.compile(
     r"(?:\\[,;:> ]|~|\\q?quad|\\(?:enspace|thinspace|space|hspace\{[^{}]*\})(?![A-Za-z])|\s)+"
 )
 _NOTHING = re.compile(r"\\!|\\/(?!/)|\\allowbreak(?![A-Za-z])|[\u200b-\u200f\u2060\ufeff\u00ad\u202a-\u202e]")
-_FRACTION = re.compile(r"\\[dtc]frac(?![A-Za-z])")
+_FRACTION = re.compile(r"\\(?:[dtcsx]|nice)frac(?![A-Za-z])")
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\;)\s*(?=\d{3}(?!\d))")
 _OUTER_TEXT = re.compile(
-    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|bf|rm|operatorname)\s*(?=\{)"
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|bf|rm|operatorname|emph|underline)\s*(?=\{)"
 )
 _ROW = re.compile(r"\\\\(?:\s*\[[^\[\]]*\])?")
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}])")
+TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
+"""Words in a font of their own."""
 _FENCES = re.compile(r"\\[()\[\]]")
 _DOLLAR = re.compile(r"(?<!\\)\$")
+_PRIMES = re.compile(r"\^\s*(?:\{((?:\s*\\prime)+)\s*\}|\\prime(?![A-Za-z]))")
+_UNIT_FRACTION = re.compile(
+    r"\\frac\s*\{\s*\\(?:text|mathrm)\s*\{([A-Za-z ]+)\}\s*\}\s*\{\s*\\(?:text|mathrm)\s*\{([A-Za-z ]+)\}"
+    r"(\^\{?\d\}?)?\s*\}"
+)
+_TRANSPOSED = re.compile(
+    r"(?<=[)\]}])\s*\^\s*(?:\\(?:top|intercal)(?![A-Za-z])"
+    r"|\{\s*(?:\\(?:top|intercal|text\{T\}|mathrm\{T\})|T)\s*\})"
+)
+_WITHOUT = re.compile(r"(?<=\\mathbb\{R\})\s*-\s*(?=\\\{)")
+_BETWEEN = re.compile(r"([(\[][^()\[\]]*,[^()\[\]]*[)\]])\s*[Uu]\s*(?=[(\[][^()\[\]]*,)")
+_OUTWARD = re.compile(r"(^|=\s*|\\(?:cup|in)\s*)([\[\]])([^()\[\]]*[,;][^()\[\]]*)([\[\]])")
+"""Intervals as they are written in France: ``[0,1[``."""
+_LEADING = re.compile(r"(?:=(?![=<>])|\\approx(?![A-Za-z]))\s*")
+_HALF_DAY = re.compile(r"(?<=\d) ?([AaPp])\.? ?[Mm]\.?$")
+_OF_WHAT = re.compile(r"(-?\d[\d.,/]*) \(([A-Za-z][A-Za-z -]*)\)")
+_MONEY = re.compile(r"(?:USD|US\s*(?=\\?\$))\s*\\?\$?\s*(?=\d)")
+_BASES = {
+    **dict(zip(word_list("two three four five six seven eight nine"), range(2, 10), strict=True)),
+    **{"ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16},
+}
+_BASED = re.compile(
+    r"(-?)(?:\\(?:text|mathrm|textbf|mathbf)\{([0-9A-Za-z]+)\}|\(([0-9A-Za-z]+)\)|\{([0-9A-Za-z]+)\}|([0-9A-Za-z]+)) ?"
+    r"(?:_ ?\{? ?\(?(?:\\(?:text|mathrm)\{)?(?:base )?\}? ?(\d\d?|[a-z]+)\}?\)? ?\}?"
+    r"|(?:\\text\{ ?)?\(?(?: ?in)? ?base ?\}? ?(\d\d?|[a-z]+) ?\)?\}?)"
+)
+r"""A number and its base: ``(12)_8``, ``12_{\text{eight}}``, ``12\text{ (base 8)}``."""
+_INTEGER_NAMES = (
+    r"(?:\\text\{ ?(?:for |where |with )?)?(?:(?:for )?(?:any |all |every |some )?integers? ?\}? ?(?P<before>[a-z])"
+    r"|(?<=[^A-Za-z])(?P<behind>[a-z]) ?\\text\{ ?(?:is )?(?:an |are |any )?integers? ?\})"
+)
+_FAMILY = re.compile(
+    r"(?:[,;] ?|(?= ?\(| ?\\text)) ?\(?(?:\\text\{ ?,? ?(?:for|where|with)(?: (?:any|all|every|some))? ?\} ?)?"
+    r"(?:(?P<name>[a-z]) ?\\in ?(?:\\mathbb ?\{? ?Z ?\}?|\\mathbf\{Z\}|Z)|" + _INTEGER_NAMES + r")\)?"
+)
+_FOR_ALL = re.compile(
+    r"[,;]? ?(?:\\text\{ ?,? ?(?:for|where) (?:all|every|any|each)(?: real)? ?\}|\\forall) ?[a-z]"
+    r"( ?\\in ?\\mathbb ?\{?R\}?)?"
+)
+r"""Behind an answer, what holds for it: ``k\in\mathbb{Z}`` in any words; of all numbers it says nothing."""
+_PHRASES = {
+    **dict.fromkeys(("all real numbers", "all reals", "every real number", "any real number"), r"\mathbb{R}"),
+    **dict.fromkeys(
+        (
+            "no solution",
+            "no solutions",
+            "no real solution",
+            "no real solutions",
+            "empty set",
+            "the empty set",
+        ),
+        r"\emptyset",
+    ),
+}
 _TEXT_STOP = re.compile(r"[.,;:]\s*\}$")
 
 
@@ -159,10 +216,55 @@ def _spelling(text: str) -> str:
         text = _FRACTION.sub(r"\\frac", _DROPPED.sub("", text))
         text = _BAR_SIDES.sub(lambda side: rf"\{side[1][0]}vert ", text)
         text = _SIZES.sub("", _EMPTY_SIDES.sub("", text))
-    text = _THOUSANDS.sub("", text).replace("**", "^")
+        text = _PRIMES.sub(lambda marks: "'" * max(1, (marks[1] or "").count("p")), text)
+        text = _TRANSPOSED.sub("^T", text)
+        text = _WITHOUT.sub(r"\\setminus ", text.replace(r"\Bbb", r"\mathbb"))
+        text = _UNIT_FRACTION.sub(lambda unit: rf"\text{{{unit[1]}/{unit[2]}{unit[3] or ''}}}", text)
+    text = _THOUSANDS.sub("", text).replace("**", "^").replace("+/-", r"\pm ")
     if len(_DOLLAR.findall(text)) > 1:  # one alone is money
         text = _DOLLAR.sub(" ", text)
-    return _SPACES.sub(" ", text).strip()
+    return _written_out(_SPACES.sub(" ", text).strip())
+
+
+def _written_out(text: str) -> str:
+    """Spellings of a whole answer, one way: intervals, bases, times of day, money, phrases."""
+    text = _BETWEEN.sub(r"\1\\cup ", text)
+    if text[-1:] in ("[", "]") or r"\cup" in text:
+        text = _OUTWARD.sub(_inward, text)
+    based = _BASED.fullmatch(text)
+    if based is not None and (base := _base(based[6] or based[7])):
+        digits = next(filter(None, based.group(2, 3, 4, 5))).upper()
+        if all(int(digit, 36) < base for digit in digits):
+            return f"{based[1]}{digits}_{{{base}}}"
+    text = _HALF_DAY.sub(lambda half: rf"\text{{ {half[1].lower()}m}}", text)
+    whole = _OF_WHAT.fullmatch(text)
+    if whole is not None:
+        return rf"{whole[1]}\text{{ {whole[2]}}}"
+    if r"\in" in text or "integer" in text:
+        text = _behind(_FAMILY, text, r", {0}\in\mathbb{{Z}}")
+    if r"\text" in text or r"\forall" in text:
+        text = _behind(_FOR_ALL, text, "")
+    text = _MONEY.sub(r"\$", text, count=1) if text.startswith("US") else text
+    return _PHRASES.get(text.casefold(), text)
+
+
+def _behind(words: re.Pattern[str], text: str, written: str) -> str:
+    """``text`` with what ``words`` find at its end written in one way, the name in it included."""
+    for match in words.finditer(text):
+        if match.start() and match.end() == len(text):
+            name = next((name for name in match.groupdict().values() if name), "")
+            return text[: match.start()].rstrip(" ,;") + written.format(name)
+    return text
+
+
+def _inward(interval: re.Match[str]) -> str:
+    before, opening, inner, closing = interval.groups()
+    return f"{before}{'[' if opening == '[' else '('}{inner}{']' if closing == ']' else ')'}"
+
+
+def _base(name: str) -> int:
+    base = _BASES.get(name.casefold(), 0) if name.isalpha() else int(name)
+    return base if 2 <= base <= 36 else 0
 
 
 def _ascii(text: str) -> str:
@@ -198,6 +300,9 @@ def _outer(text: str) -> str:
                 return inner.strip()
     elif text.startswith("{") and braced(text, 0) == text[1:-1]:
         return text[1:-1].strip()
+    leading = _LEADING.match(text)
+    if leading is not None and len(text) > leading.end():
+        text = text[leading.end() :]
     while len(text) > 1 and text[-1] in ".,;:" and not text.endswith(("..", r"\.", r"\,", r"\;", r"\:")):
         text = text[:-1].rstrip()
     return _TEXT_STOP.sub("}", text) if r"\text" in text else text

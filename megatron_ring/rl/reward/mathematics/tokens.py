@@ -34,7 +34,7 @@ class Token(NamedTuple):
 FUNCTIONS = frozenset(
     word_list(
         "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh coth arcsinh arccosh "
-        "arctanh exp ln log lg sqrt cbrt abs floor ceil max min gcd lcm sgn sign det Re Im arg"
+        "arctanh exp cis ln log lg sqrt cbrt abs floor ceil max min gcd lcm sgn sign det Re Im arg"
     )
 )
 _SAME_FUNCTION = {
@@ -99,6 +99,8 @@ ACCENTS = frozenset(
         "mathcal mathfrak mathscr mathbf boldsymbol bm mathit mathsf mathtt mathrm overarc"
     )
 )
+_MARKS = frozenset(word_list("odot oplus star dagger top"))
+"""Signs that stand above or below a letter only: as operations they are unknown."""
 _PROSE = frozenset(word_list("text textnormal textbf textit textrm textsf texttt mbox operatorname hbox"))
 _FONTS = frozenset(word_list("mathbf boldsymbol bm mathit mathsf mathtt mathrm"))
 _CHARACTERS = {**{c: c for c in "+-*/^_!()[]{}|,;<>=:&'%"}, "$": "$", "@": "@"}
@@ -246,6 +248,8 @@ class _Tokenizer:
             self._prose(name)
         elif name in ACCENTS:
             self._add("accent", name)
+        elif name in _MARKS:
+            self._add("mark", name)
         elif name == "R":
             self._add("symbol", "mathbb{R}")
         elif name in ("$", "pounds", "euro"):
@@ -264,7 +268,9 @@ class _Tokenizer:
         self.at = opening.end() + len(inner) + 2
         words = " ".join(inner.replace("\\", " \\").split())
         lowered = words.strip(" ,;:.").casefold()
-        if lowered in ("or", "and", "and also", ", and", ", or"):
+        if words in (",", ";", ":"):
+            self._add("operator", words)
+        elif lowered in ("or", "and", "and also", ", and", ", or"):
             self._add("operator", lowered.split()[0] if lowered[0] != "," else lowered[2:])
         elif lowered in FUNCTIONS or lowered in _SAME_FUNCTION:
             self._add("function", _SAME_FUNCTION.get(lowered, lowered))
@@ -344,7 +350,9 @@ UNITS = frozenset(
         "rads radian radians unit units sq square cubic percent hz khz mhz ghz pa kpa mpa bar atm "
         "mol mmol kj kw kwh mw ev kev mev gev kn mv kv mah ohm ohms volt volts amp amps watt watts "
         "joule joules newton newtons kelvin celsius fahrenheit people persons students times ways "
-        "points apples books coins bits bytes am pm"
+        "points apples books coins bits bytes am pm erg ergs dyne dozen hundred thousand million billion trillion "
+        "pieces cards girls boys men women cars eggs games pages pens cups balls rows pairs sides faces edges "
+        "dogs cats birds trees boxes bags bottles stamps shirts cakes toys seats rooms words rides"
     )
 )
 """Plain words that name a unit where they stand behind a number."""

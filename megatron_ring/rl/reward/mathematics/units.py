@@ -57,6 +57,18 @@ am
 pm
 mol mole
 ev electronvolt
+mev megaelectronvolt
+kev kiloelectronvolt
+khz kilohertz
+mhz megahertz
+ghz gigahertz
+erg
+dyne dyn
+atm atmosphere
+ohm
+tesla
+coulomb
+nm nanometer nanometre
 мм миллиметр
 см сантиметр
 м метр
@@ -69,10 +81,24 @@ _KNOWN = {word: line.split()[0] for line in _SAME.strip().splitlines() for word 
 LETTERS = frozenset("msghNJWVL")
 """Letters that are a unit though they stand alone and could be symbols."""
 _HEDGES = frozenset(
-    word_list("or and not no but if either maybe isn't except unless instead actually wrong false false? vs")
+    word_list(
+        "or and not no but if either maybe isn't except unless instead actually wrong false false? vs "
+        "squared cubed factorial negative plus minus least most half halves thirds fourths fifths sixths eighths "
+        "tenths hundredths thousandths zero one two three four five six seven eight nine ten eleven twelve "
+        "twenty thirty forty fifty pi i e x y z n"
+    )
 )
+"""Words that make another value of the number before them, or another answer beside it."""
+SCALES = {
+    "dozen": 12,
+    "hundred": 10**2,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
 _WORD = re.compile(r"[^\W\d_]+|[$€£¥¢\"]")
-_SPLIT = re.compile(r"[^\W\d_]+|[$€£¥¢\"]|\^-?\d+|/|-?\d+")
+_SPLIT = re.compile(r"[^\W\d_]+|[$€£¥¢\"]|\^-?\d{1,2}|/")
 
 
 def same_unit(wanted: str, given: str) -> bool:
@@ -82,6 +108,11 @@ def same_unit(wanted: str, given: str) -> bool:
     """
     a, b = _measure(wanted), _measure(given)
     return not a or not b or a == b
+
+
+def is_radian(text: str) -> bool:
+    """Whether a unit is the radian."""
+    return _measure(text) == (("rad", 1),)
 
 
 def is_measure(text: str) -> bool:
@@ -94,29 +125,46 @@ def is_measure(text: str) -> bool:
     return bool(_measure(text))
 
 
-def _measure(text: str) -> tuple[str, ...]:
-    """A unit word by word, in one spelling; empty if it is no unit of measurement that is known."""
+def scaled(text: str) -> tuple[int, str]:
+    """What a unit multiplies its number by, and the unit without it: ``(10**6, "dollars")`` of ``million dollars``."""
+    first, _, rest = text.strip().partition(" ")
+    return (SCALES[first.casefold()], rest) if first.casefold() in SCALES else (1, text)
+
+
+def _measure(text: str) -> tuple[tuple[str, int], ...]:
+    """A unit as powers of its words, each in one spelling; empty if it is no unit of measurement that is known."""
     words = _WORD.findall(text)
     lowered = [word.casefold() for word in words]
     if len(words) > MAX_WORDS or _HEDGES & set(lowered):
         raise Unreadable(f"words behind the answer: {text[:40]}")
-    plain = text.replace("\\", " ").replace("{", "").replace("}", "").replace(".", "").replace("per", "/")
+    plain = (
+        text.replace("\\", " ")
+        .replace("{", "")
+        .replace("}", "")
+        .replace(".", "")
+        .replace("per", "/")
+        .replace("^- ", "^-")
+    )
     plain = re.sub(r"\bsquare\s+(\w+)", r"\1^2", re.sub(r"\bcubic\s+(\w+)", r"\1^3", plain))
     plain = re.sub(r"\bsq\.?\s+(\w+)", r"\1^2", plain)
     if re.search(r"(?<![\^\-\d])\d", plain):
         raise Unreadable(f"numbers behind the answer: {text[:40]}")
-    found: list[str] = []
+    powers: dict[str, int] = {}
+    sign, last = 1, ""
     for word in _SPLIT.findall(plain):
-        name = _known(word)
-        if name is None:
-            return ()
-        found.append(name)
-    return tuple(found)
+        if word == "/":
+            sign = -1
+        elif word[0] == "^" and last:
+            powers[last] += sign * (int(word[1:]) - 1)
+        else:
+            last = _known(word) or ""
+            if not last:
+                return ()
+            powers[last] = powers.get(last, 0) + sign
+    return tuple(sorted((name, power) for name, power in powers.items() if power))
 
 
 def _known(word: str) -> str | None:
-    if word in "/" or word[0] in "^-" or word.isdigit():
-        return word
     lowered = word.casefold()
     for spelling in (word, lowered, lowered.removesuffix("s"), lowered.removesuffix("es")):
         if spelling in _KNOWN:

@@ -246,7 +246,7 @@ class Evaluator:
     def _call(self, node: Node) -> Number:
         arguments = [self._turned(part, node.name) for part in node.parts]
         function = FUNCTIONS.get((node.name, len(arguments))) or FUNCTIONS.get((node.name, 0))
-        if function is None:
+        if function is None or not arguments:
             raise Unreadable(f"{node.name} of {len(arguments)}")
         return self._checked(function(self, *arguments))
 

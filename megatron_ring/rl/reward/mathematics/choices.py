@@ -1,0 +1,80 @@
+"""Choices: a letter, alone or with its text, and what is compared where an answer is a choice."""
+
+from __future__ import annotations
+
+import re
+
+from megatron_ring.rl.reward.mathematics.text import TEXT, plain
+
+CHOICE = re.compile(r"\(?([A-Ja-j])\)?(?:[.:)](?:\s.*)?)?", re.DOTALL)
+IN_PARENTHESES = re.compile(r"\(([A-Ja-j])\)\s.+", re.DOTALL)
+LETTER = re.compile(r"\(?([A-J])\)?[.:)]?|\[([A-J])\]")
+_LABELLED = re.compile(
+    r"(?:\(([A-Ja-j])\)|\[([A-J])\]|([A-Ja-j])[.:)])\s*(.+)|([A-J])\s+(?=[\d\\$(-])(.+)", re.DOTALL
+)
+_NAMED_CHOICE = re.compile(
+    r"(?i:option|choice|answer)(?: is)?:? ?(\(?[A-J]\)?(?:[.:)]?|[.:)] .*|\) .*))", re.DOTALL
+)
+_MARKS = re.compile(r"^[\s\\$~]+|[\s\\$~]+$")
+_ANOTHER = re.compile(
+    r"\([A-J]\)|\[[A-J]\]"
+    r"|^[A-J][.:)](?:\s|$)"
+    r"|^\W*(?:or|and|[,;/&|])(?![A-Za-z])(?:\W|also|maybe|not|option|choice|answer)*[A-J](?![A-Za-z'])",
+    re.IGNORECASE,
+)
+"""Behind a choice, another one: ``(B) (C)``, ``B. or C``, ``B) C) D)``."""
+
+
+def named(answer: str) -> str | None:
+    """The letter of the one choice that ``answer`` names, with or without its text; empty for several, None for none.
+
+    Examples: ``named("(b) 12") == "B"``, ``named("(B) or (C)") == ""``.
+    """
+    answer = unmarked(answer)
+    given = CHOICE.fullmatch(answer) or IN_PARENTHESES.fullmatch(answer)
+    if given is None:
+        return None
+    return "" if _ANOTHER.search(answer[given.end(1) + 1 :].strip()) else given[1].upper()
+
+
+def choice(reference: str, answer: str) -> bool | tuple[str, str] | None:
+    """A verdict or the two texts to compare, where one of both names a choice; None where neither does.
+
+    Examples: ``choice("B", "(B) 12") is True``, ``choice("12", "(B) 12") == ("12", "12")``.
+    """
+    wanted, given = LETTER.fullmatch(unmarked(reference)), labelled(answer)
+    if wanted is not None:
+        letter = wanted[1] or wanted[2]
+        if given is not None:
+            return given[0] == letter
+        alone = LETTER.fullmatch(unmarked(answer))
+        return None if alone is None else (alone[1] or alone[2]) == letter
+    if (mine := labelled(reference)) is not None:
+        letter, text = mine
+        if given is not None:
+            return False if given[0] != letter else (text, given[1])
+        alone = LETTER.fullmatch(unmarked(answer))
+        return (alone[1] or alone[2]) == letter if alone is not None else (text, answer)
+    return None if given is None else (reference, given[1])
+
+
+def labelled(answer: str) -> tuple[str, str] | None:
+    """(letter, text) of ``(B) 12``, ``B. 12``, ``\\textbf{(B)}\\ 12``; None for what is no labelled choice."""
+    match = _LABELLED.fullmatch(unmarked(answer))
+    if match is None:
+        return None
+    letter = match[1] or match[2] or match[3] or match[5]
+    text = plain(match[4] or match[6])
+    if _ANOTHER.search(text):
+        return None
+    return (letter.upper(), text) if text else None
+
+
+def unmarked(answer: str) -> str:
+    """``\\textbf{(B)} 12`` as ``(B) 12``: a label without its font."""
+    whole = TEXT.match(answer)
+    if whole is not None and len(whole[1].strip()) <= 4:
+        answer = whole[1] + answer[whole.end() :]
+    answer = _MARKS.sub("", answer)
+    whole_name = _NAMED_CHOICE.fullmatch(answer)
+    return whole_name[1] if whole_name else answer
