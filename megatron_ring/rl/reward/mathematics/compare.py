@@ -37,6 +37,7 @@ from megatron_ring.rl.reward.mathematics.shapes import (
     is_about,
     is_clock,
     is_equation,
+    is_measured_in_parts,
     is_scalar,
     listed,
     outer_unit,
@@ -95,6 +96,10 @@ def same(wanted: Node, given: Node, budget: Budget) -> bool:
     if "congruence" in (wanted.kind, given.kind):
         values = [node.parts[0] if node.kind == "congruence" else node for node in (wanted, given)]
         return same(values[0], values[1], budget)
+    if is_measured_in_parts(wanted) and is_measured_in_parts(given):
+        return len(wanted.parts) == len(given.parts) and all(
+            same(a, b, budget) and a.kind == b.kind for a, b in zip(wanted.parts, given.parts, strict=True)
+        )
     if "beside" in (wanted.kind, given.kind):
         return False
     if wanted.kind == given.kind == "modulus":

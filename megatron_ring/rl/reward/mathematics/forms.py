@@ -74,8 +74,13 @@ def _family(node: Node) -> tuple[Node, str]:
 
 
 def one_argument(wanted: Node, given: Node) -> Node:
-    """``f(y)=y`` with the argument's name of ``f(x)=x``, where both define one function."""
+    """``f(y)=y`` or ``y=x`` with the names of ``f(x)=x``, where both define one function."""
     left, right = (_FUNCTION.fullmatch(node.parts[0].name) for node in (wanted, given))
+    names = {node.parts[0].name for node, function in ((wanted, left), (given, right)) if function is None}
+    used = symbols(wanted.parts[1]) | symbols(given.parts[1])
+    argument = left or right
+    if names == {"y"} and "y" not in used and argument is not None and used <= {argument[2]}:
+        return Node("relation", (wanted.parts[0], *given.parts[1:]), "=")
     if (
         left is None
         or right is None

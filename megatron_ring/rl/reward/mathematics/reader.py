@@ -71,7 +71,7 @@ class _Reader(Atoms):
             parts.append(self.sets())
             if self.peek() in ("pmod", "mod") or (self.peek() == "(" and self.peek(1) == "mod"):
                 parts.append(self._bracketed_modulus())
-        if names == ["equiv"] and len(parts) == 2:
+        if names == ["equiv"] and len(parts) == 2 and parts[1].name != "mod":
             names = ["="]  # without a modulus, equal for all
         return Node("relation", tuple(parts), name=" ".join(names)) if names else parts[0]
 
@@ -150,9 +150,9 @@ class _Reader(Atoms):
             if not (bare and slash):
                 return self._row(parts)
             top, _, bottom = self.take(), self.take(), self.take()
-            return self._mixed(parts, top.number, bottom.number)
+            return self.postfix(self._mixed(parts, top.number, bottom.number))
         is_fraction = bare and self.peek() == "frac"
-        node = self.factor()
+        node = self.atom()
         if (
             is_fraction
             and node.kind == "multiply"
@@ -161,8 +161,8 @@ class _Reader(Atoms):
         ):
             top, bottom = node.parts[0], node.parts[1].parts[0]
             if top.kind == bottom.kind == "number" and 0 < (top.number or 0) < (bottom.number or 0):
-                return self._mixed(parts, top.number, bottom.number)
-        return node
+                return self.postfix(self._mixed(parts, top.number, bottom.number))
+        return self._raised(node)
 
     def _row(self, parts: list[Node]) -> Node:
         """Numbers side by side mean nothing but themselves."""
@@ -187,7 +187,10 @@ class _Reader(Atoms):
         return self.peek() in _STARTS or (self.peek() == "|" and not self.bars)
 
     def factor(self) -> Node:
-        node = self.postfix(self.atom())
+        return self._raised(self.atom())
+
+    def _raised(self, atom: Node) -> Node:
+        node = self.postfix(atom)
         if self.peek() != "^":
             return node
         self.take()

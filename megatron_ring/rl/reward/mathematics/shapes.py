@@ -130,6 +130,11 @@ def is_scalar(node: Node) -> bool:
     )
 
 
+def is_measured_in_parts(node: Node) -> bool:
+    r"""Whether it is a length or a time in several units: ``1\text{ hour }30\text{ minutes}``."""
+    return node.kind == "multiply" and all(part.kind == "unit" for part in node.parts)
+
+
 def is_clock(node: Node) -> bool:
     hours, minutes = node.parts[0].number, node.parts[1].number
     return (
@@ -214,7 +219,7 @@ def scalars_of(node: Node) -> Iterator[Node]:
     node = outer_unit(listed(node))
     if node.kind == "ellipsis":
         return
-    if is_scalar(node):
+    if is_scalar(node) and not is_measured_in_parts(node):
         yield node
         return
     for part in node.parts:

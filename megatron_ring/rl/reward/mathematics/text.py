@@ -140,7 +140,30 @@ _BETWEEN = re.compile(r"([(\[][^()\[\]]*,[^()\[\]]*[)\]])\s*[Uu]\s*(?=[(\[][^()\
 _OUTWARD = re.compile(r"(^|=\s*|\\(?:cup|in)\s*)([\[\]])([^()\[\]]*[,;][^()\[\]]*)([\[\]])")
 """Intervals as they are written in France: ``[0,1[``."""
 _LEADING = re.compile(r"(?:=(?![=<>])|\\approx(?![A-Za-z]))\s*")
-_HALF_DAY = re.compile(r"(?<=\d) ?([AaPp])\.? ?[Mm]\.?$")
+_HALF_DAY = re.compile(
+    r"(?<=\d)(?::00)? ?(?:\\(?:text|mathrm)\{ ?([AaPp])\.? ?[Mm]\.?\}|([AaPp])\.? ?[Mm]\.?)$"
+)
+_SPELLINGS = (
+    (re.compile(r"\bper cent\b"), "percent"),
+    (
+        re.compile(
+            r"(\\text\{ ?(?:hour|hr|minute|day|week|year|pound|foot|feet|ft)s?)(?:,| and|, and) ?\} ?(?=\d)"
+        ),
+        r"\1}",
+    ),
+    (re.compile(r"\\text\{ ?is (?!not)"), r"\\text{ "),
+    (re.compile(r"(\d+) ?(?:to|\\text\{ ?to ?\}) ?(\d+)$"), r"\1:\2"),
+    (re.compile(r"^(?:\{\})?\^\{?(\d+)\}?/_\{?(\d+)\}?$"), r"\\frac{\1}{\2}"),
+    (re.compile(r"(?:\\mathrm\{C\}|(?<![A-Za-z\\{])C) ?_ ?\{?(\d+)\}? ?\^ ?\{?(\d+)\}?"), r"\\binom{\1}{\2}"),
+    (
+        re.compile(
+            r"\\(?:hat|widehat|vec|mathbf) ?\{? ?\\?(?:hat ?\{?|mathbf ?\{?)?\\?([ij])(?:math)?(?![A-Za-z]) ?\}?\}?"
+        ),
+        r"\\mathbf{\1}",
+    ),
+    (re.compile(r"\\(?:hat|widehat|vec) ?\{? ?(?:\\mathbf ?\{)?k(?![A-Za-z]) ?\}?\}?"), r"\\mathbf{k}"),
+)
+"""What has another spelling of one meaning, and that spelling."""
 _OF_WHAT = re.compile(r"(-?\d[\d.,/]*) \(([A-Za-z][A-Za-z -]*)\)")
 _MONEY = re.compile(r"(?:USD|US\s*(?=\\?\$))\s*\\?\$?\s*(?=\d)")
 _BASES = {
@@ -236,7 +259,9 @@ def _written_out(text: str) -> str:
         digits = next(filter(None, based.group(2, 3, 4, 5))).upper()
         if all(int(digit, 36) < base for digit in digits):
             return f"{based[1]}{digits}_{{{base}}}"
-    text = _HALF_DAY.sub(lambda half: rf"\text{{ {half[1].lower()}m}}", text)
+    for spelling, meant in _SPELLINGS:
+        text = spelling.sub(meant, text)
+    text = _HALF_DAY.sub(lambda half: rf"\text{{ {(half[1] or half[2]).lower()}m}}", text)
     whole = _OF_WHAT.fullmatch(text)
     if whole is not None:
         return rf"{whole[1]}\text{{ {whole[2]}}}"

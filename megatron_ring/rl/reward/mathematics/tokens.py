@@ -272,6 +272,8 @@ class _Tokenizer:
             self._add("operator", words)
         elif lowered in ("or", "and", "and also", ", and", ", or"):
             self._add("operator", lowered.split()[0] if lowered[0] != "," else lowered[2:])
+        elif lowered == "min" and self.found and self.found[-1].kind == "number":
+            self._add("prose", words)
         elif lowered in FUNCTIONS or lowered in _SAME_FUNCTION:
             self._add("function", _SAME_FUNCTION.get(lowered, lowered))
         elif _PLAIN_NAMES.get(lowered) in ("%", "deg"):
@@ -294,6 +296,8 @@ class _Tokenizer:
         lowered = word.casefold()
         if lowered in _PLAIN_NAMES:
             self._add("operator", _PLAIN_NAMES[lowered])
+        elif lowered == "min" and after_number:
+            self._add("prose", word)
         elif lowered in FUNCTIONS or lowered in _SAME_FUNCTION or lowered in GREEK:
             name = _SAME_FUNCTION.get(lowered, lowered)
             self._add(
