@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
-from megatron_ring.rl.reward.mathematics.residue import symbols
-from megatron_ring.rl.reward.mathematics.shapes import is_name
+from megatron_ring.rl.reward.mathematics.equal import has_value, has_value_somewhere
+from megatron_ring.rl.reward.mathematics.numbers import WORK, Budget, TooExpensive
+from megatron_ring.rl.reward.mathematics.residue import has_symbols, symbols
+from megatron_ring.rl.reward.mathematics.shapes import (
+    is_measured_in_parts,
+    is_name,
+    is_scalar,
+    listed,
+    outer_unit,
+)
+from megatron_ring.rl.reward.mathematics.text import Unreadable
 from megatron_ring.rl.reward.mathematics.words import Node
 
 _POINT = re.compile(r"[A-Z]'*(?:_\w+)?")
@@ -123,3 +133,28 @@ def spelled(node: Node) -> str:
     if node.kind == "number" and node.number is not None:
         return node.name or str(node.number)
     return node.name.upper() if node.kind in ("symbol", "constant") else "?"
+
+
+def scalars_of(node: Node) -> Iterator[Node]:
+    """The scalar trees that a comparison would work out."""
+    node = outer_unit(listed(standard(node)))
+    if node.kind == "ellipsis":
+        return
+    if is_scalar(node) and not is_measured_in_parts(node):
+        yield node
+        return
+    for part in node.parts:
+        yield from scalars_of(part)
+
+
+def check(node: Node) -> None:
+    """Work out a reference as far as comparing it would; raises Unreadable if it has no value or costs too much."""
+    budget = Budget()
+    for part in scalars_of(node):
+        if not has_symbols(part):
+            if not has_value(part, budget):
+                raise Unreadable("it has no value")
+        elif not has_value_somewhere(part, budget):
+            raise Unreadable("it has no value at any point")
+        if budget.left < 0.6 * WORK:
+            raise TooExpensive("it takes more work than a reference may")

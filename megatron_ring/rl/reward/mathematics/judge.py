@@ -129,7 +129,7 @@ def _problem(answer: str, science: bool) -> str | None:
 
 def _worth(reference: str) -> None:
     """Read and work out a reference once; raises Unreadable if that cannot be done."""
-    from megatron_ring.rl.reward.mathematics.shapes import check
+    from megatron_ring.rl.reward.mathematics.forms import check
 
     check(_read(reference))
 

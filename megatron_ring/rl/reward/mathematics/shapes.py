@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 from mpmath import mp
 
-from megatron_ring.rl.reward.mathematics.equal import has_value, has_value_somewhere, number_of
-from megatron_ring.rl.reward.mathematics.numbers import WORK, Budget, TooExpensive
+from megatron_ring.rl.reward.mathematics.equal import number_of
+from megatron_ring.rl.reward.mathematics.numbers import Budget
 from megatron_ring.rl.reward.mathematics.region import ZERO, bare_symbol
-from megatron_ring.rl.reward.mathematics.residue import has_symbols, symbols
-from megatron_ring.rl.reward.mathematics.text import Unreadable
+from megatron_ring.rl.reward.mathematics.residue import symbols
 from megatron_ring.rl.reward.mathematics.tokens import repeating
 from megatron_ring.rl.reward.mathematics.units import scaled
 from megatron_ring.rl.reward.mathematics.words import Node
@@ -212,28 +211,3 @@ def ascending(node: Node) -> tuple[Node, str]:
     if node.name.startswith(">"):
         left, right = right, left
     return difference(left, right), node.name[1:]
-
-
-def scalars_of(node: Node) -> Iterator[Node]:
-    """The scalar trees that a comparison would work out."""
-    node = outer_unit(listed(node))
-    if node.kind == "ellipsis":
-        return
-    if is_scalar(node) and not is_measured_in_parts(node):
-        yield node
-        return
-    for part in node.parts:
-        yield from scalars_of(part)
-
-
-def check(node: Node) -> None:
-    """Work out a reference as far as comparing it would; raises Unreadable if it has no value or costs too much."""
-    budget = Budget()
-    for part in scalars_of(node):
-        if not has_symbols(part):
-            if not has_value(part, budget):
-                raise Unreadable("it has no value")
-        elif not has_value_somewhere(part, budget):
-            raise Unreadable("it has no value at any point")
-        if budget.left < 0.6 * WORK:
-            raise TooExpensive("it takes more work than a reference may")

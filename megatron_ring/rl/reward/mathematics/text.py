@@ -154,7 +154,7 @@ _SPELLINGS = (
     (re.compile(r"\\text\{ ?is (?!not)"), r"\\text{ "),
     (re.compile(r"(\d+) ?(?:to|\\text\{ ?to ?\}) ?(\d+)$"), r"\1:\2"),
     (re.compile(r"^(?:\{\})?\^\{?(\d+)\}?/_\{?(\d+)\}?$"), r"\\frac{\1}{\2}"),
-    (re.compile(r"(?:\\mathrm\{C\}|(?<![A-Za-z\\{])C) ?_ ?\{?(\d+)\}? ?\^ ?\{?(\d+)\}?"), r"\\binom{\1}{\2}"),
+    (re.compile(r"^(?:\\mathrm\{C\}|C) ?_ ?\{?(\d+)\}? ?\^ ?\{?(\d+)\}?$"), r"\\binom{\1}{\2}"),
     (
         re.compile(
             r"\\(?:hat|widehat|vec|mathbf) ?\{? ?\\?(?:hat ?\{?|mathbf ?\{?)?\\?([ij])(?:math)?(?![A-Za-z]) ?\}?\}?"
