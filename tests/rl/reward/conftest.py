@@ -56,6 +56,30 @@ def modules(prompt, text):
     main = os.path.basename(sys.modules["__main__"].__file__)
     return RewardResult(score=0.0, status="wrong", detail=f"{main}, torch: {'torch' in sys.modules}")
 
+def comes_back(prompt, text):
+    child = os.fork()
+    if child == 0:
+        if text == "raises":
+            raise ValueError("the copy's")
+        return RewardResult(score=0.5, status="wrong", detail="the copy's")
+    os.waitpid(child, 0)
+    return right(prompt, text)
+
+def leaves_an_alarm(prompt, text):
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(9))
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    return right(prompt, text)
+
+def ends_its_group(prompt, text):
+    os.killpg(0, signal.SIGKILL)
+
+def says_much(prompt, text):
+    return RewardResult(score=1.0, status="correct", detail="x" * (3 << 20))
+
+def prints_much_and_dies(prompt, text):
+    os.ftruncate(1, 64 << 30)
+    os.kill(os.getpid(), signal.SIGKILL)
+
 def one_argument(prompt):
     return right(prompt, "")
 

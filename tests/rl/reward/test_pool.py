@@ -18,7 +18,11 @@ from megatron_ring.rl.reward.workers.pool import RewardPool
 from tests.rl.reward.conftest import becomes, own_processes, problem, sandbox_processes, zygotes
 
 ROOT = Path(__file__).parents[3]
-FUNCTIONS = ("right", "wait", "hang", "die", "leave", "fail", "number", "chatter", "modules", "sandboxed")
+_FUNCTION_WORDS = (
+    "right wait hang die leave fail number chatter modules sandboxed comes_back leaves_an_alarm ends_its_group "
+    "says_much prints_much_and_dies"
+)
+FUNCTIONS = tuple(_FUNCTION_WORDS.split())
 
 
 def config(plugin: str, **words) -> RewardConfig:
@@ -125,6 +129,47 @@ def test_exceptions_and_other_results_are_values(plugin: str):
         assert number.result().detail == "returned float, not RewardResult"
         broken = pool.submit(problem("math"), r"\boxed{1}").result()
         assert (broken.status, broken.detail) == ("verifier_error", "KeyError: 'answer'")
+
+
+@pytest.mark.parametrize("text", ["returns", "raises"])
+def test_a_copy_that_comes_back_from_a_function_answers_for_no_response(plugin: str, text: str):
+    """Its word would be a second verdict, and that of the next response."""
+    with RewardPool.open(config(plugin)) as pool:
+        first, second = pool.submit(problem("comes_back"), text), pool.submit(problem("right"), "second")
+        assert (first.result().status, first.result().detail.split()[1]) == ("correct", text)
+        assert second.result().detail.split()[1] == "second"
+
+
+def test_an_alarm_that_a_function_leaves_does_not_go_off_in_the_next(plugin: str, tmp_path: Path):
+    with RewardPool.open(config(plugin)) as pool:
+        assert pool.submit(problem("leaves_an_alarm"), "x").result().score == 1.0
+        late = pool.submit(problem("wait"), str(tmp_path / "gate"))
+        assert becomes(lambda: list(tmp_path.glob("gate.*")) != [])
+        assert not becomes(late.done, 0.2)
+        (tmp_path / "gate").touch()
+        assert late.result().score == 1.0
+
+
+def test_a_function_that_kills_its_group_ends_itself_alone(plugin: str):
+    with RewardPool.open(config(plugin)) as pool:
+        ended = [pool.submit(problem("ends_its_group"), "").result() for _ in range(4)]
+        assert {each.detail for each in ended} == {"verifier died: signal SIGKILL"}
+        assert pool.submit(problem("right"), "x").result().score == 1.0
+
+
+def test_a_verdict_counts_however_much_it_says(plugin: str):
+    with RewardPool.open(config(plugin)) as pool:
+        result = pool.submit(problem("says_much"), "").result()
+        assert (result.status, set(result.detail)) == ("correct", {"x"})
+
+
+def test_a_log_of_any_size_is_never_read_whole(plugin: str):
+    with RewardPool.open(config(plugin)) as pool:
+        assert "SIGKILL" in pool.submit(problem("prints_much_and_dies"), "").result().detail
+        for worker in list(pool._workers):
+            assert os.fstat(worker._log.fileno()).st_size == 64 << 30
+            os.kill(worker._process.pid, signal.SIGKILL)
+        assert pool.submit(problem("right"), "x").result().score == 1.0
 
 
 def test_what_verifiers_print_does_not_pile_up(plugin: str):

@@ -17,12 +17,13 @@ from typing import Any
 from megatron_ring.data.prompts import Prompt
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.registry import Judge, result_problem
-from megatron_ring.rl.reward.workers.processes import MAX_WORD_BYTES, die_with_parent, exit_words, kill_below
+from megatron_ring.rl.reward.workers.processes import MAX_WORD_BYTES, die_with_parent, end_words, kill_below
 from megatron_ring.rl.types import RewardResult
 
 _DYING_SECONDS = 0.5
 """A process whose socket has closed is about to end by itself, with an exit code that says more than a kill."""
-_LAST_WORDS = 4096
+_DETAIL_CHARS = 4096
+"""Of a verdict's words; what is longer says no more to anybody and is no word that the trainer takes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +63,8 @@ class Judging:
             status = 1
             try:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                # a function that signals its own group reaches what it has started, and not the keeper
+                os.setsid()
                 die_with_parent(keeper)
                 self._socket.close()
                 trainer.close()
@@ -116,10 +119,7 @@ class Judging:
             while os.waitpid(-1, os.WNOHANG)[0]:  # what it had left behind
                 pass
         self._socket.close()
-        start = max(self._log_start, os.fstat(2).st_size - _LAST_WORDS)
-        lines = os.pread(2, _LAST_WORDS, start).decode(errors="replace").strip().splitlines()
-        end = exit_words(os.waitstatus_to_exitcode(status))
-        return f"{end}: {lines[-1][:200]}" if lines else end
+        return end_words(os.waitstatus_to_exitcode(status), 2, self._log_start)
 
 
 def judge_until_told(keeper: Connection, judges: Mapping[str, Judge], loaded: Collection[str]) -> None:
@@ -146,14 +146,23 @@ def judge_until_told(keeper: Connection, judges: Mapping[str, Judge], loaded: Co
             loaded.add(domain)
         say(started=task.seconds if judge.seconds is None else judge.seconds(task.prompt.reference))
         result = verdict(judge, task.prompt, task.text)
-        say(result=[float(result.score), result.status, str(result.detail)])
+        say(result=[float(result.score), result.status, str(result.detail)[:_DETAIL_CHARS]])
 
 
 def verdict(judge: Judge, prompt: Prompt, text: str) -> RewardResult:
     """What the judge's function says; whatever it raises is a value."""
+    itself = os.getpid()
     try:
         result = judge.function(prompt, text)
     except Exception as error:
+        result = error
+    if os.getpid() != itself:
+        # a copy that the function made by fork came back from it: its word would be taken for that of the next text
+        os._exit(0)
+    # an alarm that the function has left would go off in the next one
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if isinstance(result, Exception):
+        error = result
         detail = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return RewardResult(score=0.0, status="verifier_error", detail=detail)
     problem = result_problem(result)

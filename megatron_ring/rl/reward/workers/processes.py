@@ -12,6 +12,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _ENDED = "ZX"
 _BETWEEN_LOOKS = 0.002
+_LAST_WORDS = 4096
 MAX_WORD_BYTES = 1 << 20
 """Longest word of a process that has read a model's text."""
 
@@ -67,6 +68,14 @@ def exit_words(code: int) -> str:
     with contextlib.suppress(ValueError):
         return f"signal {signal.Signals(-code).name}"
     return f"signal {-code}"
+
+
+def end_words(code: int, log_fd: int, start: int = 0) -> str:
+    """How a process ended and the last line of its log from ``start`` on; the log may be of any size."""
+    start = max(start, os.fstat(log_fd).st_size - _LAST_WORDS)
+    lines = os.pread(log_fd, _LAST_WORDS, start).decode(errors="replace").strip().splitlines()
+    end = exit_words(code)
+    return f"{end}: {lines[-1][:200]}" if lines else end
 
 
 def _children(pid: int) -> list[int]:

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.rl.reward.registry import Place
-from megatron_ring.rl.reward.workers.processes import MAX_WORD_BYTES, exit_words, kill_tree
+from megatron_ring.rl.reward.workers.processes import MAX_WORD_BYTES, end_words, kill_tree
 from megatron_ring.rl.reward.workers.walls import raise_walls
 
 
@@ -102,7 +102,4 @@ class Verifier:
         code = self._process.wait()
         self._socket.close()
         with self._log as log:
-            log.seek(0)
-            lines = log.read().decode(errors="replace").strip().splitlines()
-        end = exit_words(code)
-        return f"{end}: {lines[-1][:200]}" if lines else end
+            return end_words(code, log.fileno())
