@@ -163,6 +163,24 @@ def test_cpp(judge: CodeJudge, source: str, status: str):
     assert result.status == status, result.detail
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
+def test_a_program_is_told_that_this_is_a_judge(judge: CodeJudge):
+    """Without the word that contest judges define, many read input.txt instead."""
+    source = f'#ifndef ONLINE_JUDGE\n#error "would call freopen"\n#endif\n{CPP_SUM}'
+    assert verdict(judge, source, language="cpp").status == "correct"
+
+
+@pytest.mark.skipif(shutil.which("javac") is None, reason="no javac on this machine")
+def test_java_has_all_its_memory_but_what_the_machine_itself_needs(impatient: CodeJudge):
+    """Of 512 MB an array of 200 MB and the word of a judge."""
+    source = (
+        "class Main { public static void main(String[] w) { int[] held = new int[50_000_000]; held[7] = 7;\n"
+        'System.out.println(held[7] + System.getProperty("ONLINE_JUDGE")); } }'
+    )
+    job = CodeJob(source=source, language="java", tests=({"input": "", "output": "7true"},))
+    assert impatient.judge(job).status == "correct"
+
+
 @pytest.mark.skipif(shutil.which("javac") is None, reason="no javac on this machine")
 @pytest.mark.parametrize(
     ("source", "status"),

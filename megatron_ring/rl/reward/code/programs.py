@@ -26,12 +26,14 @@ COMPILE = Limits(
 """A compiled program leaves the sandbox as its standard output."""
 
 # the assembler and the linker are found beside the compiler; messages go to stderr, the program to stdout
-_CXX = "{cxx} -std=c++20 -O2 -pipe -o /tmp/program /code/main.cpp 1>&2 && cat /tmp/program"
+_CXX = "{cxx} -std=c++20 -O2 -pipe -DONLINE_JUDGE -o /tmp/program /code/main.cpp 1>&2 && cat /tmp/program"
 _CXX_RUN = "ulimit -S -s {stack_kb} && exec /code/program"
 _JAVAC = (
     "{javac} -J-Xmx512m -J-XX:+UseSerialGC -J-XX:TieredStopAtLevel=1 -nowarn -encoding UTF-8 -d /tmp/out {path} 1>&2 "
     "&& {python} -I -S /code/pack.py /tmp/out /tmp/program.jar {name} 1>&2 && cat /tmp/program.jar"
 )
+_JVM_MB = 160
+"""What a JVM with little to do uses beside its heap, stacks included."""
 # comments, texts and characters: what looks like code inside them is none
 _JAVA_QUOTED = re.compile(
     r'//[^\n]*|/\*.*?(?:\*/|\Z)|"""(?:\\.|.)*?"""|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'', re.DOTALL
@@ -110,8 +112,15 @@ def _build_java(sandbox: Sandbox, source: str, limits: Limits) -> Built | Reward
     jar = _compile(sandbox, script, {path: source, "/code/pack.py": _inside("java_pack")}, compile_limits)
     if isinstance(jar, RewardResult):
         return jar
-    heap = f"-Xmx{max(16, limits.memory_mb // 2)}m"
-    flags = ("-Xss64m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto", "-XX:-UsePerfData")
+    heap = f"-Xmx{max(limits.memory_mb // 2, limits.memory_mb - _JVM_MB)}m"
+    flags = (
+        "-DONLINE_JUDGE=true",
+        "-Xss64m",
+        "-XX:+UseSerialGC",
+        "-XX:TieredStopAtLevel=1",
+        "-Xshare:auto",
+        "-XX:-UsePerfData",
+    )
     argv = (java, heap, *flags, "-jar", "/code/program.jar")
     return Built(
         program=Program(argv=argv, files={"/code/program.jar": jar}),
