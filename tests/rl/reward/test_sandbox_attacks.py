@@ -259,6 +259,7 @@ FAULTS = {
     "descriptors": ("    os.closerange(3, MAX_FDS + 64)\n    os.chdir", "    os.chdir", "descriptors leak in"),
     "fresh /tmp": ('    mount("tmpfs", "/tmp",', '    0 and mount("tmpfs", "/tmp",', "check ended with crashed"),
     "bounded /tmp": ("nr_inodes={inodes},", "nr_inodes=0,", "/tmp is not bounded"),
+    "bounded /dev/shm": ("nr_inodes={min(inodes, SEMAPHORES)},", "nr_inodes=0,", "/dev/shm is not bounded"),
     "sealed /code": ("REMOUNT | BIND | READ_ONLY | NO_SUID", "REMOUNT | BIND | NO_SUID", "/code can be written"),
     "read-only /proc": ('"/proc", READ_ONLY | NO_SUID', '"/proc", NO_SUID', "/proc can be written"),
     "hidden first process": ('call(libc.mount, b"/dev/shm", b"/proc/1", None, BIND, None)', "pass", "can be read"),

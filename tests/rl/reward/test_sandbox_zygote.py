@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +66,12 @@ LIKE_A_FRESH_ONE = {
     "thread fails": "import threading\nthreading.Thread(target=lambda: 1 / 0, name='t').start()",
     "last object": "class A:\n    def __del__(self): print('deleted')\na = A()\nb = A(); b.me = b",
     "last file": "import os\nf = os.fdopen(os.dup(1), 'w'); f.write('kept by a global')",
+    "text kept for the end": (
+        "import atexit, io, sys\nsys.stdout = io.StringIO()\nprint('x')\n"
+        "atexit.register(lambda: sys.__stdout__.write(sys.stdout.getvalue()))"
+    ),
+    "writer on a module": "import os, sys\nsys.out = os.fdopen(os.dup(1), 'w'); sys.out.write('kept by sys')",
+    "writer in a function": "import os\ndef f(o): return lambda: o\nos.f = f(open(1, 'wb'))\nos.f().write(b'x')",
     "closed output": "import sys; sys.stdout.close()",
     "output that fails": "import os; print('x'); os.close(1)",
     "no output": "import sys; sys.stdout = None; print('x')",
@@ -95,6 +103,69 @@ def _plain(text: bytes) -> str:
     import re
 
     return re.sub(r"0x[0-9a-f]+|\b140\d{12}\b", "ADDRESS", text.decode(errors="backslashreplace"))
+
+
+MULTIPROCESSING = {
+    "pool": "with multiprocessing.Pool(2) as p:\n        print(p.map(abs, [-1, -2]))",
+    "queue": "q = multiprocessing.Queue(); p = multiprocessing.Process(target=q.put, args=([1, 2],)); p.start()\n"
+    "    print(q.get()); p.join()",
+    "executor": "from concurrent.futures import ProcessPoolExecutor as P\n    print(list(P(2).map(abs, [-1, -2])))",
+    "shared value": "v = multiprocessing.Value('i', 2)\n    with v.get_lock():\n        print([1, v.value])",
+}
+
+
+@pytest.mark.parametrize("name", MULTIPROCESSING)
+def test_multiprocessing_works_inside(sandbox: Sandbox, name: str):
+    source = f"import multiprocessing\nif __name__ == '__main__':\n    {MULTIPROCESSING[name]}\n"
+    result = sandbox.run(sandbox.python(source), PATIENT)
+    assert (result.status, result.stdout) == ("ok", b"[1, 2]\n"), result.stderr
+
+
+def test_a_run_has_no_descriptor_of_its_owners_however_many_that_one_has_open(sandbox: Sandbox):
+    """Above a number that was thought to be the highest, the zygote's socket to its owner stayed open in the run."""
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(200)]
+    try:
+        crowded = Sandbox(sandbox._python)
+        source = "import os; print(sorted(map(int, os.listdir('/proc/self/fd'))))"
+        assert crowded.run(crowded.python(source), PATIENT).stdout == b"[0, 1, 2, 3]\n"
+        crowded.close()
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+def test_what_the_owner_ignores_holds_back_or_has_closed_is_not_the_runs(sandbox: Sandbox):
+    code = f"""
+import os, signal, sys
+sys.path[:] = {sys.path!r}
+for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM, signal.SIGXCPU])
+said = os.dup(1)
+os.closerange(0, 3)
+from megatron_ring.rl.reward.sandbox.command import Limits
+from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
+sandbox = Sandbox.open()
+source = "import signal as s; print(s.pthread_sigmask(0, []), [n for n in s.valid_signals() if s.getsignal(n) == 1])"
+os.write(said, sandbox.run(sandbox.python(source), Limits(seconds=100.0)).stdout)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=200)
+    # the interpreter itself ignores these two
+    wanted = f"set() {[signal.SIGPIPE, signal.SIGXFSZ]}\n"
+    assert done.stdout.decode() == wanted, done.stderr
+
+
+def test_any_number_that_stood_ready_may_be_killed_together(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+):
+    crowd = Sandbox(sandbox._python)
+    crowd._idle += [Zygote.start(sandbox._python) for _ in range(4)]
+    for zygote in crowd._idle:
+        signal.pidfd_send_signal(zygote.pidfd, signal.SIGKILL)
+    # they were looked at before they were killed
+    monkeypatch.setattr(Zygote, "idle", lambda self: True)
+    assert crowd.run(crowd.python("print(1)"), PATIENT).stdout == b"1\n"
+    crowd.close()
 
 
 def test_nothing_random_is_the_same_twice(sandbox: Sandbox):
@@ -227,7 +298,10 @@ def test_a_start_cut_at_any_moment_leaves_nothing(sandbox: Sandbox, monkeypatch:
         except RewardError as error:
             assert "did not start the sandbox" in str(error)
             cut += 1
-        assert {process.pid for process in own_processes()} <= before, f"cut after {number} ms"
+        # one that is about to end shows no words that it could be found by
+        assert becomes(lambda: {process.pid for process in own_processes()} <= before), (
+            f"cut after {number} ms"
+        )
     assert cut
 
 

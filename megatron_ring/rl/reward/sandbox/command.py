@@ -11,15 +11,16 @@ the inner walls anew for every run. Each part closes a hole that the others leav
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_ring.errors import RewardError
 
@@ -38,7 +39,7 @@ _FORBIDDEN = (
     "ptrace process_vm_readv process_vm_writev pidfd_getfd kcmp unshare setns mount umount2 pivot_root chroot "
     "fsopen fsconfig fsmount fspick move_mount open_tree mount_setattr open_by_handle_at name_to_handle_at bpf "
     "perf_event_open userfaultfd add_key request_key keyctl io_uring_setup io_uring_enter io_uring_register "
-    "socket bind connect listen accept accept4 init_module finit_module delete_module kexec_load reboot "
+    "socket bind connect listen accept accept4 setsockopt init_module finit_module delete_module kexec_load reboot "
     "swapon swapoff acct quotactl syslog shmget msgget semget"
 )
 # what holds memory of the kernel that no RSS shows: programs find these missing and do without
@@ -164,6 +165,21 @@ def identity() -> dict:
     return {"user": uid, "group": uid, "extra_groups": []}
 
 
+@contextlib.contextmanager
+def above_streams() -> Iterator[None]:
+    """No descriptor that is made meanwhile has the number of a standard stream that this process has closed: handed
+    to a child, the child's own stream would take its place."""
+    held: list[int] = []
+    try:
+        while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+            held.append(fd)
+        os.close(fd)
+        yield
+    finally:
+        for fd in held:
+            os.close(fd)
+
+
 def open_data(content: bytes, name: str = "data") -> int:
     """A sealed descriptor that reads ``content``: nothing is written to a disk."""
     import fcntl
@@ -222,7 +238,12 @@ def seccomp_program(final: bool = True) -> bytes:
             raise RewardError(
                 f"libseccomp refuses {name}: {error}; install libseccomp 2.5.2 or newer"
             ) from error
-    with tempfile.TemporaryFile() as file:
+    return exported(rules)
+
+
+def exported(rules: Any) -> bytes:
+    """A filter of pyseccomp's in the kernel's form, made without a disk."""
+    with open(os.memfd_create("filter"), "w+b") as file:
         rules.export_bpf(file)
         file.seek(0)
         return file.read()

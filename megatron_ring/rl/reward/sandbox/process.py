@@ -22,7 +22,14 @@ from pathlib import Path
 
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.sandbox.cgroup import Group, MemoryCgroup
-from megatron_ring.rl.reward.sandbox.command import SETUP, command, identity, open_data, seccomp_program
+from megatron_ring.rl.reward.sandbox.command import (
+    SETUP,
+    above_streams,
+    command,
+    identity,
+    open_data,
+    seccomp_program,
+)
 
 START_SECONDS = 60.0
 """Longest wait for a zygote's first word, and for its word that a run has begun: a busy machine takes its time."""
@@ -55,6 +62,7 @@ class Zygote:
     """What bounds its memory and that of its run together."""
 
     @classmethod
+    @above_streams()
     def start(cls, python: str, memory: MemoryCgroup | None = None) -> Zygote:
         """A zygote that is ready, in a group of its own. Raises RewardError where it cannot be had."""
         fds: list[int] = []

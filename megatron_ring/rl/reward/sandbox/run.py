@@ -12,6 +12,7 @@ import select
 import signal
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from megatron_ring.errors import RewardError
@@ -24,8 +25,9 @@ RunStatus = Literal["ok", "crashed", "timeout", "memory", "output_limit"]
 _FIRST_LOOK, _LAST_LOOK, _CROWD_LOOK = 0.01, 0.1, 0.02
 """Seconds between two looks: they grow from the first to the last; no further than the third while no limit of a
 process bounds the run's memory: it has several, or more address space."""
-_FD_BYTES = 213 << 10
-"""What a descriptor can hold of the kernel's memory: the buffer of a pair of sockets."""
+_SOCKET_BUFFERS = Path("/proc/sys/net/core/wmem_default")
+_FD_BYTES = 2 * (int(_SOCKET_BUFFERS.read_text()) if _SOCKET_BUFFERS.exists() else 213 << 10)
+"""What a descriptor can hold of the kernel's memory: a socket's buffer, and the datagram that passes its end."""
 _MEMORY_LINES = (b"RssAnon:", b"RssShmem:", b"VmSwap:", b"VmPTE:", b"HugetlbPages:")
 _STDERR_KEPT = 4096
 _TICKS = os.sysconf("SC_CLK_TCK")

@@ -30,7 +30,7 @@ import functools  # noqa: F401
 import gc
 import heapq  # noqa: F401
 import importlib.machinery
-import io  # noqa: F401
+import io
 import itertools  # noqa: F401
 import json
 import math  # noqa: F401
@@ -54,6 +54,7 @@ READ_ONLY, NO_SUID, NO_DEVICES, NO_EXEC = 1, 2, 4, 8
 REMOUNT, BIND, RECURSIVE, PRIVATE = 32, 4096, 16384, 1 << 18
 SET_DEATH_SIGNAL, SET_DUMPABLE, SET_SECCOMP, DROP_BOUND, SET_NO_NEW_PRIVILEGES = 1, 4, 22, 24, 38
 MAX_FDS = 64
+SEMAPHORE_BYTES, SEMAPHORES = 1 << 20, 128
 MAX_REQUEST = 1 << 18
 
 # PyDLL: the interpreter's lock stays held, so that a copy of this process never waits for it
@@ -130,6 +131,9 @@ def build_walls(request, data_fds):
     mount("proc", "/proc", READ_ONLY | NO_SUID | NO_DEVICES | NO_EXEC)
     # an empty folder that cannot be written: the first process is not for the program's eyes
     call(libc.mount, b"/dev/shm", b"/proc/1", None, BIND, None)
+    # where libc keeps named semaphores, without which there is no multiprocessing
+    options = f"size={min(size, SEMAPHORE_BYTES)},nr_inodes={min(inodes, SEMAPHORES)},mode=0755"
+    mount("tmpfs", "/dev/shm", NO_SUID | NO_DEVICES, options)
 
 
 def serve_first(request, fds, control, sealed, title):
@@ -208,17 +212,31 @@ def next_request(control, owner):
     return json.loads(text), list(fds)
 
 
+def move_down(fd):
+    """``fd`` as the lowest number that is free: an owner with many files open hands over numbers of any size, and
+    those above what a run closes would stay open in it."""
+    moved = os.dup(fd)
+    os.close(fd)
+    return moved
+
+
+def forget_owners_signals():
+    """What the owner ignores or holds back is not a run's; ended children are waited for."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGKILL, signal.SIGSTOP}:
+        # a first process hears of its own namespace only the signals it has a handler for
+        if number == signal.SIGINT or signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def serve(control_fd, owner, filter_fd):
     """Answer requests for ever; returns a request in the process that is to run it."""
     with open(filter_fd, "rb") as file:
         sealed = Sealed(file.read())
     title = Title()
-    control = socket.socket(fileno=control_fd)
-    for fd in (control_fd, owner):
-        os.set_inheritable(fd, False)
+    control, owner = socket.socket(fileno=move_down(control_fd)), move_down(owner)
     os.umask(0o022)
-    # a first process hears of its own namespace only the signals it has a handler for
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    forget_owners_signals()
     call(libc.prctl, SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     call(libc.prctl, SET_DUMPABLE, 0, 0, 0, 0)
     call(libc.prctl, SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
@@ -332,8 +350,13 @@ def leave(code, ready_modules):
             [m for name, m in sys.modules.items() if name not in ready_modules or name == "__main__"]
         )
     gc.collect()
-    with contextlib.suppress(BaseException):
-        sys.stdout.flush()
+    # what is not taken apart here still writes all that it has taken; gc does not list what was there before
+    for stream in (sys.__stdout__, sys.__stderr__, *gc.get_objects()):
+        if stream is not None and issubclass(
+            type(stream), io.BufferedWriter | io.BufferedRandom | io.TextIOWrapper
+        ):
+            with contextlib.suppress(BaseException):
+                stream.flush()
     libc.exit(code if good else 120)
 
 

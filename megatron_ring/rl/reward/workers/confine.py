@@ -11,8 +11,9 @@ import ctypes
 import errno
 import os
 import resource
-import tempfile
 from typing import Any
+
+from megatron_ring.rl.reward.sandbox.command import exported
 
 MEMORY_BYTES = 4 << 30
 """Address space of a process that judges."""
@@ -59,10 +60,7 @@ def judge_filter() -> bytes:
             rules.add_rule(pyseccomp.ERRNO(errno.EROFS), name, _masked(pyseccomp, place, flag, flag))
     # prlimit64 with a new limit; without one it only asks
     rules.add_rule(pyseccomp.ERRNO(errno.EPERM), "prlimit64", pyseccomp.Arg(2, pyseccomp.NE, 0))
-    with tempfile.TemporaryFile() as file:
-        rules.export_bpf(file)
-        file.seek(0)
-        return file.read()
+    return exported(rules)
 
 
 def confine(filter_bytes: bytes) -> None:

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.rl.reward.registry import Place
+from megatron_ring.rl.reward.sandbox.command import above_streams
 from megatron_ring.rl.reward.workers.processes import MAX_WORD_BYTES, end_words, kill_tree
 from megatron_ring.rl.reward.workers.walls import raise_walls
 
@@ -26,6 +27,7 @@ class DiedError(Exception):
 class Verifier:
     """One worker process. Every method belongs to the thread that made it, except :meth:`kill`."""
 
+    @above_streams()
     def __init__(self, config: RewardConfig, domains: Collection[str], place: Place):
         self._log: IO[bytes] = tempfile.TemporaryFile("ab+", buffering=0)  # noqa: SIM115 (closed by close)
         self._socket, far_end = Pipe()
