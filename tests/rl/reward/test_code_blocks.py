@@ -27,6 +27,9 @@ GOOD = "```python\nprint(1)\n```\n"
         ("```py\ncut off\n", [("py", "cut off\n")]),
         ("````markdown\n```py\na\n```\n````", [("py", "a\n")]),
         ("> ```py\n> a\n> ```\n", [("py", "a\n")]),
+        ("So:```python\na\n```\nand ```C++17 \nint b;\n```", [("python", "a\n"), ("c++17", "int b;\n")]),
+        ("  ```py\n  a\n    b```\nthen\n```py\nc``` \n", [("py", "a\n  b\n"), ("py", "c\n")]),
+        ("open with ```python and end with ```\nor ```js\na\n", []),
     ],
 )  # fmt: skip
 def test_fences_are_read_as_people_write_them(text: str, blocks: list[tuple[str, str]]):

@@ -1,7 +1,9 @@
 """Which part of a response is the program: pure functions on text.
 
-Fences are CommonMark's (``` or ~~~, at any depth of a list); one that is never closed runs to the end of the text: a
-program that was cut off fails its tests by itself. Among the blocks of the answer part (after the last ``</think>``):
+Fences are CommonMark's (``` or ~~~, at any depth of a list), and two that people write besides: behind text with the
+language's name (``So:```python``), and the closing one behind the program's last line. One that is never closed runs
+to the end of the text: a program that was cut off fails its tests by itself. Among the blocks of the answer part
+(after the last ``</think>``):
 
 1. blocks marked with the problem's language; without one, blocks that are marked with nothing;
 2. of these, such as can be the solution: they define the names that are asked for, or, for a whole program, print
@@ -30,6 +32,7 @@ TAGS = {
 _OPENING = re.compile(
     r"^(?P<indent>[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+|>[ \t]?)*)(?P<fence>`{3,}|~{3,})(?P<info>.*)$"
 )
+_BEHIND_TEXT = re.compile(r"^(?P<indent>)[^`]*[^`\s][^`]*(?P<fence>`{3,})(?P<info>[ \t]*[\w+#.-]+[ \t]*)$")
 _INFO = re.compile(r"[\w+#-]+")
 _VERSION = re.compile(r"(?<=[a-z+])[-.]?\d+[\w.]*$")
 
@@ -66,11 +69,15 @@ def code_blocks(text: str) -> list[Block]:
             if word and set(word) == {fence[0]} and len(word) >= len(fence):
                 close()
                 fence = ""
-            else:
-                inner = line.lstrip(" \t")
-                lines.append(line[min(indent, len(line) - len(inner)) :])
+                continue
+            line = line[min(indent, len(line) - len(line.lstrip(" \t"))) :]
+            behind = fence[0] == "`" and re.search(rf"(?<=[^`]){fence}\s*$", line)
+            lines.append(line[: behind.start()] if behind else line)
+            if behind:
+                close()
+                fence = ""
             continue
-        match = _OPENING.match(line)
+        match = _OPENING.match(line) or _behind_text(line)
         if match is None or (match["fence"][0] == "`" and "`" in match["info"]):
             continue
         fence, quote, indent, lines = match["fence"], ">" in match["indent"], len(match["indent"]), []
@@ -83,6 +90,19 @@ def code_blocks(text: str) -> list[Block]:
     return blocks
 
 
+def _behind_text(line: str) -> re.Match[str] | None:
+    match = _BEHIND_TEXT.match(line)
+    return (
+        match
+        if match and any(_is_of(match["info"].strip().lower(), tags) for tags in TAGS.values())
+        else None
+    )
+
+
+def _is_of(tag: str, tags: Collection[str]) -> bool:
+    return tag in tags or _VERSION.sub("", tag) in tags
+
+
 def solution_block(text: str, language: str, names: Collection[str] = ()) -> str | None:
     """The source of the block that is the solution by the rules above; None without one.
 
@@ -90,7 +110,7 @@ def solution_block(text: str, language: str, names: Collection[str] = ()) -> str
     """
     blocks = [block for block in code_blocks(answer_part(text)) if block.source.strip()]
     tags = TAGS[language]
-    own = [block for block in blocks if block.tag in tags or _VERSION.sub("", block.tag) in tags]
+    own = [block for block in blocks if _is_of(block.tag, tags)]
     sources = [block.source for block in own or blocks if own or not block.tag]
     if language == "python":
         sources = [source for source in sources if not source.lstrip().startswith(">>>")]
