@@ -130,6 +130,14 @@ print(json.dumps(out))
 
 
 @pytest.mark.skipif(shutil.which("sh") is None, reason="no shell")
+def test_what_goes_to_standard_error_fails_no_program_for_a_while(sandbox: Sandbox):
+    source = "import sys\nfor n in range(15):\n    print('x' * 999, file=sys.stderr)\nprint('right')"
+    limits = Limits(seconds=100.0, wall_seconds=200.0, output_bytes=1000)
+    result = sandbox.run(sandbox.python(source), limits)
+    assert (result.status, result.stdout) == ("ok", b"right\n")
+    assert sandbox.run(sandbox.python(source.replace("15", "17")), limits).status == "output_limit"
+
+
 def test_a_flood_is_cut_and_what_is_kept_is_bounded(sandbox: Sandbox):
     limits = Limits(seconds=100.0, wall_seconds=200.0, output_bytes=1000)
     program = Program(argv=("/usr/bin/sh", "-c", "while :; do echo flood; done"), files={})

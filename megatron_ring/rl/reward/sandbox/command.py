@@ -73,7 +73,8 @@ class Limits:
     """Wall clock; None for ``WALL_FACTOR`` times ``seconds``."""
     memory_mb: int = 512
     output_bytes: int = 1 << 20
-    """Standard output and error, each; the run is killed when it writes more."""
+    """Of standard output; the run is killed when it writes more. Of standard error, which decides nothing and is full
+    of what people print to find a mistake, 16 times as much."""
     file_bytes: int = 16 << 20
     tmp_bytes: int = 64 << 20
     tmp_inodes: int = 8192

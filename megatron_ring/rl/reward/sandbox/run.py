@@ -30,6 +30,7 @@ _FD_BYTES = 2 * (int(_SOCKET_BUFFERS.read_text()) if _SOCKET_BUFFERS.exists() el
 """What a descriptor can hold of the kernel's memory: a socket's buffer, and the datagram that passes its end."""
 _MEMORY_LINES = (b"RssAnon:", b"RssShmem:", b"VmSwap:", b"VmPTE:", b"HugetlbPages:")
 _STDERR_KEPT = 4096
+_STDERR_TIMES = 16
 _TICKS = os.sysconf("SC_CLK_TCK")
 _OUT_OF_MEMORY = (b"MemoryError", b"std::bad_alloc", b"java.lang.OutOfMemoryError")
 _SIGNALLED = 128
@@ -218,7 +219,7 @@ def _read(watched: _Watched, fd: int) -> bool:
     else:
         watched.stderr_total += len(data)
         watched.stderr = (watched.stderr + data)[-_STDERR_KEPT:]
-    if max(len(watched.stdout), watched.stderr_total) > watched.limits.output_bytes:
+    if max(len(watched.stdout), watched.stderr_total // _STDERR_TIMES) > watched.limits.output_bytes:
         watched.cut = watched.cut or "output_limit"
     return bool(data)
 
