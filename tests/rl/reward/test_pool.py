@@ -131,6 +131,19 @@ def test_exceptions_and_other_results_are_values(plugin: str):
         assert (broken.status, broken.detail) == ("verifier_error", "KeyError: 'answer'")
 
 
+def test_a_process_that_ignores_its_childrens_ends_is_told_so(plugin: str):
+    """It waited for a minute for each of the walls that it tried, and went on without."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with (
+            pytest.raises(RewardError, match=r"SIGCHLD is ignored.*SIG_DFL"),
+            RewardPool.open(config(plugin)),
+        ):
+            pass
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 @pytest.mark.parametrize("text", ["returns", "raises"])
 def test_a_copy_that_comes_back_from_a_function_answers_for_no_response(plugin: str, text: str):
     """Its word would be a second verdict, and that of the next response."""

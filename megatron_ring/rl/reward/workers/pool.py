@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import queue
+import signal
 import threading
 import typing
 from collections.abc import Collection, Iterator, Mapping
@@ -90,6 +91,12 @@ class RewardPool:
         """
         if config.reward_workers < 1:
             raise RewardError(f"reward_workers={config.reward_workers} must be at least 1; try 2")
+        if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+            # every process that is started inherits it, and bwrap then waits for its child for ever
+            raise RewardError(
+                "SIGCHLD is ignored in this process, so nobody hears of reward workers' ends; set it to SIG_DFL first "
+                "(in a shell: trap - CHLD)"
+            )
         pool = cls(config, domains)
         if "inside" in pool._places and raise_walls().missing:
             log.warning("%s", _without_walls())
