@@ -322,7 +322,9 @@ def test_a_start_whose_bwrap_is_killed_leaves_nothing(sandbox: Sandbox, monkeypa
         except RewardError as error:
             assert "did not start the sandbox" in str(error)
             cut += 1
-        assert {process.pid for process in own_processes()} <= before, f"killed after {number} ms"
+        assert becomes(lambda: {process.pid for process in own_processes()} <= before), (
+            f"killed after {number} ms"
+        )
     assert cut
 
 
