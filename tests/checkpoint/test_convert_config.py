@@ -86,7 +86,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "biases": ("v1", {"attention_bias": True}, "attention_bias=True"),
     "no biases in Qwen2": ("dense", {"attention_bias": False}, "attention_bias=False"),
     "a window": ("dense", {"use_sliding_window": True, "sliding_window": 128}, "use_sliding_window=True"),
-    "a window of its own": ("v1", {"sliding_window": 128}, "sliding_window=128"),
+    "not causal": ("dense", {"is_causal": False}, "is_causal=False"),
+    "no gate": ("dense", {"swiglu": False}, "swiglu=False"),
+    "v2 with NormHead": ("v2", {"norm_head": True}, "norm_head=True"),
+    "a window of its own": ("v2", {"sliding_window": 128}, "sliding_window=128"),
     "window layers": ("dense", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=["),
     "layers of text": ("dense", {"layer_types": "linear_attention"}, "layer_types='linear_attention'"),
     "logit scale": ("dense", {"logit_scale": 0.0625}, "logit_scale=0.0625"),
@@ -125,12 +128,35 @@ def test_a_key_that_changes_the_computation_is_refused_by_name(case: str):
         {"depth_gate": None, "use_depth_gate": False, "_commit_hash": "1f", "mup_enabled": False},
         {"logit_scale": 1.0, "attention_bias": False, "layer_types": ["full_attention"] * 3},
         {"eos_token_id": [7, 9], "temperature": 0.6, "task_specific_params": {"a": 1}},
+        {"router_dtype": "None", "is_causal": True},
         {"use_bias": ..., "use_qkv_bias": ..., "hidden_act": ..., "norm_topk_prob": ..., "router_dtype": ...},
     ],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip
 def test_the_same_model_in_other_words_is_read(changes: dict[str, Any]):
     assert model_config(said("v2", **changes), "config.json") == model_config(said("v2"), "config.json")
+
+
+@pytest.mark.parametrize("family", ["v1", "dense"])
+@pytest.mark.parametrize("switch", [..., None, False], ids=str)
+def test_a_window_whose_switch_is_off_is_none(family: str, switch: object):
+    """Both published classes leave ``use_sliding_window`` off, and note a window all the same."""
+    changes = {"sliding_window": 4096, "use_sliding_window": switch}
+    assert model_config(said(family, **changes), "c") == model_config(said(family), "c")
+
+
+def test_what_tools_for_fine_tuning_note_is_no_setting_of_the_model():
+    noted = {
+        "unsloth_version": "2025.12.6", "unsloth_fixed": True, "model_name": "a/b", "neftune_noise_alpha": 5,
+        "bf16": True, "seq_length": 32768, "model_max_length": 4096, "use_flash_attn": True, "chat_template": "{{ 1 }}",
+        "transformers.js_config": {"dtype": "q4"}, "hf_device_map": {"": 0}, "encoder_repetition_penalty": 1.0,
+    }  # fmt: skip
+    assert model_config(said("dense", **noted), "c") == model_config(said("dense"), "c")
+
+
+def test_null_key_and_value_heads_are_as_many_as_query_heads():
+    """As Qwen2's class has it; absent they are 32."""
+    assert model_config(said("dense", num_key_value_heads=None), "c").num_query_groups == 6
 
 
 PUBLISHED_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -141,7 +167,7 @@ PUBLISHED_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "v2": {
         "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "rope_theta": 600000.0, "initializer_range": 0.02,
-        "first_k_dense_replace": 1, "norm_head": False, "num_experts_per_tok": 8, "num_hidden_layers": 20,
+        "first_k_dense_replace": 1, "num_experts_per_tok": 8, "num_hidden_layers": 20,
         "vocab_size": 157184, "num_experts": 256, "num_shared_experts": 1, "head_dim": 128, "n_group": 8,
         "topk_group": 4, "moe_intermediate_size": 512, "intermediate_size": 5120, "use_qk_norm": True,
         "partial_rotary_factor": 1.0, "score_function": "sigmoid", "routed_scaling_factor": 1.0,

@@ -52,7 +52,6 @@ _EXPERTS = {
     "moe_router_topk": "num_experts_per_tok",
     "moe_ffn_hidden_size": "moe_intermediate_size",
     "first_k_dense_replace": "first_k_dense_replace",
-    "norm_head": "norm_head",
 }
 _V2_ONLY = {
     "rotary_percent": "partial_rotary_factor",
@@ -67,6 +66,7 @@ _V2_ONLY = {
 _ALIASES = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}
 
 _OFF: tuple[Any, ...] = (None, False)
+_ON: tuple[Any, ...] = (True, None)
 _ONE: tuple[Any, ...] = (1, None)
 _ONLY_EVERYWHERE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
@@ -90,7 +90,17 @@ _ONLY_EVERYWHERE: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "clip_qkv": (None,),
-    "use_rope": (True, None),
+    # on unless a config says otherwise, and always on here; transformers and vLLM obey the first
+    "is_causal": _ON,
+    "causal": _ON,
+    "use_causal_mask": _ON,
+    "use_rope": _ON,
+    "scale_attn_weights": _ON,
+    "swiglu": _ON,
+    "use_swiglu": _ON,
+    "use_glu": _ON,
+    "gated_mlp": _ON,
+    "gated_linear_unit": _ON,
     "moe_layer_freq": _ONE,
     "decoder_sparse_step": _ONE,
     "mlp_only_layers": ([], None),
@@ -103,10 +113,11 @@ _ONLY_BAILING: dict[str, tuple[Any, ...]] = {
     "norm_topk_prob": (True,),
     "norm_softmax": (False, None),
     "multi_gate": (False, None),
-    "use_rmsnorm": (True, None),
+    "use_rmsnorm": _ON,
     "router_type": ("topN", None),
     # precision of the gate, not which model it is: it is computed in fp32 or better here, as published
-    "router_dtype": ("fp32", "fp64", "float32", "float64", None),
+    # (the published exporter writes the word None)
+    "router_dtype": ("fp32", "fp64", "float32", "float64", None, "None"),
 }
 _NO_EXPERTS: dict[str, Any] = {
     "num_experts": 0,
@@ -128,7 +139,7 @@ KEYS: dict[Family, FamilyKeys] = {
     "bailing_moe": FamilyKeys(
         architecture="BailingMoeForCausalLM",
         model_types=("bailing_moe",),
-        fields={**_SAME_EVERYWHERE, **_EXPERTS},
+        fields={**_SAME_EVERYWHERE, **_EXPERTS, "norm_head": "norm_head"},
         defaults={
             "vocab_size": 30592,
             "hidden_size": 1024,
@@ -174,7 +185,6 @@ KEYS: dict[Family, FamilyKeys] = {
             "num_key_value_heads": 4,
             "head_dim": 128,
             "rms_norm_eps": 1e-6,
-            "norm_head": False,
             "initializer_range": 0.02,
             "max_position_embeddings": 32768,
             "rope_theta": 600000.0,
@@ -192,8 +202,9 @@ KEYS: dict[Family, FamilyKeys] = {
             "moe_router_enable_expert_bias": True,
             "num_nextn_predict_layers": 0,
         },
-        only=_ONLY_BAILING,
-        implied={"add_qkv_bias": False},
+        # the published code of v2 has no NormHead, where some engines obey the key
+        only={**_ONLY_BAILING, "norm_head": (False, None)},
+        implied={"add_qkv_bias": False, "norm_head": False},
         aliases=_ALIASES,
     ),
     "qwen2": FamilyKeys(
@@ -216,8 +227,8 @@ KEYS: dict[Family, FamilyKeys] = {
         only={
             **_ONLY_EVERYWHERE,
             # Qwen2 has them on query, key and value whatever this says, and nowhere else
-            "attention_bias": (True, None),
-            "qkv_bias": (True, None),
+            "attention_bias": _ON,
+            "qkv_bias": _ON,
             "partial_rotary_factor": (1.0, None),
             "num_experts": (0, None),
         },
@@ -233,9 +244,11 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     ),
     "where files come from and what wrote them": (
         "auto_map", "torch_dtype", "dtype", "transformers_version", "transformers_weights", "name_or_path",
-        "tokenizer_class", "license", "language", "tags",
+        "tokenizer_class", "license", "language", "tags", "model_name", "base_model_name_or_path",
+        "unsloth_version", "unsloth_fixed", "transformers.js_config", "hf_device_map",
     ),
     "training only": (
+        "neftune_noise_alpha", "bf16", "fp16", "fp32",
         "attention_dropout", "embedding_dropout", "output_dropout", "hidden_dropout", "resid_pdrop",
         "embd_pdrop", "attn_pdrop", "router_aux_loss_coef", "aux_loss_alpha", "seq_aux",
         "mtp_loss_scaling_factor", "moe_router_bias_update_rate", "gradient_checkpointing", "tf_legacy_loss",
@@ -244,9 +257,16 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "what a call returns and how it is cached": (
         "use_cache", "return_dict", "use_return_dict", "return_dict_in_generate", "output_attentions",
         "output_hidden_states", "output_router_logits", "output_scores", "add_router_probs", "torchscript",
-        "use_bfloat16", "attn_implementation", "is_decoder",
+        "use_bfloat16", "attn_implementation", "experts_implementation", "is_decoder", "output_past",
+        "xla_device", "return_legacy_cache",
     ),
-    "the same arithmetic in other pieces": ("pretraining_tp", "chunk_size_feed_forward"),
+    "the same arithmetic in other pieces": (
+        "pretraining_tp", "chunk_size_feed_forward", "use_flash_attn", "use_flash_attention",
+        "use_flash_attention_2", "flash_attention",
+    ),
+    "lengths that nothing is computed with": (
+        "model_max_length", "tokenizer_model_max_length", "max_sequence_length", "seq_length",
+    ),
     "heads for classification, which a language model has none of": (
         "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
         "pruned_heads", "classifier_dropout",
@@ -260,6 +280,9 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences",
         "prefix", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
         "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "generation_config",
+        "bos_token", "eos_token", "pad_token", "chat_template", "renormalize_logits", "stop_strings",
+        "encoder_repetition_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
     ),
 }  # fmt: skip
 """Why keys are passed over -> the keys."""

@@ -101,7 +101,9 @@ def refuse_what_is_not_computed(theirs: dict[str, Any], family: Family, origin: 
             f"{origin}: layer_types={shown(kinds)} is not supported; every layer must be 'full_attention'"
         )
     window = theirs.get("sliding_window")
-    if window is not None and theirs.get("use_sliding_window") is not False:
+    # v1's and Qwen2's classes have a switch for it, and leave it off
+    off = (False,) if family == "bailing_moe_v2" else (False, None)
+    if window is not None and theirs.get("use_sliding_window") not in off:
         raise CheckpointError(
             f"{origin}: sliding_window={shown(window)} is not supported; without a window it is null, or "
             "use_sliding_window is false"
@@ -133,7 +135,7 @@ def said_or_default(name: str, theirs: Mapping[str, Any], family: Family, origin
     if value is None and name == "intermediate_size" and not theirs.get("first_k_dense_replace"):
         # a width that no layer has
         value = theirs.get("moe_intermediate_size")
-    if value is None and name == "num_key_value_heads" and name not in theirs:
+    if value is None and name == "num_key_value_heads" and (family == "qwen2" or name not in theirs):
         return said_or_default("num_attention_heads", theirs, family, origin)
     if value is None:
         raise CheckpointError(f"{origin}: {name} is missing; add it as the model was trained")
