@@ -31,3 +31,14 @@ class RolloutError(RingError):
 
 class RewardError(RingError):
     """A verifier or the code sandbox is missing or misconfigured."""
+
+
+class Interrupted(RingError):
+    """Somebody pressed Ctrl-C."""
+
+    exit_code = 130
+
+    def __init__(self) -> None:
+        super().__init__(
+            "interrupted (SIGINT, Ctrl-C); nothing more is saved: SIGTERM saves a run and leaves"
+        )

@@ -16,12 +16,13 @@ from megatron_ring.config.load import parse_command
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.stage_rules import Stage
 from megatron_ring.config.validate import check_inputs, validate
-from megatron_ring.errors import RingError
+from megatron_ring.errors import Interrupted, RingError
 from megatron_ring.launch.dry_run import dry_run
 
 
 def run_entry(main: Callable[[], object]) -> NoReturn:
-    """Run ``main`` and exit: 0 when it returns, 2 after ``error: ...`` on stderr when it raises a RingError.
+    """Run ``main`` and exit: 0 when it returns, 2 after ``error: ...`` on stderr when it raises a RingError, 130
+    after such a line when somebody pressed Ctrl-C.
 
     Any other exception is ours and keeps its traceback. Of several processes that meet the same error one
     prints.
@@ -30,7 +31,8 @@ def run_entry(main: Callable[[], object]) -> NoReturn:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     try:
         main()
-    except RingError as error:
+    except (RingError, KeyboardInterrupt) as caught:
+        error = caught if isinstance(caught, RingError) else Interrupted()
         line = " ".join(str(error).split())
         if _is_speaker(line) if error.speaks is None else error.speaks:
             print(f"error: {line}", file=sys.stderr, flush=True)

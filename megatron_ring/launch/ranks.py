@@ -2,7 +2,7 @@
 
 torchrun's own launcher ends a run whose rank has failed with a traceback of itself and a table, whatever the rank said;
 its exit code is 1 whatever the rank's was. Here the rank's own lines stay the last word, and its exit code is the
-run's: 2 for a mistake of the user's, 75 where a peer was lost, 128 + n for signal n.
+run's: 2 for a mistake of the user's, 75 where a peer was lost, 128 + n for signal n (130 for Ctrl-C).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-_SPOKEN = 2
+_SPOKEN = (2, 130)
+"""Exit codes of ranks that have said their line: a user's mistake, Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -29,11 +30,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         failures: dict[int, Any] = error.failures
         # a rank that was ended because of another is no cause
         rank, first = min(failures.items(), key=lambda item: (_follows(item[1].exitcode), item[1].timestamp))
-        if first.exitcode != _SPOKEN:
+        if first.exitcode not in _SPOKEN:
             print(_line_of(rank, first.pid, first.exitcode), file=sys.stderr, flush=True)
         sys.exit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode)
     except SignalException as error:
         sys.exit(128 + error.sigval.value)
+    except KeyboardInterrupt:
+        # before there are ranks
+        sys.exit(130)
     sys.exit(0)
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, cast
 
 from torch.distributed import DistError, PrefixStore, Store
 
-from megatron_ring.errors import RingError
+from megatron_ring.errors import Interrupted, RingError
 
 log = logging.getLogger("megatron_ring")
 
@@ -251,6 +251,10 @@ class Watch:
         """An error that leaves the block is told to the others before anything is closed."""
         try:
             yield
+        except KeyboardInterrupt:
+            error = Interrupted()
+            self.report(error)
+            raise error from None
         except BaseException as error:
             if not follows_from_another(error):
                 self.report(error)
@@ -268,8 +272,6 @@ class Watch:
         elif isinstance(error, SystemExit):
             kind, code = "error", error.code if isinstance(error.code, int) else 1
             kind = "done" if error.code in (0, None) else kind
-        elif isinstance(error, KeyboardInterrupt):
-            kind, code = "error", 130
         self._own = News(kind, self._rank, self._where, code)
         self._wake_up()
 
@@ -290,6 +292,10 @@ class Watch:
         try:
             if error is None:
                 return
+            if isinstance(error, KeyboardInterrupt):
+                error = Interrupted()
+                self.report(error)
+                raise error from None
             if follows_from_another(error) and (news := self.news()) is not None:
                 raise SystemExit(news.code) from None
             self.report(error)

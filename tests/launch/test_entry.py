@@ -67,6 +67,12 @@ def test_a_ring_error_is_one_line_and_exit_code_2():
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: corpus.bin is empty; fill it\n")
 
 
+def test_ctrl_c_is_one_line_and_exit_code_130():
+    done = run(RAISES.format(body="import signal; signal.raise_signal(signal.SIGINT)"))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (130, "", 1)
+    assert done.stderr.startswith("error: interrupted")
+
+
 def test_a_return_is_exit_code_0_and_our_bugs_keep_their_traceback():
     assert run(RAISES.format(body="return 7")).returncode == 0
     done = run(RAISES.format(body="raise KeyError('step')"))

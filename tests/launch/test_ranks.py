@@ -36,6 +36,7 @@ def launched(*words: str) -> subprocess.CompletedProcess[str]:
     [
         (("ends-early", "1"), 0, []),
         (("user", "1"), 2, ["error: the corpus of this rank is empty; fill it"]),
+        (("interrupted", "1"), 130, ["error: interrupted (SIGINT, Ctrl-C)"]),
         (("dies", "1"), 137, ["error: rank 1 of 2 (process ", "error: rank 1 (process "]),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",

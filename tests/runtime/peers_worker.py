@@ -48,6 +48,8 @@ def act(how: str, mine: bool) -> None:
         raise DataError("the corpus of this rank is empty; fill it")
     if how == "all-users":
         raise DataError("the corpus is empty; fill it")
+    if how == "all-interrupted" or (mine and how == "interrupted"):
+        signal.raise_signal(signal.SIGINT)
     if mine and how == "bug":
         raise KeyError("step")
     if how == "dies-while-others-sleep" or (how == "ends-early" and not mine):

@@ -114,6 +114,14 @@ def test_a_mistake_of_all_ranks_is_said_once():
     assert said(ranks) == ["error: the corpus is empty; fill it"]
 
 
+def test_ctrl_c_is_one_line_whether_one_rank_gets_it_or_all():
+    for how in ("interrupted", "all-interrupted"):
+        ranks = world(2, how, 1)
+        assert [rank.code for rank in ranks] == [130, 130]
+        (line,) = said(ranks)
+        assert line.startswith("error: interrupted (SIGINT, Ctrl-C)")
+
+
 def test_a_bug_keeps_its_traceback_and_the_others_add_one_line():
     ranks = world(2, "bug", 1)
     assert [rank.code for rank in ranks] == [PEER_IS_GONE, 1]
