@@ -40,6 +40,8 @@ from megatron_ring.config.run import RunConfig
 from megatron_ring.config.show import dump_toml
 from megatron_ring.errors import CheckpointError
 from megatron_ring.model.build import sharding_metadata
+from megatron_ring.runtime.orphans import forked_writer
+from megatron_ring.runtime.peers import follows_from_another
 from megatron_ring.runtime.session import Session
 
 log = logging.getLogger("megatron_ring")
@@ -147,6 +149,8 @@ class Checkpointer:
             torch.distributed.barrier()
             publish()
         else:
+            if request.async_fn is not None:
+                request = request._replace(async_fn=forked_writer(request.async_fn))
             self._caller.schedule_async_call(request.freeze())
             self._pending = (request, working, publish)
 
@@ -273,6 +277,8 @@ class Checkpointer:
         except _FAILURES as error:
             if self.session.is_main:
                 shutil.rmtree(working, ignore_errors=True)
+            if _is_of_a_peer(error):
+                raise
             raise CheckpointError(
                 f"--save {self.config.checkpoint.save}: writing failed ({_reason(error)}); "
                 "see that the disk has space; the previous checkpoint stays"
@@ -286,6 +292,8 @@ class Checkpointer:
         try:
             return load_sharded(wanted, folder, index)
         except (*_FAILURES, KeyError, EOFError) as error:
+            if _is_of_a_peer(error):
+                raise
             raise CheckpointError(
                 f"{folder}: cannot be loaded ({_reason(error)}); load an earlier checkpoint"
             ) from None
@@ -339,6 +347,11 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+
+
+def _is_of_a_peer(error: BaseException) -> bool:
+    """Has another rank gone, so that there is nothing wrong with a file or a disk here?"""
+    return not isinstance(error, ConnectionError) and follows_from_another(error)
 
 
 def _shape_of(model: ModelConfig) -> dict[str, Any]:

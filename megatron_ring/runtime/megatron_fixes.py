@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 from collections.abc import Callable, Iterator
+from multiprocessing.managers import SyncManager
 from typing import Any
 from unittest import mock
 
 import megatron.core
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import GlobalMemoryBuffer
 from torch import Tensor
 
 from megatron_ring.errors import ConfigError
+from megatron_ring.runtime.orphans import end_with_parent
 
 TESTED_VERSIONS = ("0.16.0", "0.16.1")
 
@@ -84,6 +88,20 @@ def _buffers_for_training(get_tensor: Callable[..., Tensor]) -> Callable[..., Te
     return call
 
 
+def _write_results_queue() -> Any:
+    """2026-11: a rank that was killed after its first save left two processes behind for ever.
+
+    dist_checkpointing/strategies/filesystem_async.py:51 (0.16.1) keeps the writers' results in a manager, which
+    does not look after its parent, and with it multiprocessing's resource tracker stays. Delete when upstream
+    has no manager, or one that ends.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(initializer=end_with_parent)
+        filesystem_async._results_queue = manager.Queue()
+    return filesystem_async._results_queue
+
+
 @contextlib.contextmanager
 def megatron_fixes() -> Iterator[None]:
     """Apply the corrections for the length of the ``with`` block.
@@ -112,6 +130,7 @@ def megatron_fixes() -> Iterator[None]:
     with (
         mock.patch.object(DistributedOptimizer, "_set_main_param_and_optimizer_states", load),
         mock.patch.multiple(buffers, **alone),
+        mock.patch.object(filesystem_async, "_get_write_results_queue", _write_results_queue),
         mock.patch.object(
             GlobalMemoryBuffer, "get_tensor", _buffers_for_training(GlobalMemoryBuffer.get_tensor)
         ),

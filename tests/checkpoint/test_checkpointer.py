@@ -361,6 +361,23 @@ def test_a_file_in_the_folders_place_cannot_be_saved_to(tmp_path):
     assert (tmp_path / "run").read_text() == "a file"
 
 
+def test_a_peer_that_is_gone_during_a_save_or_a_load_is_no_fault_of_the_disk(root, tmp_path, monkeypatch):
+    def lose(*_: object) -> None:
+        raise RuntimeError(
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+        )
+
+    monkeypatch.setattr(Checkpointer, "_write", lose)
+    with (
+        checkpointer(save=str(tmp_path / "w")) as writer,
+        pytest.raises(RuntimeError, match="closed by peer"),
+    ):
+        writer.save(1, TRAINER)
+    monkeypatch.setattr("megatron_ring.checkpoint.checkpointer.load_sharded", lose)
+    with checkpointer(load=str(root), **SAME) as reader, pytest.raises(RuntimeError, match="closed by peer"):
+        reader.load(root)
+
+
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Callable[[int], Path]]:
     """A real file system of that many megabytes."""

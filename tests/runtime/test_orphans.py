@@ -1,0 +1,97 @@
+"""What a rank has started ends with it, even where it was killed."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# prints the processes it has started, and waits
+RESULTS_QUEUE = """
+import psutil, time
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron_ring.runtime.megatron_fixes import megatron_fixes
+
+if __name__ == "__main__":
+    with megatron_fixes():
+        queue = filesystem_async._get_write_results_queue()
+        queue.put(7)
+        assert queue.get() == 7
+        print(*[child.pid for child in psutil.Process().children(recursive=True)], flush=True)
+        time.sleep(300)
+"""
+WRITER = """
+import multiprocessing, time
+from megatron_ring.runtime.orphans import forked_writer
+
+if __name__ == "__main__":
+    writer = multiprocessing.get_context("fork").Process(target=forked_writer(time.sleep), args=(300,))
+    writer.start()
+    print(writer.pid, flush=True)
+    writer.join()
+"""
+REFUSED = """
+import multiprocessing
+from megatron_ring.runtime.orphans import forked_writer
+
+def write():
+    raise ConnectionRefusedError
+
+if __name__ == "__main__":
+    writer = multiprocessing.get_context("fork").Process(target=forked_writer(write))
+    writer.start()
+    writer.join()
+    print(writer.exitcode)
+"""
+
+
+def left_by(code: str, folder: Path) -> list[psutil.Process]:
+    """What is still there half a minute after the process has been killed, of what it had started."""
+    script = folder / "parent.py"
+    script.write_text(code)
+    command = [sys.executable, "-W", "ignore", str(script)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)}
+    ) as parent:
+        assert parent.stdout is not None
+        started = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert started
+    deadline = time.monotonic() + 30
+    while any(map(_is_there, started)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [process for process in started if _is_there(process)]
+    for process in left:
+        process.kill()
+    return left
+
+
+def _is_there(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_the_queue_of_a_checkpoints_writers_ends_with_a_killed_rank(tmp_path: Path):
+    assert left_by(RESULTS_QUEUE, tmp_path) == []
+
+
+def test_a_writer_ends_with_a_killed_rank(tmp_path: Path):
+    assert left_by(WRITER, tmp_path) == []
+
+
+def test_a_writer_whose_rank_is_leaving_says_nothing(tmp_path: Path):
+    script = tmp_path / "parent.py"
+    script.write_text(REFUSED)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert (done.stdout, done.stderr) == ("1\n", "")
