@@ -7,10 +7,18 @@ PYTHON="$_root/.venv/bin/python"
 
 _say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
 
+_is_supported() {  # _is_supported PYTHON: does it run, and is it one of those that were tested?
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
+
 _base_python() {
-    for candidate in "${RING_PYTHON:-}" python3.11 python3.12 python3.13 python3; do
-        if [ -n "$candidate" ] && command -v "$candidate" >/dev/null &&
-            "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+    if [ -n "${RING_PYTHON:-}" ]; then
+        _is_supported "$RING_PYTHON" && echo "$RING_PYTHON" && return
+        echo "error: RING_PYTHON=$RING_PYTHON is no Python 3.11-3.13 that runs; name one, or unset it" >&2
+        return 1
+    fi
+    for candidate in python3.11 python3.12 python3.13 python3; do
+        if command -v "$candidate" >/dev/null && _is_supported "$candidate"; then
             echo "$candidate"
             return
         fi
@@ -19,9 +27,45 @@ _base_python() {
     return 1
 }
 
-_fingerprint() {
-    (cd "$_root" && cat setup.py pyproject.toml constraints*.txt requirements*.lock csrc/* megatron_ring/__init__.py |
-        sha256sum | cut -c1-16)
+_version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+
+# _make_venv: .venv with a supported Python and pip. One that is there is used or refused, never replaced
+_make_venv() {
+    local base log
+    if [ -L "$PYTHON" ] || [ -e "$PYTHON" ]; then
+        if ! _is_supported "$PYTHON"; then
+            echo "error: the Python of $_root/.venv does not run or is none of 3.11-3.13; move .venv away and" \
+                "run this again" >&2
+            return 2
+        fi
+        if [ -n "${RING_PYTHON:-}" ]; then
+            base="$(_base_python)" || return 2
+            if [ "$(_version_of "$base")" != "$(_version_of "$PYTHON")" ]; then
+                echo "error: $_root/.venv holds Python $(_version_of "$PYTHON") and RING_PYTHON is" \
+                    "$(_version_of "$base"); move .venv away, or unset RING_PYTHON" >&2
+                return 2
+            fi
+        fi
+    else
+        base="$(_base_python)" || return 2
+        _say "making .venv with $("$base" --version)"
+        log="$("$base" -m venv .venv 2>&1)" || {
+            echo "error: $base could not make $_root/.venv ($(tail -1 <<<"$log")); Debian and Ubuntu have what is" \
+                "needed in the package python$(_version_of "$base")-venv" >&2
+            return 2
+        }
+    fi
+    # none in an environment that was interrupted while it was made, or that another tool has made
+    "$PYTHON" -m pip --version >/dev/null 2>&1 || log="$("$PYTHON" -m ensurepip 2>&1)" || {
+        echo "error: $_root/.venv has no pip, and it cannot be put there ($(tail -1 <<<"$log")); move .venv away and" \
+            "run this again" >&2
+        return 2
+    }
+}
+
+_fingerprint() {  # where it is, too: the environment of a copy would import the original's code
+    (cd "$_root" && { pwd && cat setup.py pyproject.toml constraints*.txt requirements*.lock csrc/* \
+        megatron_ring/__init__.py; } | sha256sum | cut -c1-16)
 }
 
 _pip() { "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"; }
@@ -53,8 +97,9 @@ _pip_hashed() {
         echo "error: $package is not the file that was tested: its SHA-256 $got is not in $*; nothing was installed." \
             "Look where pip takes it from (pip config list); RING_HASHES=0 installs by version alone" >&2
     else
-        echo "error: pip could not install $* ($(grep -i '^error' "$log" | tail -1));" \
-            "RING_HASHES=0 installs by version alone" >&2
+        got="$(grep -i '^error' "$log" | tail -1)"
+        echo "error: pip could not install $* (${got:-$(tail -1 "$log")}); see that the package index can be reached" \
+            "(pip config list). RING_HASHES=0 installs by version alone" >&2
     fi
     rm -f "$log"
     return 2
@@ -66,7 +111,7 @@ _install_torch() {
     if _has_cuda; then
         _say "installing torch for CUDA, with what it brings (by version; not in the lock)"
         _pip "$torch"
-    elif ! "$PYTHON" -c 'import torch' 2>/dev/null; then
+    elif ! "$PYTHON" -c "import torch; assert torch.__version__.split('+')[0] == '${torch#*==}'" 2>/dev/null; then
         # the CPU build is 200 MB where the default index holds several GB of CUDA libraries
         if "$PYTHON" -c "import urllib.request as r; r.urlopen('$index/torch/', timeout=5)" 2>/dev/null; then
             _say "installing torch for the CPU (by version; its index gives the checksum)"
@@ -110,12 +155,10 @@ setup_env() {
     cd "$_root"
     local extra="${1:-}" stamp
     stamp=".venv/.ready-${extra:-run}-$(_fingerprint)"
-    if [ -e "$stamp" ]; then
+    if [ -e "$stamp" ] && _is_supported "$PYTHON"; then
         return
     fi
-    local base
-    base="$(_base_python)" || return 2
-    [ -x "$PYTHON" ] || { _say "making .venv with $($base --version)"; "$base" -m venv .venv; }
+    _make_venv || return 2
     _install "$extra" || return 2
     rm -f ".venv/.ready-${extra:-run}-"*
     touch "$stamp"

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -114,6 +115,92 @@ def test_what_no_lock_covers_is_said_and_installed_by_version():
     assert done.returncode == 0, done.stderr
     assert "files not checked by hash" in done.stdout and "-c constraints-cpu.txt" in done.stdout
     assert "--require-hashes" not in done.stdout
+
+
+def set_up(checkout: Path, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``script`` behind ``tools/setup_env.sh`` in a folder that has nothing else of the project."""
+    (checkout / "tools").mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "tools/setup_env.sh", checkout / "tools/setup_env.sh")
+    return subprocess.run(
+        ["bash", "-c", f"set -euo pipefail; source tools/setup_env.sh; {script}"],
+        cwd=checkout,
+        env={**os.environ, "RING_PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_an_environment_without_pip_gets_it(tmp_path: Path):
+    """As one is that was interrupted while it was made. In a path with a space."""
+    checkout = tmp_path / "a checkout"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(checkout / ".venv")], check=True)
+    done = set_up(checkout, "_make_venv")
+    assert (done.returncode, done.stderr) == (0, "")
+    subprocess.run([checkout / ".venv/bin/python", "-m", "pip", "--version"], check=True, capture_output=True)
+
+
+OTHER_PYTHON = """#!/bin/sh
+case "$2" in *print*) echo 3.10;; *) exit 1;; esac
+"""
+NO_ENSUREPIP = f"""#!/bin/sh
+if [ "$1" = -m ]; then mkdir -p .venv/bin; echo "ensurepip is not available"; exit 1; fi
+exec {sys.executable} "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    ("venv", "base", "words"),
+    [
+        (OTHER_PYTHON, None, "/.venv does not run or is none of 3.11-3.13; move .venv away"),
+        ("", None, "/.venv does not run or is none of 3.11-3.13; move .venv away"),
+        (None, OTHER_PYTHON, " is no Python 3.11-3.13 that runs; name one, or unset it"),
+        (None, NO_ENSUREPIP, "/.venv (ensurepip is not available); Debian and Ubuntu have what is needed in"),
+    ],
+    ids=["another Python's", "one that does not run", "RING_PYTHON of another version", "no venv package"],
+)
+def test_an_environment_that_cannot_be_used_is_one_line_and_is_left_alone(
+    venv: str | None, base: str | None, words: str, tmp_path: Path
+):
+    if venv is not None:
+        (tmp_path / ".venv/bin").mkdir(parents=True)
+        (tmp_path / ".venv/bin/python").write_text(venv)
+        (tmp_path / ".venv/bin/python").chmod(0o755 if venv else 0o644)
+    named = {}
+    if base is not None:
+        (tmp_path / "python").write_text(base)
+        (tmp_path / "python").chmod(0o755)
+        named = {"RING_PYTHON": str(tmp_path / "python")}
+    done = set_up(tmp_path, "_make_venv", **named)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    if venv is not None:
+        assert (tmp_path / ".venv/bin/python").read_text() == venv
+
+
+def test_an_environment_is_made_ready_again_where_its_checkout_was_copied(tmp_path: Path):
+    """Its editable install would import the code of the original."""
+    files = "mkdir -p csrc megatron_ring; touch setup.py pyproject.toml {constraints,requirements}.{txt,lock} csrc/a"
+    prints = [
+        set_up(tmp_path / name, f"{files} constraints.txt megatron_ring/__init__.py; _fingerprint").stdout
+        for name in ("a", "b")
+    ]
+    assert all(prints) and prints[0] != prints[1]
+
+
+@pytest.mark.parametrize(("version", "installs"), [("2.13.0+cpu", False), ("2.8.0", True)])
+def test_a_torch_of_another_version_is_replaced(version: str, installs: bool, tmp_path: Path):
+    (tmp_path / "torch.py").write_text(f"__version__ = {version!r}")
+    script = (
+        f'PYTHON="{sys.executable}"; _pip() {{ echo "pip $*"; }}; _has_cuda() {{ false; }}; _install_torch'
+    )
+    done = set_up(
+        tmp_path,
+        script,
+        PYTHONPATH=str(tmp_path),
+        http_proxy="http://127.0.0.1:9",
+        https_proxy="http://127.0.0.1:9",
+    )
+    assert ("pip torch==2.13.0" in done.stdout) == installs, done.stdout + done.stderr
 
 
 def test_apt_get_is_not_called_unannounced_nor_where_it_is_forbidden(tmp_path: Path):
