@@ -40,5 +40,5 @@ class Interrupted(RingError):
 
     def __init__(self) -> None:
         super().__init__(
-            "interrupted (SIGINT, Ctrl-C); nothing more is saved: SIGTERM saves a run and leaves"
+            "interrupted (SIGINT, Ctrl-C); what has been saved stays. SIGTERM lets a run save before it leaves"
         )
