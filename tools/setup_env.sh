@@ -50,8 +50,10 @@ _make_venv() {
         base="$(_base_python)" || return 2
         _say "making .venv with $("$base" --version)"
         log="$("$base" -m venv .venv 2>&1)" || {
-            echo "error: $base could not make $_root/.venv ($(tail -1 <<<"$log")); Debian and Ubuntu have what is" \
-                "needed in the package python$(_version_of "$base")-venv" >&2
+            case "$log" in
+                *ensurepip*) log="it has no ensurepip; Debian and Ubuntu have it in python$(_version_of "$base")-venv" ;;
+            esac
+            echo "error: $base could not make $_root/.venv ($(tail -1 <<<"$log"))" >&2
             return 2
         }
     fi

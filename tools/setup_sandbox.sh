@@ -43,9 +43,10 @@ if ! "$python" -c 'import pyseccomp' 2>/dev/null; then
     hashes=(--require-hashes)
     [ "${RING_HASHES:-1}" != 0 ] || hashes=()
     # its entry: the line of the version and those of the hashes behind it
-    "$python" -m pip install --quiet --disable-pip-version-check --no-deps "${hashes[@]}" \
-        -r <(sed -n '/^pyseccomp==/,/[^\\]$/p' requirements.lock) || {
-        echo "error: pip could not install pyseccomp; see that the package index can be reached (pip config list)" >&2
+    said="$("$python" -m pip install --quiet --disable-pip-version-check --no-deps "${hashes[@]}" \
+        -r <(sed -n '/^pyseccomp==/,/[^\\]$/p' requirements.lock) 2>&1)" || {
+        echo "error: pip could not install pyseccomp for $python ($(grep -i -m1 '^error' <<<"$said")); see that its" \
+            "environment can be written and that the package index can be reached (pip config list)" >&2
         exit 2
     }
 fi

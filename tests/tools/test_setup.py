@@ -155,7 +155,7 @@ exec {sys.executable} "$@"
         (OTHER_PYTHON, None, "/.venv does not run or is none of 3.11-3.13; move .venv away"),
         ("", None, "/.venv does not run or is none of 3.11-3.13; move .venv away"),
         (None, OTHER_PYTHON, " is no Python 3.11-3.13 that runs; name one, or unset it"),
-        (None, NO_ENSUREPIP, "/.venv (ensurepip is not available); Debian and Ubuntu have what is needed in"),
+        (None, NO_ENSUREPIP, "/.venv (it has no ensurepip; Debian and Ubuntu have it in python3.1"),
     ],
     ids=["another Python's", "one that does not run", "RING_PYTHON of another version", "no venv package"],
 )
