@@ -9,7 +9,7 @@ becomes a control token: in a message such words are encoded as the text they ar
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -129,16 +129,22 @@ class _Rendered:
     @classmethod
     def of(cls, tokenizer: Tokenizer, conversation: Conversation) -> _Rendered:
         _must_be_read(tokenizer, conversation)
-        messages, tools, mark = _guarded(tokenizer, conversation)
+        messages, tools, names, mark = _guarded(tokenizer, conversation)
         answers = [i for i, message in enumerate(messages) if str(message.get("role")).lower() == "assistant"]
         whole: list[Text] = [(len(messages), True), (len(messages), False)]
         texts = tokenizer.render(
             messages,
             [text for i in answers for text in ((i, True), (i + 1, False))] + whole,
             tools=tools,
-            template_kwargs=conversation.template_kwargs,
+            template_kwargs=names,
         )
         *pairs, prompt, text = texts
+
+        def without(number: int) -> str:
+            others = [{**m, "content": ""} if i == number else m for i, m in enumerate(messages)]
+            return tokenizer.render(others, whole[1:], tools=tools, template_kwargs=names)[0]
+
+        _must_be_shown(messages, text, without)
         turns = [
             _Turn(i, *pair)
             for i, pair in zip(answers, zip(pairs[::2], pairs[1::2], strict=True), strict=True)
@@ -251,12 +257,30 @@ def _must_be_read(tokenizer: Tokenizer, conversation: Conversation) -> None:
                 )
 
 
+def _must_be_shown(messages: Sequence[Message], text: str, without: Callable[[int], str]) -> None:
+    """Refuse a template whose ``text`` is the same ``without`` the content of a message: it passes the role over."""
+    for number, message in enumerate(messages):
+        content = re.sub(r"<think>.*?</think>", "", str(message["content"]), flags=re.DOTALL).strip()
+        if content in text:
+            continue
+        try:
+            dropped = without(number) == text
+        except DataError:
+            # it does not bear an empty content, so it reads it
+            continue
+        if dropped:
+            raise DataError(
+                f"chat template drops the content of message {number} (role {message['role']}); remove it, or take a "
+                "template that shows it"
+            )
+
+
 def _guarded(
     tokenizer: Tokenizer, conversation: Conversation
-) -> tuple[list[Message], list[Any] | None, str | None]:
-    """Messages and tools as the template gets them, and the mark in them, if there is one."""
+) -> tuple[list[Message], list[Any] | None, dict[str, Any], str | None]:
+    """Messages, tools and further names as the template gets them, and the mark in them, if there is one."""
     strict, lenient = tokenizer.control_text
-    everything = list(_texts([conversation.messages, conversation.tools]))
+    everything = list(_texts([conversation.messages, conversation.tools, conversation.template_kwargs]))
     mark = free_mark(everything)
 
     def plain(value: Any) -> Any:
@@ -279,15 +303,17 @@ def _guarded(
             guarded["content"] = f"<think>{thought}</think>{guarded['content']}"
         messages.append(guarded)
     tools = plain(conversation.tools)
-    used = any(mark in text for text in _texts([messages, tools]))
-    return messages, tools, mark if used else None
+    names = {name: plain(value) for name, value in conversation.template_kwargs.items()}
+    used = any(mark in text for text in _texts([messages, tools, names]))
+    return messages, tools, names, mark if used else None
 
 
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for inner in value.values():
+        for key, inner in value.items():
+            yield from _texts(key)
             yield from _texts(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
@@ -295,9 +321,9 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _mapped(value: Any, change: Any) -> Any:
-    """``value`` with every text in it changed."""
+    """``value`` with every text in it changed, keys as well: a function's argument may have any name."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _mapped(inner, change) for key, inner in value.items()}
+        return {_mapped(key, change): _mapped(inner, change) for key, inner in value.items()}
     return [_mapped(inner, change) for inner in value] if isinstance(value, list | tuple) else value

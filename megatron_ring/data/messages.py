@@ -53,12 +53,17 @@ _NOT_READ = {
     "videos": "only text can be learned; leave the line out",
     "audios": "only text can be learned; leave the line out",
     "documents": "write them into the messages",
+    "conversations": "keep messages or them",
+    "system_prompt": "write it under system",
+    "system_message": "write it under system",
+    "reasoning_effort": "write it under chat_template_kwargs",
+    "kto_tag": "drop it, and the lines that are not to be imitated",
 }
 """Keys of a line that would mean something, and what to do about them."""
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _THINKING_PARTS = ("thinking", "reasoning")
-_OURS = ("messages", "tools", "add_generation_prompt")
+_OURS = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

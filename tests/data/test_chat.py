@@ -140,3 +140,50 @@ def test_a_tokenizer_without_template_says_so(huggingface_folder: Path, tmp_path
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     with pytest.raises(DataError, match=r"no chat template beside .*tokenizer\.json"):
         HuggingFaceTokenizer(tmp_path).apply_chat_template(CONVERSATION)
+
+
+@pytest.mark.parametrize(
+    ("template", "number"),
+    [
+        # Qwen3's passes over roles that it does not know
+        (
+            "{% for m in messages %}{% if m.role != 'developer' %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}",
+            0,
+        ),
+        # Llama 3.1's shows an answer's calls or its content
+        (
+            "{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}"
+            "{{ m.content }}{% endif %}{% endfor %}",
+            2,
+        ),
+        ("hello", 0),
+    ],
+)
+def test_a_template_that_drops_a_message_is_refused(
+    huggingface_folder: Path, tmp_path: Path, template: str, number: int
+):
+    shutil.copytree(huggingface_folder, tmp_path / "hf")
+    ends = "{% if add_generation_prompt %}<assistant>{% endif %}"
+    (tmp_path / "hf" / "chat_template.jinja").write_text(template + ends)
+    tokenizer = HuggingFaceTokenizer(tmp_path / "hf")
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [{"name": "f"}] if number == 2 else []},
+    ]
+    for render in (render_chat, render_prompt):
+        with pytest.raises(DataError, match=rf"drops the content of message {number} \(role "):
+            render(tokenizer, [{k: v for k, v in m.items() if v} for m in messages])
+
+
+def test_a_template_may_write_a_content_in_its_own_way(huggingface_folder: Path, tmp_path: Path):
+    shutil.copytree(huggingface_folder, tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer = HuggingFaceTokenizer(tmp_path / "hf")
+    ids, mask = render_chat(
+        tokenizer, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    )
+    assert answers(tokenizer, ids, mask) == "YES"

@@ -106,7 +106,7 @@ def test_text_without_control_tokens_has_its_usual_ids(tokenizers, said: list[st
         for part in others:
             ids += [tokenizer.eos_id, *tokenizer.encode(part)]
         prompt = render_prompt(tokenizer, Conversation(messages=spoken(question).messages[:1]))
-        if not question.startswith(tuple(token[1:] for token in tokenizer.control_text[0].tokens)):
+        if not question.lstrip().startswith(tuple(token[1:] for token in tokenizer.control_text[0].tokens)):
             assert prompt == ids
 
 
@@ -196,3 +196,30 @@ def test_every_case_of_settings_is_read_from_json(huggingface_folder: Path, tmp_
     (tmp_path / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": [402, 400]}))
     tokenizer = HuggingFaceTokenizer(tmp_path / "hf")
     assert tokenizer.stop_ids == (402, 400)
+
+
+def test_names_of_arguments_and_template_names_stay_text(huggingface_folder: Path, tmp_path: Path):
+    """What a line's objects have for keys, and what it tells the template, are somebody's text as well."""
+    shutil.copytree(huggingface_folder, tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text(
+        "{{ date }}{{ tools | tojson }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = HuggingFaceTokenizer(tmp_path / "hf")
+    call = {"name": "f", "arguments": {"<|im_end|>": {"<|im_start|>": ["<|im_end|>"]}}}
+    conversation = Conversation(
+        messages=(
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ),
+        tools=[{"name": "f", "parameters": {"<|im_end|>": {}}}],
+        template_kwargs={"date": "today<|im_end|>"},
+    )
+    ((ids, learned),) = render_samples(tokenizer, conversation)
+    # one end per message, and two beginnings: all of the template's own
+    assert ids.count(tokenizer.eos_id) == 2
+    assert ids.count(tokenizer.encode("<|im_start|>")[0]) == 2
+    answer = tokenizer.decode([i for i, own in zip(ids, learned, strict=True) if own])
+    assert json.loads(answer) == [call]
+    assert tokenizer.decode(ids).startswith("today<|im_end|>")
