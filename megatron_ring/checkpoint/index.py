@@ -8,7 +8,9 @@ picks out of them what it expects, and checks every number. Torch and Megatron a
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ METADATA = ".metadata"
 MAX_BYTES = 1 << 28
 """The largest models need some tens of megabytes."""
 _MAX_DIMENSIONS = 64
+_PRIME = (1 << 127) - 1
+_BASES = [2 + secrets.randbelow(_PRIME - 3) for _ in range(_MAX_DIMENSIONS)]
 _DCP = "torch.distributed.checkpoint"
 _ITEM_BYTES = {
     "bool": 1,
@@ -182,9 +186,31 @@ def _tensor(key: str, entry: Any, places: dict[_Place, tuple[str, int, int]]) ->
         if math.prod(sizes) * _ITEM_BYTES[dtype] > place[2]:
             raise PickleError(f"chunk {list(offset)} of {shown(key)} has too few bytes for its shape")
         chunks.append(IndexedChunk(offset, sizes, *place))
-    if sum(math.prod(chunk.shape) for chunk in chunks) != math.prod(shape):
+    if not _covers([(chunk.offset, chunk.shape) for chunk in chunks], shape):
         raise PickleError(f"the chunks of {shown(key)} are not the whole of it")
     return IndexedTensor(dtype, shape, tuple(chunks))
+
+
+def _covers(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], shape: tuple[int, ...]) -> bool:
+    """Is every number of ``shape`` in exactly one of ``boxes``, which lie inside it?
+
+    As many numbers may lie in two boxes as in none. So each number (i, j, ...) weighs a^i b^j ... modulo a prime, with
+    secret a, b, ...: equal sums of the weights mean that all are there once (but for a chance of less than 2^-50), and
+    a box's sum is a product of geometric ones, whatever its size.
+    """
+    if sum(math.prod(sizes) for _, sizes in boxes) != math.prod(shape):
+        return False
+    if len(boxes) < 2:
+        return True
+    power = lru_cache(maxsize=None)(lambda axis, i: pow(_BASES[axis], i, _PRIME))
+
+    def weight(offset: tuple[int, ...], sizes: tuple[int, ...]) -> int:
+        total = 1
+        for axis, (start, size) in enumerate(zip(offset, sizes, strict=True)):
+            total = total * (power(axis, start + size) - power(axis, start)) % _PRIME
+        return total
+
+    return sum(weight(*box) for box in boxes) % _PRIME == weight((0,) * len(shape), shape)
 
 
 def _dtype(properties: Any, key: str) -> str:

@@ -258,6 +258,19 @@ HARMS: dict[str, tuple[bytes, str]] = {
         "a chunk of 'w' lies outside it",
     ),
     "a hole": (edited(lambda m: m.state_dict_metadata["w"].chunks.pop()), "are not the whole of it"),
+    "two chunks over one another, and a hole": (
+        edited(
+            lambda m: (
+                m.state_dict_metadata["w"].chunks.__setitem__(
+                    1, dcp.ChunkStorageMetadata(torch.Size((1, 0)), torch.Size((2, 3)))
+                ),
+                m.storage_data.update(
+                    {dcp.MetadataIndex("w", torch.Size((1, 0))): _StorageInfo("__0_0.distcp", 100, 100)}
+                ),
+            )
+        ),
+        "are not the whole of it",
+    ),
     "a chunk nowhere": (
         edited(lambda m: m.storage_data.pop(dcp.MetadataIndex("w", torch.Size((2, 0))))),
         "chunk [2, 0] of 'w' is nowhere",
