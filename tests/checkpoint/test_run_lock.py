@@ -197,10 +197,35 @@ def test_ranks_of_the_same_launch_let_each_other_in(tmp_path, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"token": 3}', "x" * 20_000, "[" * 9000])
-def test_a_damaged_lock_is_one_line(tmp_path, text):
+@pytest.mark.parametrize("text", ["", "\0" * 200, "{", "[]", "{}", '{"token": 3}', "[" * 9000])
+def test_a_damaged_lock_is_stale_when_nobody_touches_it(tmp_path, text):
+    """A power cut or a full disk leaves such a one: its run may start again."""
     (tmp_path / LOCK).write_text(text)
-    assert f"{tmp_path / LOCK}: " in refused(lambda: hold(tmp_path))
+    line = refused(lambda: hold(tmp_path))
+    assert f"--save {tmp_path}: somebody whose {LOCK} is damaged" in line and "wait 300 s" in line
+    moment = time.time() - STALE_SECONDS - 60
+    os.utime(tmp_path / LOCK, (moment, moment))
+    hold(tmp_path)
+    put(tmp_path, stranger(), age=STALE_SECONDS + 60)
+    (tmp_path / f"{LOCK}.f00d.claim").write_text(text)
+    os.utime(tmp_path / f"{LOCK}.f00d.claim", (moment, moment))
+    hold(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / LOCK).write_text("x" * 20_000)
+    assert f"{tmp_path / LOCK}: has 20,000 bytes" in refused(lambda: hold(tmp_path))
+    (tmp_path / LOCK).unlink()
+    (tmp_path / LOCK).mkdir()
+    assert f"{tmp_path / LOCK}: is no plain file" in refused(lambda: hold(tmp_path))
+
+
+def test_a_clock_that_was_put_back_holds_no_folder(tmp_path):
+    put(tmp_path, stranger(), age=-10_000)
+    hold(tmp_path)
+    put(tmp_path, stranger(), age=-STALE_SECONDS + 60)
+    assert "node7 writes its checkpoints there" in refused(lambda: hold(tmp_path))
 
 
 def test_without_hard_links_one_still_wins(tmp_path, monkeypatch):
