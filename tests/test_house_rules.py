@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_ring"
 LEVELS = {
     "errors": 0,
+    "plain": 0,
     "config": 1,
     "kernels": 1,
     "runtime": 2,

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_ring.checkpoint.plain_files import is_count, is_file_name, open_plain, read_json, shown
+from megatron_ring.checkpoint.plain_files import is_count, is_file_name, read_json, shown
 from megatron_ring.errors import CheckpointError
+from megatron_ring.plain import open_plain
 
 SUMS = "checksums.json"
 MANIFEST = "conversion.json"

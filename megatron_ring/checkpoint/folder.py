@@ -15,9 +15,10 @@ from typing import Any
 
 from megatron_ring.checkpoint.checksums import Summed, write_sums
 from megatron_ring.checkpoint.index import CheckpointIndex, read_index
-from megatron_ring.checkpoint.plain_files import is_count, read_json, read_plain, shown
+from megatron_ring.checkpoint.plain_files import is_count, read_json, shown
 from megatron_ring.checkpoint.run_lock import must_be_mine
 from megatron_ring.errors import CheckpointError
+from megatron_ring.plain import read_plain
 
 TRACKER = "latest_checkpointed_iteration.txt"
 TRAINER_STATE = "trainer_state.json"

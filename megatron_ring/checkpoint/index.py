@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ring.checkpoint.pickles import Built, Name, Pairs, PickleError, no_collection, read_pickle
-from megatron_ring.checkpoint.plain_files import is_count, is_file_name, read_plain, shown
+from megatron_ring.checkpoint.plain_files import is_count, is_file_name, shown
 from megatron_ring.errors import CheckpointError
+from megatron_ring.plain import read_plain
 
 _Place = tuple[str, tuple[int, ...] | None]
 METADATA = ".metadata"

@@ -38,8 +38,8 @@ from megatron_ring.checkpoint.checksums import Summed
 from megatron_ring.checkpoint.convert.tensor_map import Box
 from megatron_ring.checkpoint.convert.torch_dist_io import TorchDistFolder
 from megatron_ring.checkpoint.index import CheckpointIndex
-from megatron_ring.checkpoint.plain_files import open_plain
 from megatron_ring.errors import CheckpointError
+from megatron_ring.plain import open_plain
 
 
 def load_sharded(wanted: dict[str, Any], folder: Path, index: CheckpointIndex) -> dict[str, Any]:

@@ -5,51 +5,16 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, TypeGuard
 
 from megatron_ring.errors import CheckpointError
+from megatron_ring.plain import read_plain
 
 MAX_JSON_BYTES = 100_000_000
 """No description of a checkpoint is longer, whatever the model."""
-
-
-def open_plain(path: Path) -> BinaryIO:
-    """``path`` for reading; never waits, as opening a named pipe or a terminal would.
-
-    Raises:
-        OSError: it is not there, or it is no plain file; ``strerror`` says which.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    try:
-        mode = os.fstat(handle).st_mode
-        if not stat.S_ISREG(mode):
-            code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-            raise OSError(code, "is no plain file", str(path))
-        return os.fdopen(handle, "rb")
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.close(handle)
-        raise
-
-
-def read_plain(path: Path, max_bytes: int) -> bytes:
-    """All of a plain file of at most ``max_bytes``.
-
-    Raises:
-        OSError: see :func:`open_plain`; or it is longer.
-    """
-    with open_plain(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > max_bytes:
-            raise OSError(errno.EFBIG, f"has {size:,} bytes, more than {max_bytes:,}", str(path))
-        return file.read(size)
 
 
 def read_json(path: Path, remedy: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from megatron_ring.checkpoint.plain_files import read_plain
 from megatron_ring.errors import CheckpointError
+from megatron_ring.plain import read_plain
 from megatron_ring.runtime import device
 from megatron_ring.runtime.session import Session
 

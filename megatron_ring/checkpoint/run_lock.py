@@ -25,8 +25,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_ring.checkpoint.plain_files import is_count, parse_json_object, read_plain
+from megatron_ring.checkpoint.plain_files import is_count, parse_json_object
 from megatron_ring.errors import CheckpointError
+from megatron_ring.plain import read_plain
 
 log = logging.getLogger("megatron_ring")
 

@@ -15,6 +15,9 @@ from megatron_ring.config.fields import from_toml, from_words, sections, setting
 from megatron_ring.config.presets import PRESETS
 from megatron_ring.config.run import RunConfig
 from megatron_ring.errors import ConfigError
+from megatron_ring.plain import read_plain
+
+_MAX_BYTES = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +67,7 @@ def preset_config(name: str) -> RunConfig:
 def read_toml(path: str | Path) -> tuple[str | None, dict[str, Any]]:
     """(preset it names or None, flat values) of a TOML file, with sections or flat."""
     try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        tables = tomllib.loads(read_plain(Path(path), _MAX_BYTES).decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; name a readable TOML file") from None
     except RecursionError:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_ring.data.json_text import parse_json
 from megatron_ring.errors import DataError
+from megatron_ring.plain import read_plain
 
 
 def read_settings(folder: Path) -> tuple[dict[str, str], str | None]:
@@ -24,8 +25,8 @@ def read_settings(folder: Path) -> tuple[dict[str, str], str | None]:
         return tokens, read_bytes(template_file).decode("utf-8-sig", "replace")
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
+        default = (item for item in template if isinstance(item, dict) and item.get("name") == "default")
+        template = next(default, {}).get("template")
     return tokens, template if isinstance(template, str) else None
 
 
@@ -62,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_bytes(path: Path) -> bytes:
     """Raises DataError where it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_plain(path)
     except OSError as error:
         raise DataError(
             f"cannot read {path}: {error.strerror}; check the file and its permissions"

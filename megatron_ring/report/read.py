@@ -7,6 +7,7 @@ from typing import Any
 from megatron_ring.config import RunConfig
 from megatron_ring.config.load import config_from_mapping, read_toml
 from megatron_ring.errors import DataError
+from megatron_ring.plain import read_plain
 from megatron_ring.rl.samples import FILE, read_samples
 from megatron_ring.runtime.metrics_file import FIGURES, is_number, read_records
 
@@ -91,9 +92,16 @@ def read_run(path: str | Path) -> Run:
         ended=records[-1]["kind"] == "end",
         wall_seconds=max(record.get("wall_seconds", 0.0) for record in records),
         config=config_from_mapping(read_toml(config)[1]) if config.exists() else None,
-        sample=sample.read_text(encoding="utf-8", errors="replace") if sample.exists() else None,
+        sample=_text(sample) if sample.exists() else None,
         responses=_last_responses(folder / FILE),
     )
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_plain(path).decode("utf-8", "replace")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; repair or move the file") from None
 
 
 def _last_responses(path: Path) -> tuple[dict[str, Any], ...]:

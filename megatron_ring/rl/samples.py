@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.errors import ConfigError, DataError
+from megatron_ring.plain import read_plain
 from megatron_ring.rl.types import Rollout
 from megatron_ring.runtime.metrics_file import is_number, is_step
 
@@ -75,7 +76,7 @@ def read_samples(path: Path) -> list[dict]:
     """
     try:
         # not splitlines: responses hold line separators that JSON leaves as they are
-        lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+        lines = [line for line in read_plain(path).split(b"\n") if line.strip()]
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; repair or move the file") from None
     rows = []

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ring.errors import ConfigError, DataError
+from megatron_ring.plain import read_plain
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -29,7 +30,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(path)
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_plain(path).splitlines()
     except OSError as error:
         raise DataError(f"metrics file {path}: {error.strerror}; name a run that wrote one") from None
     records: list[dict[str, Any]] = []

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_ring.checkpoint.convert.tensor_map import Box, Shape
-from megatron_ring.checkpoint.plain_files import open_plain
 from megatron_ring.errors import CheckpointError
+from megatron_ring.plain import open_plain
 
 
 @dataclass(frozen=True, slots=True)

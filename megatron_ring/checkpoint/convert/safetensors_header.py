@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from megatron_ring.checkpoint.convert.files import TensorInfo
-from megatron_ring.checkpoint.plain_files import is_count, open_plain, parse_json_object, shown
+from megatron_ring.checkpoint.plain_files import is_count, parse_json_object, shown
 from megatron_ring.errors import CheckpointError
+from megatron_ring.plain import open_plain
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 MAX_BYTES = 100_000_000
