@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_ring.errors import DataError
@@ -28,6 +29,19 @@ def parse_json(text: str | bytes, origin: str, remedy: str = "write one object p
     if deep:
         raise DataError(f"{origin} is nested more than {MAX_DEPTH} deep; write it flatter")
     return value
+
+
+def count_in(values: Mapping[str, Any], key: str) -> int:
+    """``values[key]``, a count. Raises KeyError and ValueError where it is none: of a saved state, for a line."""
+    return counts_in(values, key, [values[key]])[0]
+
+
+def counts_in(values: Mapping[str, Any], key: str, counts: Any = None) -> list[int]:
+    """``values[key]``, a list of counts."""
+    counts = values[key] if counts is None else counts
+    if not isinstance(counts, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in counts):
+        raise ValueError(f"says {key}={str(values[key])[:40]!r}, which is no count")
+    return counts
 
 
 def _openings(text: str | bytes) -> int:

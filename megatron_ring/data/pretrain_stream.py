@@ -15,6 +15,7 @@ import numpy as np
 
 from megatron_ring.data.blend import Blend
 from megatron_ring.data.corpus import CorpusSplit
+from megatron_ring.data.json_text import count_in, counts_in
 from megatron_ring.data.samples import DocumentSamples
 from megatron_ring.data.shuffle import Shuffle
 from megatron_ring.errors import DataError
@@ -237,8 +238,9 @@ class SampleCursor:
                 f"{self._fingerprint}); keep data_path, split, seq_length and seed, or start from its "
                 "weights alone with --finetune"
             )
-        self._seed = state["seed"]
-        self.consumed_samples = state["consumed_samples"]
-        self._next_fresh = state["next_fresh"]
-        self._num_requeued = state["num_requeued"]
-        self._put_back = [(due, order, index) for due, order, index in state["put_back"]]
+        self._seed = count_in(state, "seed")
+        self.consumed_samples = count_in(state, "consumed_samples")
+        self._next_fresh = count_in(state, "next_fresh")
+        self._num_requeued = count_in(state, "num_requeued")
+        entries = [counts_in(state, "put_back", entry) for entry in state["put_back"]]
+        self._put_back = [(due, order, index) for due, order, index in entries]

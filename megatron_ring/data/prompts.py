@@ -12,6 +12,7 @@ from typing import Any
 from megatron_ring.config.rl import RolloutConfig
 from megatron_ring.data.blend import Blend
 from megatron_ring.data.chat import render_prompt
+from megatron_ring.data.json_text import count_in, counts_in
 from megatron_ring.data.problem_lines import Problem
 from megatron_ring.data.prompt_sources import JsonlSource, PromptSource, open_source
 from megatron_ring.data.same_problem import Asked, asked, is_among
@@ -204,9 +205,12 @@ class PromptStream:
                 f"{self.fingerprint}); keep prompt_data, solve rates and seed, or start from its weights alone with "
                 "--pretrained-checkpoint and another --save"
             )
-        self._drawn = state["drawn"]
-        self._positions = list(state["positions"])
-        self.num_too_long, self.num_excluded = state["num_too_long"], state["num_excluded"]
+        positions = counts_in(state, "positions")
+        if len(positions) != len(self._sources):
+            raise ValueError(f"has {len(positions)} positions for {len(self._sources)} sources")
+        self._drawn, self._positions = count_in(state, "drawn"), list(positions)
+        self.num_too_long = count_in(state, "num_too_long")
+        self.num_excluded = count_in(state, "num_excluded")
 
     def _draw(self) -> Prompt:
         place, _ = self._blend.locate(self._drawn)

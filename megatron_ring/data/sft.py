@@ -25,7 +25,7 @@ import numpy as np
 
 from megatron_ring.data.chat import Sample, render_samples
 from megatron_ring.data.documents import Record, read_records
-from megatron_ring.data.json_text import parse_json
+from megatron_ring.data.json_text import count_in, parse_json
 from megatron_ring.data.messages import Conversation, read_conversation
 from megatron_ring.data.microbatch import Microbatch, pack_microbatch
 from megatron_ring.data.shuffle import Shuffle
@@ -250,7 +250,7 @@ class SftStream:
                 f"{self.fingerprint}); keep sft_data, tokenizer, seq_length, micro_batch_size and seed, or start "
                 "from its weights alone with --pretrained-checkpoint and another --save"
             )
-        self.epoch, self._drawn = state["epoch"], state["drawn"]
+        self.epoch, self._drawn = count_in(state, "epoch"), count_in(state, "drawn")
 
     def _plan(self, epoch: int) -> list[tuple[int, ...]]:
         count = len(self._slots)

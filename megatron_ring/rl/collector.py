@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from megatron_ring.config.rl import RolloutConfig, rollout_concurrency
+from megatron_ring.data.json_text import count_in, counts_in
 from megatron_ring.data.prompts import Prompt
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.errors import RolloutError
@@ -265,13 +266,13 @@ class Collector:
     def restore(self, states: list[dict[str, Any]], files: list[dict[str, bytes]]) -> None:
         """Take this rank's share of what all ranks had open when a checkpoint was written."""
         topology = self.session.topology
-        self.barren_steps = max((state["barren_steps"] for state in states), default=0)
+        self.barren_steps = max((count_in(state, "barren_steps") for state in states), default=0)
 
         def own(uid: int) -> bool:
             return uid % topology.dp_size == topology.dp_rank
 
         pairs = [
-            (prompt_from_json(prompt), waiting)
+            (prompt_from_json(prompt), counts_in(state, "waiting", waiting))
             for state in states
             for prompt, waiting in zip(state["prompts"], state["waiting"], strict=True)
         ]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load, save
 
+from megatron_ring.data.json_text import count_in, counts_in
 from megatron_ring.data.prompts import Prompt
 from megatron_ring.data.same_problem import asked
 from megatron_ring.errors import CheckpointError
@@ -53,17 +54,23 @@ def rollouts_from_bytes(data: bytes) -> list[Rollout]:
     """
     try:
         arrays = load(data)
-        entries = json.loads(arrays["entries"].tobytes().decode())
+        return _rollouts(arrays, json.loads(arrays["entries"].tobytes().decode()))
     except Exception as error:
         raise CheckpointError(
             f"saved rollouts cannot be read ({error}); load an earlier checkpoint"
         ) from None
+
+
+def _rollouts(arrays: Mapping[str, np.ndarray], entries: list[dict[str, Any]]) -> list[Rollout]:
     places = dict.fromkeys(("tokens", "logprobs", "versions", "routes", *_LEARNT), 0)
 
     def take(name: str, count: int) -> np.ndarray:
         start = places[name]
         places[name] = start + count
-        return arrays[name][start : start + count]
+        part = arrays[name][start : start + count]
+        if len(part) != count:
+            raise ValueError(f"{name} are cut short")
+        return part
 
     return [_rollout(entry, take) for entry in entries]
 
@@ -88,6 +95,11 @@ def prompt_to_json(prompt: Prompt) -> dict[str, Any]:
 def prompt_from_json(values: Mapping[str, Any]) -> Prompt:
     # older checkpoints have the last turn alone
     own = values["asked"] if "asked" in values else asked([values["text"]])
+    texts = (values["domain"], values["text"], *own)
+    if not all(isinstance(text, str) for text in texts) or not isinstance(values["reference"], dict):
+        raise ValueError("a prompt has a text that is none")
+    count_in(values, "uid")
+    counts_in(values, "tokens")
     return Prompt(**{**values, "tokens": tuple(values["tokens"]), "asked": tuple(own)})
 
 
@@ -113,22 +125,27 @@ def _entry(rollout: Rollout) -> dict[str, Any]:
 
 
 def _rollout(entry: dict[str, Any], take) -> Rollout:
-    prompt, length = prompt_from_json(entry["prompt"]), entry["length"]
+    prompt, length = prompt_from_json(entry["prompt"]), count_in(entry, "length")
+    score, said = entry["score"], (entry["stop"], entry["status"], entry["detail"])
+    if type(score) not in (int, float) or not all(isinstance(word, str) for word in said):
+        raise ValueError("a response has no score or verdict")
+    if not isinstance(entry["has"], list) or not set(entry["has"]) <= set(_LEARNT):
+        raise ValueError("a response has rows that are unknown")
     response = Response(
         prompt_uid=prompt.uid,
-        sample=entry["sample"],
+        sample=count_in(entry, "sample"),
         tokens_R=take("tokens", length),
         logprobs_R=take("logprobs", length),
         versions_R=take("versions", length),
         stop=entry["stop"],
     )
     if entry["routes"] is not None:
-        shape = tuple(entry["routes"])
+        shape = tuple(counts_in(entry, "routes"))
         response = replace(response, routes_SLK=take("routes", int(np.prod(shape))).reshape(shape))
     return Rollout(
         prompt=prompt,
         response=response,
         reward=RewardResult(score=entry["score"], status=entry["status"], detail=entry["detail"]),
-        arrival=tuple(entry["arrival"]),
+        arrival=tuple(counts_in(entry, "arrival")),
         **{f"{name}_R": take(name, length) for name in entry["has"]},
     )

@@ -93,12 +93,18 @@ class StageRun:
             self._go_on(state)
 
     def _go_on(self, state: dict[str, Any]) -> None:
-        """Take up the trainer's state of a checkpoint, which may be another stage's, or somebody's edit."""
-        try:
+        """Take up the trainer's state of a checkpoint."""
+        with self.foreign_state():
             self.load_state_dict(state)
             if type(self.step) is not int or self.step < 0:
                 raise ValueError(f"says step {str(self.step)[:40]!r}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+
+    @contextmanager
+    def foreign_state(self) -> Iterator[None]:
+        """What is read here may be another stage's state, or somebody's edit: what it lacks is one line."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(
                 f"{self.checkpointer.loaded_folder}: trainer state {reason}; load a checkpoint that this stage saved, or "

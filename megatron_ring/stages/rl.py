@@ -23,6 +23,7 @@ from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.checkpoint.folder import TRAINER_STATE, folder_of, read_attachment
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.stage_rules import Stage
+from megatron_ring.data.json_text import count_in
 from megatron_ring.data.prompts import open_prompts
 from megatron_ring.errors import CheckpointError
 from megatron_ring.rl.advantage import assign, is_masked, moments, whiten
@@ -144,7 +145,8 @@ class RlRun(StageRun):
             rollout, session, prompts=self.prompts, answer=self.answer, sampling=self.sampling
         )
         if self.resumed is not None:
-            self._restore_rollouts(self.resumed)
+            with self.foreign_state():
+                self._restore_rollouts(self.resumed)
         every = config.logging.log_interval
         folder = self.run_dir() if session.is_writer else None
         self.samples = SampleTable(folder, self.tokenizer, resume_step=self.step, every=every)
@@ -361,7 +363,7 @@ class RlRun(StageRun):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.prompts.load_state_dict(state["prompts"])
-        self.tokens_left = state["tokens_left"]
+        self.tokens_left = count_in(state, "tokens_left")
         self.resumed = state
 
     def _restore_rollouts(self, state: dict[str, Any]) -> None:

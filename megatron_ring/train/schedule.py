@@ -99,4 +99,7 @@ class SpikeRule:
         return {"losses": list(self.losses)}
 
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        self.losses = deque(state["losses"])
+        losses = state["losses"]
+        if not isinstance(losses, list) or not all(type(loss) in (int, float) for loss in losses):
+            raise ValueError("says losses that are no list of numbers")
+        self.losses = deque(losses)
