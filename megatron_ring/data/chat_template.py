@@ -22,8 +22,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY_BYTES = 2 << 30
 """Address space of the process that renders."""
-MAX_CHARACTERS = 1 << 26
-"""Longest text of a conversation."""
+MAX_CHARACTERS = 1 << 23
+"""Longest text of a conversation, several times what the longest context holds: splitting more takes minutes."""
+MAX_TEMPLATE = 1 << 20
+"""Longest template; published ones have some thousands of characters."""
 
 Text = tuple[int, bool]
 """One text of a conversation: how many messages, and whether it ends with what precedes an answer."""
@@ -37,6 +39,8 @@ def render_texts(
     Example: ``render_texts("{{ messages[0].content }}", [{"role": "user", "content": "hi"}], [(1, True)], {})``
     is ``["hi"]``. Whatever jinja2 raises comes through.
     """
+    if len(template) > MAX_TEMPLATE:
+        raise TemplateError(f"has {len(template):,} characters, more than {MAX_TEMPLATE:,}")
     compiled = _compile(template)
     found: list[str] = []
     for count, add_generation_prompt in texts:

@@ -12,14 +12,16 @@ MAX_DEPTH = 64
 """Lists and objects inside one another; beyond it Python's own recursion would end what reads the value."""
 
 
-def parse_json(text: str | bytes, origin: str, remedy: str = "write one object per line") -> Any:
-    """The value of ``text``.
+def parse_json(
+    text: str | bytes, origin: str, remedy: str = "write one object per line", *, unique: bool = False
+) -> Any:
+    """The value of ``text``; with ``unique``, no object may have a key twice.
 
     Raises:
         DataError: not JSON, or nested too deeply; the line begins with ``origin`` and ends with ``remedy``.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once if unique else None)
         deep = _openings(text) > MAX_DEPTH and _is_deep(value)
     except RecursionError:
         deep = True
@@ -29,6 +31,15 @@ def parse_json(text: str | bytes, origin: str, remedy: str = "write one object p
     if deep:
         raise DataError(f"{origin} is nested more than {MAX_DEPTH} deep; write it flatter")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:60]!r} is there twice")
+    return found
 
 
 def count_in(values: Mapping[str, Any], key: str) -> int:

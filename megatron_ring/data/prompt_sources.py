@@ -89,7 +89,7 @@ class JsonlSource:
         digest = hashlib.blake2b(f"{solve_rate_min} {solve_rate_max}".encode(), digest_size=8)
         for record in read_records([path]):
             digest.update(record.raw)
-            fields = parse_json(record.raw, record.origin) if record.is_json else None
+            fields = parse_json(record.raw, record.origin, unique=True) if record.is_json else None
             if not isinstance(fields, dict):
                 raise DataError(
                     f"{record.origin} is no JSON object; name a .jsonl file with one problem per line"

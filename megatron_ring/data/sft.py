@@ -341,7 +341,7 @@ def read_line(record: Record) -> Conversation:
     """
     if not record.is_json:
         raise DataError(f"{record.origin} is not JSONL; name a .jsonl file of conversations")
-    fields = parse_json(record.raw, record.origin)
+    fields = parse_json(record.raw, record.origin, unique=True)
     return read_conversation(fields if isinstance(fields, dict) else {}, record.origin)
 
 

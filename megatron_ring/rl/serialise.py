@@ -129,6 +129,7 @@ def _rollout(entry: dict[str, Any], take) -> Rollout:
     score, said = entry["score"], (entry["stop"], entry["status"], entry["detail"])
     if type(score) not in (int, float) or not all(isinstance(word, str) for word in said):
         raise ValueError("a response has no score or verdict")
+    version, rounds, new = counts_in(entry, "arrival")
     if not isinstance(entry["has"], list) or not set(entry["has"]) <= set(_LEARNT):
         raise ValueError("a response has rows that are unknown")
     response = Response(
@@ -146,6 +147,6 @@ def _rollout(entry: dict[str, Any], take) -> Rollout:
         prompt=prompt,
         response=response,
         reward=RewardResult(score=entry["score"], status=entry["status"], detail=entry["detail"]),
-        arrival=tuple(counts_in(entry, "arrival")),
+        arrival=(version, rounds, new),
         **{f"{name}_R": take(name, length) for name in entry["has"]},
     )

@@ -8,10 +8,11 @@ import pytest
 
 from megatron_ring.config.rl import RolloutConfig
 from megatron_ring.data.chat import render_prompt, render_samples
+from megatron_ring.data.documents import Record
 from megatron_ring.data.json_text import parse_json
 from megatron_ring.data.messages import parse_template_kwargs, read_conversation
 from megatron_ring.data.prompts import open_prompts
-from megatron_ring.data.sft import load_conversations
+from megatron_ring.data.sft import load_conversations, read_line
 from megatron_ring.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from megatron_ring.errors import DataError
 
@@ -252,3 +253,18 @@ def test_nested_json_is_one_line(text: str):
     with pytest.raises(DataError, match=r"a.jsonl:3 is nested more than 64 deep|a.jsonl:3 is not JSON"):
         parse_json(text, "a.jsonl:3")
     assert parse_json("[" * 60 + "]" * 60, "a.jsonl:3")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"messages": [{"role": "user", "content": "a", "content": "b"}, {"role": "assistant", "content": "c"}]}',
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "messages": []}',
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(line):
+    record = Record(raw=line, origin="a.jsonl:1", is_json=True, is_named=True)
+    with pytest.raises(
+        DataError, match=r"a.jsonl:1 is not JSON \(the key '(content|messages)' is there twice\)"
+    ):
+        read_line(record)
