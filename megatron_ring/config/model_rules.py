@@ -1,9 +1,15 @@
 """What a model's shape must satisfy, and how it divides over a layout; value, rule and remedy in one line."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.parallel import ParallelConfig
+
+MOST_OF_A_SIZE = 1 << 24
+"""Of any model: beyond it sizes multiply to what no tensor can have, which torch says with a traceback."""
+MOST_LAYERS = 1 << 14
+_LAYERS = ("num_layers", "mtp_num_layers", "num_experts")
 
 
 def divisors_near(value: int, of: int) -> str:
@@ -45,6 +51,10 @@ def model_problems(m: ModelConfig) -> Iterator[str]:
     for name in not_negative.split():
         if (getattr(m, name) or 0) < 0:
             yield f"{name}={getattr(m, name)} must not be negative; 0 turns it off"
+    for field in fields(m):
+        value, most = getattr(m, field.name), MOST_LAYERS if field.name in _LAYERS else MOST_OF_A_SIZE
+        if type(value) is int and value > most:
+            yield f"{field.name}={value} must be at most {most}; set --{field.name.replace('_', '-')}"
     yield from must_divide(
         "num_query_groups", m.num_query_groups, "num_attention_heads", m.num_attention_heads
     )

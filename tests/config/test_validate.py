@@ -242,6 +242,18 @@ WRONG = [
     ),
     ("ring_lite_tiny", "--lr 0", 1, "lr=0.0 must be positive; try 3e-4"),
     ("ring_lite_tiny", "--lr nan", 1, "lr=nan must be finite; set --lr"),
+    (
+        "ring_lite_tiny",
+        f"--vocab-size {1 << 62}",
+        1,
+        f"vocab_size={1 << 62} must be at most 16777216; set --vocab-size",
+    ),
+    (
+        "ring_lite_tiny",
+        f"--num-layers {1 << 62}",
+        1,
+        f"num_layers={1 << 62} must be at most 16384; set --num-layers",
+    ),
     ("ring_lite_tiny", "--min-lr 1", 1, "min_lr=1.0 must be from 0 to lr=0.002; try 0.0002"),
     (
         "ring_lite_tiny",
