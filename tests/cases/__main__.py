@@ -14,7 +14,7 @@ def main() -> int:
             for row in rows(area):
                 equal = row.got == row.expected
                 wrong += not equal
-                given = row.given.replace("|", "\\|")[:70]
+                given = " ".join(row.given.split()).replace("|", "\\|")[:70]
                 print(
                     f"| {row.case} | `{given}` | {row.expected} | {row.got} | {'' if equal else '**differs**'} |"
                 )
