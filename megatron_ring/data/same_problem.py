@@ -1,10 +1,11 @@
 """Is one problem another one, written otherwise? What keeps held-out problems out of training.
 
 Two problems are the same where the user's turns are, one after the other, once they are normalised: compatibility
-forms (NFKC) and upper case undone, dashes and quotation marks made plain, white space collapsed, and the punctuation
-of a sentence taken off the ends of its words (``. , ; : ? ! "``). What carries a meaning stays: signs, brackets,
-operators, points and commas inside numbers, exponents and factorials, so that ``2-3``, ``2 3``, ``2^3`` and ``23``
-are four problems.
+forms (NFKC) and upper case undone, characters without a width left out, dashes and quotation marks made plain, white
+space collapsed, and none left around an operator that had it on both sides; the fences of mathematics (dollars,
+``\\(``, ``\\[``) and of emphasis (two stars) taken off, and the punctuation of a sentence off the ends of its words
+(``. , ; : ? ! "``). What carries a meaning stays: signs, brackets, operators, points and commas inside numbers,
+exponents and factorials, so that ``2-3``, ``2 3``, ``2^3`` and ``23`` are four problems, and ``$2`` is not ``2``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,15 @@ _TABLE = str.maketrans(_PLAIN)
 _BEHIND = re.compile(r'(?:(?<=[^\W\d_]{2})!|[.,;:?"\u3002\u3001]|(?<=[?!"])!)+$')
 """Sentence punctuation behind a word; behind a digit, a letter or a bracket ``!`` is a factorial."""
 _BEFORE = re.compile('^["\u00bf\u00a1]+')
+
+_EMPHASIS = re.compile(r"(?<!\w)\*\*(?!\s)([^*]+)(?<!\s)\*\*(?!\w)")
+_FENCES = re.compile(
+    r"\$\$([^$]+)\$\$"
+    # a price ends with a digit, and the next one begins behind a space: neither closes a formula
+    r"|\$(?!\s)([^$]+)(?<!\s)\$(?!\d)"
+    r"|(?<!\\)\\[()\[\]]"
+)
+_SPACED = re.compile(r"(?<=\S) ([-+=*/<>^\u00d7\u00f7]) (?=\S)")
 
 
 def asked(turns: Sequence[str]) -> Asked:
@@ -45,9 +55,12 @@ def is_among(turns: Asked, held_out: Collection[Asked]) -> bool:
 
 
 def _normal(text: str) -> str:
+    # zero-width spaces, byte order marks, soft hyphens
+    text = "".join(c for c in text if unicodedata.category(c) != "Cf")
     # an exponent is no digit of the number under it
     text = "".join(f"^{c}" if unicodedata.decomposition(c).startswith("<super>") else c for c in text)
     text = unicodedata.normalize("NFKC", text.translate(_TABLE)).casefold().translate(_TABLE)
+    text = _FENCES.sub(lambda fence: fence[1] or fence[2] or "", _EMPHASIS.sub(r"\1", text))
     words = text.split()
     bare = [_BEHIND.sub("", _BEFORE.sub("", word)) for word in words]
-    return " ".join(filter(None, bare)) or " ".join(words)
+    return _SPACED.sub(r"\1", " ".join(filter(None, bare)) or " ".join(words))

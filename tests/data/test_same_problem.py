@@ -12,6 +12,8 @@ from megatron_ring.data.same_problem import asked, is_among
     [
         "What is  1 + 2?", " What is 1 + 2? ",
         "What is 1 + 2?\n", "what is 1 + 2 ?", "WHAT IS 1 + 2", "What is\t1 +\u00a02?!",
+        "What is 1+2?", "What is $1 + 2$?", "What is \\(1+2\\)?", "What is \\[1 + 2\\]", "**What is $$1 + 2$$?**",
+        "\ufeffWhat is 1\u200b + 2?\u200b", "What\u00ad is 1 + 2?",
         "\u201cWhat is 1 + 2?\u201d", "What is \uff11 \uff0b \uff12\uff1f", "What, is: 1 + 2...",
     ],
 )  # fmt: skip
@@ -23,6 +25,7 @@ def test_signs_digits_brackets_and_factorials_tell_problems_apart():
     texts = [
         "2-3", "2 3", "23",
         "2^3", "-23", "2.3", "2,3", "2:3", "2/3", "2*3", "(2)3", "2!", "2", "x!", "x", "|x|", "2%", "$2",
+        "2**3", "2**3**4", "234", "$2-$3", "$2 and $3", "2 and 3", "2 -3", "$2$3",
         "2 + 3 * 4", "(2 + 3) * 4", "f'(x)", "f(x)",
     ]  # fmt: skip
     for one, other in itertools.combinations(texts, 2):
