@@ -18,8 +18,10 @@ from megatron_ring.data.json_text import parse_json
 from megatron_ring.data.messages import Conversation, Message, read_conversation
 from megatron_ring.errors import DataError
 
-BESIDE_TESTS = ("mode", "function", "language", "time_limit", "memory_limit", "entry_point", "fn_name")
-"""Keys of a problem with tests that say how they are run."""
+BESIDE_TESTS = ("mode", "function", "language", "time_limit", "memory_limit_mb", "entry_point")
+"""Keys of a problem with tests that say how they are run, as a judge of code knows them."""
+_FUNCTION = "fn_name"
+"""What TACO, APPS and verl call the function that is tested."""
 _WHERE_FROM = (
     "id uid uuid idx index name title url source data_source dataset split license model tags topic topics"
 )
@@ -93,6 +95,10 @@ def read_problem(fields: Mapping[str, Any], origin: str) -> Problem:
         raise DataError(f"{origin}: domain={domain!r} must name who judges the answer, such as math or code")
     told = {key: fields[key] for key in _OF_TEMPLATE if key in fields}
     conversation = read_conversation(told, origin, messages)
+    if not str(conversation.messages[-1]["content"]).strip():
+        raise DataError(
+            f"{origin}: the problem is empty, there is nothing to ask; write it, or remove the line"
+        )
     reference = _reference(fields, origin)
     _refuse_unread(fields, "tests" in reference, origin)
     return Problem(
@@ -126,6 +132,8 @@ def _reference(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
     if "tests" in reference:
         reference |= {key: fields[key] for key in BESIDE_TESTS if fields.get(key) is not None}
         reference |= _as_list(reference["tests"], origin)
+        if fields.get(_FUNCTION):
+            reference = {"mode": "function", "function": fields[_FUNCTION], **reference}
     return reference
 
 
@@ -148,7 +156,9 @@ def _as_list(tests: Any, origin: str) -> dict[str, Any]:
 
 
 def _refuse_unread(fields: Mapping[str, Any], with_tests: bool, origin: str) -> None:
-    known = {*_READ, *_OF_TEMPLATE, *BESIDE_TESTS}
+    known = {*_READ, *_OF_TEMPLATE, *BESIDE_TESTS, _FUNCTION}
+    unread: list[str] = []
+    meant: list[str] = []
     for key, value in fields.items():
         if key in known or value is None or value in ("", [], {}):
             continue
@@ -160,8 +170,13 @@ def _refuse_unread(fields: Mapping[str, Any], with_tests: bool, origin: str) -> 
         # solve_rate_8b is a figure of somebody's, solve_rates is a slip
         close = [word for word in close if len(key) <= len(word) + 1]
         if key in _LOOK_ALIKES or close or with_tests:
-            meant = f"did you mean {close[0]}? if not, " if close else ""
-            raise DataError(
-                f"{origin}: {key} is not read; {meant}write what is right under answer, tests or reference, and what is "
-                "not for judging under metadata"
-            )
+            unread.append(key)
+            meant += close
+    if unread:
+        # all at once: a public data set has ten of them
+        are = "is" if len(unread) == 1 else "are"
+        hint = f"did you mean {', '.join(meant)}? if not, " if meant else ""
+        raise DataError(
+            f"{origin}: {', '.join(unread)} {are} not read; {hint}write what is right under answer, tests or reference, "
+            "and what is not for judging under metadata"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -64,6 +65,10 @@ def _answer(reference: Mapping[str, Any], check: Callable[[str], str | None]) ->
     answer = reference["answer"]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return f"answer={answer!r:.60} must be text or a number"
+    if isinstance(answer, float) and not math.isfinite(answer):
+        return (
+            f"answer={answer} is no number that an answer could equal; write the answer, or remove the line"
+        )
     return check(str(answer))
 
 

@@ -96,7 +96,7 @@ def test_public_forms_are_read_and_judged(judge: CodeJudge, form: str):
         ({"tests": {"inputs": ["1"], "outputs": ["1"], "x": 1}}, "unknown keys x in tests"),
         ({"tests": [{"input": "1", "output": "1"}], "test_list": ["assert f()"]}, "tests and test_list both hold tests"),
         ({"tests": [{"input": "1", "output": "1", "testtype": "essay"}]}, "testtype is essay"),
-        ({"tests": [{"input": "1", "output": "1"}], "time_limit": 0}, "time_limit=0 is not a positive number"),
+        ({"tests": [{"input": "1", "output": "1"}], "time_limit": 0}, "time_limit=0 is not a positive number of seconds"),
         ({"tests": [{"input": "1", "output": "1"}], "memory_limit_mb": "256"}, "memory_limit_mb='256' is not"),
         ({"mode": "unit_test", "tests": [""]}, "test 1 has no assertion"),
         ({"mode": "unit_test", "tests": ["# assert f()"]}, "test 1 has no assertion"),

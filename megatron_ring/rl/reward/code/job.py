@@ -148,7 +148,8 @@ def _settings(reference: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
-            raise ValueError(f"{key}={value!r} is not a positive number")
+            unit = "seconds" if key == "time_limit" else "MB"
+            raise ValueError(f"{key}={value!r:.40} is not a positive number of {unit} below 1,000,000")
         found[key] = kind(value)
     return found
 

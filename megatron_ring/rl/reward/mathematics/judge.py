@@ -60,6 +60,10 @@ _TEXT_COMMANDS_WORDS = (
 )
 _TEXT_COMMANDS = frozenset(_TEXT_COMMANDS_WORDS.split())
 _DEEPEST_TEXT = 20
+_NO_ANSWER = frozenset(("nan", "null", "n/a", "<na>"))
+"""What a table writes where it has no value."""
+_ABOUT_ANSWER = re.compile(r"####|<<[^<>]*>>|\banswers?\b|^\[['\"]", re.IGNORECASE)
+"""GSM8K's worked solutions, sentences such as "The answer is 3", and lists that Python printed."""
 
 
 def judge_math(prompt: Prompt, text: str) -> RewardResult:
@@ -112,10 +116,14 @@ def _problem(answer: str, science: bool) -> str | None:
         reference = plain(unboxed(answer) or "")
         if not reference:
             return "it is empty"
+        if reference.casefold() in _NO_ANSWER:
+            return f"{answer[:40]!r} says that there is none; write the answer, or remove the line"
         if _exact(reference) is not None or _is_word(reference) or choices.LETTER.fullmatch(reference):
             return None
         if science and choices.CHOICE.fullmatch(reference) and len(reference) <= 3:
             return None
+        if _ABOUT_ANSWER.search(reference) or _ABOUT_ANSWER.search(answer):
+            return f"more than the answer: {answer[-40:]!r}; write it alone (of GSM8K, what follows ####)"
         labelled = choices.labelled(reference)
         load()
         value = labelled[1] if labelled else reference
