@@ -20,6 +20,9 @@ from megatron_ring.plain import open_plain
 SUMS = "checksums.json"
 MANIFEST = "conversion.json"
 """What a conversion writes beside its files; it lists the large ones in the same form."""
+_LOADED = (".distcp", ".pt", ".safetensors")
+_ALWAYS_LOADED = (".metadata", "metadata.json", "trainer_state.json")
+"""Files that a load may read: one without a checksum would pass unseen."""
 _READ_BYTES = 1 << 22
 _REMEDY = "copy it again, or leave the checksums out"
 
@@ -110,11 +113,20 @@ def require_sums(folder: Path) -> dict[str, Summed]:
     """The checksums of a checkpoint, or of the large files of a converted folder.
 
     Raises:
-        CheckpointError: it has none.
+        CheckpointError: it has none, or none of a file that a load may read.
     """
-    for name in (SUMS, MANIFEST):
-        if (folder / name).exists():
-            return read_sums(folder, name)
+    if (folder / SUMS).exists():
+        sums = read_sums(folder)
+        there = sorted(path.name for path in folder.iterdir())
+        unlisted = [n for n in there if n not in sums and (n.endswith(_LOADED) or n in _ALWAYS_LOADED)]
+        if unlisted:
+            raise CheckpointError(
+                f"{folder / SUMS}: has no checksum of {', '.join(unlisted[:3])}, which a load may read; copy the "
+                "checkpoint again, or remove what was added"
+            )
+        return sums
+    if (folder / MANIFEST).exists():
+        return read_sums(folder, MANIFEST)
     raise CheckpointError(
         f"{folder}: has no {SUMS} to compare with: an older version or another program wrote it; a run that is to "
         "load it leaves --verify-checkpoint-integrity out"

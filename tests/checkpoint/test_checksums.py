@@ -118,6 +118,25 @@ def test_a_damaged_list_is_one_line(root, text):
     assert "checksums.json: " in fails(root)
 
 
+@pytest.mark.parametrize(
+    "name", [".metadata", "__0_0.distcp", "common.pt", "rng.safetensors", "trainer_state.json"]
+)
+def test_a_file_that_is_loaded_and_not_listed_is_no_clean_checkpoint(root, name):
+    path = root / NAME / checksums.SUMS
+    listed = json.loads(path.read_text())
+    del listed["files"][name]
+    path.write_text(json.dumps(listed))
+    assert f"checksums.json: has no checksum of {name}, which a load may read" in fails(root)
+
+
+def test_an_empty_list_and_a_file_that_was_added_are_no_clean_checkpoint(root):
+    (root / NAME / "__1_0.distcp").write_bytes(b"x")
+    assert "has no checksum of __1_0.distcp" in fails(root)
+    (root / NAME / checksums.SUMS).write_text('{"files": {}}')
+    done = verify(root)
+    assert done.returncode == 2 and "has no checksum of .metadata, __0_0.distcp" in done.stderr, done
+
+
 def verify(folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-X", "importtime", str(TOOL), str(folder)]
