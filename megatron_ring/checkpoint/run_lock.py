@@ -43,7 +43,7 @@ class Owner:
     """Who holds a run folder.
 
     Example: ``Owner(token="9f...", host="node3", machine="6b2c.../4026531836", pid=4711, started=123456,
-    launch="127.0.0.1:29500/...")``.
+    launch="127.0.0.1:29500/...", folder="/runs/a")``.
     """
 
     token: str
@@ -55,6 +55,8 @@ class Owner:
     """Clock ticks after the boot; another process may have the number later."""
     launch: str
     """The same for all processes of one launch."""
+    folder: str = ""
+    """Where the lock was made; a copy of a live folder has the lock in it too."""
 
     def is_here(self) -> bool:
         """Can this process see whether the owner lives?"""
@@ -140,6 +142,7 @@ def _take(lock: Path) -> Owner:
         pid=os.getpid(),
         started=_started(os.getpid()) or 0,
         launch=_launch(),
+        folder=os.path.realpath(lock.parent),
     )
     own = lock.with_name(f"{LOCK}.{owner.token}")
     _write_durably(own, json.dumps(asdict(owner)) + "\n")
@@ -154,7 +157,7 @@ def _take(lock: Path) -> Owner:
             if _is_live(lock, held):
                 raise _refusal(lock, held)
             if _take_over(lock, held, own):
-                log.warning("%s: was held by %s, which is gone: taken over", lock, held)
+                log.warning("%s: was held by %s, which is gone from here: taken over", lock, held)
                 return owner
         raise CheckpointError(f"{lock}: changes hands without end; remove it when no run writes there")
     finally:
@@ -235,11 +238,26 @@ def _keep_fresh(lock: Path, owner: Owner, stop: threading.Event) -> None:
 def _is_live(lock: Path, owner: Owner) -> bool:
     """Does the maker of ``lock`` still run, as far as can be known from here?"""
     if owner.is_here():
-        return _started(owner.pid) == owner.started
+        return _started(owner.pid) == owner.started and not _is_copy(lock, owner)
     try:
         # either way: a clock that was put back leaves a lock from the future, which nobody touches either
         return abs(_now(lock) - lock.stat().st_mtime) < STALE_SECONDS
     except FileNotFoundError:
+        return False
+
+
+def _is_copy(lock: Path, owner: Owner) -> bool:
+    """Is ``lock`` a copy of one that its owner has elsewhere, where it is another file?
+
+    In doubt it is none: under another name of the folder it is the same file, and of a folder that was moved, or cannot
+    be seen, the original is not found.
+    """
+    if not owner.folder or owner.folder == os.path.realpath(lock.parent):
+        return False
+    original = Path(owner.folder) / LOCK
+    try:
+        return _read(original) == owner and not original.samefile(lock)
+    except (OSError, ValueError, CheckpointError):
         return False
 
 
@@ -271,7 +289,9 @@ def _read(lock: Path) -> Owner | None:
         data = read_plain(lock, _MAX_BYTES)
         values = parse_json_object(data)
         owner = Owner(**values)
-        if not all(isinstance(v, str) for v in (owner.token, owner.host, owner.machine, owner.launch)):
+        if not all(
+            isinstance(v, str) for v in (owner.token, owner.host, owner.machine, owner.launch, owner.folder)
+        ):
             raise ValueError("names no owner")
         if not is_count(owner.pid) or not is_count(owner.started) or not owner.token.isalnum():
             raise ValueError("names no process")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,19 @@ def test_a_killed_run_is_taken_over_at_once(holder, tmp_path, caplog):
         assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
     assert f"was held by process {holder.pid}" in caplog.text and "taken over" in caplog.text
     assert list(tmp_path.iterdir()) == [tmp_path / "run"] and list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_copy_of_a_live_folder_is_free_and_the_original_is_not(holder, tmp_path):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    shutil.copytree(run, copy)
+    hold(copy)
+    assert not (copy / LOCK).exists()
+    (tmp_path / "link").symlink_to(run)
+    for name in (run, tmp_path / "link"):
+        assert f"process {holder.pid}" in refused(lambda name=name: hold(name))
+    # moved while it runs, it is no copy
+    moved = run.rename(tmp_path / "moved")
+    assert f"process {holder.pid}" in refused(lambda: hold(moved))
 
 
 def test_a_number_that_another_process_has_now_is_no_owner(tmp_path):
