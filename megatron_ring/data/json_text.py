@@ -27,7 +27,9 @@ def parse_json(
         deep = True
         value = None
     except ValueError as error:
-        raise DataError(f"{origin} is not JSON ({error}); {remedy}") from None
+        # of a number of 4301 digits, Python names a remedy that is a programmer's
+        reason = str(error).partition("; use sys.")[0]
+        raise DataError(f"{origin} is not JSON ({reason}); {remedy}") from None
     if deep:
         raise DataError(f"{origin} is nested more than {MAX_DEPTH} deep; write it flatter")
     return value

@@ -272,8 +272,9 @@ class StageRun:
                 run_dir.mkdir(parents=True, exist_ok=True)
                 write_durably(run_dir / "config.toml", dump_toml(self.config))
             except OSError as error:
+                flag = "--metrics-file in" if self.config.logging.metrics_file else "--save"
                 raise ConfigError(
-                    f"save={run_dir}: {error.strerror}; name a folder that can be written"
+                    f"{flag} {run_dir}: {error.strerror}; name a folder that can be written"
                 ) from None
 
     def _write_sample(self) -> None:

@@ -1,10 +1,12 @@
 """What the stages share."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_ring.config.load import config_from_mapping
+from megatron_ring.errors import ConfigError
 from megatron_ring.stages import loop
 
 
@@ -35,6 +37,17 @@ def test_of_several_processes_the_writer_alone_says_what_is_no_warning(
         for name, value in zip((None, *names), before, strict=True):
             logging.getLogger(name).setLevel(value)
     assert set(capfd.readouterr().err.split()) == heard
+
+
+@pytest.mark.parametrize("flag", ["--metrics-file", "--save"])
+def test_a_folder_that_cannot_be_written_is_said_by_the_flag_that_names_it(tmp_path, flag):
+    (tmp_path / "file").touch()
+    word = str(tmp_path / "file" / ("m.jsonl" if flag == "--metrics-file" else "run"))
+    run = loop.StageRun.__new__(loop.StageRun)
+    run.config = config_from_mapping({flag.strip("-").replace("-", "_"): word})
+    run.session, run.stage, run.step = SimpleNamespace(is_writer=True), "pretrain", 0
+    with pytest.raises(ConfigError, match=f"^{flag}.* {tmp_path}/file.*; name a folder that can be written"):
+        run._announce()
 
 
 class _Nothing:

@@ -148,3 +148,11 @@ def test_a_key_that_looks_like_a_reference_is_refused_by_name(tmp_path: Path, fi
 def test_beside_an_answer_other_columns_are_passed_over(tmp_path: Path):
     line = {**GOOD, "difficulty": 3, "my_column": "x", "solve_rate_8b": 0.5, "solution": "..."}
     assert source(tmp_path / "p.jsonl", line)[0].reference == {"answer": "2"}
+
+
+def test_a_number_too_long_for_python_is_one_line_without_a_programmers_remedy(tmp_path: Path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "f", "domain": "math", "answer": ' + "9" * 5000 + "}")
+    with pytest.raises(
+        DataError, match=r"p.jsonl:1 is not JSON \(.*5000 digits\); write one object per line"
+    ):
+        JsonlSource(tmp_path / "p.jsonl")
