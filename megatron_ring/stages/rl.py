@@ -109,7 +109,8 @@ class RlRun(StageRun):
         rewards = None
         if judges(session):
             # before the model, so that verifiers load their libraries meanwhile
-            rewards = stack.enter_context(RewardPool.open(config.reward, self.prompts.domains | domains))
+            pool = RewardPool.open(config.reward, self.prompts.domains | domains, speaks=session.is_main)
+            rewards = stack.enter_context(pool)
         self.sampling = SamplingParams(
             temperature=rollout.temperature,
             top_p=rollout.top_p,

@@ -149,6 +149,8 @@ def test_without_bubblewrap_verifiers_are_confined_and_this_is_said_once(no_wall
         judges = [p for p in own_processes() if "reward.worker" in " ".join(p.cmdline()) and not p.children()]
         modes = [Path(f"/proc/{p.pid}/status").read_text() for p in judges]
         assert modes and all("Seccomp:\t2" in mode for mode in modes)
+    with RewardPool.open(RewardConfig(reward_workers=2), domains={"math"}, speaks=False):
+        pass
     said = [record.message for record in caplog.records if "no walls around verifiers" in record.message]
     assert len(said) == 1 and "bwrap is not installed" in said[0]
 

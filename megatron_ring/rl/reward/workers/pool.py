@@ -81,13 +81,15 @@ class RewardPool:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, config: RewardConfig, domains: Collection[str] = ()) -> Iterator[RewardPool]:
+    def open(
+        cls, config: RewardConfig, domains: Collection[str] = (), *, speaks: bool = True
+    ) -> Iterator[RewardPool]:
         """Start ``config.reward_workers`` workers and kill them at the end; what is unjudged then is cancelled.
 
         Returns when one worker has imported every reward function; with "code" in ``domains`` it has tried the
         sandbox too. What else ``domains`` need is loaded in the background. Raises RewardError in one line for a
         domain without a function, a path that leads nowhere, a sandbox that does not isolate, workers that cannot
-        start. Says once if there are no walls here.
+        start. Says if there are no walls here, where it ``speaks``: one process of a job does.
         """
         if config.reward_workers < 1:
             raise RewardError(f"reward_workers={config.reward_workers} must be at least 1; try 2")
@@ -98,7 +100,7 @@ class RewardPool:
                 "(in a shell: trap - CHLD)"
             )
         pool = cls(config, domains)
-        if "inside" in pool._places and raise_walls().missing:
+        if speaks and "inside" in pool._places and raise_walls().missing:
             log.warning("%s", _without_walls())
         threads = [
             threading.Thread(target=pool._serve, name=f"reward-{n}", daemon=True)
