@@ -13,7 +13,9 @@ _BY_NAME = {"lfloor": ("rfloor", "floor"), "lceil": ("rceil", "ceil"), "|(": ("|
 _MATRICES = frozenset(
     ["matrix", "pmatrix", "bmatrix", "Bmatrix", "vmatrix", "Vmatrix", "smallmatrix", "array"]
 )
-_APPLIED = frozenset("fFghGp")
+_APPLIED = frozenset(word_list("f F g h G p \\Gamma \\zeta \\phi \\varphi \\sigma \\tau \\psi"))
+"""Names that a bracket applies to a letter or a number; some to anything that stands in it."""
+_ALWAYS_APPLIED = frozenset(word_list("f F \\Gamma \\zeta"))
 _INVERSES = frozenset(word_list("arcsin arccos arctan arccot arcsinh arccosh arctanh"))
 
 
@@ -78,7 +80,7 @@ class Atoms(Words):
             return Node("constant", name=name.removeprefix("\\"))
         if plain in _APPLIED and self.peek() == "(":
             closing = next((n for n in range(1, 6) if self.peek(n) == ")"), 0)
-            if plain in "fF" or closing == 2:
+            if plain in _ALWAYS_APPLIED or closing == 2:
                 start = self.at
                 self.structure(self.take().text)
                 name += "(" + " ".join(word.text for word in self.words[start + 1 : self.at])

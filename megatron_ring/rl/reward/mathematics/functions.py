@@ -91,6 +91,12 @@ def _elementary(name: str) -> Callable[..., Number]:
     return lambda at, value: at.real_function(name, value)
 
 
+def _angle(at: Evaluator, value: Number) -> Number:
+    if value == 0:
+        raise Undefined("zero has no angle")
+    return mp.arg(at.inexact(value))
+
+
 FUNCTIONS: dict[tuple[str, int], Callable[..., Number]] = {
     **{
         (name, 1): _elementary(name)
@@ -112,7 +118,7 @@ FUNCTIONS: dict[tuple[str, int], Callable[..., Number]] = {
     ("sign", 1): _sign_of,
     ("Re", 1): lambda at, value: mp.re(at.inexact(value)),
     ("Im", 1): lambda at, value: mp.im(at.inexact(value)),
-    ("arg", 1): lambda at, value: mp.arg(at.inexact(value)),
+    ("arg", 1): _angle,
     ("binom", 2): _binomial,
     ("mod", 2): _modulo,
     ("double factorial", 1): _double_factorial,

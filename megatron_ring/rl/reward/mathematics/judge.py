@@ -45,6 +45,8 @@ _MATHEMATICAL = frozenset(
         "lambda sigma omega infinity infty"
     )
 )
+_IN_BRACKETS = re.compile(r"\((?:\s*[+-]?\d+\s*,)+\s*[+-]?\d+\s*\)")
+"""``(32,348)`` is a pair: nobody writes one number so."""
 _AMBIGUOUS_COMMA = re.compile(r"\d,\d{3}(?!\d)")
 _AMBIGUOUS_EXPONENT = re.compile(r"(?<![\d.])\d+[eE][+-]?\d")
 _UNIT = r"[A-Za-z]{1,4}(?:\^\{?-?\d\}?)?"
@@ -197,6 +199,8 @@ def _by_value(reference: str, answer: str, science: bool) -> RewardResult:
     given = _readings(answer, loose_units=True)
     if not given:
         return _unreadable(f"cannot read {answer[:60]}: {_why(answer)}")
+    if _IN_BRACKETS.fullmatch(answer):
+        wanted = wanted[:1]  # 32,348 may be meant as a list, but a pair does not say so
     reason = ""
     budget = Budget()
     for a in wanted:
@@ -216,7 +220,9 @@ def _by_value(reference: str, answer: str, science: bool) -> RewardResult:
 def _readings(text: str, loose_units: bool) -> list[Node]:
     """The trees that a text may stand for, the likeliest first; none if it cannot be read."""
     options = [{}]
-    if _AMBIGUOUS_COMMA.search(text):
+    if _IN_BRACKETS.fullmatch(text):
+        options = [{"grouped": False}]
+    elif _AMBIGUOUS_COMMA.search(text):
         options.append({"grouped": False})
     if _AMBIGUOUS_EXPONENT.search(text):
         options.append({"scientific": False})

@@ -40,28 +40,28 @@ $€ euro eur €
 $£ gbp £
 $¥ yen ¥ yuan rmb
 rad radian
-hz hertz
-n newton
-j joule
-kj kilojoule
-w watt
-kw kilowatt
-pa pascal
-kpa kilopascal
-v volt
-a amp ampere
-k kelvin
+Hz hz hertz
+N n newton
+J j joule
+kJ kj kilojoule
+W w watt
+kW kw kilowatt
+Pa pa pascal
+kPa kpa kilopascal
+V v volt
+A a amp ampere
+K k kelvin
 c celsius
 f fahrenheit
 am
 pm
 mol mole
-ev electronvolt
-mev megaelectronvolt
-kev kiloelectronvolt
-khz kilohertz
-mhz megahertz
-ghz gigahertz
+eV ev electronvolt
+MeV mev megaelectronvolt
+keV kev kiloelectronvolt
+kHz khz kilohertz
+MHz mhz megahertz
+GHz ghz gigahertz
 erg
 dyne dyn
 atm atmosphere
@@ -78,6 +78,7 @@ nm nanometer nanometre
 ч час
 """
 _KNOWN = {word: line.split()[0] for line in _SAME.strip().splitlines() for word in line.split()}
+_PREFIXED = re.compile("[YZEPTGMkhdcmu\u00b5\u03bcnpf](?:mol|Hz|Pa|eV|Wb|Bq|Gy|Sv|lm|lx|[mgsAKNJWCVFTHLl])")
 LETTERS = frozenset("msghNJWVL")
 """Letters that are a unit though they stand alone and could be symbols."""
 _HEDGES = frozenset(
@@ -165,6 +166,9 @@ def _measure(text: str) -> tuple[tuple[str, int], ...]:
 
 
 def _known(word: str) -> str | None:
+    """A unit's one spelling. ``mW`` and ``MW`` differ; only what is no unit as it is written is folded."""
+    if word not in _KNOWN and word not in ("pm", "am") and _PREFIXED.fullmatch(word):
+        return word.replace("L", "l").replace("\u00b5", "\u03bc")
     lowered = word.casefold()
     for spelling in (word, lowered, lowered.removesuffix("s"), lowered.removesuffix("es")):
         if spelling in _KNOWN:

@@ -94,7 +94,13 @@ class Evaluator:
     def _add(self, node: Node) -> Number:
         return reduce(self.plus, map(self._of, node.parts))
 
+    def _finite(self, *values: Number) -> None:
+        """Infinity is an answer and an end, but no number: what is worked out with it would pay for another value."""
+        if not all(map(finite, values)):
+            raise Undefined("arithmetic with infinity")
+
     def plus(self, a: Number, b: Number) -> Number:
+        self._finite(a, b)
         if isinstance(a, Fraction) and isinstance(b, Fraction):
             if bits(a) + bits(b) <= MAX_EXACT_BITS:
                 self.budget.charge(((bits(a) + bits(b)) / 300) ** 2)
@@ -110,18 +116,20 @@ class Evaluator:
         return reduce(self.times, map(self._of, node.parts))
 
     def times(self, a: Number, b: Number) -> Number:
+        self._finite(a, b)
         if isinstance(a, Fraction) and isinstance(b, Fraction):
             if bits(a) + bits(b) <= MAX_EXACT_BITS:
                 self.budget.charge(((bits(a) + bits(b)) / 300) ** 2)
                 return a * b
             self.rounded = True
         if a == 0 or b == 0:
-            return Fraction(0) if finite(a) and finite(b) else self._checked(mp.nan)
+            return Fraction(0)
         self.budget.charge(20)
         return self._checked(self.inexact(a) * self.inexact(b))
 
     def _inverse(self, node: Node) -> Number:
         value = self._of(node.parts[0])
+        self._finite(value)
         if value == 0:
             raise Undefined("division by zero")
         return 1 / value
@@ -134,8 +142,7 @@ class Evaluator:
         return self.power(base, exponent)
 
     def power(self, base: Number, exponent: Number) -> Number:
-        if not finite(base) or not finite(exponent):
-            return self._checked(self.inexact(base) ** self.inexact(exponent))
+        self._finite(base, exponent)
         if base == 0 or base == 1:
             if base == 0 and not (is_real(exponent) and exponent > 0):
                 raise Undefined("zero to this power")
@@ -248,6 +255,7 @@ class Evaluator:
         function = FUNCTIONS.get((node.name, len(arguments))) or FUNCTIONS.get((node.name, 0))
         if function is None or not arguments:
             raise Unreadable(f"{node.name} of {len(arguments)}")
+        self._finite(*arguments)
         return self._checked(function(self, *arguments))
 
     def _turned(self, node: Node, name: str) -> Number:
