@@ -5,13 +5,11 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from megatron_ring.errors import CheckpointError
-from megatron_ring.plain import read_plain
+from megatron_ring.plain import json_value, read_plain
 
 MAX_JSON_BYTES = 100_000_000
 """No description of a checkpoint is longer, whatever the model."""
@@ -37,10 +35,7 @@ def parse_json_object(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError: it spells none; the message is one line.
     """
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
-    except RecursionError:
-        raise ValueError("its JSON is nested too deeply") from None
+    value = json_value(data.decode("utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"holds {_kind(value)} but must hold a JSON object")
     return value
@@ -70,15 +65,6 @@ def shown(value: object, limit: int = 60) -> str:
     if isinstance(value, str):
         return repr(value if len(value) <= limit else value[:limit] + "...")
     return _kind(value)
-
-
-def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"holds the key {shown(key)} twice")
-        result[key] = value
-    return result
 
 
 def _kind(value: object) -> str:

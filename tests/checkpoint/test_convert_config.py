@@ -341,10 +341,10 @@ def test_odd_values_are_one_line(changes: dict[str, Any], words: str):
 
 
 FILES = {
-    "nested deeply": ("[" * 100_000, "is nested too deeply"),
-    "a string": ('"config"', "holds no JSON object"),
+    "nested deeply": ("[" * 100_000, "nested too deeply"),
+    "a string": ('"config"', "holds a string but must hold a JSON object"),
     "latin-1": (b'{"a": "\xe9"}', "can't decode"),
-    "a key twice": ('{"n_group": 8, "n_group": 1}', "n_group is there twice"),
+    "a key twice": ('{"n_group": 8, "n_group": 1}', "the key 'n_group' is there twice"),
     "a long number": ('{"vocab_size": ' + "9" * 5000 + "}", "digits"),
     "empty": ("", "Expecting value"),
 }

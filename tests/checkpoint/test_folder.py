@@ -132,7 +132,7 @@ WHOLE = {"iteration": 3, "optimizer_steps": 3, "layout": {}, "model": {}, "train
         ('{"iteration": 3}', "lacks optimizer_steps"),
         ("[" * 100_000, "nested too deeply"),
         ('{"iteration": ' + "9" * 5000 + "}", "digits"),
-        ('{"iteration": 3, "iteration": 4}', "holds the key 'iteration' twice"),
+        ('{"iteration": 3, "iteration": 4}', "the key 'iteration' is there twice"),
         (json.dumps(WHOLE).encode("utf-16"), "codec can't decode"),
         *((json.dumps({**WHOLE, "trainer": value}), "for trainer") for value in (None, [], 3, "x")),
         *(

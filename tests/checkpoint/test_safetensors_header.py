@@ -66,11 +66,11 @@ BAD: dict[str, tuple[bytes, str]] = {
             + json.dumps(entry(16, 32)).encode()
             + b"}"
         ),
-        "the key 'a' twice",
+        "the key 'a' is there twice",
     ),
     "a field twice": (
         with_header(b'{"a":{"dtype":"F32","shape":[4],"shape":[2],"data_offsets":[0,16]}}', 16),
-        "the key 'shape' twice",
+        "the key 'shape' is there twice",
     ),
     "a negative size": (with_header({"a": entry(0, 16, [-4])}, 16), "no shape of integers"),
     "two negative sizes": (with_header({"a": entry(0, 16, [-2, -2])}, 16), "no shape of integers"),
@@ -169,7 +169,7 @@ def test_a_shard_that_is_no_file_is_refused_without_waiting(kind, tmp_path):
         ('{"weight_map": {"a": ".."}}', "not a file beside it"),
         ('{"weight_map": {"a": "x\\u0000y"}}', "not a file beside it"),
         ('{"weight_map": {"a": "x.safetensors"}}', "missing although"),
-        ('{"weight_map": {"a": "x"}, "weight_map": {"a": "y"}}', "the key 'weight_map' twice"),
+        ('{"weight_map": {"a": "x"}, "weight_map": {"a": "y"}}', "the key 'weight_map' is there twice"),
     ],
 )
 def test_an_index_that_is_none_is_refused(text, reason, tmp_path):

@@ -118,7 +118,7 @@ def test_unicode_with_its_mark_is_read_as_what_it_is(tmp_path: Path, encoding: s
         ("a.jsonl", b"\xff\xfe{\x00\x00", "a.jsonl is not the UTF-16 that its first bytes say"),
         ("a.txt", b"\xff\xfe{\x00\x00", "a.txt is not the UTF-16 that its first bytes say"),
         ("a.jsonl", b'{"text": "\xe9"}', "a.jsonl:1 is not UTF-8"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl:1 is nested more than 64 deep"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl:1 is nested too deeply, more than 64 deep"),
     ],
 )
 def test_what_is_no_unicode_is_one_line(tmp_path: Path, name: str, data: bytes, said: str):

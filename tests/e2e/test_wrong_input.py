@@ -280,7 +280,7 @@ def reads(corpus) -> dict[str, object]:
         ("", ', "tools": [{"type": "function"}]', "a.jsonl:2: tools are not read by this chat template"),
         (', "weight": 0', "", "a.jsonl:2: every answer has weight 0"),
         ("", ', "chat_template_kwargs": {"enable_thinking": false}', "a.jsonl:2: chat_template_kwargs: "),
-        ("", ', "extra": ' + "[" * 3000 + "]" * 3000, "a.jsonl:2 is nested more than 64 deep"),
+        ("", ', "extra": ' + "[" * 3000 + "]" * 3000, "a.jsonl:2 is nested too deeply, more than 64 deep"),
     ],
 )
 def test_a_conversation_that_says_more_than_is_read(refused, reads, tmp_path, keys, fields, said):

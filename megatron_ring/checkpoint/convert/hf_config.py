@@ -7,9 +7,6 @@ configuration class's default.
 
 from __future__ import annotations
 
-import json
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -21,10 +18,10 @@ from megatron_ring.checkpoint.convert.hf_rules import (
     is_size,
     refuse_what_is_not_computed,
     said_or_default,
-    short,
     shown,
     under_one_name,
 )
+from megatron_ring.checkpoint.plain_files import read_json
 from megatron_ring.config.model import Family, ModelConfig
 from megatron_ring.config.model_rules import model_problems
 from megatron_ring.errors import CheckpointError
@@ -52,34 +49,7 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, no plain file, or no JSON object.
     """
-    path = folder / "config.json"
-    remedy = "name a Hugging Face model folder"
-    try:
-        # a pipe would be waited for
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{path}: is no plain file; {remedy}")
-            if status.st_size > _MAX_BYTES:
-                raise CheckpointError(f"{path}: {status.st_size} bytes are no config.json; {remedy}")
-            config = json.loads(file.read().decode("utf-8"), object_pairs_hook=_without_repeats)
-    except RecursionError:
-        raise CheckpointError(f"{path}: is nested too deeply; {remedy}") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path}: {short(str(reason))}; {remedy}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: holds no JSON object; {remedy}")
-    return config
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{short(twice)} is there twice, and readers differ in which they take")
-    return found
+    return read_json(folder / "config.json", "name a Hugging Face model folder", max_bytes=_MAX_BYTES)
 
 
 def family_of(config: Mapping[str, Any], origin: str) -> Family:
