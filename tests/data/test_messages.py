@@ -250,7 +250,9 @@ def test_an_answer_ends_with_the_stop_token_of_its_template(huggingface_folder, 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 200 + "1" + "}" * 200, "[" * 70 + "]" * 70])
 def test_nested_json_is_one_line(text: str):
-    with pytest.raises(DataError, match=r"a.jsonl:3 is nested too deeply, more than 64 deep|a.jsonl:3 is not JSON"):
+    with pytest.raises(
+        DataError, match=r"a.jsonl:3 is nested too deeply, more than 64 deep|a.jsonl:3 is not JSON"
+    ):
         parse_json(text, "a.jsonl:3")
     assert parse_json("[" * 60 + "]" * 60, "a.jsonl:3")
 
