@@ -131,13 +131,15 @@ def _reference(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
         raise DataError(f"{origin}: none of answer, tests and reference says what is right; add one")
     if "tests" in reference:
         reference |= {key: fields[key] for key in BESIDE_TESTS if fields.get(key) is not None}
-        reference |= _as_list(reference["tests"], origin)
+        reference |= _as_list(
+            reference["tests"], origin, fields.get(_FUNCTION) or reference.get("function") or ""
+        )
         if fields.get(_FUNCTION):
             reference = {"mode": "function", "function": fields[_FUNCTION], **reference}
     return reference
 
 
-def _as_list(tests: Any, origin: str) -> dict[str, Any]:
+def _as_list(tests: Any, origin: str, given_name: str) -> dict[str, Any]:
     """Tests as a list, and what else they say; they may be columns, and either may be JSON in a text."""
     if isinstance(tests, str) and tests.lstrip()[:1] in ("[", "{"):
         tests = parse_json(tests, f"{origin}: tests", "write a list of tests")
@@ -151,8 +153,34 @@ def _as_list(tests: Any, origin: str) -> dict[str, Any]:
         raise DataError(
             f"{origin}: tests must have as many outputs as inputs, as two lists; add what is missing"
         )
-    pairs = [{"input": given, "output": wanted} for given, wanted in zip(inputs, outputs, strict=True)]
+    name = name or given_name
+    pairs = paired_columns(inputs, outputs, is_function=bool(name))
     return {"tests": pairs, **({"mode": "function", "function": name} if name else {})}
+
+
+def paired_columns(
+    inputs: Sequence[Any], outputs: Sequence[Any], *, is_function: bool
+) -> list[dict[str, Any]]:
+    """One test for each input and its output, as APPS and TACO mean them.
+
+    Of standard input, a list of texts is the lines of one. Where every output of a function is a list of one, the one
+    counts as well: half of the rows have the value in a list, the others are of functions that return such a list.
+
+    Example: ``paired_columns([[1, 2]], [[3]], is_function=True) == [{"input": [1, 2], "output": [3], "or": 3}]``.
+    """
+    pairs = list(zip(inputs, outputs, strict=True))
+    if not is_function:
+        return [{"input": _joined(given), "output": _joined(wanted)} for given, wanted in pairs]
+    also = bool(pairs) and all(isinstance(wanted, list) and len(wanted) == 1 for wanted in outputs)
+    return [
+        {"input": given, "output": wanted, **({"or": wanted[0]} if also else {})} for given, wanted in pairs
+    ]
+
+
+def _joined(value: Any) -> Any:
+    if isinstance(value, list) and all(isinstance(line, str) for line in value):
+        return "\n".join(value)
+    return value
 
 
 def _refuse_unread(fields: Mapping[str, Any], with_tests: bool, origin: str) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_ring.data.prompt_sources import GymSource, JsonlSource
 from megatron_ring.errors import DataError
+from megatron_ring.rl.reward.code.job import CodeJob
 from megatron_ring.rl.reward.references import check_sources, unjudgeable
 
 GOOD = {"prompt": "1+1", "domain": "math", "answer": "2"}
@@ -77,10 +78,31 @@ def test_a_problem_without_a_judge_is_named(tmp_path: Path, fields: dict):
         },
         {"domain": "code", "fn_name": "f", "tests": [{"input": [1], "output": 2}]},
         {"domain": "code", "fn_name": "f", "tests": {"inputs": [[1]], "outputs": [2]}},
+        {"domain": "code", "tests": {"inputs": [["1", "2"]], "outputs": [["3"]]}},
     ],
 )
 def test_a_problem_with_a_judge_passes(tmp_path: Path, fields: dict):
     check_sources([source(tmp_path / "p.jsonl", {"prompt": "f", **fields})])
+
+
+def test_columns_of_a_line_mean_what_they_mean_in_a_reference(tmp_path: Path):
+    """Every right answer to such a line was wrong: its value was compared with the list around it."""
+    columns = {"inputs": [[1, 2], [2, 2]], "outputs": [[3], [4]]}
+    lines = [
+        {"tests": {**columns, "fn_name": "add"}},
+        {"tests": json.dumps({**columns, "fn_name": "add"})},
+        {"tests": columns, "fn_name": "add"},
+        {"reference": {"tests": {**columns, "fn_name": "add"}}},
+        {"tests": columns, "mode": "function", "function": "add"},
+    ]
+    whole = CodeJob.of({"input_output": {**columns, "fn_name": "add"}}, "")
+    assert [test["or"] for test in whole.tests] == [3, 4]
+    for number, fields in enumerate(lines):
+        (problem,) = source(tmp_path / f"{number}.jsonl", {"prompt": "f", "domain": "code", **fields})
+        assert CodeJob.of(problem.reference, "") == whole
+    texts = {"inputs": [["1", "2"]], "outputs": [["3", ""]]}
+    (problem,) = source(tmp_path / "texts.jsonl", {"prompt": "f", "domain": "code", "tests": texts})
+    assert problem.reference["tests"] == [{"input": "1\n2", "output": "3\n"}]
 
 
 def test_five_are_named_and_all_are_counted(tmp_path: Path):

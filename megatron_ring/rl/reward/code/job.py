@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
+from megatron_ring.data.problem_lines import paired_columns
 from megatron_ring.rl.reward.code.compare import read_json, write_json
 from megatron_ring.rl.reward.code.unit_tests import read_unit_test
 
@@ -236,19 +237,11 @@ def _paired(tests: Mapping[str, Any]) -> tuple[list[Any], str, str]:
         raise ValueError(f"{len(inputs)} inputs, but {len(outputs)} outputs")
     if name is not None and not isinstance(name, str):
         raise ValueError(f"fn_name is {type(name).__name__}, not text")
-    paired = [{"input": given, "output": wanted} for given, wanted in zip(inputs, outputs, strict=True)]
-    if not name:
-        return [{key: _joined(value) for key, value in test.items()} for test in paired], "stdin", ""
-    if outputs and all(isinstance(wanted, list) and len(wanted) == 1 for wanted in outputs):
-        paired = [{**test, "or": test["output"][0]} for test in paired]
-    return paired, "function", name
-
-
-def _joined(value: Any) -> Any:
-    """APPS writes some texts as a list of their lines."""
-    if isinstance(value, list) and all(isinstance(line, str) for line in value):
-        return "\n".join(value)
-    return value
+    return (
+        paired_columns(inputs, outputs, is_function=bool(name)),
+        "function" if name else "stdin",
+        name or "",
+    )
 
 
 def _fields(number: int, test: Any) -> Mapping[str, Any]:
