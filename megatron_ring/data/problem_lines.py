@@ -134,6 +134,9 @@ def _reference(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
         reference |= _as_list(
             reference["tests"], origin, fields.get(_FUNCTION) or reference.get("function") or ""
         )
+        if "func_name" in str(fields.get("metadata")):
+            # LiveCodeBench says there what is called
+            reference.setdefault("metadata", fields["metadata"])
         if fields.get(_FUNCTION):
             reference = {"mode": "function", "function": fields[_FUNCTION], **reference}
     return reference

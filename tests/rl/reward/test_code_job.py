@@ -40,6 +40,8 @@ FORMS = {
                  "class Solution:\n    def add(self, a: int, b: int) -> int: return a + b"),
     "MBPP": ({"test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == N"], "test_setup_code": "N = 0",
               "test_imports": ["import math"]}, ADD),
+    "MBPP, sanitized": ({"source_file": "x.ipynb", "task_id": 2, "prompt": "Write add.", "code": "x", "test_imports": [],
+                         "test_list": ["assert add(1, 2) == 3"]}, ADD),
     "MBPP, a built-in name": ({"test_list": ["assert sum(1, 2) == 3"]}, ADD.replace("add", "sum")),
 }  # fmt: skip
 
@@ -149,4 +151,9 @@ def test_a_problems_own_limits_are_kept_within_bounds(limits: dict, seconds: flo
 
 
 def test_every_key_that_is_read_is_named():
-    assert {key for reference, _ in FORMS.values() for key in reference} - {"task_id", "prompt"} <= CODE_KEYS
+    assert {key for reference, _ in FORMS.values() for key in reference} - {
+        "task_id",
+        "prompt",
+        "source_file",
+        "code",
+    } <= CODE_KEYS

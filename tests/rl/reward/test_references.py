@@ -105,6 +105,17 @@ def test_columns_of_a_line_mean_what_they_mean_in_a_reference(tmp_path: Path):
     assert problem.reference["tests"] == [{"input": "1\n2", "output": "3\n"}]
 
 
+def test_a_line_of_livecodebench_names_its_function_in_the_metadata(tmp_path: Path):
+    tests = [{"input": "1\n2", "output": "3", "testtype": "functional"}]
+    for metadata in ({"func_name": "add"}, '{"func_name": "add"}'):
+        line = {"prompt": "f", "domain": "code", "tests": json.dumps(tests), "metadata": metadata}
+        (problem,) = source(tmp_path / "p.jsonl", line)
+        job = CodeJob.of(problem.reference, "")
+        assert (job.mode, job.function) == ("function", "add")
+    (problem,) = source(tmp_path / "p.jsonl", {**line, "tests": ["assert f()"], "metadata": {"level": 3}})
+    assert "metadata" not in problem.reference
+
+
 def test_five_are_named_and_all_are_counted(tmp_path: Path):
     bad = [{"prompt": str(i), "domain": "math", "answer": ""} for i in range(9)]
     with pytest.raises(DataError) as caught:

@@ -40,7 +40,7 @@ CODE_KEYS = frozenset(_CODE_KEYS_WORDS.split())
 """Keys that make a reference, beside ``prompt``, which in a line of problems is the question."""
 _SAID_WORDS = (
     "task_id question_id canonical_solution challenge_test_list code difficulty source starter_code text "
-    "answer"
+    "answer source_file"
 )
 _SAID = frozenset(_SAID_WORDS.split())
 """Keys of public data that say nothing to a judge; any other key is a mistake."""
