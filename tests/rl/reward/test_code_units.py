@@ -290,3 +290,42 @@ def test_what_tests_do_passes(judge: CodeJudge, name: str):
     assert check_reference({"mode": "unit_test", "tests": [TESTS[name]]}) is None
     result = judge.judge(CodeJob(source=SHAPES, tests=(TESTS[name],), mode="unit_test"))
     assert result.status == "correct", result
+
+
+RAISES = """
+import json
+def first():
+    try: 1 / 0
+    except ZeroDivisionError as error: raise ValueError('no') from error
+def noted():
+    error = KeyError('k', 3)
+    error.add_note('of row 7')
+    raise error
+def group(): raise ExceptionGroup('two', [ValueError('a', 1), ExceptionGroup('in', [TypeError('b')])])
+def missing(): open('/nowhere')
+def undecoded(): b'a\\xff'.decode()
+def unparsed(): json.loads('{')
+"""
+
+
+def test_what_python_knows_of_an_exception_comes_with_it(judge: CodeJudge):
+    test = """
+import errno, json, pytest
+with pytest.raises(ValueError) as caught: first()
+assert isinstance(caught.value.__cause__, ZeroDivisionError)
+with pytest.raises(KeyError) as caught: noted()
+assert caught.value.__notes__ == ['of row 7'] and caught.value.args == ('k', 3)
+seen = []
+try: group()
+except* ValueError as found: seen += found.exceptions[0].args
+except* TypeError as found: seen += found.exceptions[0].exceptions[0].args
+assert seen == ['a', 1, 'b']
+with pytest.raises(FileNotFoundError) as caught: missing()
+assert (caught.value.errno, caught.value.filename) == (errno.ENOENT, '/nowhere')
+with pytest.raises(UnicodeDecodeError) as caught: undecoded()
+assert (caught.value.start, caught.value.object) == (1, b'a\\xff')
+with pytest.raises(json.JSONDecodeError) as caught: unparsed()
+assert caught.value.pos == 1
+"""
+    result = judge.judge(CodeJob(source=RAISES, mode="unit_test", tests=(test,)))
+    assert result.status == "correct", result.detail

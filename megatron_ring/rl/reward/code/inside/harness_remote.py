@@ -5,6 +5,7 @@ What the solution's process says about an expected value counts for nothing: its
 cannot be turned into a number. So an object that equals everything passes no test that expects a value.
 """
 
+import contextlib
 import types
 import weakref
 
@@ -247,13 +248,25 @@ class Proxies:
         """What the solution raised, to be raised here."""
         kind = self.error_class(reply["raise"])
         words = self.link.decode(reply["words"])
+        parts = [self.error(part) for part in reply.get("parts", ())]
         try:
-            error = kind(*words)
+            error = kind(words[0], parts) if issubclass(kind, BaseExceptionGroup) else kind(*words)
         except Exception:
-            error = kind()
-        error.args = tuple(words)
+            # its constructor asks for other words, as that of json's does
+            kind = Exception if issubclass(kind, BaseExceptionGroup) else kind
+            error = kind.__new__(kind)
+        if not parts:
+            error.args = tuple(words)
         if "solution" in str(kind.__module__):
             error._ring_object = self.of(reply["object"])
+        for name, fact in self.link.decode(reply.get("facts", {"d": []})).items():
+            if name in values.FACTS:
+                with contextlib.suppress(AttributeError, TypeError, ValueError):
+                    setattr(error, name, fact)
+        for note in reply.get("notes", ()):
+            error.add_note(str(note))
+        if "cause" in reply:
+            error.__cause__ = self.error(reply["cause"])
         return error
 
 

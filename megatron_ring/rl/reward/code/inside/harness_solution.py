@@ -129,15 +129,28 @@ class Server:
         try:
             reply = getattr(self, "do_" + request["ask"])(request)
         except BaseException as error:
-            words = [
-                word if isinstance(word, str | int | float | None) else repr(word) for word in error.args
-            ]
-            reply = {
-                "raise": values.classes_of(error),
-                "words": self.encode(words),
-                "object": self.keep(error),
-            }
+            reply = self.told(error)
         self.line.send({**reply, "out": self.printed()})
+
+    def told(self, error, depth=0):
+        """What there is to say of an exception: a group's parts and a cause are told alike."""
+        plain = (str, int, float, bytes, type(None))
+        words = [word if isinstance(word, plain) else repr(word) for word in error.args]
+        said = {
+            "raise": values.classes_of(error),
+            "words": self.encode(words),
+            "object": self.keep(error),
+            "notes": [str(note) for note in getattr(error, "__notes__", ())],
+        }
+        if type(error).__module__.partition(".")[0] in sys.stdlib_module_names:
+            facts = {name: getattr(error, name) for name in values.FACTS if hasattr(error, name)}
+            said["facts"] = self.encode({key: fact for key, fact in facts.items() if isinstance(fact, plain)})
+        if depth < values.DEEPEST:
+            if error.__cause__ is not None:
+                said["cause"] = self.told(error.__cause__, depth + 1)
+            if isinstance(error, BaseExceptionGroup):
+                said["parts"] = [self.told(part, depth + 1) for part in error.exceptions]
+        return said
 
     def do_name(self, request):
         if request["name"] not in self.names:

@@ -44,6 +44,12 @@ STDLIB = {
 }
 """Classes of the standard library that are data, and what makes such a value anew."""
 
+_FACTS_WORDS = "errno strerror filename filename2 name path msg doc pos lineno colno offset text value code"
+FACTS = _FACTS_WORDS.split()
+"""What Python's own exceptions know beside their words."""
+DEEPEST = 9
+"""Causes of causes, and groups in groups, that travel."""
+
 
 def encode(value, keep):
     """JSON for ``value``; ``keep(value)`` gives the object that stands for what is no plain data."""
@@ -155,7 +161,8 @@ def classes_of(error):
 def exception_class(names):
     """The nearest of a standard library's exceptions. Those of unittest mean something to its runner: not these."""
     for module, name in names:
-        if module in sys.stdlib_module_names and module.partition(".")[0] not in ("unittest", "bdb"):
+        top = module.partition(".")[0]
+        if top in sys.stdlib_module_names and top not in ("unittest", "bdb"):
             kind = named(module, name) if module == "builtins" or module in sys.modules else None
             if isinstance(kind, type) and issubclass(kind, BaseException):
                 return kind
