@@ -132,7 +132,7 @@ class Checkpointer:
             (working / folders.TRAINER_STATE).write_text(json.dumps(state), encoding="utf-8")
             (working / folders.RUN_CONFIG).write_text(dump_toml(self.config), encoding="utf-8")
             folders.commit(working, iteration, {**sums, **strategy.sums})
-            folders.prune(root, self.config.checkpoint.keep_last_n)
+            folders.prune(root, iteration, self.config.checkpoint.keep_last_n)
 
         def publish() -> None:
             with self._writing(working):

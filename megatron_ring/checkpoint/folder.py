@@ -103,11 +103,15 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def prune(root: Path, keep_last_n: int) -> None:
-    """Delete all but the newest ``keep_last_n`` complete checkpoints (0 keeps all)."""
+def prune(root: Path, saved: int, keep_last_n: int) -> None:
+    """Delete all but the ``keep_last_n`` complete checkpoints up to the one of step ``saved`` (0 keeps all).
+
+    Later steps are of a run that was here before, or from before one went back: nothing says that they may go, and
+    counted as the newest they would cost the run what it has just saved.
+    """
     if keep_last_n <= 0:
         return
-    for iteration in iterations(root)[:-keep_last_n]:
+    for iteration in [each for each in iterations(root) if each <= saved][:-keep_last_n]:
         shutil.rmtree(folder_of(root, iteration), ignore_errors=True)
 
 

@@ -52,7 +52,7 @@ class CheckpointConfig:
     async_save: bool = False
     """Write checkpoints beside training, from a snapshot."""
     keep_last_n: int = 0
-    """Newest checkpoints to keep; 0 keeps all."""
+    """Newest checkpoints to keep, counted back from the one just saved; 0 keeps all."""
     finetune: bool = False
     """Load weights only and start at step 0."""
     no_load_optim: bool = False

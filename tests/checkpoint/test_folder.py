@@ -77,7 +77,7 @@ def test_pruning_keeps_the_newest_complete_ones(tmp_path, keep, left):
         save(tmp_path, iteration)
     (tmp_path / "iter_0000030.incomplete").mkdir()
     (tmp_path / "notes").mkdir()
-    folders.prune(tmp_path, keep)
+    folders.prune(tmp_path, 20, keep)
     assert folders.iterations(tmp_path) == left
     assert (tmp_path / "iter_0000030.incomplete").exists() and (tmp_path / "notes").exists()
 
