@@ -1,7 +1,7 @@
 """Sum the files of a checkpoint again and compare them with the checksums that were written with it.
 
     python tools/verify_checkpoint.py runs/tiny                  # a run's folder: its latest checkpoint
-    python tools/verify_checkpoint.py runs/tiny/iter_0000100     # one checkpoint
+    python tools/verify_checkpoint.py runs/tiny/iter_0000100     # one checkpoint, and its critic
     python tools/verify_checkpoint.py models/mine                # what convert_checkpoint.py wrote
 
 Prints a line for each file; exit code 0 if all are as written, 1 if not, 2 if there is nothing to compare with.
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_ring.checkpoint.checksums import MANIFEST, SUMS, compare, require_sums
-from megatron_ring.checkpoint.folder import TRACKER, latest
+from megatron_ring.checkpoint.checksums import MANIFEST, SUMS, Summed, compare, require_sums
+from megatron_ring.checkpoint.folder import TRACKER, latest, parts_of
 from megatron_ring.config.load import OneLineParser
 from megatron_ring.errors import CheckpointError
 from megatron_ring.launch.entry import run_entry
@@ -26,8 +27,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a checkpoint, or the folder of a run")
-    folder = _checkpoint_of(parser.parse_args().folder)
-    sums = require_sums(folder)
+    sums = {part: require_sums(part) for part in parts_of(_checkpoint_of(parser.parse_args().folder))}
+    bad = sum(_compare(part, listed) for part, listed in sums.items())
+    sys.exit(1 if bad else 0)
+
+
+def _compare(folder: Path, sums: Mapping[str, Summed]) -> int:
+    """Print a line for each file of one folder; returns how many are not as written."""
     bad = 0
     for name, wrong in compare(folder, dict(sorted(sums.items()))):
         bad += bool(wrong)
@@ -37,7 +43,7 @@ def main() -> None:
     for name in others:
         print(f"unknown  {name}: no checksum was written for it")
     print(f"{folder}: {len(sums) - bad} of {len(sums)} files are as written")
-    sys.exit(1 if bad else 0)
+    return bad
 
 
 def _checkpoint_of(folder: Path) -> Path:

@@ -23,6 +23,8 @@ from megatron_ring.plain import read_plain
 TRACKER = "latest_checkpointed_iteration.txt"
 TRAINER_STATE = "trainer_state.json"
 RUN_CONFIG = "config.toml"
+CRITIC = "critic"
+"""Folder beside the steps of a policy that holds its critic's steps."""
 _STATE_KEYS = {"iteration": int, "optimizer_steps": int, "layout": dict, "model": dict, "trainer": dict}
 _FORMAT = {"sharded_backend": "torch_dist", "common_backend": "torch"}
 _FORMAT_VERSIONS = ("sharded_backend_version", "common_backend_version")
@@ -34,6 +36,13 @@ _MAX_ATTACHMENT_BYTES = 1 << 40
 
 def folder_of(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """What goes on together from the checkpoint ``folder``: itself, and its critic of the same step if it has one."""
+    named = folder.absolute()
+    critic = named.parent / CRITIC / named.name
+    return [folder, critic] if critic.is_dir() else [folder]
 
 
 def begin(root: Path, iteration: int, num_bytes: int) -> Path:

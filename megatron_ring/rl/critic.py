@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ring.checkpoint.folder import CRITIC
 from megatron_ring.config.run import RunConfig
 from megatron_ring.data.microbatch import Microbatch, pack_microbatch
 from megatron_ring.model.value import ValueModel, Values
@@ -73,7 +74,7 @@ class Critic:
         self.config = replace(
             config,
             train=replace(config.train, lr=config.objective.critic_lr, min_lr=0.0),
-            checkpoint=replace(config.checkpoint, save=None if save is None else f"{save}/critic"),
+            checkpoint=replace(config.checkpoint, save=None if save is None else f"{save}/{CRITIC}"),
         )
         self.engine = Engine(self.config, session, ValueModel)
         self.objective = ValueObjective()

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_ring.checkpoint.checkpointer import Checkpointer
-from megatron_ring.checkpoint.folder import TRAINER_STATE, folder_of, read_attachment
+from megatron_ring.checkpoint.folder import CRITIC, TRAINER_STATE, folder_of, read_attachment
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.stage_rules import Stage
 from megatron_ring.data.json_text import count_in
@@ -324,7 +324,7 @@ class RlRun(StageRun):
         """
         checkpointer = Checkpointer(critic.config, critic.engine, self.session)
         if self.resumed is not None:
-            root = Path(self.checkpointer.loaded_folder or "").parent / "critic"
+            root = Path(self.checkpointer.loaded_folder or "").parent / CRITIC
             folder = folder_of(root, self.step)
             if not (folder / TRAINER_STATE).exists():
                 raise CheckpointError(

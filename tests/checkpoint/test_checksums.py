@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_ring.checkpoint import checksums
+from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint.convert.convert import hf_to_megatron
 from megatron_ring.errors import CheckpointError
 from tests.checkpoint.convert_cases import ROOT, Silent
@@ -162,6 +163,15 @@ def test_the_tool_names_every_file_and_its_state(root):
     done = verify(root)
     assert done.returncode == 2 and done.stderr.count("\n") == 0, done
     assert done.stderr.startswith("error: ") and "no checksums.json to compare with" in done.stderr
+
+
+def test_a_policys_critic_is_summed_with_it(root, tmp_path):
+    critic = Path(shutil.copytree(root, root / folders.CRITIC)) / NAME
+    assert verify(root).stdout.count("9 of 9 files are as written") == 2
+    flip(critic / "__0_0.distcp")
+    for asked in (root, root / NAME):
+        done = verify(asked)
+        assert done.returncode == 1 and f"{critic}: 8 of 9 files are as written" in done.stdout, done
 
 
 def test_a_converted_checkpoint_has_them_too(hf, tmp_path, monkeypatch):
