@@ -9,6 +9,7 @@ import pytest
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.code.judge import CodeJob, CodeJudge
+from megatron_ring.rl.reward.code.programs import java_file_name
 from megatron_ring.rl.reward.registry import check_reward_function
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 from megatron_ring.rl.types import RewardResult
@@ -179,6 +180,25 @@ def test_java_has_all_its_memory_but_what_the_machine_itself_needs(impatient: Co
     )
     job = CodeJob(source=source, language="java", tests=({"input": "", "output": "7true"},))
     assert impatient.judge(job).status == "correct"
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["public @Deprecated final class", '@SuppressWarnings("all") public class', "public @java.lang.Deprecated class",
+     'public @SuppressWarnings({"a", "b"}) class', "final public class", "public @Deprecated() record",
+     "@FunctionalInterface public interface", "public @interface"],
+)  # fmt: skip
+def test_an_annotation_hides_no_public_type(head: str):
+    assert java_file_name(f"class Other {{}}\n{head} Sol {{ }}") == "Sol"
+
+
+@pytest.mark.parametrize("junk", ["static ", "public ", '"\\', "'\\", '"""\\', "\\", "@a(", "/*", "class "])
+def test_the_public_type_is_found_in_one_pass(junk: str):
+    """Words and marks that each began a search of their own took minutes, backslashes in a text for ever."""
+    junk *= (1 << 20) // len(junk)
+    assert java_file_name(f"public class Sol {{ }}\n{junk}") == "Sol"
+    java_file_name(f'class Sol {{ }}\n"""{junk}')
+    java_file_name(junk)
 
 
 @pytest.mark.skipif(shutil.which("javac") is None, reason="no javac on this machine")

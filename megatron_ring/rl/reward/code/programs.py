@@ -34,14 +34,14 @@ _JAVAC = (
 )
 _JVM_MB = 160
 """What a JVM with little to do uses beside its heap, stacks included."""
-# comments, texts and characters: what looks like code inside them is none
+# comments, texts and characters: what looks like code inside them is none; one that is not closed ends somewhere too,
+# or every quotation mark would look for its end anew
 _JAVA_QUOTED = re.compile(
-    r'//[^\n]*|/\*.*?(?:\*/|\Z)|"""(?:\\.|.)*?"""|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'', re.DOTALL
+    r'//[^\n]*|/\*.*?(?:\*/|\Z)|"""(?:\\.|[^\\])*?(?:"""|\\?\Z)|"(?:\\.|[^"\\\n])*+"?|\'(?:\\.|[^\'\\\n])*+\'?',
+    re.DOTALL,
 )
-_JAVA_TYPE = re.compile(
-    r"[{}]|\b(?P<public>public\s+)?(?:(?:final|abstract|strictfp|sealed|non-sealed|static)\s+)*"
-    r"@?(?:class|interface|enum|record)\s+(?P<name>[^\W\d][\w$]*)"
-)
+_JAVA_WORD = re.compile(r"[^\W\d][\w$]*+|[{}();]")
+_JAVA_KINDS = frozenset({"class", "interface", "enum", "record"})
 _FILES = (
     "harness_values",
     "harness_solution",
@@ -134,11 +134,20 @@ def java_file_name(source: str) -> str:
     Example: ``java_file_name("// class A\nfinal class B { public class C {} } public record D() {}") == "D"``.
     """
     depth = 0
-    for match in _JAVA_TYPE.finditer(_JAVA_QUOTED.sub(" ", source)):
-        if match[0] in "{}":
-            depth += 1 if match[0] == "{" else -1
-        elif depth == 0 and match["public"]:
-            return match["name"]
+    is_public = False
+    before = ""
+    for match in _JAVA_WORD.finditer(_JAVA_QUOTED.sub(" ", source)):
+        word = match[0]
+        if word in "{(":
+            depth += 1
+        elif word in "})":
+            depth -= 1
+        elif depth == 0 and before in _JAVA_KINDS and is_public and word != ";":
+            return word
+        if depth == 0:
+            # what modifies a type stands between the end of the one before and its name
+            is_public = word == "public" or (is_public and word not in "};")
+        before = word
     return "Main"
 
 
