@@ -14,7 +14,7 @@ import torch
 
 from megatron_ring.checkpoint import checksums
 from megatron_ring.checkpoint import folder as folders
-from megatron_ring.checkpoint.convert.convert import hf_to_megatron
+from megatron_ring.checkpoint.convert.convert import hf_to_megatron, megatron_to_hf
 from megatron_ring.errors import CheckpointError
 from tests.checkpoint.convert_cases import ROOT, Silent
 from tests.checkpoint.test_checkpointer import NAME, TRAINER, checkpointer, state_of
@@ -185,6 +185,22 @@ def test_a_converted_checkpoint_has_them_too(hf, tmp_path, monkeypatch):
     assert all(wrong == "" for _, wrong in checksums.compare(folder, sums))
     flip(sorted(folder.glob("*.distcp"))[0], 1)
     assert sum(bool(wrong) for _, wrong in checksums.compare(folder, sums)) == 1
+
+
+def test_an_export_has_them_for_every_file_and_hands_on_none(hf, tmp_path):
+    folder = hf_to_megatron(hf["v1"], tmp_path / "m", SMALL, Silent())
+    out = megatron_to_hf(folder, tmp_path / "out", SMALL, Silent())
+    assert checksums.read_sums(out).keys() == {path.name for path in out.iterdir()} - {checksums.SUMS}
+    assert verify(out).returncode == 0
+    again = hf_to_megatron(out, tmp_path / "again", SMALL, Silent())
+    assert not (again.parent / "hf" / checksums.SUMS).exists()
+    flip(out / "config.json", 1)
+    shutil.copyfile(next(out.glob("*.safetensors")), out / "left_behind.safetensors")
+    done = verify(out)
+    assert done.returncode == 2 and "no checksum of left_behind.safetensors" in done.stderr, done
+    (out / "left_behind.safetensors").unlink()
+    done = verify(out)
+    assert done.returncode == 1 and "bad      config.json: has CRC-32 " in done.stdout, done
 
 
 def test_ranks_share_the_files(tmp_path):

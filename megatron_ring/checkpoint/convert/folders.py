@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_ring import __version__
 from megatron_ring.checkpoint import folder as folders
-from megatron_ring.checkpoint.checksums import MANIFEST, compare, read_sums
+from megatron_ring.checkpoint.checksums import MANIFEST, SUMS, compare, read_sums, write_sums
 from megatron_ring.checkpoint.convert.stream import Written
 from megatron_ring.checkpoint.run_lock import must_be_mine
 from megatron_ring.config.load import config_from_mapping, read_toml
@@ -30,8 +30,15 @@ def carry_over(source: Path, target: Path) -> list[str]:
     """Copy everything but weights (config, tokenizer, chat template, model code) between flat folders."""
     carried = []
     for path in sorted(source.iterdir()):
-        is_weight = path.suffix in _WEIGHTS or path.name.endswith(".index.json") or path.name == MANIFEST
-        if not path.is_file() or is_weight or path.name.startswith(".") or path.stat().st_size > _MAX_BYTES:
+        is_weight = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        is_of_this_copy = path.name in (MANIFEST, SUMS)
+        if (
+            not path.is_file()
+            or is_weight
+            or is_of_this_copy
+            or path.name.startswith(".")
+            or path.stat().st_size > _MAX_BYTES
+        ):
             continue
         shutil.copyfile(path, target / path.name)
         carried.append(path.name)
@@ -70,7 +77,8 @@ def must_be_free(root: Path) -> None:
 
 
 def commit_folder(working: Path, target: Path) -> None:
-    """Make every file of ``working`` durable and give the folder its name."""
+    """Sum every file of ``working``, make them durable and give the folder its name."""
+    write_sums(working, {})
     for path in [*working.iterdir(), working]:
         _fsync(path)
     working.rename(target)
