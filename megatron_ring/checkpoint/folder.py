@@ -116,12 +116,16 @@ def prune(root: Path, saved: int, keep_last_n: int) -> None:
     """Delete all but the ``keep_last_n`` complete checkpoints up to the one of step ``saved`` (0 keeps all).
 
     Later steps are of a run that was here before, or from before one went back: nothing says that they may go, and
-    counted as the newest they would cost the run what it has just saved.
+    counted as the newest they would cost the run what it has just saved. A critic goes with its policy: it is saved
+    first, and one that went by its own count would be missed by the policy before, until that is replaced too.
     """
     if keep_last_n <= 0:
         return
-    for iteration in [each for each in iterations(root) if each <= saved][:-keep_last_n]:
-        shutil.rmtree(folder_of(root, iteration), ignore_errors=True)
+    kept = [each for each in iterations(root) if each <= saved][-keep_last_n:]
+    for folder in (root / CRITIC, root):
+        for iteration in iterations(folder) if folder.is_dir() else ():
+            if iteration <= saved and iteration not in kept:
+                shutil.rmtree(folder_of(folder, iteration), ignore_errors=True)
 
 
 def iterations(root: Path) -> list[int]:

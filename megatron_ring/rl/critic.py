@@ -74,7 +74,10 @@ class Critic:
         self.config = replace(
             config,
             train=replace(config.train, lr=config.objective.critic_lr, min_lr=0.0),
-            checkpoint=replace(config.checkpoint, save=None if save is None else f"{save}/{CRITIC}"),
+            # the policy's save prunes both: see folder.prune
+            checkpoint=replace(
+                config.checkpoint, save=None if save is None else f"{save}/{CRITIC}", keep_last_n=0
+            ),
         )
         self.engine = Engine(self.config, session, ValueModel)
         self.objective = ValueObjective()

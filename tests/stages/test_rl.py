@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.validate import validate
 from megatron_ring.data.builtin import builtin_documents
@@ -177,6 +178,27 @@ def test_a_run_with_a_critic_is_resumed_with_its_critic(configure, tmp_path):
     with pytest.raises(CheckpointError, match="holds no critic for the policy of step 3; drop --critic"):
         where_to = {"save": str(tmp_path / "stopped"), "load": str(tmp_path / "stopped")}
         train_rl(configure(**critic, **where_to))
+
+
+def test_a_policy_whose_save_fails_keeps_the_critic_of_the_save_before(configure, monkeypatch, tmp_path):
+    """The critic of step 2 is there by then, and ``--keep-last-n 1`` is one of each."""
+    where = {"save": str(tmp_path / "run"), "load": str(tmp_path / "run"), "keep_last_n": 1}
+    run = {"critic": True, "advantage_estimator": "gae", "save_interval": 1, "train_iters": 2, **where}
+    write = Checkpointer._write
+
+    def full_disk(self: Checkpointer, sharded, working: Path, strategy):
+        if working.name.startswith("iter_0000002") and working.parent.name != "critic":
+            raise OSError("No space left on device")
+        return write(self, sharded, working, strategy)
+
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(CheckpointError, match="the previous checkpoint stays"),
+    ):
+        patched.setattr(Checkpointer, "_write", full_disk)
+        train_rl(configure(**run))
+    train_rl(configure(**run))
+    assert sorted(path.name for path in (tmp_path / "run").rglob("iter_*")) == ["iter_0000002"] * 2
 
 
 def test_a_critic_needs_one_response_to_a_prompt_only(configure, tmp_path):
