@@ -24,6 +24,7 @@ from megatron_ring.checkpoint.convert.folders import (
     commit_folder,
     find_checkpoint,
     must_be_free,
+    must_be_whole,
     run_config_of,
     token_ids,
     write_manifest,
@@ -118,6 +119,7 @@ def hf_to_megatron(
     """
     theirs, origin = read_hf_config(source_folder), str(source_folder / "config.json")
     model = replace(model_config(theirs, origin), make_vocab_size_divisible_by=divisible_by)
+    must_be_whole(source_folder)
     source = SafetensorsFolder(source_folder)
     if taken := defaults_taken(theirs, origin):
         said = ", ".join(f"{name}={value}" for name, value in taken.items())

@@ -22,7 +22,11 @@ HF_FILES = "hf"
 """Folder beside the steps of a Megatron checkpoint that keeps what a Hugging Face folder needs besides
 weights.
 """
+ADAPTER = "adapter_config.json"
+"""transformers loads the base model that it names, and not the weights beside it."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
+_OF_OTHER_WEIGHTS = (ADAPTER, "hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""What engines find beside a model and obey: it describes weights that do not come along."""
 _MAX_BYTES = 100_000_000
 
 
@@ -31,11 +35,11 @@ def carry_over(source: Path, target: Path) -> list[str]:
     carried = []
     for path in sorted(source.iterdir()):
         is_weight = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        is_of_this_copy = path.name in (MANIFEST, SUMS)
+        is_of_others = path.name in (MANIFEST, SUMS, *_OF_OTHER_WEIGHTS)
         if (
             not path.is_file()
             or is_weight
-            or is_of_this_copy
+            or is_of_others
             or path.name.startswith(".")
             or path.stat().st_size > _MAX_BYTES
         ):
@@ -43,6 +47,22 @@ def carry_over(source: Path, target: Path) -> list[str]:
         shutil.copyfile(path, target / path.name)
         carried.append(path.name)
     return carried
+
+
+def must_be_whole(source: Path) -> None:
+    """Refuse a Hugging Face folder whose model is not all that its config and weights say.
+
+    Raises:
+        CheckpointError: it is a base with an adapter, or something that would be carried over is not there.
+    """
+    if (source / ADAPTER).exists():
+        raise CheckpointError(
+            f"{source / ADAPTER}: the model is a base with an adapter, which is not read; merge them (peft's "
+            "merge_and_unload), or remove what is left of an adapter that is merged"
+        )
+    for path in sorted(source.iterdir()):
+        if path.is_symlink() and not path.exists() and path.suffix not in _WEIGHTS:
+            raise CheckpointError(f"{path}: a link to nothing; complete the download, or remove the link")
 
 
 def token_ids(files: Path, data: DataConfig, vocab_size: int) -> dict[str, int]:

@@ -198,7 +198,27 @@ def hf_config(
         config |= _bailing_settings(model)
     for name in ("pad_token_id", "eos_token_id"):
         _refuse_tokens_beyond(name, config.get(name), model.vocab_size)
+    if base:
+        _refuse_another_model(config, model)
     return config
+
+
+def _refuse_another_model(config: Mapping[str, Any], model: ModelConfig) -> None:
+    """What is carried over says more than we know: hold it to the rules that it would be read by.
+
+    Raises:
+        CheckpointError: it means another model than ``model``.
+    """
+    origin = "config.json to carry over"
+    try:
+        again = model_config(config, origin)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; the weights were trained without: correct a copy of it and name its folder with --hf-files"
+        ) from None
+    ungrouped = ("moe_router_num_groups", "moe_router_group_topk") if model.moe_router_num_groups < 2 else ()
+    for ours, name in KEYS[model.family].fields.items():
+        assert ours in ungrouped or getattr(again, ours) == getattr(model, ours), f"{name} was not put in"
 
 
 def _refuse_what_cannot_be_said(model: ModelConfig) -> None:

@@ -17,6 +17,7 @@ from megatron_ring.checkpoint.plain_files import is_file_name, read_json, shown
 from megatron_ring.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _IGNORED = ".rotary_emb.inv_freq"
 """A buffer that old exports carry; it follows from the config."""
@@ -81,6 +82,11 @@ def _weight_files(folder: Path) -> list[Path]:
                 f"{index}: names {shown(name)}, which is not a file beside it; download it again"
             )
     names = sorted(set(weight_map.values()))
+    if SINGLE not in names and (folder / SINGLE).exists():
+        raise CheckpointError(
+            f"{folder}: holds {SINGLE} and, in {INDEX}, shards without it, of which engines read one or the other; "
+            "remove the one that is not the model"
+        )
     for name in names:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing although {INDEX} names it; download that shard")

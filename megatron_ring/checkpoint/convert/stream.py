@@ -195,8 +195,10 @@ def begin(job: Job, working: Path, say: Callable[[str], None]) -> list[OutputFil
             "free space or name a folder on another disk"
         )
     done.mkdir(exist_ok=True)
-    for leftover in working.glob("*.part"):
-        leftover.unlink()
+    # half-written files, and those that came after the weights: the next run may name others to carry over
+    for leftover in working.iterdir():
+        if leftover.is_file() and leftover.name not in {file.name for file in job.files}:
+            leftover.unlink()
     plan.write_text(fingerprint, encoding="utf-8")
     return todo
 
