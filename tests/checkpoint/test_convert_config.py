@@ -103,6 +103,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "interleaved": ("v2", {"rope_interleave": True}, "rope_interleave=True"),
     "an alias that differs": ("v1", {"n_routed_experts": 8}, "num_experts=6 but n_routed_experts=8"),
     "shared that differ": ("v2", {"n_shared_experts": 1}, "num_shared_experts=2 but n_shared_experts=1"),
+    "shared experts off": ("v2", {"moe_router_enable_shared_expert": False}, "enable_shared_expert=False"),
+    "a factor that is off": ("v2", {"moe_router_enable_routed_scaling": False}, "enable_routed_scaling=False"),
     "another score": ("v2", {"score_function": "sqrtsoftplus"}, "must be softmax or sigmoid"),
 }  # fmt: skip
 
@@ -128,7 +130,7 @@ def test_a_key_that_changes_the_computation_is_refused_by_name(case: str):
         {"depth_gate": None, "use_depth_gate": False, "_commit_hash": "1f", "mup_enabled": False},
         {"logit_scale": 1.0, "attention_bias": False, "layer_types": ["full_attention"] * 3},
         {"eos_token_id": [7, 9], "temperature": 0.6, "task_specific_params": {"a": 1}},
-        {"router_dtype": "None", "is_causal": True},
+        {"router_dtype": "None", "is_causal": True, "moe_router_enable_shared_expert": True},
         {"use_bias": ..., "use_qkv_bias": ..., "hidden_act": ..., "norm_topk_prob": ..., "router_dtype": ...},
     ],
     ids=lambda changes: next(iter(changes)),

@@ -114,6 +114,9 @@ _ONLY_BAILING: dict[str, tuple[Any, ...]] = {
     "norm_softmax": (False, None),
     "multi_gate": (False, None),
     "use_rmsnorm": _ON,
+    # mlx-lm's ports have them on unless a config says otherwise, and obey the first
+    "moe_router_enable_shared_expert": _ON,
+    "moe_router_enable_routed_scaling": _ON,
     "router_type": ("topN", None),
     # precision of the gate, not which model it is: it is computed in fp32 or better here, as published
     # (the published exporter writes the word None)
