@@ -28,7 +28,7 @@ CRITIC = "critic"
 _STATE_KEYS = {"iteration": int, "optimizer_steps": int, "layout": dict, "model": dict, "trainer": dict}
 _FORMAT = {"sharded_backend": "torch_dist", "common_backend": "torch"}
 _FORMAT_VERSIONS = ("sharded_backend_version", "common_backend_version")
-_INCOMPLETE = ".incomplete"
+_INCOMPLETE, _REPLACED = ".incomplete", ".replaced"
 _NAME = re.compile(r"iter_([0-9]{7,18})")
 _ITERATION = re.compile(r"[0-9]{1,18}")
 _MAX_ATTACHMENT_BYTES = 1 << 40
@@ -81,14 +81,12 @@ def commit(working: Path, iteration: int, sums: Mapping[str, Summed] | None = No
     for path in working.iterdir():
         _fsync(path)
     _fsync(working)
+    replaced = final.with_name(final.name + _REPLACED)
     if final.exists():
-        replaced = final.with_name(final.name + ".replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
-        working.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        working.rename(final)
+    working.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     write_durably(final.parent / TRACKER, f"{iteration}\n")
     return final
 
@@ -154,6 +152,10 @@ def latest(root: Path) -> Path | None:
             f"{tracker}: holds {text[:40]!r} but must hold a step number; write one that exists"
         )
     folder = folder_of(root, int(text))
+    replaced = folder.with_name(folder.name + _REPLACED)
+    if not folder.is_dir() and replaced.is_dir():
+        # a second save of the step was killed between two names
+        return replaced
     if not folder.is_dir():
         there = ", ".join(map(str, iterations(root))) or "none"
         raise CheckpointError(

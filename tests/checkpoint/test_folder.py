@@ -71,6 +71,22 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     ]
 
 
+def test_a_step_saved_again_and_killed_between_two_names_is_still_there(tmp_path, monkeypatch):
+    final, rename = save(tmp_path, 5, "old"), Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name.endswith(".incomplete"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", killed)
+        save(tmp_path, 5, "new")
+    assert not final.exists() and (folders.latest(tmp_path) / "data").read_text() == "old"
+    assert (save(tmp_path, 5, "new") / "data").read_text() == "new"
+    assert folders.latest(tmp_path) == final and len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize(("keep", "left"), [(0, [1, 2, 3, 20]), (1, [20]), (2, [3, 20]), (9, [1, 2, 3, 20])])
 def test_pruning_keeps_the_newest_complete_ones(tmp_path, keep, left):
     for iteration in (1, 2, 20, 3):
