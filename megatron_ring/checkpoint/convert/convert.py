@@ -233,13 +233,29 @@ def reshard(
     divisible_by: int | None,
     tensor_size: int,
 ) -> Path:
-    """Write a checkpoint again with other vocabulary padding and other files, optimizer included.
+    """Write a checkpoint again with other vocabulary padding and other files, optimizer and critic included.
 
     Raises:
         CheckpointError: bad input, no room, or ``target`` holds something already; nothing half-written has
         its name.
     """
-    folder = find_checkpoint(source_path)
+    own, *critics = folders.parts_of(find_checkpoint(source_path))
+    must_be_free(target)
+    # as in training, a policy that has its name has its critic
+    for critic in critics:
+        _reshard(critic, target / folders.CRITIC, options, reporter, divisible_by, tensor_size)
+    return _reshard(own, target, options, reporter, divisible_by, tensor_size)
+
+
+def _reshard(
+    folder: Path,
+    target: Path,
+    options: Options,
+    reporter: Reporter,
+    divisible_by: int | None,
+    tensor_size: int,
+) -> Path:
+    """One checkpoint of :func:`reshard`; a finished one of the same step is replaced."""
     config = run_config_of(folder, None)
     model = config.model
     if divisible_by is not None:
@@ -251,12 +267,12 @@ def reshard(
     for key, info in source.tensors.items():
         shape = info.shape
         kept = Box.whole(shape)
-        if key.endswith((_EMBEDDING, _HEAD)):
+        # a critic's head has one row, whatever the vocabulary
+        if key.endswith(_EMBEDDING) or (key.endswith(_HEAD) and shape[0] > 1):
             kept = Box.whole((model.vocab_size, *shape[1:]))
             shape = (rows, *shape[1:])
         copies[key] = [Copy(key, kept, key, kept)]
         infos[key] = TensorInfo(info.dtype, shape)
-    must_be_free(target)
     if source.objects:
         reporter.say(
             f"{len(source.objects)} _extra_state objects dropped: only Transformer Engine or apex would know them"

@@ -1,0 +1,62 @@
+"""A policy's critic goes with it where a checkpoint is written again."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from megatron_ring.checkpoint import folder as folders
+from megatron_ring.checkpoint.convert import convert
+from megatron_ring.checkpoint.convert.convert import Options, hf_to_megatron, reshard
+from tests.checkpoint.convert_cases import Silent, assert_same, read_megatron
+
+NAME = "iter_0000000"
+
+
+@pytest.fixture
+def run(hf: dict[str, Path], tmp_path: Path) -> Path:
+    """A run's folder with a policy and a critic of other numbers and one row of head."""
+    root = tmp_path / "run"
+    hf_to_megatron(hf["v1"], root, Options(), Silent(), divisible_by=16)
+    critic = shutil.copytree(root / NAME, root / folders.CRITIC / NAME)
+    tensors = {key: -tensor for key, tensor in read_megatron(critic).items()}
+    head = torch.full((1, 37), 0.5)
+    tensors |= {"output_layer.weight": head, "optimizer.state.exp_avg.output_layer.weight": head * 2}
+    for path in [*critic.glob("*.distcp"), critic / ".metadata"]:
+        path.unlink()
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(critic), no_dist=True)
+    return root
+
+
+def test_a_resharded_policy_has_its_critic(run: Path, tmp_path: Path):
+    out = reshard(run, tmp_path / "out", Options(verify=True), Silent(), divisible_by=7, tensor_size=2)
+    assert out == tmp_path / "out" / NAME
+    own, critic = folders.parts_of(out)
+    before, after = read_megatron(run / folders.CRITIC / NAME), read_megatron(critic)
+    embedding = "embedding.word_embeddings.weight"
+    assert (before[embedding].shape, after[embedding].shape) == ((112, 37), (112, 37))
+    assert torch.equal(after[embedding][:101], before[embedding][:101])
+    del before[embedding], after[embedding]
+    assert_same(after, before)
+    assert read_megatron(own)["output_layer.weight"].shape == (112, 37)
+
+
+def test_a_reshard_that_is_stopped_between_critic_and_policy_is_done_again(
+    run: Path, tmp_path: Path, monkeypatch
+):
+    write = convert._reshard
+
+    def stopped(folder: Path, target: Path, *rest):
+        if target.name != folders.CRITIC:
+            raise KeyboardInterrupt
+        return write(folder, target, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(convert, "_reshard", stopped)
+        reshard(run, tmp_path / "out", Options(), Silent(), divisible_by=7, tensor_size=2)
+    assert (tmp_path / "out/critic" / NAME).is_dir() and not folders.iterations(tmp_path / "out")
+    out = reshard(run, tmp_path / "out", Options(), Silent(), divisible_by=8, tensor_size=1)
+    for part in folders.parts_of(out):
+        assert "make_vocab_size_divisible_by = 8" in (part / "config.toml").read_text()
