@@ -99,6 +99,8 @@ class Checkpointer:
         self._pending: tuple[AsyncRequest, Path, Callable[[], None]] | None = None
         self.loaded_folder: Path | None = None
         """The checkpoint that :meth:`load` read last."""
+        self.began_from: Path | None = None
+        """The checkpoint whose weights alone were loaded last; none if the weights are random."""
 
     def save(
         self, iteration: int, trainer: dict[str, Any], attachments: Mapping[str, bytes] | None = None
@@ -179,6 +181,7 @@ class Checkpointer:
         settings = self.config.checkpoint
         state = self._restore(folder, with_optimizer=not (settings.finetune or settings.no_load_optim))
         if settings.finetune:
+            self.began_from = folder
             return None
         self.loaded_folder = folder
         if not settings.no_load_rng:
@@ -198,6 +201,7 @@ class Checkpointer:
         if folder is None:
             raise CheckpointError(f"{root}: holds no checkpoint; name a folder that a run saved to")
         self._restore(folder, with_optimizer=False)
+        self.began_from = folder
 
     def _restore(self, folder: Path, *, with_optimizer: bool) -> dict[str, Any]:
         """Put a checkpoint's tensors in place; its trainer state comes back."""

@@ -21,6 +21,7 @@ import numpy as np
 
 from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.checkpoint.folder import CRITIC, TRAINER_STATE, folder_of, read_attachment
+from megatron_ring.checkpoint.origin import must_be_same, origin_of
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.stage_rules import Stage
 from megatron_ring.data.json_text import count_in
@@ -313,8 +314,8 @@ class RlRun(StageRun):
 
     def at_start_weights(self) -> None:
         """The reference is what the run starts from, so that a resumed run has the same."""
-        wanted = self.config.objective.kl_loss_coef > 0
-        self.reference = ReferencePolicy(self.engine) if wanted else None
+        self.reference = ReferencePolicy(self.engine) if self.config.objective.kl_loss_coef > 0 else None
+        self.began_from = origin_of(self.checkpointer.began_from, self.config.train.seed)
 
     def _open_critic(self, critic: Critic) -> Checkpointer:
         """The critic's own checkpoints; on a resume, the one of the policy's step.
@@ -346,6 +347,7 @@ class RlRun(StageRun):
         group, device = self.session.topology.groups.dp, self.session.device
         return {
             "step": self.step,
+            "began_from": self.began_from,
             "prompts": self.prompts.state_dict(),
             "open": gather_json(self.collector.state_dict(), group, device),
             "carried": gather_json([[c.start, c.steps] for c in self.carried], group, device),
@@ -362,6 +364,9 @@ class RlRun(StageRun):
         return {_file(name, self.session.topology.dp_rank): data for name, data in files.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.reference is not None:
+            must_be_same(state.get("began_from"), self.began_from, self.checkpointer.loaded_folder)
+        self.began_from = state.get("began_from")
         self.step = state["step"]
         self.prompts.load_state_dict(state["prompts"])
         self.tokens_left = count_in(state, "tokens_left")

@@ -1,0 +1,65 @@
+"""Which weights a run began from: a resumed run that makes its reference anew has to find the same ones.
+
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from megatron_ring.checkpoint.checksums import SUMS, sum_file
+from megatron_ring.checkpoint.folder import read_trainer_state
+from megatron_ring.checkpoint.plain_files import shown
+from megatron_ring.errors import CheckpointError
+
+log = logging.getLogger("megatron_ring")
+
+
+def origin_of(folder: Path | None, seed: int) -> dict[str, Any]:
+    """What to know a run's first weights by: the checkpoint ``folder``, or random ones of ``seed``.
+
+    Example: ``{"folder": "/runs/sft/iter_0000100", "step": 100, "crc32": "9ae0daaf"}``; ``{"seed": 1234}``.
+    """
+    if folder is None:
+        return {"seed": seed}
+    path = folder / SUMS if (folder / SUMS).exists() else folder / ".metadata"
+    step = read_trainer_state(folder)["iteration"]
+    return {"folder": str(folder.absolute()), "step": step, "crc32": sum_file(path).crc32}
+
+
+def must_be_same(saved: Any, now: dict[str, Any], loaded: Path | None) -> None:
+    """Refuse a resume whose reference would be another than that of the run so far.
+
+    The same step from other files, as after a reshard, is warned of. ``saved`` is null in older checkpoints.
+
+    Raises:
+        CheckpointError: it began from other weights than the command names now.
+    """
+    if saved is None:
+        return
+    if not isinstance(saved, dict) or not ("folder" in saved or "seed" in saved):
+        raise CheckpointError(f"{loaded}: holds {shown(saved)} for began_from; load an earlier checkpoint")
+    if any(saved.get(name) != now.get(name) for name in ("step", "seed")):
+        remedy = "start it without --pretrained-checkpoint and with that --seed"
+        if "folder" in saved:
+            remedy = f"name them with --pretrained-checkpoint {str(saved['folder'])[:300]}"
+        raise CheckpointError(
+            f"{loaded}: the reference is what the run began from, {_said(saved)}, but this command names "
+            f"{_said(now)}; {remedy}, or set --kl-loss-coef 0"
+        )
+    if saved.get("crc32") != now.get("crc32"):
+        log.warning(
+            "%s: the run began from %s, and %s holds other files of that step: the reference is another one "
+            "unless they were written again as they are",
+            loaded,
+            _said(saved),
+            now["folder"],
+        )
+
+
+def _said(origin: dict[str, Any]) -> str:
+    if "folder" in origin:
+        return f"step {shown(origin.get('step'))} of {Path(str(origin['folder'])[:300]).parent!s}"
+    return f"random weights of seed {shown(origin.get('seed'))}"

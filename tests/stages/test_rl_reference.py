@@ -1,0 +1,52 @@
+"""A resumed run's reference is the one it began with, or the command is refused."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import pytest
+
+from megatron_ring.checkpoint import folder as folders
+from megatron_ring.errors import CheckpointError
+from megatron_ring.stages.rl import train_rl
+from tests.stages.test_rl import configure, folder, records, values  # noqa: F401
+
+
+def test_a_resume_that_names_other_first_weights_is_refused(configure, tmp_path, caplog):  # noqa: F811
+    """Without --pretrained-checkpoint the reference would be random weights, after one more step of its run others."""
+    first, run = tmp_path / "first", tmp_path / "run"
+    train_rl(configure(save=str(first), train_iters=1))
+    began = {"kl_loss_coef": 1e-2, "save": str(run), "load": str(run), "pretrained_checkpoint": str(first)}
+    train_rl(configure(**began, train_iters=1))
+    name = str(first / "iter_0000001")
+    with pytest.raises(CheckpointError) as caught:
+        train_rl(configure(**began | {"pretrained_checkpoint": None}))
+    line = str(caught.value)
+    assert f"step 1 of {first}, but this command names random weights of seed " in line and "\n" not in line
+    assert f"name them with --pretrained-checkpoint {name}, or set --kl-loss-coef 0" in line
+    shutil.copytree(name, first / "iter_0000007")
+    state = (first / "iter_0000007" / folders.TRAINER_STATE).read_text()
+    (first / "iter_0000007" / folders.TRAINER_STATE).write_text(
+        state.replace('"iteration": 1', '"iteration": 7')
+    )
+    (first / folders.TRACKER).write_text("7\n")
+    with pytest.raises(
+        CheckpointError, match=f"step 1 of {first}, but this command names step 7 of {first};"
+    ):
+        train_rl(configure(**began))
+    sums = first / "iter_0000001/checksums.json"
+    sums.write_text(sums.read_text() + "\n")
+    with caplog.at_level(logging.WARNING):
+        train_rl(configure(**began | {"pretrained_checkpoint": name}))
+    assert "holds other files of that step" in caplog.text and len(records(tmp_path)) == 2
+
+
+def test_without_a_reference_the_first_weights_need_no_name(configure, tmp_path):  # noqa: F811
+    first, run = tmp_path / "first", tmp_path / "run"
+    train_rl(configure(save=str(first), train_iters=1))
+    where = {"save": str(run), "load": str(run)}
+    train_rl(configure(**where, pretrained_checkpoint=str(first), train_iters=1))
+    train_rl(configure(**where))
+    with pytest.raises(CheckpointError, match=f"iter_0000002: the reference is .* step 1 of {first}, but"):
+        train_rl(configure(**where, kl_loss_coef=1e-2))
