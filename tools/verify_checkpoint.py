@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_ring.checkpoint.checksums import MANIFEST, SUMS, Summed, compare, require_sums
-from megatron_ring.checkpoint.folder import TRACKER, latest, parts_of
-from megatron_ring.config.load import OneLineParser
+from megatron_ring.checkpoint.folder import CRITIC, RUN_CONFIG, TRACKER, latest, parts_of
+from megatron_ring.config.load import OneLineParser, read_toml
 from megatron_ring.errors import CheckpointError
 from megatron_ring.launch.entry import run_entry
 
@@ -27,8 +27,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="a checkpoint, or the folder of a run")
-    sums = {part: require_sums(part) for part in parts_of(_checkpoint_of(parser.parse_args().folder))}
+    parts = parts_of(_checkpoint_of(parser.parse_args().folder))
+    sums = {part: require_sums(part) for part in parts}
     bad = sum(_compare(part, listed) for part, listed in sums.items())
+    if not bad and len(parts) == 1 and _had_a_critic(parts[0]):
+        bad += 1
+        print(
+            f"missing  {parts[0].absolute().parent / CRITIC / parts[0].name}: the policy's run has a critic"
+        )
     sys.exit(1 if bad else 0)
 
 
@@ -44,6 +50,13 @@ def _compare(folder: Path, sums: Mapping[str, Summed]) -> int:
         print(f"unknown  {name}: no checksum was written for it")
     print(f"{folder}: {len(sums) - bad} of {len(sums)} files are as written")
     return bad
+
+
+def _had_a_critic(folder: Path) -> bool:
+    """Is it a policy's, of a run that trains a critic beside it?"""
+    if folder.absolute().parent.name == CRITIC or not (folder / RUN_CONFIG).exists():
+        return False
+    return read_toml(folder / RUN_CONFIG)[1].get("critic") is True
 
 
 def _checkpoint_of(folder: Path) -> Path:

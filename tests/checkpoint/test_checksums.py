@@ -174,6 +174,19 @@ def test_a_policys_critic_is_summed_with_it(root, tmp_path):
         assert done.returncode == 1 and f"{critic}: 8 of 9 files are as written" in done.stdout, done
 
 
+def test_a_critic_that_is_gone_is_missed(root):
+    """Its policy alone is a run that cannot go on."""
+    text = (root / NAME / folders.RUN_CONFIG).read_text()
+    assert "\ncritic = false\n" in text
+    (root / NAME / folders.RUN_CONFIG).write_text(text.replace("\ncritic = false\n", "\ncritic = true\n"))
+    checksums.write_sums(root / NAME, {})
+    done = verify(root)
+    gone = root / folders.CRITIC / NAME
+    assert done.returncode == 1 and f"missing  {gone}: the policy's run has a critic" in done.stdout, done
+    shutil.copytree(root / NAME, gone)
+    assert [verify(asked).returncode for asked in (root, gone)] == [0, 0]
+
+
 def test_a_converted_checkpoint_has_them_too(hf, tmp_path, monkeypatch):
     read: list[str] = []
     whole = checksums.sum_file
