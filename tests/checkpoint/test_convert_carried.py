@@ -118,3 +118,15 @@ def test_a_resumed_export_has_nothing_of_the_files_first_named(
     assert any(line.startswith("resuming") for line in reporter.lines)
     assert not (back / "chat_template.jinja").exists()
     assert json.loads((back / "config.json").read_text()) == read_hf_config(hf["v1"])
+
+
+def test_an_export_goes_where_a_link_leads(hf: dict[str, Path], tmp_path: Path):
+    """A link to an empty folder, or to none yet, on a larger disk; it used to end when all was written."""
+    hf_to_megatron(hf["v1"], tmp_path / "m", Options(), Silent())
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "none"):
+        link = tmp_path / f"link_to_{name}"
+        link.symlink_to(name)
+        megatron_to_hf(tmp_path / "m", link, Options(), Silent())
+        assert link.is_symlink() and (tmp_path / name / "config.json").exists()
+    assert not list(tmp_path.glob("*.incomplete"))

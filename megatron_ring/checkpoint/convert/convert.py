@@ -171,6 +171,8 @@ def megatron_to_hf(
         its name.
     """
     export = export or Export()
+    # a link to a folder on another disk stays, and what it names is what is made
+    target = target.resolve() if target.is_symlink() else target
     folder = find_checkpoint(source_path)
     config = run_config_of(folder, export.config_file)
     model = replace(config.model, mtp_num_layers=0) if export.without_mtp else config.model
