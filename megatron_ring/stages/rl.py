@@ -315,7 +315,7 @@ class RlRun(StageRun):
     def at_start_weights(self) -> None:
         """The reference is what the run starts from, so that a resumed run has the same."""
         self.reference = ReferencePolicy(self.engine) if self.config.objective.kl_loss_coef > 0 else None
-        self.began_from = origin_of(self.checkpointer.began_from, self.config.train.seed)
+        self.began_from: Any = origin_of(self.checkpointer.began_from, self.config.train.seed)
 
     def _open_critic(self, critic: Critic) -> Checkpointer:
         """The critic's own checkpoints; on a resume, the one of the policy's step.
