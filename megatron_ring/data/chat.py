@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_ring.data.chat_template import Text
 from megatron_ring.data.control_text import free_mark
 from megatron_ring.data.messages import REASONING, Conversation, Message
+from megatron_ring.data.tool_calls import fit_arguments
 from megatron_ring.errors import DataError
 
 if TYPE_CHECKING:
@@ -129,6 +130,8 @@ class _Rendered:
     @classmethod
     def of(cls, tokenizer: Tokenizer, conversation: Conversation) -> _Rendered:
         _must_be_read(tokenizer, conversation)
+        called = fit_arguments(conversation.messages, conversation.tools, tokenizer.template)
+        conversation = replace(conversation, messages=called)
         messages, tools, names, mark = _guarded(tokenizer, conversation)
         answers = [i for i, message in enumerate(messages) if str(message.get("role")).lower() == "assistant"]
         whole: list[Text] = [(len(messages), True), (len(messages), False)]

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ring.data.json_text import parse_json
+from megatron_ring.data.tool_calls import without_nulls
 from megatron_ring.errors import DataError
 
 Message = Mapping[str, Any]
@@ -193,7 +194,7 @@ def _tools(tools: Any, origin: str) -> list[Any] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{origin}: tools must be a list of objects, one per function")
-    return tools
+    return without_nulls(tools)
 
 
 def _template_kwargs(values: Any, origin: str) -> dict[str, Any]:

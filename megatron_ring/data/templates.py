@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from megatron_ring.data.chat_template import Text, render_texts
 from megatron_ring.data.messages import Message
 from megatron_ring.data.template_process import TemplateProcess, failed
+from megatron_ring.data.tool_calls import argument_forms
 from megatron_ring.errors import DataError
 
 
@@ -44,6 +45,11 @@ class ChatTemplate:
                 "with chat_template there"
             )
         return self._source
+
+    @cached_property
+    def argument_forms(self) -> tuple[bool, bool]:
+        """Does it take a call's arguments as a text, and as an object? See :mod:`megatron_ring.data.tool_calls`."""
+        return argument_forms(self)
 
     def use(self, names: Mapping[str, Any]) -> None:
         """Give the template these names with every conversation. Raises DataError for one that it does not read."""

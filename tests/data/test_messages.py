@@ -100,7 +100,7 @@ def test_a_system_beside_the_messages_is_the_first_of_them(sentencepiece):
     assert sentencepiece.decode(ids).startswith("<role>SYSTEM</role>Be brief.<role>HUMAN</role>q")
 
 
-CALL = {"tool_calls": [{"type": "function", "function": {"name": "w", "arguments": "{}"}}]}
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "w", "arguments": {}}}]}
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_conversation_with_tools_is_read_as_it_is_written(huggingface_folder, 
     """OpenAI's form: the result names its call again, which templates such as Qwen3's and Ring 2.0's leave out."""
     template = "{{ tools | tojson if tools }}" + THINKS
     tokenizer = with_template(huggingface_folder, tmp_path, template)
-    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {}}}
     messages = [
         {"role": "user", "content": "1+1?", "name": None},
         {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
