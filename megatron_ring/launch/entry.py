@@ -18,6 +18,7 @@ from megatron_ring.config.stage_rules import Stage
 from megatron_ring.config.validate import check_inputs, validate
 from megatron_ring.errors import Interrupted, RingError
 from megatron_ring.launch.dry_run import dry_run
+from megatron_ring.runtime.orphans import end_with_launcher
 
 
 def run_entry(main: Callable[[], object]) -> NoReturn:
@@ -27,6 +28,7 @@ def run_entry(main: Callable[[], object]) -> NoReturn:
     Any other exception is ours and keeps its traceback. Of several processes that meet the same error one
     prints.
     """
+    end_with_launcher()
     # Megatron-Core warns at import about each optional package that is not installed
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     try:

@@ -26,11 +26,10 @@ from typing import Any, NamedTuple, cast
 from torch.distributed import DistError, PrefixStore, Store
 
 from megatron_ring.errors import Interrupted, RingError
+from megatron_ring.runtime.orphans import PEER_IS_GONE, launcher_is_gone
 
 log = logging.getLogger("megatron_ring")
 
-PEER_IS_GONE = 75
-"""Exit code of the ranks that end because another did: no mistake of the user's, and worth another try."""
 GRACE = 5.0
 """Seconds in which a rank may end by itself, closing what it has open, before it is ended."""
 _NEWS = 3.0
@@ -228,7 +227,8 @@ class Watch:
     def _end(self, news: News) -> None:
         """Say the line if it is this rank's to say, and end the process unless it ends by itself."""
         self._heard.set()
-        if self._speaks_for(news.rank):
+        # with the launcher all ranks of this node end, and its own line says so
+        if self._speaks_for(news.rank) and not launcher_is_gone():
             line = _line_of(news, self._world)
             if line:
                 # in one write, before anything that follows from it
