@@ -6,6 +6,7 @@ A save writes into ``iter_0000010.incomplete`` and is renamed when every byte is
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from megatron_ring.checkpoint.plain_files import is_count, read_json, shown
 from megatron_ring.checkpoint.run_lock import must_be_mine
 from megatron_ring.errors import CheckpointError
 from megatron_ring.plain import read_plain
+
+log = logging.getLogger("megatron_ring")
 
 TRACKER = "latest_checkpointed_iteration.txt"
 TRAINER_STATE = "trainer_state.json"
@@ -136,11 +139,11 @@ def latest(root: Path) -> Path | None:
     """The checkpoint the pointer names; ``None`` when there is none yet.
 
     Raises:
-        CheckpointError: the pointer is damaged or names a folder that is not there.
+        CheckpointError: the pointer is damaged, names a folder that is not there, or is lost beside several checkpoints.
     """
     tracker = root / TRACKER
-    if not tracker.exists():
-        return None
+    if not os.path.lexists(tracker):
+        return _only_one(root)
     try:
         text = read_plain(tracker, 1_000_000).decode("utf-8", "backslashreplace").strip()
     except OSError as error:
@@ -162,6 +165,20 @@ def latest(root: Path) -> Path | None:
             f"{tracker}: names step {text}, which is not there (found: {there}); write one of those into it"
         )
     return folder
+
+
+def _only_one(root: Path) -> Path | None:
+    """The one complete checkpoint of a folder without a pointer: a run was killed right behind its first save."""
+    there = iterations(root)
+    if len(there) > 1:
+        raise CheckpointError(
+            f"{root / TRACKER}: is not there, but checkpoints are ({', '.join(map(str, there))}); write the step to go on "
+            "from into it, or name another folder to start anew"
+        )
+    if not there:
+        return None
+    log.info("%s: is not there; the one checkpoint beside it is taken, step %d", root / TRACKER, there[0])
+    return folder_of(root, there[0])
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:

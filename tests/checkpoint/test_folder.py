@@ -61,6 +61,34 @@ def test_a_save_killed_before_its_end_leaves_the_previous_one(tmp_path, monkeypa
     assert folders.latest(tmp_path) == previous
 
 
+def test_the_first_save_is_not_lost_with_its_pointer(tmp_path, monkeypatch):
+    """Killed between name and pointer, or copied without it: the run went back to step 0 and said nothing."""
+
+    def die(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    working = folders.begin(tmp_path, 5, 100)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(folders, "write_durably", die)
+        folders.commit(working, 5)
+    assert folders.latest(tmp_path) == tmp_path / "iter_0000005"
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_lost_pointer_beside_several_checkpoints_is_one_line(tmp_path, dangling):
+    for step in (5, 10):
+        save(tmp_path, step)
+    pointer = tmp_path / folders.TRACKER
+    pointer.unlink()
+    if dangling:
+        pointer.symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError) as caught:
+        folders.latest(tmp_path)
+    one_line(
+        caught, str(pointer), "No such file" if dangling else "are (5, 10); write the step to go on from"
+    )
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     save(tmp_path, 5, "old")
     final = save(tmp_path, 5, "new")
