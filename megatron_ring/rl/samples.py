@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_ring.checkpoint.folder import write_durably
 from megatron_ring.data.tokenizer import Tokenizer
 from megatron_ring.errors import ConfigError, DataError
 from megatron_ring.plain import read_plain
@@ -34,10 +36,12 @@ class SampleTable:
         self._tokenizer, self._every = tokenizer, every
         if self._path is not None and self._path.exists():
             kept = [row for row in read_samples(self._path) if row["step"] <= resume_step]
-            try:
-                self._path.write_text("".join(map(_line, kept)), encoding="utf-8")
-            except OSError as error:
-                raise ConfigError(f"{self._path}: {error.strerror}; see that the disk has space") from None
+            with _writing(self._path):
+                if resume_step == 0:
+                    # another run's: kept as its metrics are
+                    self._path.replace(f"{self._path}.old")
+                else:
+                    write_durably(self._path, "".join(map(_line, kept)))
 
     def write(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """Raises ConfigError when the file cannot be written."""
@@ -55,11 +59,16 @@ class SampleTable:
             }
             for rollout in best_and_worst(rollouts)
         ]
-        try:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.writelines(map(_line, rows))
-        except OSError as error:
-            raise ConfigError(f"{self._path}: {error.strerror}; see that the disk has space") from None
+        with _writing(self._path), open(self._path, "a", encoding="utf-8") as file:
+            file.writelines(map(_line, rows))
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; see that the disk has space") from None
 
 
 def _line(row: dict) -> str:

@@ -294,7 +294,13 @@ class StageRun:
             stop_ids=self.tokenizer.stop_ids,
         )
         if self.session.is_writer:
-            write_durably(run_dir / "sample.txt", self.tokenizer.decode([*prompt, *new]) + "\n")
+            sample = run_dir / "sample.txt"
+            try:
+                write_durably(sample, self.tokenizer.decode([*prompt, *new]) + "\n")
+            except OSError as error:
+                raise ConfigError(
+                    f"{sample}: {error.strerror}; see that the disk has space, the checkpoint is saved"
+                ) from None
 
 
 def _tokenizer(config: RunConfig) -> Tokenizer | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 
 import pytest
@@ -34,6 +36,25 @@ def test_a_resume_replaces_what_was_said_after_the_checkpoint(tmp_path):
     SampleTable(tmp_path, Places(), resume_step=5, every=2).write(6, step_of(1))
     steps = [row["step"] for row in read_samples(tmp_path / "samples.jsonl")]
     assert steps == [2] * 4 + [4] * 4 + [6] * 4
+
+
+def test_a_resume_on_a_full_disk_and_a_run_from_the_start_lose_no_sample(tmp_path, monkeypatch):
+    SampleTable(tmp_path, Places(), resume_step=0, every=1).write(3, step_of(0))
+    file = tmp_path / "samples.jsonl"
+    before = file.read_bytes()
+
+    def full(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ConfigError, match="No space left on device; see that"),
+    ):
+        patch.setattr(os, "fsync", full)
+        SampleTable(tmp_path, Places(), resume_step=3, every=1)
+    assert file.read_bytes() == before
+    SampleTable(tmp_path, Places(), resume_step=0, every=1)
+    assert (tmp_path / "samples.jsonl.old").read_bytes() == before and not file.exists()
 
 
 class Odd:

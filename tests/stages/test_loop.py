@@ -50,6 +50,21 @@ def test_a_folder_that_cannot_be_written_is_said_by_the_flag_that_names_it(tmp_p
         run._announce()
 
 
+def test_a_sample_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    """The last thing of a run, behind its last checkpoint."""
+    (tmp_path / "sample.txt").mkdir()
+    run = loop.StageRun.__new__(loop.StageRun)
+    run.config = config_from_mapping({"save": str(tmp_path)})
+    run.session, run.engine = SimpleNamespace(is_writer=True), None
+    run.tokenizer = SimpleNamespace(stop_ids=(), decode=str)
+    monkeypatch.setattr(loop, "sample_tokens", lambda *_, **__: [])
+    monkeypatch.setattr(run, "sample_prompt", lambda: [1])
+    with pytest.raises(
+        ConfigError, match=r"sample\.txt: Is a directory; see that .* the checkpoint is saved"
+    ):
+        run._write_sample()
+
+
 class _Nothing:
     def __enter__(self):
         return self
