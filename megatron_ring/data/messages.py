@@ -41,7 +41,7 @@ _NOT_READ = {
     "enable_thinking": "write it under chat_template_kwargs",
     "thinking": "write it into the answer's message",
     "reasoning_content": "write it into the answer's message",
-    "reasoning": "write it into the answer's message",
+    "reasoning": "write a thought into the answer's message, a switch (on, off) under chat_template_kwargs or system",
     "weight": "write it into the answer's message",
     "loss": "write it into the answer's message",
     "train": "write it into the answer's message",

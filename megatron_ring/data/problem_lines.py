@@ -99,6 +99,7 @@ def read_problem(fields: Mapping[str, Any], origin: str) -> Problem:
         raise DataError(
             f"{origin}: the problem is empty, there is nothing to ask; write it, or remove the line"
         )
+    _must_ask_the_same(fields, messages, origin)
     reference = _reference(fields, origin)
     _refuse_unread(fields, "tests" in reference, origin)
     return Problem(
@@ -121,11 +122,24 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
+def _must_ask_the_same(fields: Mapping[str, Any], messages: Sequence[Message], origin: str) -> None:
+    """Refuse a prompt beside messages in which it does not stand: one of them would be passed over."""
+    prompt = fields.get("prompt")
+    if not prompt or not fields.get("messages") or prompt == messages:
+        return
+    if not any(prompt == message["content"] for message in messages):
+        raise DataError(f"{origin}: prompt and messages ask different things; keep one")
+
+
 def _reference(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
     whole = fields.get("reference")
     reference = dict(whole) if isinstance(whole, dict) else {}
     if whole is not None and not isinstance(whole, dict):
         reference["answer"] = whole
+    for key in ("answer", "tests", *BESIDE_TESTS):
+        given, other = fields.get(key), reference.get(key)
+        if given is not None and other is not None and given != other and str(given) != str(other):
+            raise DataError(f"{origin}: {key} is {given!r:.60} and in the reference {other!r:.60}; keep one")
     reference |= {key: fields[key] for key in ("answer", "tests") if fields.get(key) is not None}
     if not reference:
         raise DataError(f"{origin}: none of answer, tests and reference says what is right; add one")

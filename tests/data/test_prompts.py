@@ -186,6 +186,9 @@ def test_a_source_without_a_short_problem_ends_in_one_line(stream, tmp_path):
         stream(sums(tmp_path / "m.jsonl", 3), max_prompt_length=2).next(1)
 
 
+USER = [{"role": "user", "content": "a?"}]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -199,11 +202,36 @@ def test_a_source_without_a_short_problem_ends_in_one_line(stream, tmp_path):
             {"messages": [{"role": "assistant", "content": "a"}], "domain": "math", "answer": "1"},
             "the last message is the assistant's",
         ),
+        (
+            {"prompt": "2+2?", "messages": USER, "domain": "math", "answer": "1"},
+            "m.jsonl:1: prompt and messages ask different things; keep one",
+        ),
+        (
+            {"prompt": "a?", "domain": "math", "answer": "1", "reference": "2"},
+            "m.jsonl:1: answer is '1' and in the reference '2'; keep one",
+        ),
+        (
+            {"prompt": "a?", "domain": "code", "time_limit": 9, "reference": {"tests": [], "time_limit": 1}},
+            "time_limit is 9 and in the reference 1; keep one",
+        ),
     ],
 )
 def test_a_line_that_is_no_problem_is_named(tmp_path, line, said):
     with pytest.raises(DataError, match=said):
         JsonlSource(write(tmp_path / "m.jsonl", line))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"prompt": "a?", "messages": [{"role": "system", "content": "b"}, {"role": "user", "content": "a?"}]},
+        {"prompt": USER, "messages": USER},
+        {"prompt": "a?", "reference": {"answer": 1}},
+    ],
+)
+def test_what_is_said_twice_alike_is_read(tmp_path, line):
+    source = JsonlSource(write(tmp_path / "m.jsonl", {"domain": "math", "answer": "1", **line}))
+    assert (source[0].text, source[0].reference) == ("a?", {"answer": "1"})
 
 
 def test_an_empty_file_is_refused(tmp_path):
