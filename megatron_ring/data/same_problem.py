@@ -3,7 +3,8 @@
 Two problems are the same where the user's turns are, one after the other, once they are normalised: compatibility
 forms (NFKC) and upper case undone, characters without a width left out, dashes and quotation marks made plain, white
 space collapsed, and none left around an operator that had it on both sides; the fences of mathematics (dollars,
-``\\(``, ``\\[``) and of emphasis (two stars) taken off, and the punctuation of a sentence off the ends of its words
+``\\(``, ``\\[``) and of emphasis (stars, underscores) taken off, TeX's sizes and spaces are none (``\\left(``,
+``\\dfrac``, ``\\,``), and the punctuation of a sentence off the ends of its words
 (``. , ; : ? ! "``). What carries a meaning stays: signs, brackets, operators, points and commas inside numbers,
 exponents and factorials, so that ``2-3``, ``2 3``, ``2^3`` and ``23`` are four problems, and ``$2`` is not ``2``.
 """
@@ -25,7 +26,14 @@ _BEHIND = re.compile(r'(?:(?<=[^\W\d_]{2})!|[.,;:?"\u3002\u3001]|(?<=[?!"])!)+$'
 """Sentence punctuation behind a word; behind a digit, a letter or a bracket ``!`` is a factorial."""
 _BEFORE = re.compile('^["\u00bf\u00a1]+')
 
-_EMPHASIS = re.compile(r"(?<!\w)\*\*(?!\s)([^*]+)(?<!\s)\*\*(?!\w)")
+_EMPHASIS = re.compile(
+    r"(?<!\w)(?:\*\*(?!\s)([^*]+)(?<!\s)\*\*|__(?=\w)([^_]+)(?<=[\w.?!])__"
+    # one star may be a product's, one underscore an index's: it is emphasis around whole words
+    r"|(?<!\*)\*(?=\w)([^*]+)(?<=\w)\*(?!\*)|_(?=[^\W_])([^_]+)(?<=[^\W_])_)(?!\w)"
+)
+_SIZES = re.compile(r"(?<!\\)\\(?:left|right|bigg?[lrm]?)(?![a-z])\.?")
+_FRACTION = re.compile(r"(?<!\\)\\[dt]frac(?![a-z])")
+_TEX_SPACE = re.compile(r"(?<!\\)\\(?:[,;:> ]|q?quad(?![a-z]))")
 _FENCES = re.compile(
     r"\$\$([^$]+)\$\$"
     # a price ends with a digit, and the next one begins behind a space: neither closes a formula
@@ -60,7 +68,9 @@ def _normal(text: str) -> str:
     # an exponent is no digit of the number under it
     text = "".join(f"^{c}" if unicodedata.decomposition(c).startswith("<super>") else c for c in text)
     text = unicodedata.normalize("NFKC", text.translate(_TABLE)).casefold().translate(_TABLE)
-    text = _FENCES.sub(lambda fence: fence[1] or fence[2] or "", _EMPHASIS.sub(r"\1", text))
+    text = _SIZES.sub("", _FRACTION.sub(r"\\frac", _TEX_SPACE.sub(" ", text)))
+    text = _EMPHASIS.sub(lambda words: next(filter(None, words.groups())), text)
+    text = _FENCES.sub(lambda fence: fence[1] or fence[2] or "", text)
     words = text.split()
     bare = [_BEHIND.sub("", _BEFORE.sub("", word)) for word in words]
     return _SPACED.sub(r"\1", " ".join(filter(None, bare)) or " ".join(words))

@@ -21,12 +21,27 @@ def test_the_same_problem_written_otherwise(text: str):
     assert asked([text]) == asked(["What is 1 + 2?"])
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Find *the sum* of 1 and 2.", "Find the sum of 1 and 2."),
+        ("_Find_ __the sum__", "find the sum"),
+        (r"Is $\dfrac{1}{2}\,x$ less?", r"Is $\frac{1}{2} x$ less?"),
+        (r"Solve \(\left(x+1\right)^2=4\)", "Solve $(x+1)^2=4$"),
+        (r"$\tfrac12\quad\Big|x\Big|$", r"$\frac12 |x|$"),
+    ],
+)
+def test_emphasis_and_the_sizes_of_a_formula_say_nothing(one: str, other: str):
+    assert asked([one]) == asked([other])
+
+
 def test_signs_digits_brackets_and_factorials_tell_problems_apart():
     texts = [
         "2-3", "2 3", "23",
         "2^3", "-23", "2.3", "2,3", "2:3", "2/3", "2*3", "(2)3", "2!", "2", "x!", "x", "|x|", "2%", "$2",
         "2**3", "2**3**4", "234", "$2-$3", "$2 and $3", "2 and 3", "2 -3", "$2$3",
-        "2 + 3 * 4", "(2 + 3) * 4", "f'(x)", "f(x)",
+        "2 + 3 * 4", "(2 + 3) * 4", "f'(x)", "f(x)", "x_1", "x_1_", "2*3*4", "f(*) and g(*)", "f() and g()",
+        r"x \leftarrow y", r"x \rightarrow y", r"\frac{1}{2}", r"\\, 1", r"\ 1",
     ]  # fmt: skip
     for one, other in itertools.combinations(texts, 2):
         assert asked([one]) != asked([other]), (one, other)
