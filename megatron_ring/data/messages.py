@@ -96,7 +96,7 @@ def read_conversation(fields: Mapping[str, Any], origin: str, messages: Any = No
     """
     messages = fields.get("messages") if messages is None else messages
     if not isinstance(messages, list) or not messages:
-        raise DataError(f'{origin} has no list under "messages"; write {{"messages": [...]}} per line')
+        raise _no_messages(fields, origin)
     for key, remedy in _NOT_READ.items():
         if not _empty(fields.get(key)):
             raise DataError(f"{origin}: {key}={_shown(fields[key])} is not read; {remedy}")
@@ -123,6 +123,15 @@ def read_conversation(fields: Mapping[str, Any], origin: str, messages: Any = No
 def parse_template_kwargs(text: str) -> dict[str, Any]:
     """The setting chat_template_kwargs: a JSON object. Raises DataError for anything else."""
     return _template_kwargs(text.strip(), "the setting")
+
+
+def _no_messages(fields: Mapping[str, Any], origin: str) -> DataError:
+    line = f'{origin} has no list under "messages"; write {{"messages": [...]}} per line'
+    if isinstance(fields.get("conversations"), list):
+        line += ", of conversations (ShareGPT) each from as role (human is user, gpt is assistant) and value as content"
+    elif fields:
+        line += f" (found keys: {', '.join(fields)[:80]})"
+    return DataError(line)
 
 
 def _message(message: Any, where: str) -> Message:

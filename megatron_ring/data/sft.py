@@ -342,7 +342,12 @@ def read_line(record: Record) -> Conversation:
     if not record.is_json:
         raise DataError(f"{record.origin} is not JSONL; name a .jsonl file of conversations")
     fields = parse_json(record.raw, record.origin, unique=True)
-    return read_conversation(fields if isinstance(fields, dict) else {}, record.origin)
+    if not isinstance(fields, dict):
+        raise DataError(
+            f"{record.origin} is a JSON {type(fields).__name__}, no object; write one conversation per line, as "
+            "datasets' to_json(lines=True) does"
+        )
+    return read_conversation(fields, record.origin)
 
 
 def _names(paths: Sequence[str | Path]) -> str:

@@ -270,3 +270,20 @@ def test_a_key_that_is_there_twice_is_refused(line):
         DataError, match=r"a.jsonl:1 is not JSON \(the key '(content|messages)' is there twice\)"
     ):
         read_line(record)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[{"messages": []}]', "a.jsonl:1 is a JSON list, no object; write one conversation per line"),
+        (
+            '{"conversations": [{"from": "human", "value": "q"}]}',
+            "(ShareGPT) each from as role (human is user",
+        ),
+        ('{"instruction": "q", "output": "a"}', "per line (found keys: instruction, output)"),
+    ],
+)
+def test_another_form_of_conversations_is_named(text: str, said: str):
+    with pytest.raises(DataError) as caught:
+        read_line(Record(raw=text.encode(), origin="a.jsonl:1", is_json=True, is_named=True))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
