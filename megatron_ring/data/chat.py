@@ -8,7 +8,6 @@ becomes a control token: in a message such words are encoded as the text they ar
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -228,10 +227,26 @@ class _Rendered:
 
 def _thoughts(message: Message) -> Iterator[str]:
     """The reasoning of an answer, wherever it stands, without the space around it."""
-    inside = re.findall(r"<think>(.*?)</think>", str(message.get("content")), re.DOTALL)
+    inside, _ = _apart(str(message.get("content")))
     for thought in (*inside, *(message[key] for key in REASONING if key in message)):
         if str(thought).strip():
             yield str(thought).strip()
+
+
+def _apart(content: str) -> tuple[list[str], str]:
+    """What stands between ``<think>`` and ``</think>``, and the rest; a thought that has no end is rest.
+
+    Example: ``_apart("a<think>b</think>c") == (["b"], "ac")``.
+    """
+    # by a walk: a pattern would look for the end anew from every beginning
+    thoughts: list[str] = []
+    rest: list[str] = []
+    place = 0
+    while (begin := content.find("<think>", place)) >= 0 and (end := content.find("</think>", begin)) >= 0:
+        rest.append(content[place:begin])
+        thoughts.append(content[begin + len("<think>") : end])
+        place = end + len("</think>")
+    return thoughts, "".join([*rest, content[place:]])
 
 
 def _suffix(text: str, prefix: str) -> str:
@@ -263,7 +278,7 @@ def _must_be_read(tokenizer: Tokenizer, conversation: Conversation) -> None:
 def _must_be_shown(messages: Sequence[Message], text: str, without: Callable[[int], str]) -> None:
     """Refuse a template whose ``text`` is the same ``without`` the content of a message: it passes the role over."""
     for number, message in enumerate(messages):
-        content = re.sub(r"<think>.*?</think>", "", str(message["content"]), flags=re.DOTALL).strip()
+        content = _apart(str(message["content"]))[1].strip()
         if content in text:
             continue
         try:

@@ -187,3 +187,12 @@ def test_a_template_may_write_a_content_in_its_own_way(huggingface_folder: Path,
         tokenizer, [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     )
     assert answers(tokenizer, ids, mask) == "YES"
+
+
+@pytest.mark.timeout(60)
+def test_an_answer_of_nothing_but_beginnings_of_thoughts_takes_no_time(sentencepiece: SentencePieceTokenizer):
+    """What a model says that has come apart; looked for from each beginning anew, their end took hours."""
+    answer = "<think>" * 200_000
+    messages = ({"role": "user", "content": "q"}, {"role": "assistant", "content": answer})
+    ((ids, mask),) = render_samples(sentencepiece, Conversation(messages=messages))
+    assert sum(mask) == 200_001 and sentencepiece.decode(ids).endswith(answer)
