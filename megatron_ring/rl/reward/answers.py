@@ -15,7 +15,10 @@ _ANY_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BARE = re.compile(
     r"[+-]?(?:\d+(?:[.,/]\d+)*|[A-Za-z](?![A-Za-z])|\\[A-Za-z]+(?=\{)|\\(?!(?:boxed|fbox)(?![A-Za-z]))[A-Za-z]+)"
 )
-_JOINER = re.compile(r"\s*(?:[,;]\s*(?:or|and)?|or|and)\s*(?:[A-Za-z](?:_\w{1,3})?'?\s*=\s*)?")
+_JOINER = re.compile(
+    r"\s*(?:[,;/&]?\s*(?:or(?:\s+(?:else|maybe|perhaps|possibly))?|and(?:\s+also)?)|[,;/&]"
+    r"|\\(?:lor|vee|land|wedge)(?![A-Za-z]))\s*(?:[A-Za-z](?:_\w{1,3})?'?\s*=\s*)?"
+)
 _FENCING = re.compile(r"\$|\\[()\[\],;:! ]|~|\\(?:q?quad|text)(?![A-Za-z])|[{}]")
 _LONGEST_JOINER = 60
 _MOST_BOXES = 20

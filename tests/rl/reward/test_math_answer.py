@@ -106,6 +106,10 @@ def test_boxes_that_only_a_word_joins_are_one_answer():
         r"$x=\boxed{1}$, $x = \boxed{2}$",
         r"\[x_1=\boxed{1}\quad\text{or}\quad x_2=\boxed{2}\]",
         r"\boxed{5}. Hence \boxed{1} or \boxed{2}.",
+        r"$\boxed{1} \vee \boxed{2}$",
+        r"$\boxed{1} \lor x = \boxed{2}$",
+        r"$\boxed{1}$ or else $\boxed{2}$",
+        r"$\boxed{1}$ / $\boxed{2}$",
     ):
         assert judge_math(problem("math", answer="1,2"), text).score == 1.0, text
         assert judge_math(problem("math", answer="2"), text).score == 0.0, text
@@ -145,6 +149,22 @@ def test_what_most_answers_are_is_decided_without_reading_mathematics(monkeypatc
         ("(B) or (C)", "wrong"),
         ("B. or C.", "wrong"),
         ("B) C) D)", "wrong"),
+        ("B. Infection by E. coli", "correct"),
+        ("B. The point (A, C)", "correct"),
+        ("B. Both A and C", "correct"),
+        ("B (the cell)", "correct"),
+        ("B - the cell", "correct"),
+        ("[B]", "correct"),
+        ("The correct answer is B", "correct"),
+        ("B. 5 C. 6", "wrong"),
+        ("B) 5, C) 6", "wrong"),
+        ("B: 5; C: 6", "wrong"),
+        ("B. five, C. six", "wrong"),
+        (r"\text{B. five or C. six}", "wrong"),
+        (r"B. 5\quad C. 6", "wrong"),
+        ("B. no, the answer is C", "wrong"),
+        (r"B \text{ or } C", "parse_error"),
+        ("[B][C]", "parse_error"),
         ("C", "wrong"),
         ("(A) or B", "wrong"),
         ("5 m/s", "parse_error"),
@@ -239,6 +259,12 @@ assert not {"sympy", "math_verify"} & set(sys.modules)
 def test_a_reference_that_cannot_be_read_is_not_the_responses_fault(answer: str):
     with pytest.raises(ValueError, match="reference answer"):
         judge_math(problem("math", answer=answer), r"\boxed{1/2}")
+
+
+def test_a_chain_of_equations_in_a_list_is_an_answer_like_any_other():
+    for reference in ("[0,1)", "1,2", "(1,2)"):
+        result = judge_math(problem("math", answer=reference), r"\boxed{\infty=1\pmod{i\pmod{0}},n}")
+        assert result.score == 0.0
 
 
 def test_both_keep_the_contract_of_reward_functions():

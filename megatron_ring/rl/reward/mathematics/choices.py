@@ -8,21 +8,43 @@ from megatron_ring.rl.reward.mathematics.text import TEXT, plain
 
 CHOICE = re.compile(r"\(?([A-Ja-j])\)?(?:[.:)](?:\s.*)?)?", re.DOTALL)
 IN_PARENTHESES = re.compile(r"\(([A-Ja-j])\)\s.+", re.DOTALL)
+_WITH_TEXT = re.compile(r"([A-J])\s*(?:\\text\{\s*)?(?:\(.{2,}\)\s*\}?|-\s+\S\S.*)", re.DOTALL)
+"""``B (the cell)`` and ``B - the cell``."""
 LETTER = re.compile(r"\(?([A-J])\)?[.:)]?|\[([A-J])\]")
 _LABELLED = re.compile(
     r"(?:\(([A-Ja-j])\)|\[([A-J])\]|([A-Ja-j])[.:)])\s*(.+)|([A-J])\s+(?=[\d\\$(-])(.+)", re.DOTALL
 )
 _NAMED_CHOICE = re.compile(
-    r"(?i:option|choice|answer)(?: is)?:? ?(\(?[A-J]\)?(?:[.:)]?|[.:)] .*|\) .*))", re.DOTALL
+    r"(?i:(?:the )?(?:correct |right |best |final )?(?:option|choice|answer)(?: is)?:?) ?"
+    r"((?i:\(?[A-J]\)?(?:[.:)]?|[.:)] .*|\) .*)))",
+    re.DOTALL,
 )
 _MARKS = re.compile(r"^[\s\\$~]+|[\s\\$~]+$")
 _ANOTHER = re.compile(
-    r"\([A-J]\)|\[[A-J]\]"
-    r"|^[A-J][.:)](?:\s|$)"
-    r"|^\W*(?:or|and|[,;/&|])(?![A-Za-z])(?:\W|also|maybe|not|option|choice|answer)*[A-J](?![A-Za-z'])",
-    re.IGNORECASE,
+    r"\((?i:[A-J])\)|\[[A-J]\]"
+    r"|^(?i:[A-J])[.:)](?:\s|$)"
+    r"|^\W*(?i:(?:or|and|nor|maybe|perhaps|possibly)(?![A-Za-z])|[,;/&|])"
+    r"(?i:\W|also|else|either|maybe|perhaps|possibly|not|option|choice|answer)*(?i:[A-J])(?![A-Za-z'])"
+    r"|(?i:option|choice|answer)(?i: is)?:? \W*[A-J](?![A-Za-z'])"
 )
-"""Behind a choice, another one: ``(B) (C)``, ``B. or C``, ``B) C) D)``."""
+"""Behind a choice, another one: ``(B) (C)``, ``B. or C``, ``B) C) D)``, ``B. 5, Option C``."""
+_LABEL = re.compile(
+    r"(?<![^\s,;/&|])(?:([A-J])(?:\)\.|[:)]|\.(?!\s+[a-z]))|([a-j])\))(?=\s|$)|(?:[,;/&|\n]|\bor)\s*([A-J])\.(?=\s+[a-z])"
+)
+"""A choice's label among words: ``C.`` of ``12 C. 13``; ``E. coli`` has none."""
+_IN_BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
+_OR = re.compile(r"\\(?:lor|vee)(?![A-Za-z])")
+_AND = re.compile(r"\\(?:land|wedge)(?![A-Za-z])")
+
+
+def _several(text: str, letter: str) -> bool:
+    """Whether what stands behind the choice ``letter`` names another one."""
+    text = _AND.sub(" and ", _OR.sub(" or ", TEXT.sub(r" \1 ", text))).replace(r"\cr", "\n")
+    text = text.replace("*", " ").replace("$", " ").strip()
+    if _ANOTHER.search(text):
+        return True
+    labels = _LABEL.finditer(_IN_BRACKETS.sub(" ", text))
+    return any((label[1] or label[2] or label[3]).upper() != letter.upper() for label in labels)
 
 
 def named(answer: str) -> str | None:
@@ -31,10 +53,13 @@ def named(answer: str) -> str | None:
     Examples: ``named("(b) 12") == "B"``, ``named("(B) or (C)") == ""``.
     """
     answer = unmarked(answer)
-    given = CHOICE.fullmatch(answer) or IN_PARENTHESES.fullmatch(answer)
+    alone = LETTER.fullmatch(answer)
+    if alone is not None:
+        return alone[1] or alone[2]
+    given = CHOICE.fullmatch(answer) or IN_PARENTHESES.fullmatch(answer) or _WITH_TEXT.fullmatch(answer)
     if given is None:
         return None
-    return "" if _ANOTHER.search(answer[given.end(1) + 1 :].strip()) else given[1].upper()
+    return "" if _several(answer[given.end(1) + 1 :], given[1]) else given[1].upper()
 
 
 def choice(reference: str, answer: str) -> bool | tuple[str, str] | None:
@@ -65,9 +90,7 @@ def labelled(answer: str) -> tuple[str, str] | None:
         return None
     letter = match[1] or match[2] or match[3] or match[5]
     text = plain(match[4] or match[6])
-    if _ANOTHER.search(text):
-        return None
-    return (letter.upper(), text) if text else None
+    return (letter.upper(), text) if text and not _several(text, letter) else None
 
 
 def unmarked(answer: str) -> str:

@@ -36,7 +36,7 @@ def standard(node: Node) -> Node:
     if _is_row(node, "[]") and all(_is_row(part, "[]") for part in parts):
         same_length = len({len(part.parts) for part in parts}) == 1
         return Node("matrix", tuple(Node("row", part.parts) for part in parts)) if same_length else node
-    if node.kind == "list" and parts[0].kind == "relation" and parts[0].name == "=":
+    if node.kind == "list" and _is_equation(parts[0]):
         name, first = parts[0].parts
         if (
             name.kind == "tuple"
@@ -45,6 +45,10 @@ def standard(node: Node) -> Node:
         ):
             return Node("list", (first, *parts[1:]), name=node.name)
     return node
+
+
+def _is_equation(node: Node) -> bool:
+    return node.kind == "relation" and node.name == "=" and len(node.parts) == 2
 
 
 def _is_row(node: Node, brackets: str) -> bool:

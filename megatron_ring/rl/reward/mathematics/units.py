@@ -83,10 +83,13 @@ LETTERS = frozenset("msghNJWVL")
 """Letters that are a unit though they stand alone and could be symbols."""
 _HEDGES = frozenset(
     word_list(
-        "or and not no but if either maybe isn't except unless instead actually wrong false false? vs "
-        "squared cubed factorial negative plus minus least most half halves thirds fourths fifths sixths eighths "
-        "tenths hundredths thousandths zero one two three four five six seven eight nine ten eleven twelve "
-        "twenty thirty forty fifty pi i e x y z n"
+        "or nor and not no but if either maybe perhaps possibly isn't except unless instead actually wrong false "
+        "false? vs versus than itself twice thrice doubled tripled halved "
+        "squared cubed factorial negative plus minus least most half halves third thirds fourth fourths fifth fifths "
+        "sixth sixths seventh sevenths eighth eighths ninth ninths tenth tenths twelfths sixteenths twentieths "
+        "hundredth hundredths thousandth thousandths millionth millionths zero one two three four five six seven "
+        "eight nine ten tens eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen "
+        "twenty thirty forty fifty sixty seventy eighty ninety pi i e x y z n"
     )
 )
 """Words that make another value of the number before them, or another answer beside it."""
@@ -97,6 +100,12 @@ SCALES = {
     "million": 10**6,
     "billion": 10**9,
     "trillion": 10**12,
+    "quadrillion": 10**15,
+    "quintillion": 10**18,
+    "lakh": 10**5,
+    "crore": 10**7,
+    "bn": 10**9,
+    "mrd": 10**9,
 }
 _WORD = re.compile(r"[^\W\d_]+|[$€£¥¢\"]")
 _SPLIT = re.compile(r"[^\W\d_]+|[$€£¥¢\"]|\^-?\d{1,2}|/")
@@ -129,7 +138,8 @@ def is_measure(text: str) -> bool:
 def scaled(text: str) -> tuple[int, str]:
     """What a unit multiplies its number by, and the unit without it: ``(10**6, "dollars")`` of ``million dollars``."""
     first, _, rest = text.strip().partition(" ")
-    return (SCALES[first.casefold()], rest) if first.casefold() in SCALES else (1, text)
+    factor = SCALES.get(first.casefold()) or SCALES.get(first.casefold().removesuffix("s"))
+    return (factor, rest) if factor else (1, text)
 
 
 def _measure(text: str) -> tuple[tuple[str, int], ...]:
