@@ -106,7 +106,7 @@ _ROOT_INDEX = {"√": "", "∛": "[3]", "∜": "[4]"}
 _DROPPED = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|mathstrut|strut|hfill|hline|bigskip|noindent)(?![A-Za-z])\s*"
     r"|\\(?:phantom|vphantom|hphantom|label|tag|(?:text)?color|colorbox)\*?\s*\{[^{}]*\}"
-    r"|\\(?:tiny|small|normalsize|[lL]arge|LARGE|[hH]uge|ensuremath|relax|checkmark)(?![A-Za-z])\s*"
+    r"|\\(?:tiny|small|normalsize|[lL]arge|LARGE|[hH]uge|ensuremath|relax|checkmark|blacksquare|qed)(?![A-Za-z])\s*"
 )
 _SIZES = re.compile(r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*")
 _BAR_SIDES = re.compile(r"\\(left|right)\s*(?:\||\\vert(?![A-Za-z]))")
@@ -114,12 +114,17 @@ _EMPTY_SIDES = re.compile(r"\\(?:left|right)\s*\.(?!\d)")
 _SPACES = re.compile(
     r"(?:\\[,;:> ]|~|\\q?quad|\\(?:enspace|thinspace|space|hspace\{[^{}]*\})(?![A-Za-z])|\s)+"
 )
-_NOTHING = re.compile(r"\\!|\\/(?!/)|\\allowbreak(?![A-Za-z])|[\u200b-\u200f\u2060\ufeff\u00ad\u202a-\u202e]")
+_NOTHING = re.compile(
+    r"\\!|\\/(?!/)|\\allowbreak(?![A-Za-z])|[\u200b-\u200f\u2060-\u2064\ufeff\u00ad\u202a-\u202e]|[\ufe00-\ufe0f\u20e3✓✔✅☑]"
+)
 _FRACTION = re.compile(r"\\(?:[dtcsx]|nice)frac(?![A-Za-z])")
 _THOUSANDS = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,|\\;)\s*(?=\d{3}(?!\d))")
 _OUTER_TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|bf|rm|operatorname|emph|underline)\s*(?=\{)"
 )
+_TEXT_FONTS = re.compile(r"\\(?:texttt|textsf|textnormal|textup|textmd|textsl|textsc)(?=\s*\{)")
+_UPRIGHT_FONTS = re.compile(r"\\(?:mathsf|mathtt|mathnormal)(?=\s*\{)")
+_BOLD_FONTS = re.compile(r"\\(?:pmb|bold|bm|boldsymbol)(?=\s*\{)")
 _ROW = re.compile(r"\\\\(?:\s*\[[^\[\]]*\])?")
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}])")
 TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
@@ -139,7 +144,16 @@ _WITHOUT = re.compile(r"(?<=\\mathbb\{R\})\s*-\s*(?=\\\{)")
 _BETWEEN = re.compile(r"([(\[][^()\[\]]*,[^()\[\]]*[)\]])\s*[Uu]\s*(?=[(\[][^()\[\]]*,)")
 _OUTWARD = re.compile(r"(^|=\s*|\\(?:cup|in)\s*)([\[\]])([^()\[\]]*[,;][^()\[\]]*)([\[\]])")
 """Intervals as they are written in France: ``[0,1[``."""
-_LEADING = re.compile(r"(?:=(?![=<>])|\\approx(?![A-Za-z]))\s*")
+_LEADING = re.compile(
+    r"(?:=(?![=<>])|\\(?:approx|therefore|implies|Rightarrow|Longrightarrow|rightarrow)(?![A-Za-z])"
+    r"|\\text\{ ?(?i:(?:the )?(?:final |correct )?answer)(?: is)?:? ?\})\s*"
+)
+_SYSTEM = re.compile(
+    r"(?:\\\{ ?)?\\begin ?\{ ?(cases|array|aligned|gathered) ?\} ?(?:\{[lcr| ]*\})?(.*)\\end ?\{ ?\1 ?\}",
+    re.DOTALL,
+)
+_ALIGNED = re.compile(r"& ?(?==)|(?<==) ?&")
+_SAYS_WHAT = re.compile(r"=|<|>|\\(?:le|ge|ne|lt|gt)q?(?![A-Za-z])")
 _HALF_DAY = re.compile(
     r"(?<=\d)(?::00)? ?(?:\\(?:text|mathrm)\{ ?([AaPp])\.? ?[Mm]\.?\}|([AaPp])\.? ?[Mm]\.?)$"
 )
@@ -229,13 +243,16 @@ def plain(text: str) -> str:
 def _spelling(text: str) -> str:
     if not text.isascii():
         text = _ascii(text)
-    if len(text) > 4 and text.startswith("**") and text.endswith("**"):  # bold
-        text = text[2:-2]
+    for mark in ("**", "`", '"'):
+        if len(text) > 2 * len(mark) and text.startswith(mark) and text.endswith(mark):
+            text = text[len(mark) : -len(mark)]
     if "\\" in text:
         if "\\\\" in text and r"\begin" not in text:  # escaped once too often
             text = _DOUBLED.sub(r"\\", text)
         text = _FENCES.sub(" ", _ROW.sub(r"\\cr ", text))
         text = _NOTHING.sub("", _THOUSANDS.sub("", text))
+        text = _UPRIGHT_FONTS.sub(r"\\mathrm", _TEXT_FONTS.sub(r"\\text", text))
+        text = _BOLD_FONTS.sub(r"\\mathbf", text)
         text = _FRACTION.sub(r"\\frac", _DROPPED.sub("", text))
         text = _BAR_SIDES.sub(lambda side: rf"\{side[1][0]}vert ", text)
         text = _SIZES.sub("", _EMPTY_SIDES.sub("", text))
@@ -251,6 +268,9 @@ def _spelling(text: str) -> str:
 
 def _written_out(text: str) -> str:
     """Spellings of a whole answer, one way: intervals, bases, times of day, money, phrases."""
+    system = _SYSTEM.fullmatch(text)
+    if system is not None:
+        text = _joined(system[2]) or text
     text = _BETWEEN.sub(r"\1\\cup ", text)
     if text[-1:] in ("[", "]") or r"\cup" in text:
         text = _OUTWARD.sub(_inward, text)
@@ -271,6 +291,13 @@ def _written_out(text: str) -> str:
         text = _behind(_FOR_ALL, text, "")
     text = _MONEY.sub(r"\$", text, count=1) if text.startswith("US") else text
     return _PHRASES.get(text.casefold(), text)
+
+
+def _joined(rows: str) -> str:
+    r"""The equations of a system, which all hold: ``x=1\\land y=2``; empty where cases tell several apart."""
+    lines = [line.strip(" ,;.") for line in _ALIGNED.sub("", rows).split(r"\cr")]
+    lines = [line for line in lines if line]
+    return r"\land ".join(lines) if "&" not in "".join(lines) and all(map(_SAYS_WHAT.search, lines)) else ""
 
 
 def _behind(words: re.Pattern[str], text: str, written: str) -> str:
