@@ -157,3 +157,30 @@ def test_every_key_that_is_read_is_named():
         "source_file",
         "code",
     } <= CODE_KEYS
+
+
+FORGOTTEN = [
+    "try:\n    assert f(1) == 2\nexcept Exception as e:\n    print(e)",
+    "try:\n    assert f(1) == 2\n    print('ok')\nexcept AssertionError:\n    print('failed')",
+    "try:\n    f(-1)\n    assert False\nexcept:\n    pass",
+    "def test_it():\n    try:\n        assert f(1) == 2\n    except (ValueError, Exception):\n        return",
+    "import contextlib\nwith contextlib.suppress(Exception):\n    assert f(1) == 2",
+]
+HEARD = [
+    "try:\n    f(-1)\n    assert False\nexcept ValueError:\n    pass",
+    "try:\n    assert f(1) == 2\nexcept Exception:\n    raise",
+    "try:\n    assert f(1) == 2\nexcept AssertionError:\n    raise\nexcept Exception:\n    pass",
+    "good = True\ntry:\n    assert f(1) == 2\nexcept Exception:\n    good = False\nassert good",
+    "try:\n    r = f(1)\nexcept Exception:\n    pass\nelse:\n    assert r == 2",
+    "try:\n    assert f(1) == 2\nexcept Exception:\n    print('no')\nassert f(2) == 3",
+]
+
+
+@pytest.mark.parametrize("test", FORGOTTEN)
+def test_a_test_that_catches_all_of_its_own_assertions_is_refused(test: str):
+    assert "catches what its own assertions raise" in (check_reference({"tests": [test]}) or "")
+
+
+@pytest.mark.parametrize("test", HEARD)
+def test_a_test_that_fails_for_some_value_is_not_refused(test: str):
+    assert check_reference({"tests": [test]}) is None

@@ -14,7 +14,9 @@ import functools
 import re
 import symtable
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from megatron_ring.rl.reward.code.inside.python_harness import MODULES, STAR
 
@@ -55,6 +57,8 @@ def read_unit_test(source: str, entry: str = "") -> UnitTest:
         )
     if not any(map(_tells, ast.walk(tree))):
         raise ValueError("has no assertion: whatever it is given passes")
+    if not _has_assertion(tree):
+        raise ValueError("catches what its own assertions raise and goes on: whatever it is given passes")
     _check_it_is_run(tree)
     imported = _imports(tree)
     made = {
@@ -94,7 +98,7 @@ def _check_it_is_run(tree: ast.Module) -> None:
             live = node.name.startswith("Test") or bool(node.bases) or node.name in used
         else:
             live = True
-        if any(map(_tells, ast.walk(node))):
+        if _has_assertion(node):
             run |= live
             if not live:
                 idle.append(getattr(node, "name", ""))
@@ -102,12 +106,62 @@ def _check_it_is_run(tree: ast.Module) -> None:
         raise ValueError(f"runs no assertion: they stand in {', '.join(idle)}, which nothing calls")
 
 
+def _has_assertion(tree: ast.AST) -> bool:
+    """Whether an assertion of ``tree`` can fail the test."""
+    return any(map(_tells, _heard(tree)))
+
+
+def _heard(node: ast.AST) -> Iterator[ast.AST]:
+    """``node`` and what is in it, but for the lines whose assertions the test itself catches and forgets."""
+    yield node
+    silent = node.body if _goes_on(node) else ()
+    for child in ast.iter_child_nodes(node):
+        if child not in silent:
+            yield from _heard(child)
+
+
+def _goes_on(node: ast.AST) -> TypeGuard[ast.Try | ast.With]:
+    """Whether an assertion that fails in its body is caught there, and at most printed."""
+    if isinstance(node, ast.With):
+        return any(_suppresses(item.context_expr) for item in node.items)
+    if not isinstance(node, ast.Try):
+        return False
+    handler = next(filter(_takes_assertions, node.handlers), None)
+    return handler is not None and all(
+        isinstance(line, ast.Pass | ast.Continue | ast.Return)
+        or (
+            isinstance(line, ast.Expr)
+            and (isinstance(line.value, ast.Constant) or _called(line.value) in ("print", "print_exc"))
+        )
+        for line in handler.body
+    )
+
+
+def _takes_assertions(handler: ast.ExceptHandler) -> bool:
+    kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    return any(kind is None or _catches(kind) for kind in kinds)
+
+
+def _suppresses(manager: ast.expr) -> bool:
+    return (
+        isinstance(manager, ast.Call) and _called(manager) == "suppress" and any(map(_catches, manager.args))
+    )
+
+
+def _catches(kind: ast.expr) -> bool:
+    return getattr(kind, "id", "") in ("AssertionError", "Exception", "BaseException")
+
+
+def _called(node: ast.expr) -> str:
+    return getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
+
+
 def _tells(node: ast.AST) -> bool:
     if isinstance(node, ast.Assert | ast.Raise):
         return True
     if not isinstance(node, ast.Call):
         return False
-    name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+    name = _called(node)
     return name == "raises" or (isinstance(node.func, ast.Attribute) and name.startswith(("assert", "fail")))
 
 
