@@ -347,8 +347,8 @@ def _same_regions(wanted: Node, given: Node, budget: Budget) -> bool | None:
     a, b = region_of(wanted, budget), region_of(given, budget)
     if a is None or b is None:
         return None
-    if a[1] and b[1] and a[1] != b[1]:
-        return False
+    if a[1] and b[1] and a[1] != b[1]:  # a>b is about a, and b<a about b
+        return None if wanted.kind == given.kind == "relation" else False
     return same_region(a[0], b[0], budget)
 
 

@@ -87,6 +87,20 @@ def _family(node: Node) -> tuple[Node, str]:
     return node, ""
 
 
+def lone_members(wanted: Node, given: Node, budget: Budget) -> tuple[Node, Node]:
+    r"""Both sides, a set of one number or point as that where the other side is no set: ``\\{5\\}`` for 5."""
+    return _lone(wanted, given, budget), _lone(given, wanted, budget)
+
+
+def _lone(node: Node, other: Node, budget: Budget) -> Node:
+    is_one = is_scalar(other) or _is_row(other, "()") or _is_equation(other)
+    if node.kind != "set" or len(node.parts) != 1 or not is_one:
+        return node
+    member = node.parts[0]
+    is_value = is_scalar(member) and has_value(member, budget)
+    return member if is_value or _is_row(member, "()") else node
+
+
 def one_argument(wanted: Node, given: Node) -> Node:
     """``f(y)=y`` or ``y=x`` with the names of ``f(x)=x``, where both define one function."""
     left, right = (_FUNCTION.fullmatch(node.parts[0].name) for node in (wanted, given))

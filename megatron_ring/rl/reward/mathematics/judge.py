@@ -184,6 +184,7 @@ def _judge(reference: str, text: str, science: bool) -> RewardResult:
 def _by_value(reference: str, answer: str, science: bool) -> RewardResult:
     load()
     from megatron_ring.rl.reward.mathematics.compare import same
+    from megatron_ring.rl.reward.mathematics.forms import lone_members
     from megatron_ring.rl.reward.mathematics.numbers import Budget, TooExpensive
 
     if (letter := choices.LETTER.fullmatch(reference)) is not None:
@@ -206,7 +207,7 @@ def _by_value(reference: str, answer: str, science: bool) -> RewardResult:
     for a in wanted:
         for b in given:
             try:
-                if same(a, b, budget):
+                if same(*lone_members(a, b, budget), budget):
                     return _verdict(True, answer)
             except TooExpensive as error:
                 return RewardResult(score=0.0, status="wrong", detail=f"{answer[:40]}: {error}")
