@@ -170,6 +170,7 @@ HEARD = [
     "try:\n    f(-1)\n    assert False\nexcept ValueError:\n    pass",
     "try:\n    assert f(1) == 2\nexcept Exception:\n    raise",
     "try:\n    assert f(1) == 2\nexcept AssertionError:\n    raise\nexcept Exception:\n    pass",
+    f"assert f({'+'.join(['1'] * 900)}) == 900",
     "good = True\ntry:\n    assert f(1) == 2\nexcept Exception:\n    good = False\nassert good",
     "try:\n    r = f(1)\nexcept Exception:\n    pass\nelse:\n    assert r == 2",
     "try:\n    assert f(1) == 2\nexcept Exception:\n    print('no')\nassert f(2) == 3",

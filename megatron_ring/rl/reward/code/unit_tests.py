@@ -111,13 +111,14 @@ def _has_assertion(tree: ast.AST) -> bool:
     return any(map(_tells, _heard(tree)))
 
 
-def _heard(node: ast.AST) -> Iterator[ast.AST]:
-    """``node`` and what is in it, but for the lines whose assertions the test itself catches and forgets."""
-    yield node
-    silent = node.body if _goes_on(node) else ()
-    for child in ast.iter_child_nodes(node):
-        if child not in silent:
-            yield from _heard(child)
+def _heard(tree: ast.AST) -> Iterator[ast.AST]:
+    """``tree`` and what is in it, but for the lines whose assertions the test itself catches and forgets."""
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        silent = node.body if _goes_on(node) else ()
+        waiting += [child for child in ast.iter_child_nodes(node) if child not in silent]
 
 
 def _goes_on(node: ast.AST) -> TypeGuard[ast.Try | ast.With]:

@@ -129,10 +129,12 @@ def _same_at(a: Node, b: Node, budget: Budget, point: int, real: bool) -> bool |
         return None
     if _both_exact(left, right):
         return left == right
-    distance = _distance(left, right, DIGITS)
-    if distance is None:
+    if _distance(left, right, DIGITS) is None:
         return True
-    return _vanishes(a, b, budget, point, real, distance, MORE_DIGITS)
+    more = _try(a, budget, MORE_DIGITS, point, real), _try(b, budget, MORE_DIGITS, point, real)
+    if more[0] is None or more[1] is None:
+        return False
+    return _distance(*more, MORE_DIGITS) is None or _vanishes((left, right), more, MORE_DIGITS)
 
 
 def _distance(left: Number, right: Number, digits: int) -> Number | None:
@@ -147,18 +149,22 @@ def _distance(left: Number, right: Number, digits: int) -> Number | None:
         return None if distance <= max(abs(left), abs(right)) * mp.mpf(10) ** (15 - digits) else distance
 
 
-def _vanishes(
-    a: Node, b: Node, budget: Budget, point: int, real: bool, distance: Number, digits: int
-) -> bool:
-    """Whether a difference is noise: with more digits it shrinks as they grow."""
-    if not mp.isfinite(distance):
-        return False
-    left, right = _try(a, budget, digits, point, real), _try(b, budget, digits, point, real)
-    if left is None or right is None:
-        return False
-    closer = _distance(left, right, digits)
+def _vanishes(few: tuple[Number, Number], more: tuple[Number, Number], digits: int) -> bool:
+    """Whether what two numbers differ by is noise: with more ``digits`` it shrinks as they grow.
+
+    It is then nothing beside either of them, or both are nothing but noise themselves: a difference of 3 that is
+    smaller than one of a million was is no noise.
+    """
     with mp.workdps(digits):
-        return closer is None or closer < distance * mp.mpf(10) ** (DIGITS + 20 - digits)
+        shrunk = mp.mpf(10) ** (DIGITS + 20 - digits)
+        first, last = (abs(_inexact(pair[0]) - _inexact(pair[1])) for pair in (few, more))
+        if not mp.isfinite(first) or not last < first * shrunk:
+            return False
+        sizes = [abs(_inexact(value)) for value in more]
+        return last <= min(sizes) * mp.mpf(10) ** -15 or all(
+            size == 0 or size < abs(_inexact(before)) * shrunk
+            for size, before in zip(sizes, few, strict=True)
+        )
 
 
 def _confirmed(a: Node, b: Node, budget: Budget, real: bool) -> bool:
@@ -189,22 +195,13 @@ def _same_to(a: Node, b: Node, budget: Budget, real: bool, digits: int) -> bool 
         distance = _distance(left, right, digits)
         if distance is None:
             return None if any(evaluator.absorbed for evaluator in evaluators) else True
-        first = _same_distance(a, b, budget, point, real)
-        with mp.workdps(digits):
-            return first is not None and distance < first * mp.mpf(10) ** (DIGITS + 20 - digits)
+        first = _try(a, budget, DIGITS, point, real), _try(b, budget, DIGITS, point, real)
+        return first[0] is not None and first[1] is not None and _vanishes(first, (left, right), digits)
     return False
 
 
 def _has_gamma(node: Node) -> bool:
     return node.kind == "factorial" or node.name == "binom" or any(map(_has_gamma, node.parts))
-
-
-def _same_distance(a: Node, b: Node, budget: Budget, point: int, real: bool) -> Number | None:
-    left, right = _try(a, budget, DIGITS, point, real), _try(b, budget, DIGITS, point, real)
-    if left is None or right is None:
-        return None
-    with mp.workdps(DIGITS):
-        return abs(_inexact(left) - _inexact(right))
 
 
 def _as_decimal(a: Node, b: Node, left: Number, right: Number) -> bool:

@@ -36,6 +36,10 @@ from megatron_ring.rl.reward.mathematics.numbers import (
 from megatron_ring.rl.reward.mathematics.text import Unreadable
 from megatron_ring.rl.reward.mathematics.words import Node
 
+GROWING = frozenset(("exp", "sinh", "cosh", "tanh", "coth"))
+_NOISE_DIGITS = 25
+"""Digits that a power of an inexact number keeps at least."""
+
 
 class Evaluator:
     """Values of trees at one point with some digits. ``rounded`` says that an exact number was too large to keep,
@@ -166,6 +170,7 @@ class Evaluator:
         return self._large_power(base, exponent)
 
     def _large_power(self, base: Number, exponent: Number) -> Number:
+        is_exact = isinstance(base, Fraction) and isinstance(exponent, Fraction)
         base = self.inexact(base)
         negative = is_real(base) and base < 0
         odd = isinstance(exponent, Fraction) and exponent.denominator == 1
@@ -179,10 +184,17 @@ class Evaluator:
         size = exponent_bits + math.log2(1 + abs(log2(abs(base))))
         if size > MAX_LOG2_BITS:
             raise TooExpensive("a power beyond any size")
+        if not is_exact:
+            self._keeps_digits(size)
         self.budget.charge(3 * self.cost + max(0.0, size))
         with mp.workprec(mp.prec + int(max(0.0, size)) + 10):
             value = mp.exp(self.inexact(exponent) * mp.log(base))
         return self._checked(sign * +value)
+
+    def _keeps_digits(self, size: float) -> None:
+        """Of e to the power of an inexact 2**size, as many digits are noise as that has before its point."""
+        if size > (self.digits - _NOISE_DIGITS) * math.log2(10):
+            raise TooExpensive("a power none of whose digits can be told")
 
     def _root(self, node: Node) -> Number:
         index = self._of(node.parts[1])
@@ -269,8 +281,10 @@ class Evaluator:
         value = self.inexact(value)
         if name in TURNING and log2(abs(value)) > MAX_TURNS_BITS:
             raise TooExpensive("an angle beyond any size")
-        if name in ("exp", "sinh", "cosh", "tanh", "coth") and log2(abs(value)) > MAX_LOG2_BITS:
+        if name in GROWING and log2(abs(value)) > MAX_LOG2_BITS:
             raise TooExpensive("an exponential beyond any size")
+        if name in GROWING:
+            self._keeps_digits(log2(abs(value)))
         return getattr(mp, MPMATH.get(name, name))(value)
 
     def integer(self, value: Number, rounding: Callable[[Number], Number]) -> Fraction:

@@ -22,6 +22,8 @@ from harness_remote import Gone, Guard, Unsupported, is_remote
 from harness_solution import Server
 
 _PR_SET_DUMPABLE = 4
+_DEEPEST_SOURCE = 10_000
+"""Levels of a test's source: a sum of a thousand numbers has as many."""
 
 
 def start_solution(load):
@@ -196,7 +198,7 @@ def fails(node):
 
 def run(link, task, names_of, checks):
     source = task["test"]
-    tree = checks.visit(ast.parse(source, "test.py"))
+    code = counted(source, checks)
     # what it keeps for being started by hand is run as well
     test = sys.modules["__main__"] = types.ModuleType("__main__")
     names = test.__dict__
@@ -228,10 +230,20 @@ def run(link, task, names_of, checks):
 
         sys.modules["pytest"] = harness_pytest
     names["__count__"], names["__guard__"] = checks.count, guard
-    exec(compile(ast.fix_missing_locations(tree), "test.py", "exec"), names)
+    exec(code, names)
     if task["calls_check"]:
         names["check"](entry(names, task["entry"]))
     run_collected([value for value in names.values() if getattr(value, "__module__", None) == "__main__"])
+
+
+def counted(source, checks):
+    """The code of a test that counts its assertions."""
+    usual = sys.getrecursionlimit()
+    sys.setrecursionlimit(_DEEPEST_SOURCE)
+    tree = checks.visit(ast.parse(source, "test.py"))
+    code = compile(ast.fix_missing_locations(tree), "test.py", "exec")
+    sys.setrecursionlimit(usual)
+    return code
 
 
 def entry(names, word):
