@@ -310,7 +310,19 @@ class Evaluator:
                 return value.real
             if self.real:
                 raise Undefined("not real")
+            return self._without_dust(value)
         return value
+
+    def _without_dust(self, value: Number) -> Number:
+        """A complex number without a part that is no digit of it: mpmath adds squares exactly, whatever that takes."""
+        real, imaginary = value.real, value.imag
+        if real == 0 or not (mp.isfinite(real) and mp.isfinite(imaginary)):
+            return value
+        apart = mp.mag(real) - mp.mag(imaginary)
+        if abs(apart) <= 4 * mp.prec:
+            return value
+        self.absorbed = True
+        return real if apart > 0 else mp.mpc(0, imaginary)
 
 
 def _names(symbol: str, name: str) -> bool:
