@@ -37,6 +37,8 @@ from megatron_ring.rl.reward.mathematics.text import Unreadable
 from megatron_ring.rl.reward.mathematics.words import Node
 
 GROWING = frozenset(("exp", "sinh", "cosh", "tanh", "coth"))
+FLAT_AND_FAST = frozenset(("tanh", "coth"))
+FLAT = frozenset(("arctan", "atan", "arccot", "acot"))
 _NOISE_DIGITS = 25
 """Digits that a power of an inexact number keeps at least."""
 
@@ -186,6 +188,7 @@ class Evaluator:
             raise TooExpensive("a power beyond any size")
         if not is_exact:
             self._keeps_digits(size)
+        self._swallows(size < -mp.prec / 2 and base != 1)
         self.budget.charge(3 * self.cost + max(0.0, size))
         with mp.workprec(mp.prec + int(max(0.0, size)) + 10):
             value = mp.exp(self.inexact(exponent) * mp.log(base))
@@ -195,6 +198,10 @@ class Evaluator:
         """Of e to the power of an inexact 2**size, as many digits are noise as that has before its point."""
         if size > (self.digits - _NOISE_DIGITS) * math.log2(10):
             raise TooExpensive("a power none of whose digits can be told")
+
+    def _swallows(self, it_does: bool) -> None:
+        """Note that a function is so flat here that its value says nothing of its argument: cos(10^-99) is not 1."""
+        self.absorbed = self.absorbed or it_does
 
     def _root(self, node: Node) -> Number:
         index = self._of(node.parts[1])
@@ -219,6 +226,7 @@ class Evaluator:
         if abs(value) > MAX_FACTORIAL:
             raise TooExpensive(f"a factorial beyond {MAX_FACTORIAL}!")
         self.budget.charge(300 * self.digits / 60)
+        self._swallows(value != 0 and log2(abs(value)) < -mp.prec / 2)
         return self._checked(mp.gamma(self.inexact(value) + 1))
 
     def _degrees(self, node: Node) -> Number:
@@ -285,6 +293,11 @@ class Evaluator:
             raise TooExpensive("an exponential beyond any size")
         if name in GROWING:
             self._keeps_digits(log2(abs(value)))
+        size = log2(abs(value))
+        flat = (name in FLAT_AND_FAST and size > math.log2(mp.prec / 4)) or (
+            name in FLAT and size > mp.prec / 2
+        )
+        self._swallows(flat or (value != 0 and size < -mp.prec / 2))
         return getattr(mp, MPMATH.get(name, name))(value)
 
     def integer(self, value: Number, rounding: Callable[[Number], Number]) -> Fraction:
