@@ -273,6 +273,7 @@ import solution
 from solution import *
 assert solution.LIMIT == 3 and LIMIT == 3 and solution.same(2) == 2
 """,
+    "a long sum": f"assert same({'+'.join(['1'] * 900)}) == 900",
     "text evaluated there": "assert eval('divide(6, 3)') == 2",
     "helpers of Python": """
 assert Counter(same('aab')) == {'a': 2, 'b': 1} and math.isclose(divide(1, 3), 0.333333333333) and sqrt(same(4)) == 2
