@@ -65,3 +65,21 @@ def test_the_solution_is_the_last_block_that_can_be(
     text: str, language: str, names: tuple[str, ...], source: str | None
 ):
     assert solution_block(text, language, names) == source
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x" * 100_000,
+        "```python\n" + "import " * 20_000,
+        "```python\nx = 1" + "\n" * 100_000 + "```",
+        "".join("`" * length + "md\n" for length in range(600, 2, -1)),
+    ],
+    ids=["a long word", "imports on a line", "empty lines", "markdown in markdown"],
+)
+@pytest.mark.timeout(20)
+def test_junk_is_read_in_one_pass(text: str):
+    """Each took half a minute and more, or all of Python's stack."""
+    source = solution_block(text, "python", ("f",))
+    assert source is None or source.strip() == text.strip("`").removeprefix("python").strip()
+    assert solution_block(text, "cpp") is None

@@ -32,9 +32,12 @@ TAGS = {
 _OPENING = re.compile(
     r"^(?P<indent>[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+|>[ \t]?)*)(?P<fence>`{3,}|~{3,})(?P<info>.*)$"
 )
-_BEHIND_TEXT = re.compile(r"^(?P<indent>)[^`]*[^`\s][^`]*(?P<fence>`{3,})(?P<info>[ \t]*[\w+#.-]+[ \t]*)$")
+_BEHIND_TEXT = re.compile(
+    r"^(?P<indent>)(?=\s*+[^`\s])[^`]*+(?P<fence>`{3,}+)(?P<info>[ \t]*+[\w+#.-]++[ \t]*+)$"
+)
 _INFO = re.compile(r"[\w+#-]+")
 _VERSION = re.compile(r"(?<=[a-z+])[-.]?\d+[\w.]*$")
+_DEEPEST = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +51,8 @@ class Block:
     source: str
 
 
-def code_blocks(text: str) -> list[Block]:
-    """The fenced blocks of ``text`` in their order; a markdown block counts as the blocks inside it.
+def code_blocks(text: str, deepest: int = _DEEPEST) -> list[Block]:
+    """The fenced blocks of ``text`` in their order; a markdown block counts as the blocks inside it, ``deepest`` deep.
 
     Example: ``code_blocks("1. So:\\n   ```py\\n   print(1)\\n   ```") == [Block(tag="py", source="print(1)\\n")]``.
     """
@@ -60,7 +63,10 @@ def code_blocks(text: str) -> list[Block]:
 
     def close() -> None:
         source = textwrap.dedent("".join(line + "\n" for line in lines))
-        blocks.extend(code_blocks(source) if tag in ("markdown", "md") else [Block(tag=tag, source=source)])
+        if tag in ("markdown", "md") and deepest:
+            blocks.extend(code_blocks(source, deepest - 1))
+        else:
+            blocks.append(Block(tag=tag, source=source))
 
     for line in re.split(r"\r\n|\n|\r", text):
         if fence:
@@ -123,11 +129,15 @@ def _can_be_solution(source: str, language: str, names: Collection[str]) -> bool
         return re.search(r"\bmain\b", source) is not None
     if not names:
         return re.search(r"\b(print|write|writelines)\b", source) is not None
-    return all(
-        re.search(
-            rf"^\s*(?:async\s+)?(?:def|class)\s+{re.escape(name)}\b|^{re.escape(name)}\s*[:=]|\bimport\b.*\b{re.escape(name)}\b",
-            source,
-            re.MULTILINE,
-        )
-        for name in names
-    )
+    return all(_gives(source, name) for name in names)
+
+
+def _gives(source: str, name: str) -> bool:
+    """Whether ``source`` defines, binds or imports ``name``, as far as its words tell."""
+    name = re.escape(name)
+    bound = rf"^[ \t]*+(?:async\s+)?(?:def|class)\s+{name}\b|^{name}\s*[:=]"
+    if re.search(bound, source, re.MULTILINE):
+        return True
+    # by line, and from the first import on: a pattern would look for the name anew behind each
+    imports = (re.search(r"\bimport\b", line) for line in source.splitlines() if "import" in line)
+    return any(word and re.search(rf"\b{name}\b", word.string[word.end() :]) for word in imports)
