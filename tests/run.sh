@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv and passes the tests.
 #
-#   bash tests/run.sh           the default suite (under 20 minutes on 2 cores)
+#   bash tests/run.sh           the default suite (under 15 minutes on 2 quiet cores)
 #   bash tests/run.sh --all     the expensive proofs too; installs what they need and names what it had to skip
 #   bash tests/run.sh -k word   further words go to pytest
 set -euo pipefail

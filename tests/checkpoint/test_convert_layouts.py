@@ -48,7 +48,7 @@ CASES = [
         world,
         layout,
         id=layout_name(model, world, layout),
-        marks=[pytest.mark.slow] if world == 8 else [],
+        marks=[pytest.mark.slow] if world >= 4 else [],
     )
     for world, models in LAYOUTS.items()
     for model, layouts in models.items()

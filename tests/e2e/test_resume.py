@@ -33,7 +33,9 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert any(key.startswith("optimizer.state.exp_avg.") for key in ours)
 
 
-@pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "async_save", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sync", "async"]
+)
 def test_killed_run_resumes_bit_equal(straight, corpus, run_dir, async_save):
     settings = (
         TINY
@@ -58,7 +60,7 @@ def test_killed_run_resumes_bit_equal(straight, corpus, run_dir, async_save):
     assert_same_weights(run_dir, straight)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_signal_saves_and_leaves_cleanly(corpus, run_dir, number):
     settings = TINY | corpus | {"save": run_dir, "load": run_dir, "train-iters": 1000}
     process = start(settings)
@@ -74,7 +76,12 @@ def test_signal_saves_and_leaves_cleanly(corpus, run_dir, number):
 
 LAYOUT_CHANGES = [
     pytest.param(
-        {}, 1, {"expert-model-parallel-size": 2, "pipeline-model-parallel-size": 2}, 4, id="one-to-pp2ep2"
+        {},
+        1,
+        {"expert-model-parallel-size": 2, "pipeline-model-parallel-size": 2},
+        4,
+        id="one-to-pp2ep2",
+        marks=pytest.mark.slow,
     ),
     pytest.param(
         {"expert-model-parallel-size": 2, "pipeline-model-parallel-size": 2},

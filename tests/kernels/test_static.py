@@ -27,7 +27,7 @@ def static():
     return module
 
 
-@pytest.mark.parametrize("arch", [90, 80, 100])
+@pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))])
 def test_every_kernel_compiles_within_its_gates(arch):
     # in its own process: the interpreter of other tests replaces what is compiled here
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

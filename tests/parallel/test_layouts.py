@@ -22,7 +22,7 @@ def run_world(tmp_path_factory):
     return world_runner("tests.parallel.worker", tmp_path_factory.mktemp("parity"))
 
 
-@pytest.mark.parametrize("case", layouts(CASES, slow_from=8))
+@pytest.mark.parametrize("case", layouts(CASES, slow_from=4))
 def test_layout_computes_what_one_process_computes(case: Case, run_world):
     folder = run_world(case.world)
     own = json.loads((folder / case.name / "summary.json").read_text())

@@ -14,6 +14,7 @@ def has_ended(pid: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_a_world_that_hangs_says_where():
     result = spawn(2, "tests.parallel.hanging_worker", standstill=20)
     assert result.returncode == HUNG
