@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -140,15 +142,27 @@ def test_walls_with_a_hole_are_no_walls(walls: Walls, hole: str, monkeypatch: py
     assert "the walls have holes" in (_try(walls.way) or "")
 
 
+def judges_modes() -> list[str]:
+    """What the kernel says of each process that judges."""
+    modes = []
+    for process in own_processes():
+        with contextlib.suppress(psutil.Error, OSError):
+            if "reward.worker" in " ".join(process.cmdline()) and not process.children():
+                modes.append(Path(f"/proc/{process.pid}/status").read_text())
+    return modes
+
+
 def test_without_bubblewrap_verifiers_are_confined_and_this_is_said_once(no_walls, caplog):
     with RewardPool.open(RewardConfig(reward_workers=2), domains={"math", "reasoning_gym"}) as pool:
         assert pool.submit(problem("math", answer="1/2"), r"\boxed{0.5}").result().status == "correct"
         entry = {"question": "1 + 2 =", "answer": "3", "metadata": {}}
         asked = problem("reasoning_gym", dataset="chain_sum", entry=entry)
         assert pool.submit(asked, r"\boxed{3}").result().status == "correct"
-        judges = [p for p in own_processes() if "reward.worker" in " ".join(p.cmdline()) and not p.children()]
-        modes = [Path(f"/proc/{p.pid}/status").read_text() for p in judges]
-        assert modes and all("Seccomp:\t2" in mode for mode in modes)
+        # the one that has not been asked yet may still be starting
+        deadline = time.monotonic() + 60
+        while not (modes := judges_modes()) or not all("Seccomp:\t2" in mode for mode in modes):
+            assert time.monotonic() < deadline, modes
+            time.sleep(0.05)
     with RewardPool.open(RewardConfig(reward_workers=2), domains={"math"}, speaks=False):
         pass
     said = [record.message for record in caplog.records if "no walls around verifiers" in record.message]
