@@ -8,6 +8,10 @@ gather and scatter it.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
@@ -19,6 +23,8 @@ from megatron_ring.kernels import HeadNorms, decode_attention, qk_norm_rope
 from megatron_ring.model.kv_cache import CacheView
 from megatron_ring.model.linear import project
 from megatron_ring.model.packed import PackedInputs
+
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class RingSelfAttention(SelfAttention):
@@ -79,8 +85,8 @@ class RingSelfAttention(SelfAttention):
 
 
 class PackedCoreAttention(nn.Module):
-    """Causal attention inside each segment: variable-length flash attention on CUDA, SDPA per segment on
-    the CPU.
+    """Causal attention inside each segment: variable-length flash attention on CUDA in half precision, else SDPA
+    per segment.
     """
 
     def __init__(self, config, layer_number: int, attn_mask_type, attention_type: str, **_ignored: object):
@@ -98,7 +104,7 @@ class PackedCoreAttention(nn.Module):
         **_ignored: object,
     ) -> Tensor:
         """Context [T, H, C]; ``packed_seq_params`` gives the segments."""
-        if q_THC.is_cuda:
+        if q_THC.is_cuda and q_THC.dtype in _FLASH_DTYPES:
             return _varlen_attention(q_THC, k_TGC, v_TGC, packed_seq_params, self.scale)
         return _segment_attention(q_THC, k_TGC, v_TGC, packed_seq_params.segment_lengths, self.scale)
 
@@ -132,15 +138,10 @@ def _varlen_attention(
 ) -> Tensor:
     """flash-attn where installed, else torch's own variable-length kernel."""
     cu, longest = packed.cu_seqlens_q, packed.max_seqlen_q
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        from torch.nn.attention.varlen import varlen_attn
-
-        return varlen_attn(
-            q_THC, k_TGC, v_TGC, cu, cu, longest, longest, window_size=(-1, 0), scale=scale, enable_gqa=True
-        )
-    return flash_attn_varlen_func(
+    flash_attn = _flash_attn()
+    if flash_attn is None:
+        return _torch_varlen()(q_THC, k_TGC, v_TGC, cu, cu, longest, longest, scale=scale)
+    return flash_attn(
         q_THC,
         k_TGC,
         v_TGC,
@@ -153,3 +154,22 @@ def _varlen_attention(
         # torch's own kernel asks torch; this one has to be told
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
+
+
+@functools.cache
+def _flash_attn() -> Callable[..., Tensor] | None:
+    """Asked once: an import that fails is tried anew each time, which takes a third of a millisecond."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+@functools.cache
+def _torch_varlen() -> Callable[..., Tensor]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # later versions of torch want to be told that there are fewer key heads, earlier ones do not know the word
+    options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return functools.partial(varlen_attn, window_size=(-1, 0), **options)

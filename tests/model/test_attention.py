@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from megatron_ring.data.microbatch import pack_microbatch
 from megatron_ring.kernels import qk_norm_rope
@@ -58,6 +59,17 @@ def test_packed_attention_is_masked_attention(lengths, H, G):
     naive = torch.autograd.grad((naive_THC * into).sum(), leaves)
     for mine, theirs in zip(ours, naive, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_on_a_gpu_every_dtype_has_an_attention_of_the_installed_torch(dtype):
+    """Flash attention takes two of them, and its words differ between versions of torch. Shapes only, without a GPU."""
+    packed = packed_inputs((5, 3))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q, k, v = (torch.empty(11, heads, 16, dtype=dtype, device="cuda") for heads in (4, 2, 2))
+        core = PackedCoreAttention(SimpleNamespace(kv_channels=16), 1, None, "self")
+        context = core(q, k, v, None, packed_seq_params=packed)
+    assert context.shape == q.shape and context.dtype == dtype and context.is_cuda
 
 
 @pytest.mark.parametrize("percent", [1.0, 0.5])
