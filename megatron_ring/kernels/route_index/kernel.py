@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 # fusing multiply and add is pinned because triton's default is about to change
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 # slots that a program holds at once
 SLOTS = 4096
 
