@@ -59,7 +59,8 @@ def compile_ahead(spec: Spec, arch: int):
             signature[name], constants[(i,)] = "constexpr", spec.constants[name]
             continue
         signature[name] = spec.signature[name]
-        if signature[name].startswith(("*", "i")) and name not in spec.unaligned:
+        is_any = spec.kernel.params[i].do_not_specialize or name in spec.unaligned
+        if signature[name].startswith(("*", "i")) and not is_any:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=spec.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(spec.options))

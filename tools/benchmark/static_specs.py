@@ -48,7 +48,7 @@ def product_specs(arch: int) -> dict[str, Spec]:
     for name, nt, w_block in (("nt", True, _block(1, t.bn, t.bk)), ("nn", False, _block(1, t.bk, t.bn))):
         signature = {**_WALK, "x_desc": _block(t.bm, t.bk), "w_desc": w_block, "y_desc": quarter}
         specs[f"grouped_gemm_{name}"] = Spec(
-            grouped_gemm._rows_kernel, signature, _constants(t, NT=nt, E_PAD=128), t.options()
+            grouped_gemm.grouped_gemm_rows_kernel, signature, _constants(t, NT=nt, E_PAD=128), t.options()
         )
     t = grouped_gemm.tiles_for("weight", torch.bfloat16, arch)
     for name, accumulate, dtype in (("weight", False, "bf16"), ("weight_accumulate", True, "fp32")):
@@ -56,21 +56,21 @@ def product_specs(arch: int) -> dict[str, Spec]:
         signature |= {"dy_desc": _block(1, 1, t.bk, t.bm), "x_desc": _block(1, 1, t.bk, t.bn)}
         signature |= {"dw_desc": _block(1, t.bm, t.bn // 4, dtype=dtype)}
         constants = _constants(t, ACCUMULATE=accumulate)
-        specs[name] = Spec(grouped_gemm._weight_kernel, signature, constants, t.options())
+        specs[name] = Spec(grouped_gemm.grouped_gemm_weight_kernel, signature, constants, t.options())
     t = grouped_gemm.tiles_for("up", torch.bfloat16, arch)
     quarter = _block(1, 1, t.bm, t.bn // 4)
     signature = {**_WALK, "probs_ptr": "*fp32", "x_desc": _block(t.bm, t.bk), "w_desc": _block(1, t.bn, t.bk)}
     signature |= dict.fromkeys(("gate_desc", "up_desc", "h_desc"), quarter)
     for name, training in (("up", True), ("up_inference", False)):
         constants = _constants(t, STORE_Z=training, HAS_PROBS=True, E_PAD=128)
-        specs[name] = Spec(expert_mlp._up_kernel, signature, constants, t.options())
+        specs[name] = Spec(expert_mlp.expert_up_kernel, signature, constants, t.options())
     t = grouped_gemm.tiles_for("down", torch.bfloat16, arch)
     signature = {**_WALK, "probs_ptr": "*fp32", "partial_ptr": "*fp32"}
     signature |= {"dy_desc": _block(t.bm, t.bk), "w_desc": _block(1, t.bk, t.bn)}
     signature |= dict.fromkeys(("gate_desc", "up_desc"), _block(t.bm, t.bn // 4))
     signature |= dict.fromkeys(("dgate_desc", "dup_desc", "h_desc"), _block(1, 1, t.bm, t.bn // 4))
     constants = _constants(t, HAS_PROBS=True, E_PAD=128)
-    specs["down_backward"] = Spec(expert_mlp._down_backward_kernel, signature, constants, t.options())
+    specs["down_backward"] = Spec(expert_mlp.expert_down_backward_kernel, signature, constants, t.options())
     return specs
 
 
@@ -136,7 +136,7 @@ def row_specs() -> dict[str, Spec]:
     columns = {"logits_ptr": "*bf16", "stride": "i32", "local_ptr": "*i64", "columns": "i32", "width": "i32"}
     constants = {"tau": 0.7, "ACC": triton.language.float32, "BV": token_logprob.BLOCK}
     specs["logprob_partials"] = Spec(
-        token_logprob.partials_kernel,
+        token_logprob.token_logprob_partials_kernel,
         columns | {"out_ptr": "*fp32"},
         constants,
         token_logprob.OPTIONS,
@@ -146,7 +146,7 @@ def row_specs() -> dict[str, Spec]:
         ("max_ptr", "log_sum_ptr", "entropy_ptr", "dlogp_ptr", "dentropy_ptr"), "*fp32"
     ) | {"out_ptr": "*bf16", "out_stride": "i32"}
     specs["logprob_gradient"] = Spec(
-        token_logprob.gradient_kernel,
+        token_logprob.token_logprob_gradient_kernel,
         columns,
         constants | {"ENTROPY": True},
         token_logprob.OPTIONS,
@@ -155,7 +155,10 @@ def row_specs() -> dict[str, Spec]:
     norm = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr", "dy_ptr", "dx_ptr"), "*bf16")
     norm |= {"r_ptr": "*fp32", "parts_ptr": "*fp32", "tokens": "i32", "D": "i32"}
     tile = {"ACC": triton.language.float32, "BT": 1, "BD": 2048}
-    for name, kernel in (("forward", rms_norm.forward_kernel), ("backward", rms_norm.backward_kernel)):
+    for name, kernel in (
+        ("forward", rms_norm.rms_norm_kernel),
+        ("backward", rms_norm.rms_norm_backward_kernel),
+    ):
         constants = tile | ({"eps": 1e-6} if name == "forward" else {})
         specs[f"rms_norm_{name}"] = Spec(kernel, norm, constants, rms_norm.OPTIONS, ("tokens",))
     return specs | _rope_specs()
@@ -171,8 +174,8 @@ def _rope_specs() -> dict[str, Spec]:
     return {
         f"qk_norm_rope_{name}": Spec(kernel, signature, shape, qk_norm_rope.OPTIONS, ("items", "tokens", "G"))
         for name, kernel in (
-            ("forward", qk_norm_rope.forward_kernel),
-            ("backward", qk_norm_rope.backward_kernel),
+            ("forward", qk_norm_rope.qk_norm_rope_kernel),
+            ("backward", qk_norm_rope.qk_norm_rope_backward_kernel),
         )
     }
 

@@ -4,9 +4,9 @@ Legend: N rows sorted by expert, D model width, F expert width, e local experts.
 as the grouped GEMM does (see there) and finish the activation in the epilogue, while the products are still
 in registers:
 
-- ``_up_kernel``: gate and up in two accumulators; writes h = silu(gate) up p and, for training, z = [gate,
+- ``expert_up_kernel``: gate and up in two accumulators; writes h = silu(gate) up p and, for training, z = [gate,
   up].
-- ``_down_backward_kernel``: dh = dy Wdown; from it and z writes dz, h again for the weight gradient, and per
+- ``expert_down_backward_kernel``: dh = dy Wdown; from it and z writes dz, h again for the weight gradient, and per
   column block a partial sum of dp = <dh, silu(gate) up>: no atomics, so the result does not depend on the
   order of the programs.
 """
@@ -35,8 +35,8 @@ from megatron_ring.kernels.grouped_gemm.kernel import (
 )
 
 
-@triton.jit
-def _up_kernel(
+@triton.jit(do_not_specialize=["num_rows", "reduced", "tiles_n"])
+def expert_up_kernel(
     x_desc, w_desc, gate_desc, up_desc, h_desc, probs_ptr, offsets_ptr,
     num_experts, num_rows, reduced, tiles_n,
     STORE_Z: tl.constexpr, HAS_PROBS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -79,8 +79,8 @@ def _finish_up(gate_desc, up_desc, h_desc, row, end, column, gate, up, p, STORE_
         store_rows(up_desc, row, end, column, up)
 
 
-@triton.jit
-def _down_backward_kernel(
+@triton.jit(do_not_specialize=["num_rows", "reduced", "tiles_n"])
+def expert_down_backward_kernel(
     dy_desc, w_desc, gate_desc, up_desc, dgate_desc, dup_desc, h_desc, probs_ptr, partial_ptr, offsets_ptr,
     num_experts, num_rows, reduced, tiles_n,
     HAS_PROBS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -143,7 +143,7 @@ def up_swiglu(
     gate_NF, up_NF = (h_NF, h_NF) if z_N2F is None else z_N2F.chunk(2, dim=1)
     t = tiles or tiles_for("up", x_ND.dtype)
     tiles_n, quarter = triton.cdiv(F, t.bn), (t.bm, t.bn // 4)
-    _up_kernel[(num_programs(x_ND.device),)](
+    expert_up_kernel[(num_programs(x_ND.device),)](
         plain(x_ND, (t.bm, t.bk)), plain(w_up_e2FD.view(2 * e, F, D), (1, t.bn, t.bk)),
         ragged(gate_NF, quarter), ragged(up_NF, quarter), ragged(h_NF, quarter), probs_N, offsets_e,
         e, N, D, tiles_n,
@@ -168,7 +168,7 @@ def down_backward(
     dz_N2F, h_NF = torch.empty_like(z_N2F), dy_ND.new_empty(N, F)
     partial = None if probs_N is None else dy_ND.new_empty(tiles_n, N, dtype=torch.float32)
     (gate_NF, up_NF), (dgate_NF, dup_NF) = z_N2F.chunk(2, dim=1), dz_N2F.chunk(2, dim=1)
-    _down_backward_kernel[(num_programs(dy_ND.device),)](
+    expert_down_backward_kernel[(num_programs(dy_ND.device),)](
         plain(dy_ND, (t.bm, t.bk)), plain(w_down_eDF, (1, t.bk, t.bn)),
         plain(gate_NF, quarter), plain(up_NF, quarter),
         ragged(dgate_NF, quarter), ragged(dup_NF, quarter), ragged(h_NF, quarter),

@@ -110,8 +110,8 @@ def load_weight(w_desc, expert, row, column):
     return tl.reshape(w_desc.load([expert, row, column]), [w_desc.block_shape[1], w_desc.block_shape[2]])
 
 
-@triton.jit
-def _rows_kernel(
+@triton.jit(do_not_specialize=["num_rows", "reduced", "tiles_n"])
+def grouped_gemm_rows_kernel(
     x_desc, w_desc, y_desc, offsets_ptr, num_experts, num_rows, reduced, tiles_n,
     NT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     E_PAD: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -134,8 +134,8 @@ def _rows_kernel(
         store_rows(y_desc, row, end, n * BN + 3 * (BN // 4), d)
 
 
-@triton.jit
-def _weight_kernel(
+@triton.jit(do_not_specialize=["tiles_f", "tiles_d"])
+def grouped_gemm_weight_kernel(
     dy_desc, x_desc, dw_desc, offsets_ptr, num_experts, tiles_f, tiles_d,
     ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -242,7 +242,7 @@ def _rows(x: Tensor, w: Tensor, offsets_e: Tensor, width: int, nt: bool, tiles: 
     t = tiles or tiles_for("rows", x.dtype)
     e, tiles_n = w.shape[0], triton.cdiv(width, t.bn)
     w_block = (1, t.bn, t.bk) if nt else (1, t.bk, t.bn)
-    _rows_kernel[(num_programs(x.device),)](
+    grouped_gemm_rows_kernel[(num_programs(x.device),)](
         plain(x, (t.bm, t.bk)), plain(w, w_block), ragged(y, (t.bm, t.bn // 4)), offsets_e,
         e, x.shape[0], x.shape[1], tiles_n,
         NT=nt, BM=t.bm, BN=t.bn, BK=t.bk, GROUP=t.group, E_PAD=triton.next_power_of_2(e + 1),
@@ -264,7 +264,7 @@ def grouped_tn(
     dw_eFD = x_ND.new_empty(e, F, D) if main_grad_eFD is None else main_grad_eFD
     t = tiles or tiles_for("weight", x_ND.dtype)
     tiles_f, tiles_d = triton.cdiv(F, t.bm), triton.cdiv(D, t.bn)
-    _weight_kernel[(min(num_programs(x_ND.device), e * tiles_f * tiles_d),)](
+    grouped_gemm_weight_kernel[(min(num_programs(x_ND.device), e * tiles_f * tiles_d),)](
         ragged(dy_NF, (t.bk, t.bm)), ragged(x_ND, (t.bk, t.bn)), plain(dw_eFD, (1, t.bm, t.bn // 4)),
         offsets_e, e, tiles_f, tiles_d, ACCUMULATE=main_grad_eFD is not None,
         BM=t.bm, BN=t.bn, BK=t.bk, GROUP=t.group, **arithmetic(x_ND.dtype), **t.options(),

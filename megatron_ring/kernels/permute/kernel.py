@@ -13,7 +13,7 @@ from torch import Tensor
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def permute_kernel(
     x_ptr, gather_ptr, offsets_ptr, out_ptr, num_rows, width, E, BN: tl.constexpr, BD: tl.constexpr
 ):
@@ -26,7 +26,7 @@ def permute_kernel(
     tl.store(out_ptr + n[:, None] * width + d[None, :], x, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def combine_kernel(
     y_ptr,
     position_ptr,
@@ -55,7 +55,7 @@ def combine_kernel(
     tl.store(out_ptr + t[:, None] * width + d[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def combine_backward_kernel(
     dout_ptr,
     position_ptr,

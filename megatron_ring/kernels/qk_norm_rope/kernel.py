@@ -39,8 +39,8 @@ def _weights(q_weight_ptr, k_weight_ptr, c, is_query, C, ACC: tl.constexpr):
     return tl.where(is_query[:, None], q_weight[None, :], k_weight[None, :])
 
 
-@triton.jit
-def forward_kernel(
+@triton.jit(do_not_specialize=["tokens"])
+def qk_norm_rope_kernel(
     mixed_ptr,
     rotary_ptr,
     q_weight_ptr,
@@ -86,8 +86,8 @@ def forward_kernel(
     tl.store(v_ptr + kv_at, own, mask=(m == R + 1)[:, None] & within)
 
 
-@triton.jit
-def backward_kernel(
+@triton.jit(do_not_specialize=["items", "tokens"])
+def qk_norm_rope_backward_kernel(
     dq_ptr,
     dk_ptr,
     dv_ptr,
@@ -167,7 +167,9 @@ def qk_norm_rope(
         norm = q_weight_C is not None
         weights = (q_weight_C.contiguous(), k_weight_C.contiguous()) if norm else (mixed_TGMC, mixed_TGMC)
         shape = _shape(mixed_TGMC, rotary_2TH, norm, eps)
-        forward_kernel[(T * G,)](mixed_TGMC, rotary_2TH.contiguous(), *weights, q_TNC, k_TGC, v_TGC, **shape)
+        qk_norm_rope_kernel[(T * G,)](
+            mixed_TGMC, rotary_2TH.contiguous(), *weights, q_TNC, k_TGC, v_TGC, **shape
+        )
     return q_TNC, k_TGC, v_TGC
 
 
@@ -190,7 +192,7 @@ def qk_norm_rope_backward(
         norm = q_weight_C is not None
         weights = (q_weight_C.contiguous(), k_weight_C.contiguous()) if norm else (mixed_TGMC, mixed_TGMC)
         shape = _shape(mixed_TGMC, rotary_2TH, norm, eps)
-        backward_kernel[(parts,)](
+        qk_norm_rope_backward_kernel[(parts,)](
             dq_TNC,
             dk_TGC,
             dv_TGC,

@@ -14,8 +14,8 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 PARTS = 512
 
 
-@triton.jit
-def forward_kernel(
+@triton.jit(do_not_specialize=["tokens"])
+def rms_norm_kernel(
     x_ptr,
     weight_ptr,
     y_ptr,
@@ -39,8 +39,8 @@ def forward_kernel(
     tl.store(r_ptr + t, r, mask=t < tokens)
 
 
-@triton.jit
-def backward_kernel(
+@triton.jit(do_not_specialize=["tokens"])
+def rms_norm_backward_kernel(
     dy_ptr,
     x_ptr,
     weight_ptr,
@@ -85,7 +85,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor
     r_T = x_TD.new_empty(tokens, dtype=torch.promote_types(x_TD.dtype, torch.float32))
     if tokens:
         grid = (triton.cdiv(tokens, tile["BT"]),)
-        forward_kernel[grid](
+        rms_norm_kernel[grid](
             x_TD, weight_D.contiguous(), y_TD, r_T, tokens, width, eps=eps, **tile, **OPTIONS
         )
     return y_TD, r_T
@@ -98,7 +98,7 @@ def rms_norm_backward(dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, r_T: Tensor
     parts = min(PARTS, triton.cdiv(tokens, tile["BT"]))
     parts_PD = torch.empty(parts, width, dtype=r_T.dtype, device=x_TD.device)
     if tokens:
-        backward_kernel[(parts,)](
+        rms_norm_backward_kernel[(parts,)](
             dy_TD, x_TD, weight_D.contiguous(), r_T, dx_TD, parts_PD, tokens, width, **tile, **OPTIONS
         )
     return dx_TD, parts_PD.sum(0).to(weight_D.dtype)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 # fusing multiply and add is pinned because triton's default is about to change
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-# slots that a program holds at once
-SLOTS = 4096
+# slots that a program holds at once, of many and of few: two binaries, whatever a step of decoding has
+SLOTS, FEW_SLOTS = 4096, 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def route_index_kernel(
     experts_ptr, offsets_ptr, gather_ptr, position_ptr, slots, E, K: tl.constexpr, BS: tl.constexpr
 ):
@@ -58,7 +58,7 @@ def route_index(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
         slots,
         num_experts,
         K=max(experts_TK.shape[1], 1),
-        BS=min(SLOTS, triton.next_power_of_2(max(slots, 16))),
+        BS=SLOTS if slots > FEW_SLOTS else FEW_SLOTS,
         **OPTIONS,
     )
     return offsets_E, gather_N, position_TK

@@ -130,7 +130,7 @@ def weights_backward(x, score, dw_TE, taken, guard, K: tl.constexpr, SIGMOID: tl
     return d
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def route_kernel(
     logits_ptr,
     bias_ptr,
@@ -203,7 +203,7 @@ def route_kernel(
     tl.store(sums_ptr + block * (E + 1) + E, tl.sum(tl.where(live, lse * lse, 0.0), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def route_sum_kernel(counts_ptr, sums_ptr, count_ptr, sum_ptr, blocks, E, BB: tl.constexpr, BE: tl.constexpr):
     column = tl.program_id(0) * BE + tl.arange(0, BE)
     row = tl.arange(0, BB)[:, None].to(tl.int64)
@@ -219,7 +219,7 @@ def route_sum_kernel(counts_ptr, sums_ptr, count_ptr, sum_ptr, blocks, E, BB: tl
     tl.store(sum_ptr + column, total, mask=column <= E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def route_backward_kernel(
     logits_ptr,
     experts_ptr,

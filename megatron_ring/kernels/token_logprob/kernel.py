@@ -16,7 +16,7 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
-def partials_kernel(
+def token_logprob_partials_kernel(
     logits_ptr, stride, local_ptr, out_ptr, columns, tau: tl.constexpr, ACC: tl.constexpr, BV: tl.constexpr
 ):
     t = tl.program_id(0).to(tl.int64)
@@ -50,7 +50,7 @@ def partials_kernel(
 
 
 @triton.jit
-def gradient_kernel(
+def token_logprob_gradient_kernel(
     logits_ptr,
     stride,
     local_ptr,
@@ -96,7 +96,7 @@ def token_logprob_partials(logits_TV: Tensor, local_T: Tensor, columns: int, tem
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
     out_T4 = torch.empty(logits_TV.shape[0], 4, dtype=wide, device=logits_TV.device)
     if logits_TV.shape[0]:
-        partials_kernel[(logits_TV.shape[0],)](
+        token_logprob_partials_kernel[(logits_TV.shape[0],)](
             logits_TV,
             logits_TV.stride(0),
             local_T.contiguous(),
@@ -125,7 +125,7 @@ def token_logprob_gradient(
     tokens, width = logits_TV.shape
     if not logits_TV.numel():
         return
-    gradient_kernel[(tokens, triton.cdiv(width, _block(width)))](
+    token_logprob_gradient_kernel[(tokens, triton.cdiv(width, _block(width)))](
         logits_TV,
         logits_TV.stride(0),
         local_T.contiguous(),

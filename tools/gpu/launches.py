@@ -1,0 +1,134 @@
+#!/usr/bin/env python3
+"""Every launch of a training step and of decoding, compiled for a GPU that is not there, and held to its limits.
+
+    python tools/gpu/launches.py                    sm_90: launches, binaries per kernel, problems; exit code 1 for problems
+    python tools/gpu/launches.py --arch 100 --json  for sm_100, as JSON
+    python tools/gpu/launches.py --sets step        only what a step of the paper's model launches
+    python tools/gpu/launches.py --jobs 16          in 16 processes: fills Triton's cache before a GPU is timed
+
+Sets: step (training and decoding at the paper's sizes), mini (the same of Ling-mini-2.0), odd (blocks that do not fill,
+bf16 and fp32), wide (fp64).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from megatron_ring.kernels import dispatch
+from tools.benchmark.static import disassemble
+from tools.gpu import shapes
+from tools.gpu.no_device import Launch, recording
+
+SETS = ("step", "mini", "odd", "wide")
+MAX_BINARIES = 3
+"""Of one kernel over a training step and all steps of decoding: each one more is compiled in the midst of a run."""
+
+
+def calls(name: str) -> Iterator[tuple[str, shapes.Call]]:
+    """The calls of one set, by (description, call)."""
+    if name in ("step", "mini"):
+        widths = shapes.RING_LITE if name == "step" else shapes.LING_MINI_2
+        yield from shapes.training(widths, shapes.TRAINING_TOKENS, torch.bfloat16)
+        for sequences in shapes.DECODED:
+            yield from shapes.decoding(widths, sequences, torch.bfloat16)
+        return
+    for dtype in (torch.bfloat16, torch.float32) if name == "odd" else (torch.float64,):
+        for widths in shapes.ODD:
+            for tokens in shapes.ODD_TOKENS if name == "odd" else (9,):
+                yield from shapes.training(widths, tokens, dtype)
+                yield from shapes.decoding(widths, tokens, dtype)
+
+
+def compile_share(
+    names: Sequence[str], arch: int, share: int = 0, of: int = 1
+) -> tuple[list[Launch], list[str]]:
+    """The launches of every ``of``-th call of the sets from the ``share``-th on, and the calls that failed."""
+    launches: list[Launch] = []
+    failed: list[str] = []
+    asked = [(name, call) for name in names for call in calls(name)]
+    for name, (what, call) in asked[share::of]:
+        with recording(arch) as made, dispatch.force("triton"):
+            try:
+                call()
+            except Exception as error:
+                failed.append(f"{name}: {what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        launches += made
+    return launches, failed
+
+
+def report(launches: Sequence[Launch], failed: Sequence[str], *, count_binaries: bool) -> dict:
+    """What was launched: per kernel its launches, binaries, shared bytes, spills; and all that is wrong."""
+    problems = sorted({problem for launch in launches for problem in launch.problems}) + list(failed)
+    binaries = {launch.binary: launch for launch in launches}
+    kernels: dict[str, dict] = {}
+    for launch in binaries.values():
+        code, _, registers = disassemble(launch.cubin)
+        count = collections.Counter(instruction.name for instruction in code)
+        found = kernels.setdefault(
+            launch.kernel, {"launches": 0, "binaries": 0, "shared_bytes": 0, "registers": 0, "spills": 0}
+        )
+        found["binaries"] += 1
+        found["shared_bytes"] = max(found["shared_bytes"], launch.shared_bytes)
+        found["registers"] = max(found["registers"], registers)
+        found["spills"] = max(found["spills"], count["LDL"] + count["STL"])
+    for launch in launches:
+        kernels[launch.kernel]["launches"] += 1
+    if count_binaries:
+        for name, found in kernels.items():
+            if found["binaries"] > MAX_BINARIES:
+                problems.append(f"{name}: {found['binaries']} binaries, at most {MAX_BINARIES}")
+            if found["spills"]:
+                problems.append(f"{name}: {found['spills']} spills at the paper's sizes, must be 0")
+    return {
+        "launches": len(launches),
+        "binaries": len(binaries),
+        "kernels": dict(sorted(kernels.items())),
+        "problems": problems,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--arch", type=int, default=90, choices=(80, 90, 100))
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    args = parser.parse_args()
+    launches: list[Launch] = []
+    failed: list[str] = []
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        shares = [(args.sets, args.arch, share, args.jobs) for share in range(args.jobs)]
+        for made, broken in pool.starmap(compile_share, shares):
+            launches += made
+            failed += broken
+    found = report(launches, failed, count_binaries=args.sets in (["step"], ["mini"]))
+    print(json.dumps(found) if args.json else _table(found))
+    for problem in found["problems"]:
+        print(problem, file=sys.stderr)
+    return 1 if found["problems"] else 0
+
+
+def _table(found: dict) -> str:
+    head = f"{'kernel':24}{'launches':>9}{'binaries':>9}{'regs':>6}{'spills':>8}{'smem KB':>9}"
+    rows = [
+        f"{name:24}{each['launches']:>9}{each['binaries']:>9}{each['registers']:>6}{each['spills']:>8}"
+        f"{each['shared_bytes'] // 1024:>9}"
+        for name, each in found["kernels"].items()
+    ]
+    return "\n".join([head, *rows, f"{found['launches']} launches, {found['binaries']} binaries"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
