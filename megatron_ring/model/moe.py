@@ -54,9 +54,13 @@ class RingExperts(MegatronModule):
 
     def forward(self, rows_ND: Tensor, offsets_e: Tensor, probs_N: Tensor) -> Tensor:
         """Weighted expert outputs of rows sorted by local expert; a partial sum under expert tensor
-        parallelism.
+        parallelism. Where Megatron's DDP keeps ``main_grad``, the weight gradients are added into it as they are made.
         """
-        return expert_mlp(rows_ND, self.fc1_weight, self.fc2_weight, offsets_e, probs_N)
+        weights = self.fc1_weight, self.fc2_weight
+        main = None
+        if self.training and all(weight.requires_grad and hasattr(weight, "main_grad") for weight in weights):
+            main = self.fc1_weight.main_grad, self.fc2_weight.main_grad
+        return expert_mlp(rows_ND, *weights, offsets_e, probs_N, main_grads=main)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
         """Experts are cut along their own axis by ``ep`` and along F by ``etp``."""

@@ -58,3 +58,23 @@ def test_the_layer_is_the_sum_over_its_experts(model, spread):
     torch.testing.assert_close(ours_T1D.squeeze(1), naive_TD, rtol=1e-4, atol=1e-5)
     for name, mine, theirs in zip(["hidden", *parameters], ours, naive, strict=True):
         assert (mine - theirs).norm() <= 1e-5 * theirs.norm(), name
+
+
+def test_the_experts_gradients_are_made_where_megatron_adds_them_up():
+    """Two microbatches through DDP's hooks; of an expert's weight the hook gets nothing to add."""
+    with small_engine("v1") as engine:
+        layer = next(module for module in engine.models[0].modules() if isinstance(module, RingMoELayer))
+        generator = torch.Generator().manual_seed(2)
+        hidden_T1D, into_T1D = (torch.randn(11, 1, 64, generator=generator) for _ in range(2))
+        packed = pack_inputs(pack_microbatch([([1] * 9, [1] * 9, [1.0] * 9)], 11))
+        parameters = dict(layer.named_parameters())
+        expected = torch.autograd.grad(
+            (layer.eval()(hidden_T1D, packed) * into_T1D).sum(), list(parameters.values())
+        )
+        layer.train()
+        for _ in range(2):
+            (layer(hidden_T1D, packed) * into_T1D).sum().backward()
+        for (name, parameter), gradient in zip(parameters.items(), expected, strict=True):
+            assert parameter.grad is None
+            assert (parameter.main_grad - 2 * gradient).norm() <= 1e-6 * gradient.norm(), name
+            assert parameter.grad_added_to_main_grad == name.startswith("experts."), name

@@ -27,8 +27,8 @@ def expert_mlp(
     ``w_up_e2FD`` [e, 2, F, D] stacks gate, then up, as Megatron's ``linear_fc1`` does; ``w_down_eDF`` is [e,
     D, F]. ``offsets_e`` (int32) holds inclusive cumulative row counts; rows past ``offsets[-1]`` give zero
     and get no gradient. ``probs_N`` are the routing weights (any floating dtype). With ``main_grads``
-    (buffers shaped like the two weights) the weight gradients are added there and ``.grad`` of the weights is
-    left alone.
+    (buffers shaped like the two weights) the weight gradients are added there; ``.grad`` of the weights is left
+    alone, or, of Megatron's parameters, given without a value, and ``grad_added_to_main_grad`` is set.
 
     One expert, D = F = 1, gate weight 0 (silu(0) = 0) and then a large one (silu(x) ~ x)::
 
@@ -77,4 +77,14 @@ class _ExpertMlp(torch.autograd.Function):
             dy_ND.contiguous(), x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, z_N2F,
             ctx.needs_input_grad[:3], ctx.main_grads,
         )  # fmt: skip
+        if ctx.main_grads[0] is not None:
+            dw_up_e2FD, dw_down_eDF = _said_to_be_added(w_up_e2FD), _said_to_be_added(w_down_eDF)
         return dx_ND, dw_up_e2FD, dw_down_eDF, None, dprobs_N, None, None
+
+
+def _said_to_be_added(weight: Tensor) -> Tensor | None:
+    """Tell Megatron's DDP that the gradient is in ``main_grad``: its hook wants a gradient to come, and frees it unread."""
+    if not (weight.requires_grad and hasattr(weight, "grad_added_to_main_grad")):
+        return None
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight)
