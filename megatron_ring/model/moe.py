@@ -31,6 +31,7 @@ from megatron_ring.kernels import RouteIndex, Routing, combine, expert_mlp, perm
 from megatron_ring.model.linear import swiglu_mlp
 from megatron_ring.model.packed import PackedInputs
 from megatron_ring.model.router import RingRouter
+from megatron_ring.runtime import device
 
 
 class RingExperts(MegatronModule):
@@ -46,8 +47,9 @@ class RingExperts(MegatronModule):
         self.num_local = config.num_moe_experts // pg_collection.ep.size()
         F_local = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         D, e, dtype = config.hidden_size, self.num_local, config.params_dtype
-        self.fc1_weight = nn.Parameter(torch.empty(e, 2, F_local, D, dtype=dtype))
-        self.fc2_weight = nn.Parameter(torch.empty(e, D, F_local, dtype=dtype))
+        place = device.of_new_parameters()
+        self.fc1_weight = nn.Parameter(torch.empty(e, 2, F_local, D, dtype=dtype, device=place))
+        self.fc2_weight = nn.Parameter(torch.empty(e, D, F_local, dtype=dtype, device=place))
         for weight in (self.fc1_weight, self.fc2_weight):
             weight.allreduce = False
             set_tensor_model_parallel_attributes(weight, True, 2, 1)

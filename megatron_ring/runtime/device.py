@@ -8,14 +8,29 @@ import os
 import torch
 
 
+def _forced_to_cpu() -> bool:
+    return os.environ.get("MEGATRON_RING_DEVICE", "").lower() == "cpu"
+
+
+if _forced_to_cpu():
+    # before CUDA is looked for: torch and Megatron ask for themselves, and must hear the same
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def has_cuda() -> bool:
-    """True when tensors live on a CUDA device; ``MEGATRON_RING_DEVICE=cpu`` forces the CPU."""
-    return os.environ.get("MEGATRON_RING_DEVICE", "").lower() != "cpu" and torch.cuda.is_available()
+    """True when tensors live on a CUDA device; ``MEGATRON_RING_DEVICE=cpu`` hides it from the whole process."""
+    return not _forced_to_cpu() and torch.cuda.is_available()
 
 
 def device() -> torch.device:
     """The device of this process: ``cuda:<local rank>`` after :func:`bind`, else ``cpu``."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def of_new_parameters() -> torch.device:
+    """Where a layer makes its parameters: on the device, unless inside a ``torch.device`` block (meta, to count)."""
+    default = torch.get_default_device()
+    return device() if default.type == "cpu" else default
 
 
 def bind(local_rank: int) -> torch.device:

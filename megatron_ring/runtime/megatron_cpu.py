@@ -200,13 +200,6 @@ STAND_INS: tuple[StandIn, ...] = (
         _torch_proxy,
     ),
     StandIn(
-        "multi_tensor_norm_literals",
-        _CORE + "utils",
-        "torch",
-        ("utils.py:1207 (multi_tensor_l2norm without apex)",),
-        _torch_proxy,
-    ),
-    StandIn(
         "distributed_optimizer_type_names",
         _CORE + "optimizer.distrib_optimizer.DistributedOptimizer",
         "_build_model_and_main_param_groups",

@@ -18,8 +18,13 @@ import megatron.core
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.utils import GlobalMemoryBuffer
+from megatron.core.utils import (
+    GlobalMemoryBuffer,
+    local_multi_tensor_l2_norm,
+    local_multi_tensor_scale,
+)
 from torch import Tensor
 
 from megatron_ring.errors import ConfigError
@@ -102,6 +107,34 @@ def _write_results_queue() -> Any:
     return filesystem_async._results_queue
 
 
+def _l2_norm(
+    _chunk: int, _overflow: Tensor, tensor_lists: list[list[Tensor]], _per_tensor: bool, *_: object
+) -> tuple[Tensor, None]:
+    """2026-11: clipping waited for the device once per gradient tensor.
+
+    utils.py:1205 (0.16.1), which serves where neither Transformer Engine nor apex is installed, takes the norms one
+    by one to the host. Here they stay where they are. Delete when upstream does so.
+    """
+    norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
+    return torch.stack(norms).norm().float().view(1), None
+
+
+def _scale(_chunk: int, _overflow: Tensor, tensor_lists: list[list[Tensor]], scale: float) -> None:
+    """The same for utils.py:1215, which makes a copy of each gradient to scale it."""
+    sources, targets = tensor_lists
+    torch._foreach_copy_(targets, sources)
+    torch._foreach_mul_(targets, scale)
+
+
+def _clipping() -> dict[str, Callable[..., Any]]:
+    """What takes the place of Megatron's own stand-ins for kernels that are not installed."""
+    ours = {
+        "l2_norm_impl": (_l2_norm, local_multi_tensor_l2_norm),
+        "multi_tensor_scale_impl": (_scale, local_multi_tensor_scale),
+    }
+    return {name: fix for name, (fix, slow) in ours.items() if getattr(clip_grads, name) is slow}
+
+
 @contextlib.contextmanager
 def megatron_fixes() -> Iterator[None]:
     """Apply the corrections for the length of the ``with`` block.
@@ -130,6 +163,7 @@ def megatron_fixes() -> Iterator[None]:
     with (
         mock.patch.object(DistributedOptimizer, "_set_main_param_and_optimizer_states", load),
         mock.patch.multiple(buffers, **alone),
+        mock.patch.dict(vars(clip_grads), _clipping()),
         mock.patch.object(filesystem_async, "_get_write_results_queue", _write_results_queue),
         mock.patch.object(
             GlobalMemoryBuffer, "get_tensor", _buffers_for_training(GlobalMemoryBuffer.get_tensor)

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_ring.config.model import ModelConfig
 from tests.parallel.cases import MODELS
+from tests.paths import python_path
 
 ROOT = Path(__file__).parents[2]
 TOOL = [sys.executable, str(ROOT / "tools/convert_checkpoint.py")]
@@ -159,7 +160,7 @@ def prompt(vocab_size: int) -> list[int]:
 
 def run_tool(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """``tools/convert_checkpoint.py`` in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*TOOL, *map(str, words)], capture_output=True, text=True, env=environment, **options
     )

@@ -19,6 +19,7 @@ from megatron_ring.errors import CheckpointError
 from tests.checkpoint.convert_cases import ROOT, Silent
 from tests.checkpoint.test_checkpointer import NAME, TRAINER, checkpointer, state_of
 from tests.checkpoint.test_convert_files import SMALL
+from tests.paths import python_path
 
 TOOL = ROOT / "tools/verify_checkpoint.py"
 
@@ -139,7 +140,7 @@ def test_an_empty_list_and_a_file_that_was_added_are_no_clean_checkpoint(root):
 
 
 def verify(folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     words = [sys.executable, "-X", "importtime", str(TOOL), str(folder)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     lines = done.stderr.splitlines()

@@ -39,6 +39,7 @@ from tests.checkpoint.convert_cases import (
 from tests.checkpoint.reference_model import logits_TV, mtp_logits_TV
 from tests.parallel.spawning import ROOT, several_worlds, spawn
 from tests.parallel.watching import assert_ended_well
+from tests.paths import python_path
 
 pytestmark = several_worlds
 
@@ -143,7 +144,12 @@ def test_the_tools_own_forward_pass_is_the_reference_models(model: str, converte
 def test_check_logits_tells_the_same_model_from_another(converted: Path, tmp_path: Path):
     """In processes of their own: the check opens a session."""
     tool, source = ROOT / "tools/convert_checkpoint.py", converted / "v1/hf"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": python_path(),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     words = [str(tool), "hf-to-megatron", str(source), str(tmp_path / "m"), "--check-logits"]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "logits agree: log p over 32 tokens x 250" in done.stdout, done.stderr

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.paths import python_path
+
 ROOT = Path(__file__).parents[2]
 NUM_LAYERS = 2
 NUM_BYTES = 3_362_279_424
@@ -33,7 +35,7 @@ def test_a_few_gb_there_and_back_take_little_memory(tmp_path: Path):
         "--num-layers",
         str(NUM_LAYERS),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)

@@ -22,7 +22,6 @@ from megatron_ring.checkpoint.convert.tensor_map import Box
 from megatron_ring.errors import CheckpointError
 from tests.checkpoint.convert_cases import (
     ODD,
-    ROOT,
     TOOL,
     Silent,
     assert_same,
@@ -31,6 +30,7 @@ from tests.checkpoint.convert_cases import (
     run_tool,
     write_hf,
 )
+from tests.paths import python_path
 
 SMALL = Options(max_file_bytes=20_000, verify=True)
 
@@ -81,7 +81,7 @@ def test_another_plan_starts_afresh(hf: dict[str, Path], tmp_path: Path):
 def test_a_terminated_conversion_never_looks_finished(tmp_path: Path):
     model = dataclasses.replace(ODD["v1"], num_layers=40, num_experts=48)
     source = write_hf(model, tmp_path / "hf", max_file_bytes=1_000_000)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     words = ["hf-to-megatron", str(source), str(tmp_path / "m"), "--max-file-gb", "1e-5"]
     process = subprocess.Popen(
         [*TOOL, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL

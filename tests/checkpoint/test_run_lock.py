@@ -20,6 +20,7 @@ from megatron_ring.checkpoint import run_lock
 from megatron_ring.checkpoint.run_lock import LOCK, STALE_SECONDS, Owner, check_run_folder, hold_run_folder
 from megatron_ring.errors import CheckpointError
 from tests.checkpoint.convert_cases import ROOT
+from tests.paths import python_path
 
 HOLD = """
 import sys, time
@@ -28,7 +29,7 @@ with hold_run_folder(sys.argv[1]):
     print("held", flush=True)
     time.sleep(300)
 """
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": python_path()}
 
 
 @pytest.fixture

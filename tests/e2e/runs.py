@@ -14,6 +14,7 @@ import torch
 
 from tests.parallel.spawning import free_port
 from tests.parallel.watching import PATIENCE, assert_ended_well, kill_all, run_to_the_end, write_stacks
+from tests.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,7 +63,7 @@ def command(script: str, settings: dict[str, object], world: int = 1) -> list[st
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), "PYTHONWARNINGS": "ignore"}
 
 
 def run(script: str, settings: dict[str, object], world: int = 1) -> subprocess.CompletedProcess[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.runs import ROOT, TINY, flags
+from tests.paths import python_path
 
 PRETRAIN = "examples/pretrain_ring.py"
 
@@ -169,7 +170,7 @@ def test_a_folder_in_which_another_run_writes(refused, settings, run_copy):
     code = "import sys, time; from megatron_ring.checkpoint.run_lock import hold_run_folder as hold\n"
     code += "with hold(sys.argv[1]): print('held', flush=True); time.sleep(300)"
     words = [sys.executable, "-c", code, str(run_copy)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": python_path()}
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as other:
         assert other.stdout and other.stdout.readline() == "held\n"
         line = refused(PRETRAIN, flags(settings | {"save": run_copy}))

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_ring.config.load import load_config
 from megatron_ring.config.validate import validate
+from tests.paths import python_path
 
 ROOT = Path(__file__).parents[2]
 TINY = "examples/tiny/pretrain.toml"
@@ -62,7 +63,14 @@ def commands(tmp_path: Path) -> Path:
 def environment(commands: Path, **more: str) -> dict[str, str]:
     path = f"{commands}:{os.environ['PATH']}"
     slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "20005"}
-    return {**os.environ, **slurm, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, **more}
+    return {
+        **os.environ,
+        **slurm,
+        "PATH": path,
+        "PYTHONPATH": python_path(),
+        "PYTHON": sys.executable,
+        **more,
+    }
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from megatron_ring.config.load import load_config
 from megatron_ring.config.parallel import RecomputeModule
 from megatron_ring.config.validate import validate
 from megatron_ring.launch.plan import USABLE, activation_bytes, feasible_layouts, layout_flags
+from tests.paths import python_path
 
 GIB = 2**30
 TOOL = Path(__file__).parents[2] / "tools" / "plan_run.py"
@@ -74,7 +75,7 @@ def test_every_module_that_is_recomputed_needs_less_but_flash_attention_itself()
 
 
 def test_the_tool_prints_layouts_or_one_line():
-    env = {**os.environ, "PYTHONPATH": str(TOOL.parents[1])}
+    env = {**os.environ, "PYTHONPATH": python_path()}
 
     def run(*argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, str(TOOL), *argv], env=env, capture_output=True, text=True)

@@ -12,11 +12,12 @@ import pytest
 
 from tests.parallel.spawning import free_port
 from tests.parallel.watching import run_to_the_end
+from tests.paths import python_path
 
 ROOT = Path(__file__).parents[2]
 
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def command(*words: str) -> list[str]:

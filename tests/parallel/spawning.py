@@ -16,6 +16,7 @@ import torch
 from tests.parallel.cases import Case
 from tests.parallel.collect import whole_tensors
 from tests.parallel.watching import PATIENCE, STANDSTILL, assert_ended_well, run_to_the_end
+from tests.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 several_worlds = pytest.mark.timeout(3 * PATIENCE + 300)
@@ -30,7 +31,7 @@ def free_port() -> int:
 
 def spawn(world: int, *arguments: str, standstill: int = STANDSTILL) -> subprocess.CompletedProcess[str]:
     """Run ``python -m ARGUMENTS`` on ``world`` processes; give the result to ``assert_ended_well``."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", *arguments]
     if world > 1:
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world)]

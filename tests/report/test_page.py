@@ -11,6 +11,7 @@ import pytest
 
 from megatron_ring.errors import DataError
 from megatron_ring.report.page import render_comparison, render_report
+from tests.paths import python_path
 
 TOOL = Path(__file__).parents[2] / "tools" / "report.py"
 
@@ -95,7 +96,7 @@ def tool(*arguments, cwd):
 
 
 def test_the_tool_writes_beside_the_run_and_refuses_in_one_line(write_run, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(TOOL.parents[1]))
+    monkeypatch.setenv("PYTHONPATH", python_path())
     folder = write_run()
     done = tool(folder, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

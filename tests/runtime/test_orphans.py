@@ -7,6 +7,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.paths import python_path
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # prints the processes it has started, and waits
@@ -54,7 +56,7 @@ def left_by(code: str, folder: Path) -> list[psutil.Process]:
     script.write_text(code)
     command = [sys.executable, "-W", "ignore", str(script)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": str(ROOT)}
+        command, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": python_path()}
     ) as parent:
         assert parent.stdout is not None
         started = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
@@ -92,6 +94,6 @@ def test_a_writer_whose_rank_is_leaving_says_nothing(tmp_path: Path):
         capture_output=True,
         text=True,
         timeout=120,
-        env={"PYTHONPATH": str(ROOT)},
+        env={"PYTHONPATH": python_path()},
     )
     assert (done.stdout, done.stderr) == ("1\n", "")

@@ -16,6 +16,7 @@ import pytest
 
 from megatron_ring.runtime.peers import PEER_IS_GONE, follows_from_another
 from tests.parallel.spawning import free_port
+from tests.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 # far below the 30 minutes of a collective, and room for a busy machine
@@ -35,7 +36,7 @@ def world(size: int, how: str, who: int) -> list[Rank]:
         **os.environ,
         **address,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": python_path(),
         "GLOO_SOCKET_IFNAME": "lo",
     }
     command = [sys.executable, "-W", "ignore", "-m", "tests.runtime.peers_worker", how, str(who)]

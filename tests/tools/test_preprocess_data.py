@@ -14,10 +14,11 @@ from megatron_ring.data.corpus import open_corpus
 from megatron_ring.data.indexed import open_indexed
 from megatron_ring.data.tokenizer import load_tokenizer
 from megatron_ring.data.tokenizer_training import train_tokenizer
+from tests.paths import python_path
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, str(ROOT / "tools" / "preprocess_data.py")]
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"PYTHONPATH": python_path(), "PATH": "", "OMP_NUM_THREADS": "1"}
 
 
 def run(*words: object, preexec_fn: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:

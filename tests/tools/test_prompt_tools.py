@@ -11,6 +11,7 @@ import pytest
 from megatron_ring.data.documents import read_records
 from megatron_ring.data.prompt_sources import GymSource, JsonlSource
 from megatron_ring.data.sft import read_line
+from tests.paths import python_path
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -20,7 +21,7 @@ def run(tool: str, *words: object, **env: str) -> subprocess.CompletedProcess[st
         [sys.executable, TOOLS / tool, *map(str, words)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(TOOLS.parent), "PYTHONWARNINGS": "ignore", **env},
+        env={**os.environ, "PYTHONPATH": python_path(), "PYTHONWARNINGS": "ignore", **env},
     )
 
 

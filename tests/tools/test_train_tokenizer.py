@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ring.data.tokenizer import load_tokenizer
+from tests.paths import python_path
 
 TOOL = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
 
@@ -15,7 +16,7 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         cwd=TOOL.parents[1],
-        env={"PYTHONPATH": str(TOOL.parents[1]), "PATH": ""},
+        env={"PYTHONPATH": python_path(), "PATH": ""},
     )
 
 
