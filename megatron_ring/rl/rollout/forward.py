@@ -34,6 +34,7 @@ class Runner:
         self.tp_size = self.topology.tp_size
         self.sequence_parallel = config.sequence_parallel and self.tp_size > 1
         self.hidden_size, self.dtype = config.hidden_size, config.params_dtype
+        self._no_ends = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.num_expert_layers = sum(model.is_moe_layer(layer) for layer in range(model.num_layers))
 
     @torch.inference_mode()
@@ -44,29 +45,33 @@ class Runner:
 
         Communicates over the tensor-, pipeline- and expert-parallel groups.
         """
-        microbatch, packed = self._inputs(work, sampling.record_routes)
+        microbatch, packed, uniforms_T = self._inputs(work, sampling.record_routes)
         logits = self._through_the_stages(microbatch, packed)
         if work is None:
             return np.zeros(0, np.int64), np.zeros(0, np.float32), None
         num_sampled = len(work.slots_W)
-        tokens_W, logprobs_W = self._sample(logits, work, sampling) if logits is not None else (None, None)
-        tokens_W, logprobs_W = self._from_last_stage(tokens_W, logprobs_W, num_sampled)
+        drawn_2W = self._sample(logits, uniforms_T[:num_sampled], sampling) if logits is not None else None
         routes_NLK = self._routes(packed, len(work.tokens_N)) if sampling.record_routes else None
-        return tokens_W.cpu().numpy(), logprobs_W.float().cpu().numpy(), routes_NLK
+        tokens_W, logprobs_W = self._from_last_stage(drawn_2W, num_sampled).cpu().numpy()
+        return tokens_W.astype(np.int64), logprobs_W.astype(np.float32), routes_NLK
 
-    def _inputs(self, work: Pass | None, record_routes: bool) -> tuple[Microbatch, PackedInputs]:
-        """Padded to a multiple of the tensor-parallel size; padding writes to the cache's scratch row."""
+    def _inputs(self, work: Pass | None, record_routes: bool) -> tuple[Microbatch, PackedInputs, Tensor]:
+        """Padded to a multiple of the tensor-parallel size; padding writes to the cache's scratch row.
+
+        The uniforms of the sampled rows come first in the third, which has a place for every token.
+        """
         num = 0 if work is None else len(work.tokens_N)
         padding = max(num, 1) + (-max(num, 1)) % self.tp_size - num
-        nothing = np.zeros(0, np.int64)
-        columns = (nothing,) * 3 if work is None else (work.tokens_N, work.positions_N, work.slots_N)
-        tokens_T, positions_T, slots_T = (
-            self._to_device(values, padding, fill)
-            for values, fill in zip(columns, (0, 0, self.cache.scratch), strict=True)
-        )
+        # one copy to the device, whatever a pass is made of
+        host_4T = np.zeros((4, num + padding), np.int64)
+        host_4T[2] = self.cache.scratch
+        if work is not None:
+            host_4T[:3, :num] = work.tokens_N, work.positions_N, work.slots_N
+            host_4T[3, : len(work.uniforms_W)] = work.uniforms_W.view(np.int64)
+        device_4T = torch.from_numpy(host_4T).to(self.device)
+        tokens_T, positions_T, slots_T, uniforms_T = device_4T
         decoding = work is None or work.lengths is None
-        valid_T = torch.ones(num + padding, dtype=torch.bool, device=self.device)
-        valid_T[num:] = False
+        valid_T = slots_T != self.cache.scratch
         view = CacheView(
             cache=self.cache,
             slots_T=slots_T,
@@ -75,7 +80,9 @@ class Runner:
             rows_R=None if work is None or decoding else self._rows(work),
         )
         lengths = () if decoding else (*work.lengths, *((padding,) if padding else ()))
-        ends = torch.tensor((0, *np.cumsum(lengths)), dtype=torch.int32, device=self.device)
+        ends = self._no_ends
+        if lengths:
+            ends = torch.tensor((0, *np.cumsum(lengths)), dtype=torch.int32, device=self.device)
         longest = max(lengths, default=1)
         packed = PackedInputs(
             qkv_format="thd",
@@ -99,11 +106,7 @@ class Runner:
             segment_lengths=lengths,
             num_valid=num,
         )
-        return microbatch, packed
-
-    def _to_device(self, values: np.ndarray, padding: int, fill: int) -> Tensor:
-        padded = np.concatenate([values, np.full(padding, fill, np.int64)]) if padding else values
-        return torch.from_numpy(np.ascontiguousarray(padded, np.int64)).to(self.device)
+        return microbatch, packed, uniforms_T.view(torch.float64)
 
     def _rows(self, work: Pass) -> Tensor:
         multiple = self.tp_size if self.sequence_parallel else 1
@@ -133,36 +136,32 @@ class Runner:
         dist.recv(hidden, dist.get_global_rank(group, source), group=group)
         return hidden
 
-    def _sample(self, logits: Logits, work: Pass, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
-        """Gathers the vocabulary over the tensor-parallel group; its ranks then draw alike."""
-        own_WV = logits.main_TV[: len(work.slots_W)]
+    def _sample(self, logits: Logits, uniforms_W: Tensor, sampling: SamplingParams) -> Tensor:
+        """Tokens and log p [2, W]. Gathers the vocabulary over the tensor-parallel group; its ranks then draw alike."""
+        own_WV = logits.main_TV[: len(uniforms_W)]
         if self.tp_size > 1:
             own_WV = own_WV.contiguous()
             parts = [torch.empty_like(own_WV) for _ in range(self.tp_size)]
             dist.all_gather(parts, own_WV, group=logits.tp_group)
             own_WV = torch.cat(parts, dim=1)
-        uniforms_W = torch.from_numpy(work.uniforms_W).to(self.device)
-        return sample_token(
+        drawn = sample_token(
             own_WV[:, : logits.vocab_size],
             uniforms_W,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
         )
+        # float64 holds every token id and every fp32 log p exactly
+        return torch.stack([each.double() for each in drawn])
 
-    def _from_last_stage(
-        self, tokens_W: Tensor | None, logprobs_W: Tensor | None, count: int
-    ) -> tuple[Tensor, Tensor]:
+    def _from_last_stage(self, drawn_2W: Tensor | None, count: int) -> Tensor:
         """Broadcasts over the pipeline group."""
         topology, group = self.topology, self.topology.groups.pp
-        if topology.pp_size == 1:
-            return tokens_W, logprobs_W
-        # float64 holds every token id and every fp32 log p exactly
-        both_2W = torch.empty(2, count, dtype=torch.float64, device=self.device)
-        if topology.is_last_stage:
-            both_2W[0], both_2W[1] = tokens_W, logprobs_W
-        dist.broadcast(both_2W, dist.get_global_rank(group, topology.pp_size - 1), group=group)
-        return both_2W[0].long(), both_2W[1]
+        if drawn_2W is None:
+            drawn_2W = torch.empty(2, count, dtype=torch.float64, device=self.device)
+        if topology.pp_size > 1:
+            dist.broadcast(drawn_2W, dist.get_global_rank(group, topology.pp_size - 1), group=group)
+        return drawn_2W
 
     def _routes(self, packed: PackedInputs, num_tokens: int) -> np.ndarray:
         """[N, L, K] on every rank. Communicates over the tensor- and pipeline-parallel groups."""
