@@ -105,11 +105,11 @@ class PackedCoreAttention(nn.Module):
     ) -> Tensor:
         """Context [T, H, C]; ``packed_seq_params`` gives the segments."""
         if q_THC.is_cuda and q_THC.dtype in _FLASH_DTYPES:
-            return _varlen_attention(q_THC, k_TGC, v_TGC, packed_seq_params, self.scale)
-        return _segment_attention(q_THC, k_TGC, v_TGC, packed_seq_params.segment_lengths, self.scale)
+            return varlen_attention(q_THC, k_TGC, v_TGC, packed_seq_params, self.scale)
+        return segment_attention(q_THC, k_TGC, v_TGC, packed_seq_params.segment_lengths, self.scale)
 
 
-def _segment_attention(
+def segment_attention(
     q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, lengths: tuple[int, ...], scale: float
 ) -> Tensor:
     """One SDPA call per run of neighbouring segments of equal length."""
@@ -133,7 +133,7 @@ def _segment_attention(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _varlen_attention(
+def varlen_attention(
     q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, packed: PackedInputs, scale: float
 ) -> Tensor:
     """flash-attn where installed, else torch's own variable-length kernel."""
