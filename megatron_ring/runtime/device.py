@@ -51,6 +51,12 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def warn_of_waits(on: bool) -> None:
+    """Let torch warn each time that the host waits for the device (CUDA's sync debug mode); nothing on the CPU."""
+    if has_cuda():
+        torch.cuda.set_sync_debug_mode("warn" if on else "default")
+
+
 def seed(value: int) -> None:
     """Seed torch's generators on the CPU and the device."""
     torch.manual_seed(value)

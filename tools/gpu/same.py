@@ -1,0 +1,145 @@
+#!/usr/bin/env python3
+"""A tiny model trains and reinforces on the GPU as on the CPU, in fp32 and from the same weights; a resume is bit-equal.
+
+    python tools/gpu/same.py OUT        writes OUT/same.json; exit code 1 for what is wrong; without a GPU, the CPU beside itself
+
+The runs are the launchers' own (examples/*.py), as a user starts them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tools.gpu.results import Results
+from tools.gpu.toy import REWARD, write_corpus, write_problems
+
+MODEL = {
+    "preset": "ring_lite_tiny", "num-layers": 2, "vocab-size": 512, "bf16": False, "log-interval": 1, "seq-length": 64,
+    "micro-batch-size": 2, "global-batch-size": 8, "lr": 1e-3, "lr-decay-style": "constant", "deterministic": True,
+}  # fmt: skip
+RL = {
+    "preset": "ring_lite_tiny", "num-layers": 2, "vocab-size": 512, "bf16": False, "log-interval": 1, "prompts-per-step": 4,
+    "group-size": 4, "max-prompt-length": 16, "max-response-length": 16, "rollout-slots": 16, "token-budget": 128,
+    "minibatches-per-step": 1, "microbatch-capacity": 256, "kl-loss-coef": 1e-3, "lr": 1e-4, "lr-decay-style": "constant",
+    "old-logprobs": "recompute", "reward-workers": 1, "train-iters": 2, "token-budget-scope": "global",
+}  # fmt: skip
+STEPS = 4
+TOLERANCE = 1e-4
+"""Of a loss, relative: fp32 products of the two devices add in another order, and steps carry it on."""
+
+
+class Runs:
+    """Starts runs in one folder; each has a folder of its own."""
+
+    def __init__(self, folder: Path, results: Results):
+        self.folder, self.results = folder, results
+
+    def run(self, name: str, script: str, settings: dict[str, object], *, on_cpu: bool) -> list[dict]:
+        """The training records of a run; empty if it failed, which is then said."""
+        words: list[str] = []
+        for key, value in {**settings, "metrics-file": self.folder / name / "metrics.jsonl"}.items():
+            if isinstance(value, bool):
+                words.append(f"--{key}" if value else f"--no-{key}")
+            else:
+                words += [f"--{key}", str(value)]
+        path = os.pathsep.join([str(self.folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+        environment = {
+            **os.environ,
+            "PYTHONPATH": path,
+            "PYTHONWARNINGS": "ignore",
+            "NCCL_SOCKET_IFNAME": "lo",
+        }
+        if on_cpu:
+            environment["MEGATRON_RING_DEVICE"] = "cpu"
+        command = [sys.executable, str(ROOT / "examples" / script), *words]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, cwd=self.folder, timeout=300
+        )
+        if done.returncode != 0:
+            said = " | ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
+            self.results.wrong(f"{name}: {script} ended with exit code {done.returncode}: {said[:400]}")
+            return []
+        lines = (self.folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [record for record in map(json.loads, lines) if record["kind"] == "train"]
+
+    def compare(
+        self, name: str, ours: list[dict], theirs: list[dict], keys: tuple[str, ...], tolerance: float
+    ) -> None:
+        """A row with the largest relative difference of ``keys`` over the steps."""
+        worst = 0.0
+        if len(ours) != len(theirs) or not ours:
+            self.results.wrong(f"{name}: {len(ours)} and {len(theirs)} steps")
+            return
+        for one, other in zip(ours, theirs, strict=True):
+            for key in keys:
+                gap = abs(one[key] - other[key]) / max(abs(other[key]), 1e-12)
+                worst = max(worst, gap)
+                if not gap <= tolerance:
+                    self.results.wrong(
+                        f"{name}: step {one['step']}: {key} is {one[key]:.8g} and {other[key]:.8g}, "
+                        f"{gap:.1e} apart, at most {tolerance:.0e}"
+                    )
+        self.results.row(name=name, steps=len(ours), error=worst)
+
+
+def pretraining(runs: Runs, corpus: dict[str, Path]) -> None:
+    """Steps from one checkpoint on both devices; then, on the device, half of them, and the rest by a resume."""
+    base, common = runs.folder / "base", {**MODEL, **corpus, "train-iters": STEPS}
+    runs.run("base", "pretrain_ring.py", {**common, "train-iters": 1, "save": base}, on_cpu=True)
+    start = {**common, "pretrained-checkpoint": base}
+    cpu = runs.run("cpu", "pretrain_ring.py", start, on_cpu=True)
+    straight = runs.run("device", "pretrain_ring.py", start, on_cpu=False)
+    runs.compare("pre-training on both devices", straight, cpu, ("loss", "grad_norm"), TOLERANCE)
+    saved = {**start, "save": runs.folder / "half", "load": runs.folder / "half", "save-interval": 2}
+    first = runs.run("half", "pretrain_ring.py", {**saved, "exit-interval": 2}, on_cpu=False)
+    second = runs.run("rest", "pretrain_ring.py", saved, on_cpu=False)
+    runs.compare(
+        "a resume on the device, bit for bit", [*first, *second], straight, ("loss", "grad_norm"), 0.0
+    )
+
+
+def reinforcement(runs: Runs) -> None:
+    """Two steps on both devices: the same uniforms draw the same tokens unless two of them are within rounding."""
+    problems = runs.folder / "problems.jsonl"
+    write_problems(problems, 64)
+    (runs.folder / "toy_reward.py").write_text(REWARD, encoding="utf-8")
+    settings = {
+        **RL,
+        "tokenizer-model": runs.folder / "tok.model",
+        "prompt-data": problems,
+        "pretrained-checkpoint": runs.folder / "base",
+        "reward-functions": "bench=toy_reward:judge",
+    }
+    cpu = runs.run("rl-cpu", "rl_ring.py", settings, on_cpu=True)
+    device = runs.run("rl-device", "rl_ring.py", settings, on_cpu=False)
+    runs.compare("a C3PO step on both devices: tokens", device, cpu, ("loss_tokens", "c3po/generated"), 0.0)
+    runs.compare("a C3PO step on both devices: gradient", device[:1], cpu[:1], ("grad_norm",), 10 * TOLERANCE)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for same.json")
+    args = parser.parse_args()
+    results = Results(args.out, "same")
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Runs(Path(folder), results)
+        pretraining(runs, write_corpus(runs.folder))
+        reinforcement(runs)
+    results.write()
+    print(f"{len(results.rows)} comparisons, {len(results.bad)} wrong", flush=True)
+    return 1 if results.bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
