@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """A tiny model trains and reinforces on the GPU as on the CPU, in fp32 and from the same weights; a resume is bit-equal.
 
-    python tools/gpu/same.py OUT        writes OUT/same.json; exit code 1 for what is wrong; without a GPU, the CPU beside itself
+    python tools/gpu/same.py OUT        writes OUT/same.json; exit code 1 for what is wrong
 
-The runs are the launchers' own (examples/*.py), as a user starts them.
+Without a GPU it compares the CPU with itself, as a rehearsal. The runs are the launchers' own (examples/*.py), as a
+user starts them.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tools.gpu.results import Results
 from tools.gpu.toy import REWARD, write_corpus, write_problems
 
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = {
     "preset": "ring_lite_tiny", "num-layers": 2, "vocab-size": 512, "bf16": False, "log-interval": 1, "seq-length": 64,
     "micro-batch-size": 2, "global-batch-size": 8, "lr": 1e-3, "lr-decay-style": "constant", "deterministic": True,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Ring-lite with four layers in bf16 on one GPU: pre-training steps, then C3PO steps, with rates, memory and the dearest kernels.
+"""Ring-lite with four layers in bf16 on one GPU: pre-training and C3PO steps, with rates, memory and the dearest kernels.
 
     python tools/gpu/whole.py OUT pretrain      writes OUT/pretrain.json and OUT/profile-pretrain.txt
     python tools/gpu/whole.py OUT rl            writes OUT/rl.json and OUT/profile-rl.txt
@@ -23,9 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
@@ -45,6 +43,7 @@ from megatron_ring.train.objective import NextTokenObjective
 from tools.gpu.results import Results
 from tools.gpu.toy import REWARD, write_corpus, write_problems
 
+ROOT = Path(__file__).resolve().parents[2]
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 """Dense bf16 products per second that the maker gives for a card whose name holds the word."""
 
@@ -262,6 +261,8 @@ def main() -> int:
     parser.add_argument("part", choices=("pretrain", "rl"))
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: a rehearsal")
     args = parser.parse_args()
+    # Megatron wants its communication in the order of its launches
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     results = Results(args.out, args.part)
     results.facts["tiny"] = args.tiny
     size = TINY if args.tiny else FULL
