@@ -18,12 +18,14 @@ from torch import Tensor
 from megatron_ring.kernels import dispatch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = os.environ.get("RING_TEST_DEVICE", "cpu")
+"""``cuda``: the tests that take a ``backend`` run on Triton on a GPU, and no others (tools/gpu_check.sh)."""
 ROOT = Path(__file__).resolve().parents[2]
 _MARGIN = 64
 
 
 def backends() -> list[str]:
-    if INTERPRETED:
+    if INTERPRETED or DEVICE == "cuda":
         return ["triton"]
     return ["torch", "native"] if dispatch.native_is_available() else ["torch"]
 
@@ -54,20 +56,22 @@ def guarded_outputs() -> Iterator[None]:
     plain_empty, plain_like, plain_new = torch.empty, torch.empty_like, Tensor.new_empty
     buffers: list[tuple[Tensor, Tensor]] = []
 
-    def guard(shape, dtype: torch.dtype) -> Tensor:
+    def guard(shape, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
         shape = torch.Size(shape)
         size = shape.numel()
         canary = torch.nan if dtype.is_floating_point else 0x5A5A5A
-        buffer = torch.full((size + 2 * _MARGIN,), canary, dtype=dtype)
+        buffer = torch.full((size + 2 * _MARGIN,), canary, dtype=dtype, device=device)
         buffers.append((buffer, torch.cat([buffer[:_MARGIN], buffer[_MARGIN + size :]]).clone()))
         return buffer[_MARGIN : _MARGIN + size].view(shape)
 
     def flat(shape: tuple) -> tuple:
         return tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
 
-    torch.empty = lambda *shape, dtype=torch.float32, **_: guard(flat(shape), dtype)
-    torch.empty_like = lambda like, **_: guard(like.shape, like.dtype)
-    Tensor.new_empty = lambda like, *shape, dtype=None, **_: guard(flat(shape), dtype or like.dtype)
+    torch.empty = lambda *shape, dtype=torch.float32, device=None, **_: guard(flat(shape), dtype, device)
+    torch.empty_like = lambda like, **_: guard(like.shape, like.dtype, like.device)
+    Tensor.new_empty = lambda like, *shape, dtype=None, **_: guard(
+        flat(shape), dtype or like.dtype, like.device
+    )
     try:
         yield
     finally:

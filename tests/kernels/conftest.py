@@ -3,9 +3,38 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from megatron_ring.kernels import dispatch
-from tests.kernels.backends import backends, guarded_outputs
+from tests.kernels.backends import DEVICE, backends, guarded_outputs
+
+_Generator = torch.Generator
+
+
+class _GeneratorsOnDevice(type):
+    """Tests make ``torch.Generator()``; values are drawn on the device, and want theirs there."""
+
+    def __call__(cls, device: object = None) -> torch.Generator:
+        return _Generator(device or DEVICE)
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, _Generator)
+
+
+class _OnDevice(metaclass=_GeneratorsOnDevice):
+    pass
+
+
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
+    torch.Generator = _OnDevice
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if DEVICE != "cpu":
+        others = [item for item in items if "backend" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

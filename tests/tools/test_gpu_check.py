@@ -58,3 +58,49 @@ def test_what_is_wrong_is_named(op, said: str, tmp_path: Path):
     check(Case(name="c", op=op, leaves=[torch.full((3,), 0.25)], tolerance=1e-6), results)
     assert len(results.bad) == 1 and said in results.bad[0]
     assert json.loads((tmp_path / "right.json").read_text())["bad"] == results.bad
+
+
+@pytest.mark.slow
+def test_the_whole_check_runs_at_tiny_sizes_and_writes_its_page(tmp_path: Path):
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHON": sys.executable, "RING_GPU_CHECK": "tiny", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["bash", "tools/gpu_check.sh", str(out)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    for part in ("same", "right-small", "pretrain", "fast", "rl"):
+        found = json.loads((out / f"{part}.json").read_text())
+        assert found["bad"] == [] and found["rows"], part
+    table = (out / "table.md").read_text()
+    assert "| grouped GEMM forward" in table and "| a C3PO step |" in table
+    assert "What is wrong" not in (out / "page.html").read_text()
+
+
+def test_the_page_names_what_is_wrong_and_escapes_it(tmp_path: Path):
+    results = Results(tmp_path, "right")
+    results.wrong("<op>: relative error 1")
+    done = subprocess.run(
+        [sys.executable, "tools/gpu/page.py", str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": python_path()},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "&lt;op&gt;: relative error 1" in (tmp_path / "page.html").read_text()
+    assert "| right | 0 rows, 1 wrong" in (tmp_path / "table.md").read_text()
+
+
+def test_without_a_gpu_one_line_says_how_to_rehearse(tmp_path: Path):
+    environment = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "RING_GPU_CHECK": ""}
+    done = subprocess.run(
+        ["bash", "tools/gpu_check.sh", str(tmp_path)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: torch finds no GPU here; RING_GPU_CHECK=tiny")

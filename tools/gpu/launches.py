@@ -27,7 +27,7 @@ import torch
 from megatron_ring.kernels import dispatch
 from tools.benchmark.static import disassemble
 from tools.gpu import shapes
-from tools.gpu.no_device import Launch, recording
+from tools.gpu.no_device import SHARED_BYTES, Launch, recording
 
 SETS = ("step", "mini", "odd", "wide")
 MAX_BINARIES = 3
@@ -101,11 +101,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arch", type=int, default=90, choices=(80, 90, 100))
+    parser.add_argument("--arch", type=int, default=90, choices=tuple(SHARED_BYTES))
+    parser.add_argument(
+        "--for-this-card", action="store_true", help="the architecture of the GPU that is here"
+    )
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args()
+    if args.for_this_card:
+        major, minor = torch.cuda.get_device_capability()
+        args.arch = 10 * major + minor
+        if args.arch not in SHARED_BYTES:
+            parser.error(f"sm_{args.arch} is none of {', '.join(map(str, SHARED_BYTES))}")
     launches: list[Launch] = []
     failed: list[str] = []
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
