@@ -136,7 +136,8 @@ class _NoDevice:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        # kernels that are compiled already are kept by device: those of one architecture are none of another's
+        return self.arch
 
     def get_current_stream(self, _device: int) -> int:
         return 0
