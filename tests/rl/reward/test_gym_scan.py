@@ -52,14 +52,18 @@ sys.addaudithook(_watch)  # it stays, and is idle outside of watched()
 def watched(prompt, answer: str) -> float:
     """The score; fails if an answer raises, costs too much, or has anything compiled, run, imported or opened."""
     global _seen
-    begun = time.process_time()
-    _seen = []
-    try:
-        return score(prompt, answer)
-    finally:
-        seen, _seen = _seen, None
-        assert seen == [], answer[:80]
-        assert time.process_time() - begun < CPU_SECONDS, answer[:80]
+    # a collection of all that earlier tests left may fall into one judgement, not into three
+    for _ in range(3):
+        begun = time.process_time()
+        _seen = []
+        try:
+            found = score(prompt, answer)
+        finally:
+            seen, _seen = _seen, None
+            assert seen == [], answer[:80]
+        if time.process_time() - begun < CPU_SECONDS:
+            return found
+    raise AssertionError(f"takes more than {CPU_SECONDS} seconds: {answer[:80]}")
 
 
 def scan(dataset: str, count: int, parameters: str, canary) -> None:
