@@ -4,6 +4,8 @@
 """
 
 import ast
+import importlib
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -209,3 +211,31 @@ def test_each_rule_sees_its_breach(check, name: str, code: str):
 def test_the_length_rule_sees_its_breach():
     assert len(length_problems("a.py", "x = 1\n" * (MAX_FILE_LINES + 1))) == 1
     assert len(length_problems("a.py", "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES)) == 1
+
+
+def test_what_tools_and_examples_import_of_us_is_there():
+    """Some import inside a function, where no type checker and no other import looks."""
+    missing = []
+    for path in (*ROOT.glob("tools/**/*.py"), *ROOT.glob("examples/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in (
+                "megatron_ring",
+                "tools",
+            ):
+                missing += [
+                    f"{path.relative_to(ROOT)}:{node.lineno}: {node.module} has no {alias.name}"
+                    for alias in node.names
+                    if not _has(node.module, alias.name)
+                ]
+    assert missing == []
+
+
+def _has(module: str, name: str) -> bool:
+    found = importlib.import_module(module)
+    is_package = hasattr(found, "__path__")
+    return hasattr(found, name) or (is_package and importlib.util.find_spec(f"{module}.{name}") is not None)
+
+
+def test_a_name_that_is_gone_is_noticed():
+    assert _has("megatron_ring.rl.reward", "code") and _has("megatron_ring.errors", "RingError")
+    assert not _has("megatron_ring.rl.reward", "nothing") and not _has("megatron_ring.errors", "Nothing")

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ring.data.microbatch import pack_microbatch
-from megatron_ring.model.moe import RingMoELayer
+from megatron_ring.model.moe import RingExperts, RingMoELayer
 from megatron_ring.model.packed import pack_inputs
+from megatron_ring.runtime import device
 from tests.model.small import small_engine
 
 
@@ -78,3 +79,12 @@ def test_the_experts_gradients_are_made_where_megatron_adds_them_up():
             assert parameter.grad is None
             assert (parameter.main_grad - 2 * gradient).norm() <= 1e-6 * gradient.norm(), name
             assert parameter.grad_added_to_main_grad == name.startswith("experts."), name
+
+
+def test_experts_are_made_where_parameters_are(monkeypatch: pytest.MonkeyPatch):
+    with small_engine("v1") as engine:
+        layer = next(module for module in engine.models[0].modules() if isinstance(module, RingMoELayer))
+        monkeypatch.setattr(device, "device", lambda: torch.device("meta"))
+        again = RingExperts(layer.config, layer.experts.pg_collection)
+    assert again.fc1_weight.is_meta and again.fc2_weight.is_meta
+    assert again.fc1_weight.shape == layer.experts.fc1_weight.shape

@@ -23,14 +23,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
-REWARD = """
-from megatron_ring.rl.types import RewardResult
-
-
-def judge(prompt, text):
-    right = float(len(text) % 2)
-    return RewardResult(score=right, status="correct" if right else "wrong")
-"""
 
 
 def arguments() -> argparse.Namespace:
@@ -68,6 +60,7 @@ def ours(a: argparse.Namespace, folder: Path) -> None:
     from megatron_ring.runtime.metrics import MetricsLogger
     from megatron_ring.runtime.session import open_session
     from megatron_ring.stages.rl import RlRun
+    from tools.gpu.toy import REWARD, write_problems
 
     torch.set_num_threads(a.threads)
     (folder / "bench_reward.py").write_text(REWARD)
@@ -75,8 +68,7 @@ def ours(a: argparse.Namespace, folder: Path) -> None:
     # digits are split, so it takes letters to fill a vocabulary
     words = ["".join(chr(97 + (i * step >> 3) % 26) for step in (1, 3, 7, 11, 17)) for i in range(4000)]
     train_tokenizer(iter(words), folder / "tok.model", vocab_size=a.vocab)
-    rows = [{"prompt": f"{i}+{i * 7 % 13}=", "domain": "bench", "answer": "0"} for i in range(4096)]
-    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_problems(folder / "problems.jsonl", 4096)
     tokens = a.prompts * a.group * a.length
     values = {
         "family": "bailing_moe", "num_layers": a.layers, "hidden_size": a.hidden, "num_attention_heads": 4,

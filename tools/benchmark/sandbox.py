@@ -168,7 +168,8 @@ def python_runs(words: argparse.Namespace) -> None:
 
 def compiled_runs() -> None:
     from megatron_ring.config.rl import RewardConfig
-    from megatron_ring.rl.reward.code.judge import CodeJob, CodeJudge, Language
+    from megatron_ring.rl.reward.code.job import Language
+    from megatron_ring.rl.reward.code.judge import CodeJob, CodeJudge
 
     judge = CodeJudge(RewardConfig(reward_timeout=120.0, sandbox_timeout=60.0))
     test = {"input": "1 2", "output": "3"}

@@ -93,12 +93,3 @@ class Bench:
         self.roofs["GB/s"] = self.row(
             f"copy of {x.numel()}", "torch", lambda: y.copy_(x), bytes_moved=4.0 * x.numel()
         )
-
-    def offsets(self, skewed: bool) -> Tensor:
-        s = self.sizes
-        if not skewed:
-            return (torch.arange(1, s.E + 1) * (s.T * s.K // s.E)).int().to(self.device)
-        generator = torch.Generator().manual_seed(1)
-        shares = torch.softmax(torch.randn(s.E, generator=generator) * 1.5, 0)
-        drawn = torch.multinomial(shares, s.T * s.K, replacement=True, generator=generator)
-        return drawn.bincount(minlength=s.E).cumsum(0).int().to(self.device)

@@ -40,12 +40,13 @@ from megatron_ring.model.attention import segment_attention, varlen_attention
 from megatron_ring.model.packed import PackedInputs
 from tools.gpu.bench import BF16, PAPER, TINY, Bench, Work
 from tools.gpu.results import Results
+from tools.gpu.shapes import expert_ends
 
 
 def products(bench: Bench, skewed: bool) -> None:
     """The experts' first product, forward and both gradients, and the weight gradient that accumulates in fp32."""
     s = bench.sizes
-    N, offsets_E = s.T * s.K, bench.offsets(skewed)
+    N, offsets_E = s.T * s.K, expert_ends(s.T * s.K, s.E, bench.device, skewed=skewed)
     x_ND, w_EFD = bench.new(N, s.D), bench.new(s.E, 2 * s.F, s.D, scale=0.02)
     dy_NF, main_EFD = bench.new(N, 2 * s.F), torch.zeros(s.E, 2 * s.F, s.D, device=bench.device)
     flops = 2.0 * N * s.D * 2 * s.F
@@ -281,7 +282,7 @@ def decoding(bench: Bench) -> None:
         lambda: torch.multinomial(logits_SV.float().softmax(-1), 1), bytes_moved=4.0 * logits_SV.numel(),
     )  # fmt: skip
     N = s.S * s.K
-    ends = (torch.arange(1, s.E + 1) * (N // s.E)).int().to(bench.device)
+    ends = expert_ends(N, s.E, bench.device, skewed=False)
     x_ND, up, down = (
         bench.new(N, s.D),
         bench.new(s.E, 2, s.F, s.D, scale=0.02),

@@ -40,6 +40,7 @@ from megatron_ring.kernels import (
 from megatron_ring.model.attention import segment_attention, varlen_attention
 from megatron_ring.model.packed import PackedInputs
 from tools.gpu.results import Results
+from tools.gpu.shapes import expert_ends
 
 BF16 = torch.bfloat16
 
@@ -80,16 +81,6 @@ class Maker:
     def angles(self, tokens: int, half: int) -> Tensor:
         turns = self.uniform(tokens, half) * 6
         return torch.stack((turns.cos(), turns.sin()))
-
-    def offsets(self, rows: int, experts: int, skewed: bool) -> Tensor:
-        """Where experts' rows end; skewed: some have none, and the last few rows belong to nobody."""
-        if not skewed:
-            return (torch.arange(1, experts + 1) * (rows // experts)).int().to(self.device)
-        generator = torch.Generator().manual_seed(3)
-        shares = torch.softmax(torch.randn(experts, generator=generator) * 1.5, 0)
-        shares[:: max(experts // 4, 2)] = 0
-        drawn = torch.multinomial(shares, rows - 5, replacement=True, generator=generator)
-        return drawn.bincount(minlength=experts).cumsum(0).int().to(self.device)
 
 
 def check(case: Case, results: Results) -> None:
@@ -150,7 +141,7 @@ def _gradients(case: Case, outputs: list[Tensor], leaves: list[Tensor]) -> list[
 
 def products(make: Maker, rows: int, D: int, F: int, experts: int, skewed: bool) -> list[Case]:
     """The experts' products and the whole network of them."""
-    offsets_e = make.offsets(rows, experts, skewed)
+    offsets_e = expert_ends(rows, experts, make.device, skewed=skewed, left_over=5 * skewed)
     x_ND = make.normal(rows, D)
     up_e2FD = make.normal(experts, 2, F, D, scale=D**-0.5)
     down_eDF = make.normal(experts, D, F, scale=F**-0.5)

@@ -148,6 +148,20 @@ class Calls:
             yield "sample_token", lambda top_k=top_k: sample_token(self.new(S, w.V), uniform_T, top_k=top_k)
 
 
+def expert_ends(rows: int, experts: int, device: str, *, skewed: bool, left_over: int = 0) -> Tensor:
+    """Where each expert's rows end (int32); skewed: some have few or none. The last ``left_over`` rows are nobody's.
+
+    Example: ``expert_ends(6, 3, "cpu", skewed=False).tolist() == [2, 4, 6]``.
+    """
+    if not skewed:
+        return (torch.arange(1, experts + 1) * (rows // experts)).int().to(device)
+    generator = torch.Generator().manual_seed(3)
+    shares = torch.softmax(torch.randn(experts, generator=generator) * 1.5, 0)
+    shares[:: max(experts // 4, 2)] = 0
+    drawn = torch.multinomial(shares, rows - left_over, replacement=True, generator=generator)
+    return drawn.bincount(minlength=experts).cumsum(0).int().to(device)
+
+
 def training(
     widths: Widths, tokens: int, dtype: torch.dtype, device: str = "cpu"
 ) -> Iterator[tuple[str, Call]]:

@@ -244,3 +244,28 @@ def test_weights_that_are_not_finite_end_in_one_line(bad, settings):
         ):
             next(answers)
         assert getattr(rollout.engine.models[0].output_layer, "held_inverse_D", None) is None
+
+
+def test_a_pass_of_decoding_is_one_copy_to_the_device_and_one_back(monkeypatch: pytest.MonkeyPatch):
+    """Each is a wait of its own; here they are counted where they are asked for."""
+    counted = {"to": 0, "back": 0}
+    to_torch, to_host = torch.from_numpy, torch.Tensor.cpu
+
+    def there(array: np.ndarray) -> torch.Tensor:
+        counted["to"] += 1
+        return to_torch(array)
+
+    def back(tensor: torch.Tensor) -> torch.Tensor:
+        counted["back"] += 1
+        return to_host(tensor)
+
+    with small_rollout("v1") as rollout:
+        monkeypatch.setattr(torch, "from_numpy", there)
+        monkeypatch.setattr(torch.Tensor, "cpu", back)
+        seen = []
+        for length in (4, 9):
+            counted.update(to=0, back=0)
+            run(rollout, requests(), sampling(length))
+            seen.append(dict(counted))
+    # five passes more
+    assert {name: seen[1][name] - seen[0][name] for name in counted} == {"to": 5, "back": 5}
