@@ -15,6 +15,21 @@ OUT=${1:-gpu-check}
 [ $# -gt 0 ] && shift
 PARTS=("$@")
 [ ${#PARTS[@]} -gt 0 ] || PARTS=(compile same right pretrain fast rl tests sanitizer page)
+for each in "$OUT" "${PARTS[@]}"; do
+    known=no
+    [[ " compile same right pretrain fast rl tests sanitizer page " == *" $each "* ]] && known=yes
+    if [ "$each" = "$OUT" ] && [ "$known" = yes ]; then
+        echo "error: OUT=$OUT is the name of a part; name the folder for results first" >&2
+        exit 2
+    elif [ "$each" != "$OUT" ] && [ "$known" = no ]; then
+        echo "error: $each is no part; name some of: compile same right pretrain fast rl tests sanitizer page" >&2
+        exit 2
+    fi
+done
+case "${RING_GPU_CHECK:-}" in
+    "" | tiny) ;;
+    *) echo "error: RING_GPU_CHECK=$RING_GPU_CHECK must be tiny, or not set" >&2 && exit 2 ;;
+esac
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
 export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-lo}"
@@ -35,6 +50,8 @@ part() { # NAME SECONDS COMMAND...
     shift 2
     [[ " ${PARTS[*]} " == *" $name "* ]] || return 0
     echo "== $name"
+    # a part that dies early must not show what an earlier run found
+    rm -f "$OUT/$name.json" "$OUT/$name-small.json"
     timeout -k 5 "$limit" "$@" > >(tee "$OUT/$name.log") 2>&1 || status=$?
     [ "$status" -eq 0 ] || failed+=("$name (exit code $status)")
     echo "== $name: exit code $status, $((SECONDS - begun)) s, $SECONDS s in all"

@@ -104,3 +104,38 @@ def test_without_a_gpu_one_line_says_how_to_rehearse(tmp_path: Path):
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: torch finds no GPU here; RING_GPU_CHECK=tiny")
+
+
+@pytest.mark.parametrize(
+    ("words", "tiny", "said"),
+    [
+        (["OUT", "rigth"], "tiny", "rigth is no part"),
+        (["right", "fast"], "tiny", "OUT=right is the name of a part"),
+        (["OUT"], "Tiny", "RING_GPU_CHECK=Tiny must be tiny"),
+    ],
+)
+def test_a_check_that_would_check_nothing_is_refused(words: list[str], tiny: str, said: str, tmp_path: Path):
+    words = [str(tmp_path / "out") if word == "OUT" else word for word in words]
+    done = _check(words, tiny, sys.executable)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_part_that_dies_early_shows_nothing_of_an_earlier_run(tmp_path: Path):
+    (tmp_path / "fast.json").write_text('{"bad": [], "rows": [1]}')
+    (tmp_path / "rl.json").write_text("kept: it was not asked for")
+    done = _check([str(tmp_path), "fast"], "tiny", "false")
+    assert done.returncode == 1 and "failed: fast (exit code 1)" in done.stdout
+    assert not (tmp_path / "fast.json").exists() and (tmp_path / "rl.json").exists()
+
+
+def _check(words: list[str], tiny: str, python: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHON": python, "RING_GPU_CHECK": tiny}
+    return subprocess.run(
+        ["bash", "tools/gpu_check.sh", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )

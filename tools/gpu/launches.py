@@ -116,6 +116,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs} must be at least 1")
+    if args.for_this_card and not torch.cuda.is_available():
+        parser.error("--for-this-card: torch finds no GPU here; name an architecture with --arch")
     if args.for_this_card:
         major, minor = torch.cuda.get_device_capability()
         args.arch = 10 * major + minor
