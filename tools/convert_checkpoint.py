@@ -36,9 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     reporter = ConsoleReporter()
     if args.command == "check":
         from megatron_ring.checkpoint.convert.folders import MANIFEST, check_manifest, find_checkpoint
+        from megatron_ring.checkpoint.folder import parts_of
 
         folder = args.source if (args.source / MANIFEST).exists() else find_checkpoint(args.source)
-        reporter.say(f"{folder}: {check_manifest(folder) / 1e9:.2f} GB as written")
+        for part in parts_of(folder):
+            reporter.say(f"{part}: {check_manifest(part) / 1e9:.2f} GB as written")
         return
     if args.workers < 1:
         raise CheckpointError(

@@ -43,9 +43,33 @@ def folder_of(root: Path, iteration: int) -> Path:
 
 def parts_of(folder: Path) -> list[Path]:
     """What goes on together from the checkpoint ``folder``: itself, and its critic of the same step if it has one."""
-    named = folder.absolute()
-    critic = named.parent / CRITIC / named.name
-    return [folder, critic] if critic.is_dir() else [folder]
+    steps = (_NAME.fullmatch(place.name.removesuffix(_REPLACED)) for place in _places(folder))
+    step = next((int(found[1]) for found in steps if found), None)
+    critic = None if step is None else critic_of(folder, step)
+    return [folder] if critic is None else [folder, critic]
+
+
+def critic_of(folder: Path, iteration: int) -> Path | None:
+    """The critic of step ``iteration`` beside the checkpoint ``folder``; ``None`` if there is none."""
+    critic = beside(folder, f"{CRITIC}/{folder_of(Path(), iteration).name}")
+    if critic is None:
+        critic = beside(folder, f"{CRITIC}/{folder_of(Path(), iteration).name}{_REPLACED}")
+    return critic
+
+
+def beside(folder: Path, name: str) -> Path | None:
+    """The folder ``name`` beside the checkpoint ``folder``; where that is a link, also beside what it names.
+
+    Example: ``beside(Path("."), "critic")`` inside of ``runs/a/iter_0000010`` is ``runs/a/critic``.
+    """
+    found = (place.parent / name for place in _places(folder))
+    return next((each for each in found if each.is_dir()), None)
+
+
+def _places(folder: Path) -> list[Path]:
+    """Where ``folder`` may have its neighbours; a link that is not called like a step has others there."""
+    named, real = folder.absolute(), folder.resolve()
+    return [named, real] if _NAME.fullmatch(named.name.removesuffix(_REPLACED)) else [real, named]
 
 
 def begin(root: Path, iteration: int, num_bytes: int) -> Path:

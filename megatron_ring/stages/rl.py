@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_ring.checkpoint.checkpointer import Checkpointer
-from megatron_ring.checkpoint.folder import CRITIC, TRAINER_STATE, folder_of, read_attachment
+from megatron_ring.checkpoint.folder import CRITIC, TRAINER_STATE, critic_of, folder_of, read_attachment
 from megatron_ring.checkpoint.origin import must_be_same, origin_of
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.stage_rules import Stage
@@ -325,8 +325,8 @@ class RlRun(StageRun):
         """
         checkpointer = Checkpointer(critic.config, critic.engine, self.session)
         if self.resumed is not None:
-            root = Path(self.checkpointer.loaded_folder or "").parent / CRITIC
-            folder = folder_of(root, self.step)
+            policy = Path(self.checkpointer.loaded_folder or "")
+            folder = critic_of(policy, self.step) or folder_of(policy.parent / CRITIC, self.step)
             if not (folder / TRAINER_STATE).exists():
                 raise CheckpointError(
                     f"{folder}: holds no critic for the policy of step {self.step}; drop --critic, or start from the "

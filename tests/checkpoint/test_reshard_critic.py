@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 
 from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint.convert import convert
-from megatron_ring.checkpoint.convert.convert import Options, hf_to_megatron, reshard
+from megatron_ring.checkpoint.convert.convert import Options, hf_to_megatron, megatron_to_hf, reshard
 from tests.checkpoint.convert_cases import Silent, assert_same, read_megatron
 
 NAME = "iter_0000000"
@@ -60,3 +60,26 @@ def test_a_reshard_that_is_stopped_between_critic_and_policy_is_done_again(
     out = reshard(run, tmp_path / "out", Options(), Silent(), divisible_by=8, tensor_size=1)
     for part in folders.parts_of(out):
         assert "make_vocab_size_divisible_by = 8" in (part / "config.toml").read_text()
+
+
+@pytest.mark.parametrize("how", ["replaced", "link", "here"])
+def test_a_policy_under_another_name_keeps_its_critic_and_its_files(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+):
+    """A save killed between two names, a link to the best step, ``.``: each lost the critic or the tokenizer."""
+    source = run
+    if how == "replaced":
+        (run / NAME).rename(run / f"{NAME}.replaced")
+    elif how == "link":
+        source = tmp_path / "best"
+        source.symlink_to(run / NAME)
+        (tmp_path / "hf").mkdir()  # another model's, beside the link
+    else:
+        monkeypatch.chdir(run / NAME)
+        source = Path()
+    (run / "hf/tokenizer_note.json").write_text("{}")
+    out = reshard(source, tmp_path / "out", Options(), Silent(), divisible_by=7, tensor_size=2)
+    assert folders.parts_of(out) == [out, tmp_path / "out/critic" / NAME]
+    assert (tmp_path / "out/hf/tokenizer_note.json").exists()
+    exported = megatron_to_hf(source, tmp_path / "hf_out", Options(), Silent())
+    assert (exported / "tokenizer_note.json").exists()

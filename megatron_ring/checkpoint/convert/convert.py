@@ -184,7 +184,7 @@ def megatron_to_hf(
     infos = target_infos(source, mapping.into_names, mapping.names, options.dtype)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target}: exists already; name another folder or remove it")
-    files_from = export.hf_files or folder.parent / HF_FILES
+    files_from = export.hf_files or folders.beside(folder, HF_FILES) or folder.parent / HF_FILES
     base = read_hf_config(files_from) if export.hf_files or (files_from / "config.json").exists() else {}
     normalize = export.normalize_head and model.norm_head
     ids = {} if base else token_ids(files_from, config.data, model.vocab_size)
@@ -301,9 +301,9 @@ def _reshard(
         write_manifest(working, notes, source=str(folder), source_format="torch_dist", family=model.family)
         if options.verify:
             _verify(source, TorchDistFolder(working), copies, reporter)
-        if (folder.parent / HF_FILES).is_dir():
+        if files_from := folders.beside(folder, HF_FILES):
             (target / HF_FILES).mkdir(exist_ok=True)
-            carry_over(folder.parent / HF_FILES, target / HF_FILES)
+            carry_over(files_from, target / HF_FILES)
         stream.forget_plan(working)
         return folders.commit(working, iteration)
 
