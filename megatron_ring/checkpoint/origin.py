@@ -9,9 +9,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from megatron_ring.checkpoint.checksums import SUMS, sum_file
+from megatron_ring.checkpoint.checksums import MANIFEST, SUMS, sum_file
 from megatron_ring.checkpoint.folder import read_trainer_state
-from megatron_ring.checkpoint.plain_files import shown
+from megatron_ring.checkpoint.plain_files import read_json, shown
 from megatron_ring.errors import CheckpointError
 
 log = logging.getLogger("megatron_ring")
@@ -26,13 +26,18 @@ def origin_of(folder: Path | None, seed: int) -> dict[str, Any]:
         return {"seed": seed}
     path = folder / SUMS if (folder / SUMS).exists() else folder / ".metadata"
     step = read_trainer_state(folder)["iteration"]
-    return {"folder": str(folder.absolute()), "step": step, "crc32": sum_file(path).crc32}
+    found = {"folder": str(folder.absolute()), "step": step, "crc32": sum_file(path).crc32}
+    if (folder / MANIFEST).exists():
+        # a reshard holds the numbers of the checkpoint that it was made of
+        found["written_from"] = str(read_json(folder / MANIFEST, "write it again").get("source"))
+    return found
 
 
 def must_be_same(saved: Any, now: dict[str, Any], loaded: Path | None) -> None:
     """Refuse a resume whose reference would be another than that of the run so far.
 
-    The same step from other files, as after a reshard, is warned of. ``saved`` is null in older checkpoints.
+    Other files of the same step are warned of where they lie in the same folder or were resharded from it; elsewhere
+    they are another model, for every converted one is of step 0. ``saved`` is null in older checkpoints.
 
     Raises:
         CheckpointError: it began from other weights than the command names now.
@@ -41,7 +46,9 @@ def must_be_same(saved: Any, now: dict[str, Any], loaded: Path | None) -> None:
         return
     if not isinstance(saved, dict) or not ("folder" in saved or "seed" in saved):
         raise CheckpointError(f"{loaded}: holds {shown(saved)} for began_from; load an earlier checkpoint")
-    if any(saved.get(name) != now.get(name) for name in ("step", "seed")):
+    is_another = any(saved.get(name) != now.get(name) for name in ("step", "seed"))
+    rewritten = saved.get("folder") in (now.get("folder"), now.get("written_from"))
+    if is_another or (saved.get("crc32") != now.get("crc32") and not rewritten):
         remedy = "start it without --pretrained-checkpoint and with that --seed"
         if "folder" in saved:
             remedy = f"name them with --pretrained-checkpoint {str(saved['folder'])[:300]}"

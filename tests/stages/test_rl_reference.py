@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from megatron_ring.checkpoint import folder as folders
+from megatron_ring.checkpoint.origin import must_be_same
 from megatron_ring.errors import CheckpointError
 from megatron_ring.stages.rl import train_rl
 from tests.stages.test_rl import configure, folder, records, values  # noqa: F401
@@ -50,3 +51,21 @@ def test_without_a_reference_the_first_weights_need_no_name(configure, tmp_path)
     train_rl(configure(**where))
     with pytest.raises(CheckpointError, match=f"iter_0000002: the reference is .* step 1 of {first}, but"):
         train_rl(configure(**where, kl_loss_coef=1e-2))
+
+
+BASE = {"folder": "/m/base/iter_0000000", "step": 0, "crc32": "aa"}
+
+
+def test_two_converted_models_are_both_of_step_0_and_are_told_apart():
+    other = {"folder": "/m/other/iter_0000000", "step": 0, "crc32": "bb"}
+    with pytest.raises(CheckpointError, match="step 0 of /m/base, but this command names step 0 of /m/other"):
+        must_be_same(BASE, other, None)
+    with pytest.raises(CheckpointError, match="names step 0 of /m/other"):
+        must_be_same(BASE, {**other, "written_from": "/hub/other"}, None)
+    must_be_same(BASE, {**other, "crc32": "aa"}, None)
+
+
+def test_a_reshard_of_the_first_weights_is_warned_of(caplog: pytest.LogCaptureFixture):
+    again = {"folder": "/m/again/iter_0000000", "step": 0, "crc32": "bb", "written_from": BASE["folder"]}
+    must_be_same(BASE, again, None)
+    assert "/m/again/iter_0000000 holds other files of that step" in caplog.text

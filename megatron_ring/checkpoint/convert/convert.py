@@ -298,7 +298,9 @@ def _reshard(
             if path.suffix == ".safetensors" and path.is_file():
                 shutil.copyfile(path, working / path.name)
         _finish_step(working, state, replace(config, model=model))
-        write_manifest(working, notes, source=str(folder), source_format="torch_dist", family=model.family)
+        write_manifest(
+            working, notes, source=str(folder.absolute()), source_format="torch_dist", family=model.family
+        )
         if options.verify:
             _verify(source, TorchDistFolder(working), copies, reporter)
         if files_from := folders.beside(folder, HF_FILES):
