@@ -20,16 +20,29 @@ _NAMED_CHOICE = re.compile(
     re.DOTALL,
 )
 _MARKS = re.compile(r"^[\s\\$~]+|[\s\\$~]+$")
+_SPECIES = (
+    r"\.\s+(?:coli|elegans|difficile|pylori|influenzae|melanogaster|thaliana|subtilis|albicans|botulinum|perfringens"
+    r"|tetani|cereus|anthracis|pertussis|burgdorferi|fragilis|faecalis|histolytica|granulosus|fumigatus|flavus|niger"
+    r"|parvum|neoformans|sapiens|erectus|habilis|gambiae|aegypti|rerio|discoideum|jejuni|trachomatis|diphtheriae)\b"
+)
+"""What stands behind the letter of a genus: ``E. coli`` is no choice E."""
 _ANOTHER = re.compile(
     r"\((?i:[A-J])\)|\[[A-J]\]"
-    r"|^(?i:[A-J])[.:)](?:\s|$)"
+    rf"|^(?i:[A-J])(?!{_SPECIES})[.:)](?:\s|$)"
     r"|^\W*(?i:(?:or|and|nor|maybe|perhaps|possibly)(?![A-Za-z])|[,;/&|])"
-    r"(?i:\W|also|else|either|maybe|perhaps|possibly|not|option|choice|answer)*(?i:[A-J])(?![A-Za-z'])"
+    r"(?i:\W|also|else|either|maybe|perhaps|possibly|not|option|choice|answer)*(?:[A-Jb-j]|a(?!\s+[a-z]))(?![A-Za-z']|-\w)"
     r"|(?i:option|choice|answer)(?i: is)?:? \W*[A-J](?![A-Za-z'])"
+    # a letter that is a choice by the words around it
+    r"|\b(?i:wait|alternatively|otherwise|maybe|perhaps|possibly|actually|instead)\b"
+    r"(?i:\W|also|or|it|is|its|it's|the)*\b[A-J](?![\w'-])"
+    r"|(?<![\w'])[A-J](?i: (?:is|may|might|could|would|can)(?: be)?)?"
+    r"(?i: (?:also|too|as well|possible|plausible|correct|right(?! of)))(?![A-Za-z])"
+    r"|[\d)}$]\s*(?:[,;/&|]|\b(?:or|and)\b)\s*[A-J]\W*$"
+    r"|^-\s*[A-J]$"
 )
-"""Behind a choice, another one: ``(B) (C)``, ``B. or C``, ``B) C) D)``, ``B. 5, Option C``."""
+"""Behind a choice, another one: ``(B) (C)``, ``B. or C``, ``B) C) D)``, ``B. 5, Option C``, ``B. no wait, C``."""
 _LABEL = re.compile(
-    r"(?<![^\s,;/&|])(?:([A-J])(?:\)\.|[:)]|\.(?!\s+[a-z]))|([a-j])\))(?=\s|$)|(?:[,;/&|\n]|\bor)\s*([A-J])\.(?=\s+[a-z])"
+    rf"(?<![^\s,;/&|])(?:([A-J])(?!{_SPECIES})(?:\)\.|[:).])|([a-j])\))(?=\s|$|\d|[a-z]{{2}})"
 )
 """A choice's label among words: ``C.`` of ``12 C. 13``; ``E. coli`` has none."""
 _IN_BRACKETS = re.compile(r"\([^()]*\)|\[[^\[\]]*\]")
@@ -44,7 +57,7 @@ def _several(text: str, letter: str) -> bool:
     if _ANOTHER.search(text):
         return True
     labels = _LABEL.finditer(_IN_BRACKETS.sub(" ", text))
-    return any((label[1] or label[2] or label[3]).upper() != letter.upper() for label in labels)
+    return any((label[1] or label[2]).upper() != letter.upper() for label in labels)
 
 
 def named(answer: str) -> str | None:

@@ -61,7 +61,9 @@ class Evaluator:
         """The value of ``node``; raises :class:`Undefined` or :class:`Unreadable`."""
         with mp.workdps(self.digits):
             try:
-                return self._of(node)
+                value = self._of(node)
+                # what was swallowed on the way is not in an exact number either
+                return self.inexact(value) if self.absorbed else value
             except (ZeroDivisionError, OverflowError) as error:
                 raise Undefined(str(error)) from error
             except ValueError as error:
@@ -149,7 +151,7 @@ class Evaluator:
 
     def power(self, base: Number, exponent: Number) -> Number:
         self._finite(base, exponent)
-        if base == 0 or base == 1:
+        if base == 0 or (base == 1 and isinstance(base, Fraction)):
             if base == 0 and not (is_real(exponent) and exponent > 0):
                 raise Undefined("zero to this power")
             return Fraction(base == 1)
@@ -307,11 +309,18 @@ class Evaluator:
         if not is_real(value) or not finite(value) or log2(abs(value)) > 3 * self.digits:
             raise Undefined("no integer part")
         nearest = mp.nint(value)
-        exact = nearest if abs(value - nearest) < mp.mpf(10) ** (-self.digits // 2) else value
+        exact = nearest if abs(value - nearest) < mp.mpf(10) ** (_NOISE_DIGITS - self.digits) else value
         return Fraction(int(rounding(exact)))
 
     def inexact(self, value: Number) -> Number:
-        return mp.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
+        if not isinstance(value, Fraction):
+            return value
+        if bits(value) > 2 * mp.prec and value.denominator != 1:
+            self.budget.charge((bits(value) / 300) ** 2)
+            simple = value.limit_denominator(1 << mp.prec // 4)
+            # 2+10^-700 becomes 2 here, and 3^-2000 what it is
+            self._swallows(simple != 0 and 0 < abs(value - simple) * (1 << mp.prec) < abs(simple))
+        return mp.mpf(value.numerator) / value.denominator
 
     def _checked(self, value: Number) -> Number:
         if isinstance(value, Fraction):
