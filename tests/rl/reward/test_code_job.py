@@ -165,7 +165,15 @@ FORGOTTEN = [
     "try:\n    f(-1)\n    assert False\nexcept:\n    pass",
     "def test_it():\n    try:\n        assert f(1) == 2\n    except (ValueError, Exception):\n        return",
     "import contextlib\nwith contextlib.suppress(Exception):\n    assert f(1) == 2",
+    "from contextlib import suppress as s\nwith s(AssertionError):\n    assert f(1) == 2",
+    "import logging\ntry:\n    assert f(1) == 2\nexcept AssertionError as e:\n    logging.error(e)",
+    "import builtins\ntry:\n    assert f(1) == 2\nexcept builtins.Exception:\n    pass",
+    "try:\n    assert f(1) == 2\nexcept* AssertionError:\n    pass",
+    "while True:\n    try:\n        assert f(1) == 2\n        break\n    except AssertionError:\n        break",
+    "def test_it():\n    try:\n        assert f(1) == 2\n    finally:\n        return",
+    "if False:\n    assert f(1) == 2",
 ]
+EMPTY = ["f(1)\nassert True", "assert (f(1) == 2, 'two')", "assert 'f(1) == 2'"]
 HEARD = [
     "try:\n    f(-1)\n    assert False\nexcept ValueError:\n    pass",
     "try:\n    assert f(1) == 2\nexcept Exception:\n    raise",
@@ -174,12 +182,21 @@ HEARD = [
     "good = True\ntry:\n    assert f(1) == 2\nexcept Exception:\n    good = False\nassert good",
     "try:\n    r = f(1)\nexcept Exception:\n    pass\nelse:\n    assert r == 2",
     "try:\n    assert f(1) == 2\nexcept Exception:\n    print('no')\nassert f(2) == 3",
+    "try:\n    assert f(1) == 2\nfinally:\n    print('done')",
+    "try:\n    f(-1)\nexcept ValueError:\n    pass\nelse:\n    assert False, 'no error'",
+    "import pytest\nwith pytest.raises(Exception):\n    f(-1)",
+    "if f(1) != 2:\n    raise AssertionError",
 ]
 
 
 @pytest.mark.parametrize("test", FORGOTTEN)
 def test_a_test_that_catches_all_of_its_own_assertions_is_refused(test: str):
     assert "catches what its own assertions raise" in (check_reference({"tests": [test]}) or "")
+
+
+@pytest.mark.parametrize("test", EMPTY)
+def test_an_assertion_of_what_is_always_true_is_none(test: str):
+    assert "has no assertion" in (check_reference({"tests": [test]}) or "")
 
 
 @pytest.mark.parametrize("test", HEARD)

@@ -14,9 +14,8 @@ import functools
 import re
 import symtable
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
 
 from megatron_ring.rl.reward.code.inside.python_harness import MODULES, STAR
 
@@ -28,6 +27,9 @@ _HELPERS = frozenset({"pytest"})
 """Modules that stand in the sandbox beside the standard library: the part of pytest in ``harness_pytest``."""
 _RUNS_TEXT = frozenset({"pickle", "marshal", "shelve"})
 _ENTRY = re.compile(r"[A-Za-z_]\w*(\(\)\.[A-Za-z_]\w*)?")
+_PRINTING = frozenset(
+    "print pprint print_exc print_exception write flush debug info warning error exception critical log warn".split()
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +60,9 @@ def read_unit_test(source: str, entry: str = "") -> UnitTest:
     if not any(map(_tells, ast.walk(tree))):
         raise ValueError("has no assertion: whatever it is given passes")
     if not _has_assertion(tree):
-        raise ValueError("catches what its own assertions raise and goes on: whatever it is given passes")
+        raise ValueError(
+            "catches what its own assertions raise and goes on, or never runs them: whatever it is given passes"
+        )
     _check_it_is_run(tree)
     imported = _imports(tree)
     made = {
@@ -117,25 +121,31 @@ def _heard(tree: ast.AST) -> Iterator[ast.AST]:
     while waiting:
         node = waiting.pop()
         yield node
-        silent = node.body if _goes_on(node) else ()
+        silent = _silent(node)
         waiting += [child for child in ast.iter_child_nodes(node) if child not in silent]
 
 
-def _goes_on(node: ast.AST) -> TypeGuard[ast.Try | ast.With]:
-    """Whether an assertion that fails in its body is caught there, and at most printed."""
-    if isinstance(node, ast.With):
-        return any(_suppresses(item.context_expr) for item in node.items)
-    if not isinstance(node, ast.Try):
-        return False
+def _silent(node: ast.AST) -> Sequence[ast.AST]:
+    """The lines of ``node`` whose assertions fail no test: never run, or caught there and at most printed."""
+    if isinstance(node, ast.If | ast.While):
+        return node.body if isinstance(node.test, ast.Constant) and not node.test.value else ()
+    if isinstance(node, ast.With | ast.AsyncWith):
+        return node.body if any(_suppresses(item.context_expr) for item in node.items) else ()
+    if not isinstance(node, ast.Try | ast.TryStar):
+        return ()
+    if any(isinstance(line, ast.Return | ast.Break | ast.Continue) for line in node.finalbody):
+        # whatever is raised ends there
+        return [*node.body, *node.handlers, *node.orelse]
     handler = next(filter(_takes_assertions, node.handlers), None)
-    return handler is not None and all(
-        isinstance(line, ast.Pass | ast.Continue | ast.Return)
-        or (
-            isinstance(line, ast.Expr)
-            and (isinstance(line.value, ast.Constant) or _called(line.value) in ("print", "print_exc"))
-        )
-        for line in handler.body
-    )
+    return node.body if handler is not None and all(map(_goes_on, handler.body)) else ()
+
+
+def _goes_on(line: ast.stmt) -> bool:
+    if isinstance(line, ast.If):
+        return all(map(_goes_on, [*line.body, *line.orelse]))
+    if isinstance(line, ast.Expr):
+        return isinstance(line.value, ast.Constant) or _called(line.value) in _PRINTING
+    return isinstance(line, ast.Pass | ast.Continue | ast.Break | ast.Return | ast.Import | ast.ImportFrom)
 
 
 def _takes_assertions(handler: ast.ExceptHandler) -> bool:
@@ -144,13 +154,16 @@ def _takes_assertions(handler: ast.ExceptHandler) -> bool:
 
 
 def _suppresses(manager: ast.expr) -> bool:
+    """Whether it is contextlib.suppress, by whatever name, of assertions: what expects one is ``raises``."""
     return (
-        isinstance(manager, ast.Call) and _called(manager) == "suppress" and any(map(_catches, manager.args))
+        isinstance(manager, ast.Call)
+        and not _called(manager).lower().endswith(("raises", "raisesregex"))
+        and any(map(_catches, manager.args))
     )
 
 
 def _catches(kind: ast.expr) -> bool:
-    return getattr(kind, "id", "") in ("AssertionError", "Exception", "BaseException")
+    return getattr(kind, "id", getattr(kind, "attr", "")) in ("AssertionError", "Exception", "BaseException")
 
 
 def _called(node: ast.expr) -> str:
@@ -158,7 +171,11 @@ def _called(node: ast.expr) -> str:
 
 
 def _tells(node: ast.AST) -> bool:
-    if isinstance(node, ast.Assert | ast.Raise):
+    if isinstance(node, ast.Assert):
+        always = isinstance(node.test, ast.Constant) and bool(node.test.value)
+        # (x == 1, "why") is a pair, which is true
+        return not always and not (isinstance(node.test, ast.Tuple) and node.test.elts)
+    if isinstance(node, ast.Raise):
         return True
     if not isinstance(node, ast.Call):
         return False
