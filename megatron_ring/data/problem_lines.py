@@ -99,7 +99,7 @@ def read_problem(fields: Mapping[str, Any], origin: str) -> Problem:
         raise DataError(
             f"{origin}: the problem is empty, there is nothing to ask; write it, or remove the line"
         )
-    _must_ask_the_same(fields, messages, origin)
+    _must_ask_the_same(fields, messages, conversation, origin)
     reference = _reference(fields, origin)
     _refuse_unread(fields, "tests" in reference, origin)
     return Problem(
@@ -122,13 +122,36 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
-def _must_ask_the_same(fields: Mapping[str, Any], messages: Sequence[Message], origin: str) -> None:
+def _must_ask_the_same(
+    fields: Mapping[str, Any], messages: Sequence[Message], conversation: Conversation, origin: str
+) -> None:
     """Refuse a prompt beside messages in which it does not stand: one of them would be passed over."""
     prompt = fields.get("prompt")
     if not prompt or not fields.get("messages") or prompt == messages:
         return
-    if not any(prompt == message["content"] for message in messages):
+    # messages often add how to answer, and may hold their text in parts
+    asked = [" ".join(str(message["content"]).split()) for message in conversation.messages]
+    if isinstance(prompt, str):
+        same = any(f" {' '.join(prompt.split())} " in f" {text} " for text in asked)
+    else:
+        told = all(map(_is_message, prompt)) if isinstance(prompt, list) else False
+        same = (
+            told
+            and [
+                " ".join(str(message["content"]).split())
+                for message in read_conversation({}, origin, prompt).messages
+            ]
+            == asked
+        )
+    if not same:
         raise DataError(f"{origin}: prompt and messages ask different things; keep one")
+
+
+def _must_name_one(names: Mapping[str, Any], origin: str) -> None:
+    said = {key: name for key, name in names.items() if name}
+    if len(set(map(str, said.values()))) > 1:
+        told = ", ".join(f"{key} {name!r:.40}" for key, name in said.items())
+        raise DataError(f"{origin}: the function that is tested has two names ({told}); keep one")
 
 
 def _reference(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -145,6 +168,8 @@ def _reference(fields: Mapping[str, Any], origin: str) -> dict[str, Any]:
         raise DataError(f"{origin}: none of answer, tests and reference says what is right; add one")
     if "tests" in reference:
         reference |= {key: fields[key] for key in BESIDE_TESTS if fields.get(key) is not None}
+        names = {_FUNCTION: fields.get(_FUNCTION), "function": reference.get("function")}
+        _must_name_one(names, origin)
         reference |= _as_list(
             reference["tests"], origin, fields.get(_FUNCTION) or reference.get("function") or ""
         )
@@ -170,6 +195,7 @@ def _as_list(tests: Any, origin: str, given_name: str) -> dict[str, Any]:
         raise DataError(
             f"{origin}: tests must have as many outputs as inputs, as two lists; add what is missing"
         )
+    _must_name_one({"of the line": given_name, "of the tests": name}, origin)
     name = name or given_name
     pairs = paired_columns(inputs, outputs, is_function=bool(name))
     return {"tests": pairs, **({"mode": "function", "function": name} if name else {})}
