@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _PROBE = {"probed_name": "probed_value"}
 _MAY_BE_NULL = ("default", "const", "example")
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")
+"""Keywords of a schema whose keys are names."""
 _VALUES = ("enum", "examples", *_MAY_BE_NULL)
 """Keywords of a schema that hold values of the parameter, null among them."""
 
@@ -66,16 +68,21 @@ def fit_arguments(
     return tuple(found)
 
 
-def without_nulls(tool: Any) -> Any:
-    """A tool's description without keys that say nothing: no keyword of a schema is null but those that hold values."""
+def without_nulls(tool: Any, *, named: bool = False) -> Any:
+    """A tool's description without keys that say nothing: no keyword of a schema is null but those that hold values.
+
+    Where keys are names (``named``), such as a parameter's that is called ``default``, no null is kept.
+    """
     if isinstance(tool, list):
         return [without_nulls(inner) for inner in tool]
     if not isinstance(tool, dict):
         return tool
     return {
-        key: value if key in _VALUES else without_nulls(value)
+        key: value
+        if key in _VALUES and not named
+        else without_nulls(value, named=key in _NAMED and not named)
         for key, value in tool.items()
-        if value is not None or key in _MAY_BE_NULL
+        if value is not None or (key in _MAY_BE_NULL and not named)
     }
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_ring.data.messages import read_conversation
+from megatron_ring.data.tool_calls import without_nulls
 from megatron_ring.errors import DataError
 from tests.data.test_messages import learned, with_template
 
@@ -77,3 +78,14 @@ def test_keys_that_a_table_filled_with_null_say_nothing(huggingface_folder, tmp_
     assert learned(tokenizer, conversation({"n": None, "zip": None})) == ['{"n": null, "zip": null}'], (
         "without a description nobody knows"
     )
+
+
+def test_a_parameter_with_the_name_of_a_keyword_is_a_parameter():
+    schema = {
+        "default": {"type": "string", "enum": None},
+        "example": None,
+        "n": {"default": None, "enum": [None]},
+    }
+    tool = {"name": "f", "parameters": {"type": "object", "properties": schema, "required": None}}
+    left = {"default": {"type": "string"}, "n": {"default": None, "enum": [None]}}
+    assert without_nulls(tool) == {"name": "f", "parameters": {"type": "object", "properties": left}}
