@@ -27,8 +27,8 @@ _HELPERS = frozenset({"pytest"})
 """Modules that stand in the sandbox beside the standard library: the part of pytest in ``harness_pytest``."""
 _RUNS_TEXT = frozenset({"pickle", "marshal", "shelve"})
 _ENTRY = re.compile(r"[A-Za-z_]\w*(\(\)\.[A-Za-z_]\w*)?")
-_PRINTING = frozenset(
-    "print pprint print_exc print_exception write flush debug info warning error exception critical log warn".split()
+_PRINTING = re.compile(
+    r"p?print|print_exc(eption)?|write|flush|debug|info|warn(ing)?|error|exception|critical|log"
 )
 
 
@@ -144,7 +144,7 @@ def _goes_on(line: ast.stmt) -> bool:
     if isinstance(line, ast.If):
         return all(map(_goes_on, [*line.body, *line.orelse]))
     if isinstance(line, ast.Expr):
-        return isinstance(line.value, ast.Constant) or _called(line.value) in _PRINTING
+        return isinstance(line.value, ast.Constant) or _PRINTING.fullmatch(_called(line.value)) is not None
     return isinstance(line, ast.Pass | ast.Continue | ast.Break | ast.Return | ast.Import | ast.ImportFrom)
 
 
