@@ -27,11 +27,17 @@ _BEHIND = re.compile(r'(?:(?<=[^\W\d_]{2})!|[.,;:?"\u3002\u3001]|(?<=[?!"])!)+$'
 _BEFORE = re.compile('^["\u00bf\u00a1]+')
 
 _EMPHASIS = re.compile(
-    r"(?<!\w)(?:\*\*(?!\s)([^*]+)(?<!\s)\*\*|__(?=\w)([^_]+)(?<=[\w.?!])__"
+    r"(?<!\w)(?:\*\*\*(?![\s*])([^*]+)(?<!\s)\*\*\*(?!\*)|\*\*(?!\s)([^*]+)(?<!\s)\*\*|__(?=\w)([^_]+)(?<=[\w.?!])__"
     # one star may be a product's, one underscore an index's: it is emphasis around whole words
-    r"|(?<!\*)\*(?=\w)([^*]+)(?<=\w)\*(?!\*)|_(?=[^\W_])([^_]+)(?<=[^\W_])_)(?!\w)"
+    r"|(?<!\*)\*(?=\w)([^*]+)(?<=[\w.?!])\*(?!\*)|_(?=[^\W_])([^_]+)(?<=[^\W_]|[.?!])_)(?!\w)"
 )
-_SIZES = re.compile(r"(?<!\\)\\(?:left|right|bigg?[lrm]?)(?![a-z])\.?")
+_MARKED = re.compile(
+    r"(?<!\\)\\(?:textbf|textit|textsl|emph|underline)\s?\{([^{}]*)\}|<(b|i|u|em|strong)>([^<]*)</\2>"
+)
+"""Emphasis of TeX's and of HTML's."""
+_SIZES = re.compile(
+    r"(?<!\\)\\(?:left|right|bigg?[lrm]?)(?![a-z])\.?|(?<!\\)\\(?:(?:display|text)style(?![a-z])\s*|!)"
+)
 _FRACTION = re.compile(r"(?<!\\)\\[dt]frac(?![a-z])")
 _TEX_SPACE = re.compile(r"(?<!\\)\\(?:[,;:> ]|q?quad(?![a-z]))")
 _FENCES = re.compile(
@@ -69,6 +75,7 @@ def _normal(text: str) -> str:
     text = "".join(f"^{c}" if unicodedata.decomposition(c).startswith("<super>") else c for c in text)
     text = unicodedata.normalize("NFKC", text.translate(_TABLE)).casefold().translate(_TABLE)
     text = _SIZES.sub("", _FRACTION.sub(r"\\frac", _TEX_SPACE.sub(" ", text)))
+    text = _MARKED.sub(lambda words: words[1] or words[3] or "", text)
     text = _EMPHASIS.sub(lambda words: next(filter(None, words.groups())), text)
     text = _FENCES.sub(lambda fence: fence[1] or fence[2] or "", text)
     words = text.split()

@@ -28,6 +28,11 @@ def test_the_same_problem_written_otherwise(text: str):
         ("_Find_ __the sum__", "find the sum"),
         (r"Is $\dfrac{1}{2}\,x$ less?", r"Is $\frac{1}{2} x$ less?"),
         (r"Solve \(\left(x+1\right)^2=4\)", "Solve $(x+1)^2=4$"),
+        ("***Find*** the sum", "find the sum"),
+        ("*Find the sum of 1 and 2.*", "Find the sum of 1 and 2."),
+        ("_What is 2?_", "What is 2?"),
+        (r"Find \textbf{all} \emph{real} <b>roots</b>", "find all real roots"),
+        (r"$\displaystyle\int_0^1\!x$", r"$\int_0^1x$"),
         (r"$\tfrac12\quad\Big|x\Big|$", r"$\frac12 |x|$"),
     ],
 )
@@ -42,6 +47,7 @@ def test_signs_digits_brackets_and_factorials_tell_problems_apart():
         "2**3", "2**3**4", "234", "$2-$3", "$2 and $3", "2 and 3", "2 -3", "$2$3",
         "2 + 3 * 4", "(2 + 3) * 4", "f'(x)", "f(x)", "x_1", "x_1_", "2*3*4", "f(*) and g(*)", "f() and g()",
         r"x \leftarrow y", r"x \rightarrow y", r"\frac{1}{2}", r"\\, 1", r"\ 1",
+        "a<b>c", "ac", "3!*4!", "3!4!", "2*3!*4", "n!*m", "n!m",
     ]  # fmt: skip
     for one, other in itertools.combinations(texts, 2):
         assert asked([one]) != asked([other]), (one, other)
