@@ -21,6 +21,7 @@ _LOOK_EVERY = 0.5
 """Seconds."""
 _LAUNCHER = "MEGATRON_RING_LAUNCHER"
 _launcher: int | None = None
+_parent: int | None = None
 
 
 def end_with_parent() -> None:
@@ -30,7 +31,7 @@ def end_with_parent() -> None:
         return
 
     # multiprocessing's own sentinel is a pipe, which processes that were forked later hold open
-    _when_gone(parent.pid, lambda: os._exit(1), "end-with-parent")
+    _when(lambda: os.getppid() != parent.pid, lambda: os._exit(1), "end-with-parent")
 
 
 def end_with_launcher() -> None:
@@ -39,16 +40,19 @@ def end_with_launcher() -> None:
     A torchrun that is killed tells its ranks nothing: they would go on, or wait at the start for the store that was
     in it, and hold the run's folder.
     """
-    global _launcher
+    global _launcher, _parent
     if "TORCHELASTIC_RUN_ID" not in os.environ or _launcher is not None:
         return
     _launcher = os.getppid()
     named, _, namespace = os.environ.get(_LAUNCHER, "").partition("/")
-    if named and namespace == _pid_namespace() and not _runs(named):
-        # it ended while this process was starting
+    _parent = _launcher
+    if named and namespace == _pid_namespace():
+        # a shell or numactl may stand between both, and outlive the launcher
         _launcher = int(named)
+    if launcher_is_gone():
+        # it ended while this process was starting
         _leave_without_launcher()
-    _when_gone(_launcher, _leave_without_launcher, "end-with-launcher")
+    _when(launcher_is_gone, _leave_without_launcher, "end-with-launcher")
 
 
 def name_launcher() -> None:
@@ -74,7 +78,9 @@ def _pid_namespace() -> str:
 
 def launcher_is_gone() -> bool:
     """Has the torchrun that started this rank ended before it?"""
-    return _launcher is not None and os.getppid() != _launcher
+    return _launcher is not None and (
+        os.getppid() != _parent or (_launcher != _parent and not _runs(str(_launcher)))
+    )
 
 
 def _leave_without_launcher() -> None:
@@ -87,11 +93,11 @@ def _leave_without_launcher() -> None:
     os._exit(PEER_IS_GONE)
 
 
-def _when_gone(pid: int, then: Callable[[], object], name: str) -> None:
-    """Call ``then`` in a thread once the parent ``pid`` has ended."""
+def _when(is_so: Callable[[], bool], then: Callable[[], object], name: str) -> None:
+    """Call ``then`` in a thread once ``is_so``."""
 
     def wait() -> None:
-        while os.getppid() == pid:
+        while not is_so():
             time.sleep(_LOOK_EVERY)
         then()
 

@@ -1,5 +1,6 @@
 """What a rank has started ends with it, even where it was killed."""
 
+import os
 import subprocess
 import sys
 import time
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_ring.runtime.orphans import PEER_IS_GONE
 from tests.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,3 +99,29 @@ def test_a_writer_whose_rank_is_leaving_says_nothing(tmp_path: Path):
         env={"PYTHONPATH": python_path()},
     )
     assert (done.stdout, done.stderr) == ("1\n", "")
+
+
+def test_a_rank_behind_a_shell_ends_with_its_launcher():
+    namespace = os.stat("/proc/self/ns/pid").st_ino
+    rank = (
+        "import time; from megatron_ring.runtime.orphans import end_with_launcher as end; "
+        "end(); print(1, flush=True); time.sleep(300)"
+    )
+    with subprocess.Popen(["sleep", "300"]) as launcher:
+        env = {
+            "PYTHONPATH": python_path(),
+            "TORCHELASTIC_RUN_ID": "1",
+            "MEGATRON_RING_LAUNCHER": f"{launcher.pid}/{namespace}",
+        }
+        # its parent lives on, as a wrapping shell does
+        with subprocess.Popen(
+            [sys.executable, "-c", rank], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as started:
+            assert started.stdout is not None and started.stdout.readline() == "1\n"
+            launcher.kill()
+            launcher.wait()
+            try:
+                _, said = started.communicate(timeout=60)
+            finally:
+                started.kill()
+    assert started.returncode == PEER_IS_GONE and f"process {launcher.pid}" in said
