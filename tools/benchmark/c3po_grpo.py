@@ -18,8 +18,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.benchmark import machine
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 RECIPES = {
     "C3PO": ["--objective", "c3po"],
@@ -109,7 +112,8 @@ def main() -> None:
             folders[name].append(run(args, name, seed))
     runs = {name: [read_run(folder) for folder in of_name] for name, of_name in folders.items()}
     print(
-        f"\n{args.seeds} seeds, {args.steps} steps: mean over steps ± its spread, then accuracy on held-out problems"
+        f"\n{machine.device_name()}, {args.seeds} seeds, {args.steps} steps: mean over steps ± its spread, "
+        "then accuracy on held-out problems"
     )
     for quantity, title in PANELS.items():
         print(f"{title:30}", end="")

@@ -18,6 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tools.benchmark import machine
+
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -31,6 +33,7 @@ def _arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = _arguments()
+    machine.require_cpu("extension.py", "the C++ kernels, which serve a CPU")
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     import torch
 
@@ -72,7 +75,9 @@ def main() -> None:
                 taken.append(step(backend))
     medians = {name: statistics.median(taken) * 1e3 for name, taken in times.items()}
     ratios = [slow / fast for fast, slow in zip(times["native"], times["torch"], strict=True)]
-    print(f"{args.preset}, {train.global_batch_size} x {train.seq_length} tokens, {args.threads} threads")
+    print(
+        f"{args.preset}, {train.global_batch_size} x {train.seq_length} tokens, {args.threads} threads, cpu"
+    )
     print(
         f"with the extension {medians['native']:.1f} ms a step, plain torch {medians['torch']:.1f} ms (medians)"
     )

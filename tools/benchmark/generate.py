@@ -8,7 +8,7 @@
 Each engine lives in a process of its own, with the same number of threads, and they take turns, round by round.
 All have the same shapes, weights of the same size, prompts of the same lengths, and sample every response to its
 full length at temperature 1; ours also answers log p of every token. Reported: tokens per second, the median and
-the best of the rounds.
+the best of the rounds. On a GPU all run there, in bf16 (--no-bf16: fp32), and no C++ kernel has a part in it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.benchmark import machine
+
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
 
@@ -36,6 +40,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--peer-python", help="an interpreter that has torch and transformers")
     parser.add_argument("--json", action="store_true")
+    machine.add_bf16(parser)
     parser.add_argument("--worker", choices=("ours", "peer"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -47,7 +52,6 @@ def prompt_lengths(count: int) -> list[int]:
 @contextmanager
 def ours(a: argparse.Namespace) -> Iterator[tuple[Callable[[int], int], int]]:
     """``(generate, parameters)``; generate takes a seed and returns the tokens sampled."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
     torch.set_num_threads(a.threads)
@@ -74,7 +78,7 @@ def ours(a: argparse.Namespace) -> Iterator[tuple[Callable[[int], int], int]]:
             "moe_ffn_hidden_size": a.ffn,
             "moe_router_score_function": "softmax",
             "max_position_embeddings": 512,
-            "bf16": False,
+            "bf16": a.bf16,
             "seq_length": 256,
             "micro_batch_size": 1,
             "global_batch_size": 1,
@@ -128,11 +132,14 @@ def peer(a: argparse.Namespace) -> Iterator[tuple[Callable[[int], int], int]]:
         eos_token_id=1,
         bos_token_id=None,
     )
-    model = Qwen3MoeForCausalLM(config).float().eval()
+    device = torch.device("cpu" if machine.device_name() == "cpu" else "cuda")
+    dtype = torch.bfloat16 if a.bf16 else torch.float32
+    model = Qwen3MoeForCausalLM(config).to(device, dtype).eval()
     lengths = [length for length in prompt_lengths(a.prompts) for _ in range(a.group)]
     tokens = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
     for row, length in enumerate(lengths):
         tokens[row, -length:] = torch.arange(3, 3 + length)
+    tokens = tokens.to(device)
 
     def generate(seed: int) -> int:
         torch.manual_seed(seed)
@@ -150,6 +157,8 @@ def peer(a: argparse.Namespace) -> Iterator[tuple[Callable[[int], int], int]]:
                 min_new_tokens=a.length,
             )
             sampled += (out.shape[1] - part.shape[1]) * len(part)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         return sampled
 
     yield generate, sum(p.numel() for p in model.parameters())
@@ -158,7 +167,7 @@ def peer(a: argparse.Namespace) -> Iterator[tuple[Callable[[int], int], int]]:
 def work(a: argparse.Namespace) -> None:
     """Answer each line of stdin with one round: tokens and seconds."""
     with (ours if a.worker == "ours" else peer)(a) as (generate, parameters):
-        print(json.dumps({"parameters": parameters}), flush=True)
+        print(json.dumps({"parameters": parameters, "device": machine.device_name()}), flush=True)
         for seed, _line in enumerate(sys.stdin):
             start = time.perf_counter()
             tokens = generate(seed)
@@ -167,6 +176,7 @@ def work(a: argparse.Namespace) -> None:
 
 def start(a: argparse.Namespace, python: str, worker: str, extension: str) -> subprocess.Popen[str]:
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(a).items() if type(value) is int]
+    flags.append("--bf16" if a.bf16 else "--no-bf16")
     environment = {**os.environ, "MEGATRON_RING_EXT": extension, "OMP_NUM_THREADS": str(a.threads)}
     environment |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
     return subprocess.Popen(
@@ -192,13 +202,14 @@ def main() -> None:
     if a.worker:
         work(a)
         return
-    workers = {
-        "ours": start(a, sys.executable, "ours", "1"),
-        "ours, MEGATRON_RING_EXT=0": start(a, sys.executable, "ours", "0"),
-    }
+    a.bf16 = machine.wants_bf16(a.bf16)
+    workers = {"ours": start(a, sys.executable, "ours", "1")}
+    if machine.device_name() == "cpu":
+        workers["ours, MEGATRON_RING_EXT=0"] = start(a, sys.executable, "ours", "0")
     if a.peer_python:
         workers["transformers generate"] = start(a, a.peer_python, "peer", "1")
-    parameters = {name: answer(process)["parameters"] for name, process in workers.items()}
+    about = {name: answer(process) for name, process in workers.items()}
+    machine.require_same_device({name: each["device"] for name, each in about.items()})
     rates: dict[str, list[float]] = {name: [] for name in workers}
     # the first round warms up
     for round_ in range(a.rounds + 1):
@@ -214,7 +225,7 @@ def main() -> None:
         process.communicate()
     rows = {
         name: {
-            "parameters": parameters[name],
+            "parameters": about[name]["parameters"],
             "median_tokens_per_s": round(statistics.median(values)),
             "best_tokens_per_s": round(max(values)),
         }
@@ -224,7 +235,8 @@ def main() -> None:
         print(json.dumps(rows))
         return
     print(
-        f"{a.prompts * a.group} sequences x {a.length} tokens, {a.threads} threads, {a.rounds} rounds in turn"
+        f"{a.prompts * a.group} sequences x {a.length} tokens on {machine.described(a.bf16)}, {a.threads} threads, "
+        f"{a.rounds} rounds in turn"
     )
     for name, row in rows.items():
         ratio = rows["ours"]["median_tokens_per_s"] / row["median_tokens_per_s"]

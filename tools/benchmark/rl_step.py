@@ -3,7 +3,7 @@
 
     python tools/benchmark/rl_step.py                               ours alone
     python tools/benchmark/rl_step.py --peer-python PYTHON          and TRL, from an interpreter that has it
-    python tools/benchmark/rl_step.py --bf16 --peer-python PYTHON   both in bf16
+    python tools/benchmark/rl_step.py --bf16 --peer-python PYTHON   both in bf16, as they are on a GPU anyway
 
 Each lives in a process of its own with the same number of threads, and they take turns, step by step. No KL, no
 recomputed log p on either side; every sampled token is trained on (the budget is all of them).
@@ -21,6 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.benchmark import machine
+
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
 
@@ -33,7 +37,7 @@ def arguments() -> argparse.Namespace:
     sizes |= {"ffn": 96, "vocab": 512, "threads": 2, "rounds": 6}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--bf16", action="store_true")
+    machine.add_bf16(parser)
     parser.add_argument("--peer-python", help="an interpreter that has torch, transformers and trl")
     parser.add_argument("--worker", choices=("ours", "peer"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -50,13 +54,14 @@ def answer(**values: object) -> None:
 
 def ours(a: argparse.Namespace, folder: Path) -> None:
     """Steps of the RL stage itself, one for each line on stdin."""
-    sys.path[:0] = [str(ROOT), str(folder)]
+    sys.path.insert(0, str(folder))
     import contextlib
 
     import torch
 
     from megatron_ring.config.load import config_from_mapping
     from megatron_ring.data.tokenizer_training import train_tokenizer
+    from megatron_ring.runtime.device import synchronize
     from megatron_ring.runtime.metrics import MetricsLogger
     from megatron_ring.runtime.session import open_session
     from megatron_ring.stages.rl import RlRun
@@ -89,11 +94,12 @@ def ours(a: argparse.Namespace, folder: Path) -> None:
         run.collector.sampling = forced(run.sampling)
         count = sum(p.numel() for model in run.engine.models for p in model.parameters())
         metrics = MetricsLogger(None, total_steps=10_000, log_interval=10_000, is_writer=False)
-        answer(parameters=count)
+        answer(parameters=count, device=machine.device_name())
         while True:
             wait_for_turn()
             begun = time.perf_counter()
             run.train_step(metrics)
+            synchronize()
             answer(seconds=time.perf_counter() - begun, tokens=tokens)
 
 
@@ -130,6 +136,7 @@ def peer(a: argparse.Namespace, folder: Path) -> None:
         )
     )  # fmt: skip
     model = model.bfloat16() if a.bf16 else model.float()
+    on_cpu = machine.device_name() == "cpu"
     rows = [{"prompt": f"{i}+{i * 7 % 13}="} for i in range(4096)]
 
     class Turns(TrainerCallback):
@@ -138,10 +145,12 @@ def peer(a: argparse.Namespace, folder: Path) -> None:
             self.begun = time.perf_counter()
 
         def on_step_end(self, *_args, **_kwargs):
+            if not on_cpu:
+                torch.cuda.synchronize()
             answer(seconds=time.perf_counter() - self.begun, tokens=a.prompts * a.group * a.length)
 
     settings = GRPOConfig(
-        output_dir=str(folder), use_cpu=True, bf16=a.bf16, per_device_train_batch_size=a.prompts * a.group,
+        output_dir=str(folder), use_cpu=on_cpu, bf16=a.bf16, per_device_train_batch_size=a.prompts * a.group,
         num_generations=a.group, max_completion_length=a.length, max_steps=10_000, learning_rate=1e-4, beta=0.0,
         report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, loss_type="dapo",
         temperature=1.0, generation_kwargs={"min_new_tokens": a.length},
@@ -154,7 +163,7 @@ def peer(a: argparse.Namespace, folder: Path) -> None:
         processing_class=tokenizer,
         callbacks=[Turns()],
     )
-    answer(parameters=sum(p.numel() for p in model.parameters()))
+    answer(parameters=sum(p.numel() for p in model.parameters()), device=machine.device_name())
     trainer.train()
 
 
@@ -167,7 +176,8 @@ class Worker:
             [python, str(HERE), "--worker", kind, *words],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
         )  # fmt: skip
-        self.parameters = self._read()["parameters"]
+        about = self._read()
+        self.parameters, self.device = about["parameters"], about["device"]
 
     def step(self) -> float:
         self.process.stdin.write("step\n")
@@ -192,12 +202,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             (ours if a.worker == "ours" else peer)(a, Path(folder))
         return
-    words = [w for w in sys.argv[1:] if w != "--peer-python" and w != a.peer_python]
+    bf16 = machine.wants_bf16(a.bf16)
+    words = [f"--{name}={value}" for name, value in vars(a).items() if type(value) is int]
+    words.append("--bf16" if bf16 else "--no-bf16")
     workers = {"megatron_ring": Worker(sys.executable, "ours", words)}
     if a.peer_python:
         workers["TRL"] = Worker(a.peer_python, "peer", words)
     times: dict[str, list[float]] = {name: [] for name in workers}
     try:
+        machine.require_same_device({name: worker.device for name, worker in workers.items()})
         for turn in range(a.rounds + 1):
             for name, worker in workers.items():
                 seconds = worker.step()
@@ -207,6 +220,7 @@ def main() -> None:
         for worker in workers.values():
             worker.close()
     tokens = a.prompts * a.group * a.length
+    print(f"{a.prompts * a.group} responses of {a.length} tokens on {machine.described(bf16)}")
     for name, taken in times.items():
         median = statistics.median(taken)
         size = workers[name].parameters / 1e6

@@ -22,6 +22,8 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tools.benchmark import machine
+
 LIMIT = 1.03
 
 
@@ -61,6 +63,7 @@ def constants() -> Iterator[None]:
 
 def main() -> int:
     args = _arguments()
+    machine.require_cpu("stand_in.py", "what stands in for CUDA on a CPU")
     os.environ |= {"OMP_NUM_THREADS": str(args.threads)}
     import torch
 
