@@ -36,10 +36,10 @@ from megatron_ring.kernels import (
     token_logprob,
 )
 from megatron_ring.runtime.device import device
+from tools.benchmark import machine
+from tools.gpu.peaks import peak_of
 
 TEMPERATURE = 0.9
-# GB/s of an H100 SXM and of an H200, by the name that the driver gives
-PEAK_GB_PER_S = {"H100": 3350.0, "H200": 4800.0}
 
 
 @dataclass
@@ -230,9 +230,8 @@ def measure(case: Case, repeats: int) -> Row:
     rate = case.gigabytes / ours * 1e3
     row = Row(case.name, case.shape, ours, reference, milliseconds(case.plain, repeats), rate)
     if device().type != "cpu":
-        name = torch.get_device_module(device()).get_device_name()
-        peak = next((peak for model, peak in PEAK_GB_PER_S.items() if model in name), None)
-        row.share_of_peak = None if peak is None else rate / peak
+        peak = peak_of(torch.get_device_module(device()).get_device_name())
+        row.share_of_peak = None if peak is None else rate * 1e9 / peak.bytes
     return row
 
 
@@ -279,7 +278,8 @@ def main() -> None:
     backend = dispatch.backend(torch.empty(0, device=device()))
     if not options.json:
         print(
-            f"forward + backward, median of {options.repeats}, ours: {backend}, threads: {torch.get_num_threads()}"
+            f"forward + backward on {machine.device_name()}, median of {options.repeats}, ours: {backend}, "
+            f"threads: {torch.get_num_threads()}"
         )
         print(
             f"{'kernel':16}{'shape':28}{'ours ms':>10}{'reference':>12}{'torch':>10}{'ratio':>11}{'GB/s':>9}"

@@ -1,18 +1,22 @@
-"""Timing work on one device, as a share of what that device gave just before."""
+"""Timing work on one device beside its peers, as a share of what that device gave just before and of its maker's figure."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tools.gpu.peaks import Peak, peak_of
 from tools.gpu.results import Results
 
 BF16 = torch.bfloat16
-Work = Callable[[], object]
+WARM_UP_MS, BUDGET_MS = 25, 100
+Work = Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +39,45 @@ PAPER = Sizes(T=8192, D=2048, F=1408, E=64, K=6, V=126_464, S=256, context=1024,
 TINY = Sizes(T=64, D=64, F=32, E=4, K=2, V=512, S=4, context=32, roof=64, copied=1 << 10)
 
 
+def tensors(found: Any) -> list[Tensor]:
+    """What a work gave, to be compared: a tensor, or the tensors of a sequence."""
+    return [found] if isinstance(found, Tensor) else [each for each in found if each is not None]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of those that do the same work.
+
+    ``make`` prepares and returns what is timed; it may fail. ``seen`` makes of its first result what is compared with
+    ours; None: nothing can be.
+    """
+
+    who: str
+    make: Callable[[], Work]
+    seen: Callable[[Any], Sequence[Tensor]] | None = tensors
+
+
+def side(who: str, work: Work, seen: Callable[[Any], Sequence[Tensor]] | None = tensors) -> Side:
+    return Side(who, lambda: work, seen)
+
+
+def peer(package: str, who: str, make: Callable[[], Work], seen: Any = tensors) -> list[Side]:
+    """A side that needs ``package``; none where that is not installed."""
+    return [Side(who, make, seen)] if find_spec(package) is not None else []
+
+
+class Differs(Exception):
+    """A peer gave something else than ours: however fast it is, it is no row."""
+
+
 class Bench:
     """Times work on one device and writes a row for each: ``flops`` or ``bytes_moved`` say what it did."""
 
     def __init__(self, device: str, sizes: Sizes, results: Results):
         self.device, self.sizes, self.results = device, sizes, results
-        self.roofs: dict[str, float] = {}
+        self.roof: Peak | None = None
+        self.peak = peak_of(torch.cuda.get_device_name()) if device == "cuda" else None
+        self._named: set[str] = set()
 
     def new(self, *shape: int, scale: float = 1.0, dtype: torch.dtype = BF16, leaf: bool = False) -> Tensor:
         return (torch.randn(*shape, device=self.device) * scale).to(dtype).requires_grad_(leaf)
@@ -50,46 +87,107 @@ class Bench:
         if self.device == "cuda":
             from triton.testing import do_bench
 
-            return do_bench(work, warmup=40, rep=budget, return_mode="median")
+            return do_bench(work, warmup=WARM_UP_MS, rep=budget, return_mode="median")
         begun = time.perf_counter()
         work()
         return (time.perf_counter() - begun) * 1e3
 
-    def row(
+    def compare(
         self,
         what: str,
-        who: str,
-        work: Work,
+        sides: Iterable[Side],
         *,
         flops: float = 0,
         bytes_moved: float = 0,
-        budget: float = 120,
-    ) -> float:
-        """Time ``work`` and keep the row; a peer that fails is a row with its error. Returns its rate per second."""
-        try:
-            taken = self.milliseconds(work, budget)
-        except Exception as error:
-            if who == "ours":
-                self.results.wrong(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            else:
-                self.results.row(
-                    what=what, who=who, error=f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-                )
-            return 0.0
-        rate = (flops or bytes_moved) / taken * 1e3
-        unit, scale = ("TFLOP/s", 1e12) if flops else ("GB/s", 1e9)
-        values = {"what": what, "who": who, "ms": round(taken, 4), unit: round(rate / scale, 1)}
-        if roof := self.roofs.get(unit):
-            values["share"] = round(rate / roof, 3)
-        self.results.row(**values)
-        return rate
+        tolerance: float = 3e-2,
+        budget: float = BUDGET_MS,
+    ) -> None:
+        """A row for each side, ours first. What a side fails with, or that it gives something else, is its row's error.
 
-    def measure_roofs(self) -> None:
+        ``flops`` and ``bytes_moved`` are the least that the work takes; a row's rate is of the first that is given,
+        its share that of the time which the slower of the two takes at the roof.
+        """
+        assert what not in self._named, f"{what} is timed already"
+        self._named.add(what)
+        expected: list[Tensor] | None = None
+        for each in sides:
+            try:
+                taken, error, found = self._timed(each, expected, tolerance, budget)
+                expected = found or expected
+                self._row(what, each.who, taken, flops, bytes_moved, error)
+            except Exception as failure:
+                self._failed(what, each.who, failure)
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+
+    def _timed(
+        self, each: Side, expected: list[Tensor] | None, tolerance: float, budget: float
+    ) -> tuple[float, float | None, list[Tensor] | None]:
+        """(milliseconds, error beside ours, what ours gave if this is ours); the check is the work's first run."""
+        work = each.make()
+        found = None if each.seen is None else list(each.seen(work()))
+        error = None
+        if expected is not None and found is not None:
+            error = relative_error(found, expected)
+            if not error <= tolerance:
+                raise Differs(f"differs from ours by {error:.1e} of its norm, at most {tolerance:.0e}")
+        if each.who != "ours":
+            found = None
+        return self.milliseconds(work, budget), error, found
+
+    def _row(
+        self, what: str, who: str, taken: float, flops: float, bytes_moved: float, error: float | None
+    ) -> None:
+        unit, count, scale = ("TFLOP/s", flops, 1e12) if flops else ("GB/s", bytes_moved, 1e9)
+        values = {
+            "what": what,
+            "who": who,
+            "ms": round(taken, 4),
+            unit: round(count / taken * 1e3 / scale, 1),
+        }
+        for name, top in (("share", self.roof), ("peak_share", self.peak)):
+            if top is not None:
+                least = max(flops / top.flops, bytes_moved / top.bytes) * 1e3
+                values[name] = round(least / taken, 3)
+        if error is not None:
+            values["error"] = float(f"{error:.2g}")
+        self.results.row(**values)
+
+    def _failed(self, what: str, who: str, failure: Exception) -> None:
+        said = " ".join(str(failure).split())
+        line = said if isinstance(failure, Differs) else f"{type(failure).__name__}: {said}"
+        if who.startswith("ours"):
+            self.results.wrong(f"{what}, {who}: {line[:300]}")
+        else:
+            self.results.row(what=what, who=who, failed=line[:160])
+
+    def measure_roof(self) -> None:
+        """One large cuBLAS product and one large copy: what this card gives today."""
         n = self.sizes.roof
         a, b = self.new(n, n), self.new(n, n)
-        self.roofs["TFLOP/s"] = self.row(f"product {n}^3", "cuBLAS", lambda: a @ b, flops=2.0 * n**3)
         x = torch.zeros(self.sizes.copied, dtype=BF16, device=self.device)
         y = torch.empty_like(x)
-        self.roofs["GB/s"] = self.row(
-            f"copy of {x.numel()}", "torch", lambda: y.copy_(x), bytes_moved=4.0 * x.numel()
-        )
+        product = self.milliseconds(lambda: a @ b, 2 * BUDGET_MS)
+        copy = self.milliseconds(lambda: y.copy_(x), 2 * BUDGET_MS)
+        flops, moved = 2.0 * n**3, 4.0 * x.numel()
+        self._row(f"product {n}^3", "cuBLAS", product, flops, 0, None)
+        self._row(f"copy of {x.numel()}", "torch", copy, 0, moved, None)
+        self.roof = Peak(flops / product * 1e3, moved / copy * 1e3)
+
+
+def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Norm of the difference over the norm, of the pair where it is largest; infinite where shapes or counts differ."""
+    if [each.shape for each in found] != [each.shape for each in expected]:
+        return float("inf")
+    worst = 0.0
+    for one, true in zip(found, expected, strict=True):
+        difference = norm = 0.0
+        # in parts: a gradient of all logits in fp32 is 4 GB
+        for a, b in zip(
+            one.detach().flatten().split(1 << 26), true.detach().flatten().split(1 << 26), strict=True
+        ):
+            difference += float((a.float() - b.float()).square().sum(dtype=torch.float64))
+            norm += float(b.float().square().sum(dtype=torch.float64))
+        gap = (difference / max(norm, 1e-60)) ** 0.5
+        worst = max(worst, gap if gap == gap else float("inf"))
+    return worst

@@ -40,12 +40,11 @@ from megatron_ring.runtime.session import open_session
 from megatron_ring.stages.rl import RlRun
 from megatron_ring.train.engine import Engine
 from megatron_ring.train.objective import NextTokenObjective
+from tools.gpu.peaks import peak_of
 from tools.gpu.results import Results
 from tools.gpu.toy import REWARD, write_corpus, write_problems
 
 ROOT = Path(__file__).resolve().parents[2]
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
-"""Dense bf16 products per second that the maker gives for a card whose name holds the word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,9 +195,8 @@ def _timed(seconds: list[float]):
 
 def _mfu(flops_per_second: float) -> float | None:
     """Share of the maker's figure for this card; None for a card that is not listed."""
-    name = torch.cuda.get_device_name() if device.has_cuda() else ""
-    peak = next((flops for word, flops in PEAK_FLOPS.items() if word in name), None)
-    return None if peak is None else flops_per_second / peak
+    peak = peak_of(torch.cuda.get_device_name()) if device.has_cuda() else None
+    return None if peak is None else flops_per_second / peak.flops
 
 
 def _memory(config: RunConfig) -> dict[str, float]:
