@@ -52,8 +52,11 @@ part() { # NAME SECONDS COMMAND...
     echo "== $name"
     # a part that dies early must not show what an earlier run found
     rm -f "$OUT/$name.json" "$OUT/$name-small.json"
+    [ ! -f "$OUT/parts.txt" ] || sed -i "/^$name /d" "$OUT/parts.txt"
     timeout -k 5 "$limit" "$@" > >(tee "$OUT/$name.log") 2>&1 || status=$?
     [ "$status" -eq 0 ] || failed+=("$name (exit code $status)")
+    # for the page: not every part writes results, and one that dies writes none
+    [ "$name" = page ] || echo "$name $status $((SECONDS - begun))" >> "$OUT/parts.txt"
     echo "== $name: exit code $status, $((SECONDS - begun)) s, $SECONDS s in all"
 }
 

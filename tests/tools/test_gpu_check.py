@@ -119,7 +119,7 @@ def test_the_page_names_what_is_wrong_and_escapes_it(tmp_path: Path):
     )  # fmt: skip
     assert done.returncode == 1
     assert "&lt;op&gt;: relative error 1" in (tmp_path / "page.html").read_text()
-    assert "| right | 0 rows, 1 wrong" in (tmp_path / "table.md").read_text()
+    assert "| right | 0 rows, 1 wrong, 0 s | wrong |" in (tmp_path / "table.md").read_text()
 
 
 def test_without_a_gpu_one_line_says_how_to_rehearse(tmp_path: Path):
@@ -153,9 +153,12 @@ def test_a_check_that_would_check_nothing_is_refused(words: list[str], tiny: str
 def test_a_part_that_dies_early_shows_nothing_of_an_earlier_run(tmp_path: Path):
     (tmp_path / "fast.json").write_text('{"bad": [], "rows": [1]}')
     (tmp_path / "rl.json").write_text("kept: it was not asked for")
+    (tmp_path / "parts.txt").write_text("fast 0 3\nrl 0 5\n")
     done = _check([str(tmp_path), "fast"], "tiny", "false")
     assert done.returncode == 1 and "failed: fast (exit code 1)" in done.stdout
     assert not (tmp_path / "fast.json").exists() and (tmp_path / "rl.json").exists()
+    assert (tmp_path / "parts.txt").read_text().split()[:4] == ["rl", "0", "5", "fast"]
+    assert (tmp_path / "parts.txt").read_text().split()[4] == "1"
 
 
 def _check(words: list[str], tiny: str, python: str) -> subprocess.CompletedProcess:

@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 """What the parts of the check found, as one HTML page and as a table that fits a README.
 
-python tools/gpu/page.py OUT        reads OUT/*.json; writes OUT/page.html and OUT/table.md
+    python tools/gpu/page.py OUT        reads OUT/*.json and OUT/parts.txt; writes OUT/page.html and OUT/table.md
+
+Both say the card and the versions, what was judged and what is wrong, which goals were met (on an H100 or H200), and of
+each kernel ours, the best of the others and all that failed.
 """
 
 from __future__ import annotations
@@ -14,77 +17,131 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-CORRECT = ("right", "right-small", "same", "tests", "sanitizer")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tools.gpu import goals
+
+PARTS = ("right", "right-small", "same", "fast", "pretrain", "rl")
 _STYLE = (
-    "body{font:15px/1.45 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}"
+    "body{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}"
     "table{border-collapse:collapse;width:100%;margin:.6rem 0 1.8rem}th,td{padding:.25rem .6rem;text-align:left;"
     "border-bottom:1px solid #d8dee4}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}"
-    ".bad{color:#b3261e}.good{color:#1a7f37}h2{margin-top:2rem}"
+    "tr.bad td{color:#b3261e}tr.good td:last-child{color:#1a7f37}h2{margin-top:2rem}"
 )
+NUMBERS = frozenset(("ms", "rate", "of the roof", "of the peak", "share", "calls", "ours / best"))
+REHEARSAL = "Tiny sizes, a rehearsal: the times mean nothing."
+TIMED = ("kernel", "ms", "rate", "of the roof", "of the peak", "best other", "ours / best")
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """{part: what it wrote}; parts that did not run are missing."""
-    names = (*CORRECT, "compile", "fast", "pretrain", "rl")
-    return {
-        name: json.loads((folder / f"{name}.json").read_text())
-        for name in names
-        if (folder / f"{name}.json").exists()
-    }
+    paths = {name: folder / f"{name}.json" for name in PARTS}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
-def compared(rows: Sequence[dict]) -> Iterator[dict[str, Any]]:
-    """One line for each thing that was timed: ours, the best of the others, the ratio."""
+def endings(folder: Path) -> dict[str, tuple[int, int]]:
+    """{part: (exit code, seconds)} of the parts that tools/gpu_check.sh ran."""
+    path = folder / "parts.txt"
+    lines = path.read_text().split("\n") if path.exists() else []
+    words = [line.split() for line in lines if line]
+    return {name: (int(code), int(seconds)) for name, code, seconds in words}
+
+
+def compared(rows: Sequence[dict]) -> Iterator[tuple[str, ...]]:
+    """Cells under ``TIMED`` of each thing that was timed. A ratio above 1 says that ours is so many times as fast."""
     for what in dict.fromkeys(row["what"] for row in rows):
         timed = [row for row in rows if row["what"] == what and "ms" in row]
         ours = next((row for row in timed if row["who"] == "ours"), None)
-        others = sorted((row for row in timed if row is not ours), key=lambda row: row["ms"])
+        others = sorted(
+            (row for row in timed if not row["who"].startswith("ours")), key=lambda row: row["ms"]
+        )
         if ours is None and not others:
             continue
         shown = ours or others[0]
         unit = "TFLOP/s" if "TFLOP/s" in shown else "GB/s"
         best = others[0] if ours is not None and others else None
-        yield {
-            "what": what,
-            "who": shown["who"],
-            "ms": shown["ms"],
-            "rate": f"{shown[unit]:,.0f} {unit}",
-            "share": shown.get("share"),
-            "best": None if best is None else best["who"],
-            "times": None if best is None else best["ms"] / shown["ms"],
-        }
+        yield (
+            what if ours is not None else f"{what} ({shown['who']})",
+            f"{shown['ms']:.3f}",
+            f"{shown[unit]:,.0f} {unit}",
+            *(f"{shown[name]:.0%}" if name in shown else "" for name in ("share", "peak_share")),
+            "" if best is None else best["who"],
+            "" if best is None else f"{best['ms'] / shown['ms']:.2f}x",
+        )
 
 
-def verdicts(parts: dict[str, dict]) -> list[tuple[str, str, bool]]:
-    """(part, what it says, whether all is well) of the parts that judge."""
+def failed_peers(parts: dict[str, dict]) -> list[tuple[str, str, str]]:
+    """(what, who, why) of the peers that gave no time."""
+    rows = parts.get("fast", {}).get("rows", ())
+    return [(row["what"], row["who"], row["failed"]) for row in rows if "failed" in row]
+
+
+def judged(parts: dict[str, dict], ended: dict[str, tuple[int, int]]) -> list[tuple[str, str, bool]]:
+    """(part, what it says, whether all is well), of those that ended and of those that wrote results."""
     lines = []
-    for name, found in parts.items():
-        count, bad = len(found["rows"]), found["bad"]
-        lines.append((name, f"{count} rows, {len(bad)} wrong, {found['seconds']:.0f} s", not bad))
+    for name in dict.fromkeys((*ended, *(part.removesuffix("-small") for part in parts))):
+        found = parts.get(name) or parts.get(f"{name}-small")
+        said, good = [], True
+        if found is not None:
+            said.append(f"{len(found['rows'])} rows, {len(found['bad'])} wrong")
+            good = not found["bad"]
+        if name in ended:
+            code, seconds = ended[name]
+            said.append("too slow" if code in (124, 137) else f"exit code {code}")
+            good = good and code == 0
+        else:
+            seconds = found["seconds"]
+        lines.append((name, f"{', '.join(said)}, {seconds:.0f} s", good))
     return lines
 
 
-def table(parts: dict[str, dict]) -> str:
-    """Markdown: the card and versions, what was judged, what was timed, whole steps."""
+def wrong(parts: dict[str, dict]) -> list[tuple[str, str]]:
+    return [(name, line) for name, found in parts.items() for line in found["bad"]]
+
+
+def goals_met(parts: dict[str, dict]) -> list[goals.Verdict]:
+    found = parts.get("fast")
+    return [] if found is None else goals.verdicts(found["rows"], found["where"]["device"], found["tiny"])
+
+
+def card(parts: dict[str, dict]) -> tuple[str, str]:
+    """The card, and the versions beside it."""
     where = next(iter(parts.values()))["where"]
-    lines = [", ".join(f"{name} {value}" for name, value in where.items() if name != "device"), ""]
-    lines = [f"**{where['device']}**: {lines[0]}", "", "| part | result |", "|---|---|"]
-    lines += [f"| {name} | {said} |" for name, said, _ in verdicts(parts)]
+    return where["device"], ", ".join(f"{name} {value}" for name, value in where.items() if name != "device")
+
+
+def rehearsed(parts: dict[str, dict]) -> bool:
+    return any(found.get("tiny") for found in parts.values())
+
+
+def table(parts: dict[str, dict], ended: dict[str, tuple[int, int]]) -> str:
+    """Markdown: the card and versions, what was judged, goals, what was timed, whole steps, what failed."""
+    device, versions = card(parts)
+    blocks = [f"**{device}**: {versions}"]
+    if rehearsed(parts):
+        blocks.append(REHEARSAL)
+    cells = [(name, said, "all well" if good else "wrong") for name, said, good in judged(parts, ended)]
+    blocks.append(_markdown(("part", "result", ""), cells))
+    blocks += [f"- {name}: {line}" for name, line in wrong(parts)]
+    if met := goals_met(parts):
+        cells = [(each.what, each.goal, each.seen, _met(each)) for each in met]
+        blocks.append(_markdown(("goal", "at least", "seen", ""), cells))
     if "fast" in parts:
-        lines += ["", "| kernel | ms | rate | of the roof | beside |", "|---|---|---|---|---|"]
-        for row in compared(parts["fast"]["rows"]):
-            beside = "" if row["times"] is None else f"{row['times']:.2f}x {row['best']}"
-            share = "" if row["share"] is None else f"{row['share']:.0%}"
-            lines.append(f"| {row['what']} | {row['ms']:.3f} | {row['rate']} | {share} | {beside} |")
-    facts = list(whole_facts(parts))
-    if facts:
-        lines += [
-            "",
-            "| ring_lite, four layers, bf16 | |",
-            "|---|---|",
-            *(f"| {name} | {value} |" for name, value in facts),
-        ]
-    return "\n".join(lines) + "\n"
+        blocks.append(_markdown(TIMED, list(compared(parts["fast"]["rows"]))))
+    if facts := list(whole_facts(parts)):
+        blocks.append(_markdown(("ring_lite, four layers, bf16", ""), facts))
+    if peers := failed_peers(parts):
+        blocks.append(_markdown(("not timed", "who", "why"), peers))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _met(verdict: goals.Verdict) -> str:
+    return "met" if verdict.met else "missed"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---:" if name in NUMBERS else "---" for name in head], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def whole_facts(parts: dict[str, dict]) -> Iterator[tuple[str, str]]:
@@ -111,30 +168,23 @@ def whole_facts(parts: dict[str, dict]) -> Iterator[tuple[str, str]]:
         yield "memory: highest, planned (RL)", f"{found['peak_gb']:.1f} GB, {found['planned_gb']:.1f} GB"
 
 
-def page(parts: dict[str, dict]) -> str:
-    """The same as HTML, with all that is wrong and the dearest kernels."""
-    where = next(iter(parts.values()))["where"]
-    blocks = [f"<h1>megatron_ring on {html.escape(where['device'])}</h1>"]
-    blocks.append(
-        "<p>"
-        + html.escape(", ".join(f"{key} {value}" for key, value in where.items() if key != "device"))
-        + "</p>"
-    )
-    rows = [(name, said, "all well" if good else "wrong") for name, said, good in verdicts(parts)]
+def page(parts: dict[str, dict], ended: dict[str, tuple[int, int]]) -> str:
+    """The same as HTML, with the dearest kernels."""
+    device, versions = card(parts)
+    blocks = [f"<h1>megatron_ring on {html.escape(device)}</h1>", f"<p>{html.escape(versions)}</p>"]
+    rows = [(name, said, "all well" if good else "wrong") for name, said, good in judged(parts, ended)]
+    if rehearsed(parts):
+        blocks.append(f"<p>{REHEARSAL}</p>")
     blocks += ["<h2>What was judged</h2>", _table(("part", "result", ""), rows)]
-    wrong = [(name, line) for name, found in parts.items() for line in found["bad"]]
-    if wrong:
-        blocks += ["<h2>What is wrong</h2>", _table(("part", "what"), wrong)]
+    if lines := wrong(parts):
+        blocks += ["<h2>What is wrong</h2>", _table(("part", "what"), lines)]
+    if met := goals_met(parts):
+        cells = [(each.what, each.goal, each.seen, _met(each)) for each in met]
+        blocks += ["<h2>Goals</h2>", _table(("kernel", "at least", "seen", ""), cells)]
     if "fast" in parts:
-        timed = [
-            (row["what"], f"{row['ms']:.3f}", row["rate"], "" if row["share"] is None else f"{row['share']:.0%}",
-             "" if row["times"] is None else f"{row['times']:.2f}x {row['best']}")
-            for row in compared(parts["fast"]["rows"])
-        ]  # fmt: skip
-        blocks += [
-            "<h2>How fast</h2>",
-            _table(("kernel", "ms", "rate", "of the roof", "beside the best other"), timed),
-        ]
+        blocks += ["<h2>How fast</h2>", _table(TIMED, list(compared(parts["fast"]["rows"])))]
+    if peers := failed_peers(parts):
+        blocks += ["<h2>Not timed</h2>", _table(("what", "who", "why"), peers)]
     if facts := list(whole_facts(parts)):
         blocks += ["<h2>ring_lite, four layers, bf16</h2>", _table(("", ""), facts)]
     for name in ("pretrain", "rl"):
@@ -153,8 +203,20 @@ def page(parts: dict[str, dict]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Numbers to the right; a row that ends in what is bad or good is coloured."""
+    classes = {
+        "wrong": ' class="bad"',
+        "missed": ' class="bad"',
+        "met": ' class="good"',
+        "all well": ' class="good"',
+    }
+
     def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        kinds = (' class="n"' if name in NUMBERS else "" for name in head)
+        inside = "".join(
+            f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True)
+        )
+        return f"<tr{classes.get(cells[-1], '')}>{inside}</tr>"
 
     return "<table>" + row(head, "th") + "".join(row(cells, "td") for cells in rows) + "</table>"
 
@@ -165,15 +227,15 @@ def main() -> int:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the results")
     args = parser.parse_args()
-    parts = read(args.out)
+    parts, ended = read(args.out), endings(args.out)
     if not parts:
         print(f"error: {args.out} holds no results; run tools/gpu_check.sh first", file=sys.stderr)
         return 2
-    (args.out / "table.md").write_text(table(parts), encoding="utf-8")
-    (args.out / "page.html").write_text(page(parts), encoding="utf-8")
-    print(table(parts))
+    (args.out / "table.md").write_text(table(parts, ended), encoding="utf-8")
+    (args.out / "page.html").write_text(page(parts, ended), encoding="utf-8")
+    print(table(parts, ended))
     print(f"page: {args.out / 'page.html'}")
-    return 1 if any(found["bad"] for found in parts.values()) else 0
+    return 0 if all(good for _, _, good in judged(parts, ended)) else 1
 
 
 if __name__ == "__main__":
