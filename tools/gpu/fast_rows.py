@@ -248,6 +248,7 @@ def attention(bench: Bench) -> None:
         return (scores.softmax(-1) @ v_BHLC).transpose(1, 2).flatten(0, 1)
 
     on_gpu = bench.device == "cuda"
+    kernel = "SDPA's" if not on_gpu else "torch's" if find_spec("flash_attn") is None else "flash-attn's"
     attends: list[tuple[str, str | None, Callable[[], Work]]] = [
         ("ours", None, lambda: (lambda: varlen_attention(q, k, v, packed, scale)) if on_gpu else per_segment)
     ]
@@ -271,7 +272,10 @@ def attention(bench: Bench) -> None:
             made = lambda make=make, of=of: of(make())  # noqa: E731
             sides += [Side(who, made)] if package is None else peer(package, who, made)
         bench.compare(
-            f"attention {mode}, 2x{half}, {H} heads", sides, flops=times * flops, bytes_moved=times * moved
+            f"attention {mode}, by {kernel} kernel, 2x{half}, {H} heads",
+            sides,
+            flops=times * flops,
+            bytes_moved=times * moved,
         )
 
 
