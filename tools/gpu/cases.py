@@ -30,6 +30,7 @@ from megatron_ring.kernels import (
 )
 from megatron_ring.model.attention import segment_attention, varlen_attention
 from megatron_ring.model.packed import PackedInputs
+from tools.gpu.firm import firm_logits, firm_uniforms
 from tools.gpu.shapes import expert_ends
 
 BF16 = torch.bfloat16
@@ -129,10 +130,9 @@ def accumulated(make: Maker, rows: int, D: int, F: int, experts: int) -> list[Ca
 
 def routing(make: Maker, T: int, D: int, E: int, K: int) -> list[Case]:
     """From logits to rows and back."""
-    logits_TE, bias_E = (
-        make.normal(T, E, scale=2.0, dtype=torch.float32),
-        make.normal(E, scale=0.1, dtype=torch.float32),
-    )
+    drawn_TE = make.normal(T, E, scale=2.0, dtype=torch.float32)
+    bias_E = make.normal(E, scale=0.1, dtype=torch.float32)
+    logits_TE = firm_logits(drawn_TE, lambda x: route(x, topk=K).experts_TK)
     experts_TK = route(logits_TE, topk=K).experts_TK
     index = route_index(experts_TK, E)
 
@@ -140,12 +140,13 @@ def routing(make: Maker, T: int, D: int, E: int, K: int) -> list[Case]:
         words = {"score_function": "sigmoid", "num_groups": 4, "group_topk": 2, "scaling_factor": 2.5}
         return tuple(route(logits, topk=K, expert_bias_E=bias, **words))
 
+    grouped_TE = firm_logits(drawn_TE, lambda x: sigmoid(x, bias_E.double())[1])
     fine = 8e-3 if make.dtype == BF16 else 1e-5
     x_TD, y_ND, weights_TK = make.normal(T, D), make.normal(T * K, D), make.uniform(T, K)
     return [
         Case(name=f"route {T}x{E} top-{K}", op=lambda x: tuple(route(x, topk=K)), leaves=[logits_TE],
              differentiated=[0, 3, 4], tolerance=1e-4),
-        Case(name=f"route {T}x{E} sigmoid, groups, bias", op=sigmoid, leaves=[logits_TE], fixed=[bias_E],
+        Case(name=f"route {T}x{E} sigmoid, groups, bias", op=sigmoid, leaves=[grouped_TE], fixed=[bias_E],
              differentiated=[0, 3, 4], tolerance=1e-4),
         Case(name=f"route_index {T}x{K}", op=lambda ids: tuple(route_index(ids, E)), leaves=[experts_TK]),
         Case(name=f"permute {T}x{D} x{K}", op=lambda x: permute(x, index), leaves=[x_TD], differentiated=[0],
@@ -157,7 +158,9 @@ def routing(make: Maker, T: int, D: int, E: int, K: int) -> list[Case]:
 
 def dropping(make: Maker, T: int, D: int, E: int, K: int) -> list[Case]:
     """Padding, experts that were recorded, one expert per token; slots that nobody computes."""
-    logits_TE = make.normal(T, E, scale=2.0, dtype=torch.float32)
+    drawn_TE = make.normal(T, E, scale=2.0, dtype=torch.float32)
+    logits_TE = firm_logits(drawn_TE, lambda x: route(x, topk=K).experts_TK)
+    single_TE = firm_logits(drawn_TE, lambda x: route(x, topk=1).experts_TK)
     x_TD, y_ND, weights_TK = make.normal(T, D), make.normal(T * K, D), make.uniform(T, K)
     valid_T = make.integers(3, T) > 0
     # E is nobody's
@@ -180,7 +183,7 @@ def dropping(make: Maker, T: int, D: int, E: int, K: int) -> list[Case]:
              differentiated=[0, 3, 4], tolerance=1e-4),
         Case(name=f"route {T}x{E} top-{K}, replayed", op=replayed, leaves=[logits_TE], fixed=[valid_T, replay_TK],
              differentiated=[0, 3, 4], tolerance=1e-4),
-        Case(name=f"route {T}x{E} top-1", op=one, leaves=[logits_TE], differentiated=[0, 3, 4], tolerance=1e-4),
+        Case(name=f"route {T}x{E} top-1", op=one, leaves=[single_TE], differentiated=[0, 3, 4], tolerance=1e-4),
         Case(name=f"route_index {T}x{K}, slots dropped", op=lambda ids: tuple(route_index(ids, E)), leaves=[replay_TK]),
         Case(name=f"permute {T}x{D} x{K}, slots dropped", op=lambda x: permute(x, index), leaves=[x_TD],
              differentiated=[0], tolerance=fine),
@@ -255,14 +258,14 @@ def decoding(make: Maker, S: int, context: int, V: int) -> list[Case]:
         Case(name=f"decode_attention {S} over {context}, half rotated, norms", op=attend, leaves=leaves,
              fixed=[*halved, make.normal(C), make.normal(C)], tolerance=2 * fine),
     ]  # fmt: skip
-    logits_SV, uniforms_S = make.normal(S, V, scale=3.0), make.uniform(S, dtype=torch.float64)
+    logits_SV = make.normal(S, V, scale=3.0)
     for words in ({}, {"top_k": 50}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.0}):
         cases.append(
             Case(
                 name=f"sample_token {S}x{V} {words or ''}",
                 op=lambda logits, uniforms, words=words: sample_token(logits.detach(), uniforms, **words),
                 leaves=[logits_SV],
-                fixed=[uniforms_S],
+                fixed=[firm_uniforms(logits_SV, lambda: make.uniform(S, dtype=torch.float64), words)],
                 tolerance=1e-4,
             )
         )

@@ -75,7 +75,8 @@ def _gradients(case: Case, outputs: list[Tensor], leaves: list[Tensor]) -> list[
         )
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     found = torch.autograd.grad(chosen, wanted, into, allow_unused=True)
-    return [gradient for gradient in found if gradient is not None]
+    # one that is written over its leaf still asks for gradients
+    return [gradient.detach() for gradient in found if gradient is not None]
 
 
 def main() -> int:
