@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from tools.gpu import goals
-from tools.gpu.page import compared, endings, failed_peers, judged, page, table
+from tools.gpu.page import compared, failed_peers, judged, page, table
 
 WHERE = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0"}
 
@@ -65,20 +64,20 @@ def test_goals_are_an_h100s_or_h200s_at_the_papers_sizes(device: str, tiny: bool
     assert goals.verdicts([], "NVIDIA H200", False)
 
 
-def test_a_part_that_died_without_results_is_wrong_and_one_that_took_too_long_is_said_to(tmp_path: Path):
-    (tmp_path / "parts.txt").write_text("fast 0 3\ntests 1 40\nrl 124 110\n")
-    lines = judged(fast(timed("norm", "ours", 1.0)), endings(tmp_path))
-    assert lines == [
-        ("fast", "1 rows, 0 wrong, exit code 0, 3 s", True),
-        ("tests", "exit code 1, 40 s", False),
-        ("rl", "too slow, 110 s", False),
+def test_a_part_says_what_it_counts_itself_and_is_wrong_by_its_lines():
+    parts = fast(timed("norm", "ours", 1.0)) | {
+        "tests": fast(bad=("t: 1 != 2",))["fast"] | {"said": "3 passed"}
+    }
+    assert judged(parts) == [
+        ("fast", "1 rows, 0 wrong, 3 s", True),
+        ("tests", "3 passed, 1 wrong, 3 s", False),
     ]
 
 
 def test_table_and_page_hold_the_same_and_say_the_card_and_what_is_no_time():
     rows = (timed("norm", "ours", 1.0), {"what": "norm", "who": "a|b", "failed": "<no> kernel"})
     parts = fast(*rows, tiny=True, bad=("norm: worse",))
-    markdown, shown = table(parts, {}), page(parts, {})
+    markdown, shown = table(parts), page(parts)
     assert (
         markdown.startswith("**NVIDIA H100 80GB HBM3**: torch 2.11.0")
         and "<h1>megatron_ring on NVIDIA H100" in shown

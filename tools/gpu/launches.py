@@ -5,31 +5,42 @@
     python tools/gpu/launches.py --arch 100 --json  for sm_100, as JSON
     python tools/gpu/launches.py --sets step        only what a step of the paper's model launches
     python tools/gpu/launches.py --jobs 16          in 16 processes: fills Triton's cache before a GPU is timed
+    python tools/gpu/launches.py --out OUT          writes OUT/compile.json as well
 
 Sets: step (training and decoding at the paper's sizes), mini (the same of Ling-mini-2.0), odd (blocks that do not fill,
-bf16 and fp32), wide (fp64).
+bf16 and fp32), wide (fp64), right (the comparisons of tools/gpu/right.py), tiny (the models of tools/gpu/same.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import json
 import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
+from torch import Tensor
 
 from megatron_ring.kernels import dispatch
 from tools.benchmark.static import disassemble
 from tools.gpu import shapes
 from tools.gpu.no_device import SHARED_BYTES, Launch, recording
+from tools.gpu.results import Results
 
-SETS = ("step", "mini", "odd", "wide")
+SETS = ("step", "mini", "odd", "wide", "right", "tiny")
+PROVEN = ("step", "mini", "odd", "wide")
+"""What is compiled unless sets are named: the others are for the cache of a GPU."""
+TINY = shapes.Widths(D=128, F=64, E=8, K=2, G=2, R=2, C=32, V=512, rotated=32)
+"""ring_lite_tiny with the vocabulary of tools/gpu/same.py."""
+TINY_TOKENS = (128, 256, 255)
+"""Microbatches of same.py: whole, and as responses fill them."""
 MAX_BINARIES = 3
 """Of one kernel over a training step and all steps of decoding: each one more is compiled in the midst of a run."""
 MAX_SPILLS = {80: 0, 90: 0, 100: 3}
@@ -44,6 +55,15 @@ def calls(name: str) -> Iterator[tuple[str, shapes.Call]]:
         for sequences in shapes.DECODED:
             yield from shapes.decoding(widths, sequences, torch.bfloat16)
         return
+    if name == "tiny":
+        for tokens in TINY_TOKENS:
+            yield from shapes.training(TINY, tokens, torch.float32)
+        for sequences in range(16, 0, -1):
+            yield from shapes.decoding(TINY, sequences, torch.float32)
+        return
+    if name == "right":
+        yield from comparisons()
+        return
     for dtype in (torch.bfloat16, torch.float32) if name == "odd" else (torch.float64,):
         for widths in shapes.ODD:
             for tokens in shapes.ODD_TOKENS if name == "odd" else (9,):
@@ -51,15 +71,44 @@ def calls(name: str) -> Iterator[tuple[str, shapes.Call]]:
                 yield from shapes.decoding(widths, tokens, dtype)
 
 
+def comparisons() -> Iterator[tuple[str, shapes.Call]]:
+    """What tools/gpu/right.py compares, by (description, call)."""
+    # it imports Megatron-Core, which takes seconds
+    from tools.gpu.right import Maker, cases
+
+    class Untouched(Maker):
+        """Tensors whose memory nobody touches: the values do not matter here."""
+
+        def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+            return torch.empty(*shape, dtype=dtype or self.dtype)
+
+        def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(*shape, dtype=dtype)
+
+    for dtype in (torch.bfloat16, torch.float32):
+        for case in cases(Untouched("cpu", dtype), small=dtype == torch.float32):
+            yield case.name, functools.partial(_once, case)
+
+
+def _once(case: Any) -> None:
+    """A comparison's own side, forward and backward."""
+    leaves = [leaf.detach().requires_grad_(leaf.is_floating_point()) for leaf in case.leaves]
+    made = case.op(*leaves, *case.fixed)
+    outputs = made if isinstance(made, tuple) else (made,)
+    chosen = [[each for each in outputs if each is not None][index] for index in case.differentiated]
+    if chosen:
+        torch.autograd.backward(chosen, [torch.empty_like(each) for each in chosen])
+
+
 def compile_share(
-    names: Sequence[str], arch: int, share: int = 0, of: int = 1
+    names: Sequence[str], arch: int, share: int = 0, of: int = 1, launchers: bool = False
 ) -> tuple[list[Launch], list[str]]:
     """The launches of every ``of``-th call of the sets from the ``share``-th on, and the calls that failed."""
     launches: list[Launch] = []
     failed: list[str] = []
     asked = [(name, call) for name in names for call in calls(name)]
     for name, (what, call) in asked[share::of]:
-        with recording(arch) as made, dispatch.force("triton"):
+        with recording(arch, launchers=launchers) as made, dispatch.force("triton"):
             try:
                 call()
             except Exception as error:
@@ -112,9 +161,10 @@ def main() -> int:
     parser.add_argument(
         "--for-this-card", action="store_true", help="the architecture of the GPU that is here"
     )
-    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
+    parser.add_argument("--sets", nargs="+", default=list(PROVEN), choices=SETS)
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--out", type=Path, metavar="OUT", help="folder for compile.json")
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} must be at least 1")
@@ -125,15 +175,23 @@ def main() -> int:
         args.arch = 10 * major + minor
         if args.arch not in SHARED_BYTES:
             parser.error(f"sm_{args.arch} is none of {', '.join(map(str, SHARED_BYTES))}")
+    results = Results(args.out, "compile") if args.out else None
     launches: list[Launch] = []
     failed: list[str] = []
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        shares = [(args.sets, args.arch, share, args.jobs) for share in range(args.jobs)]
+        shares = [(args.sets, args.arch, share, args.jobs, args.for_this_card) for share in range(args.jobs)]
         for made, broken in pool.starmap(compile_share, shares):
             launches += made
             failed += broken
     found = report(launches, failed, arch=args.arch, judged=args.sets in (["step"], ["mini"]))
     print(json.dumps(found) if args.json else _table(found))
+    if results is not None:
+        counts = {name: found[name] for name in ("launches", "binaries")}
+        said = ", ".join(f"{number} {name}" for name, number in counts.items())
+        results.facts |= {"arch": args.arch, **counts, "said": said}
+        results.rows = [{"name": name, **each} for name, each in found["kernels"].items()]
+        results.bad = found["problems"]
+        results.write()
     for problem in found["problems"]:
         print(problem, file=sys.stderr)
     return 1 if found["problems"] else 0

@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -41,13 +42,18 @@ class Launch:
 
 
 @contextmanager
-def recording(arch: int) -> Iterator[list[Launch]]:
-    """Inside, every launch is compiled for ``arch``, noted in the list and not run."""
+def recording(arch: int, *, launchers: bool = False) -> Iterator[list[Launch]]:
+    """Inside, every launch is compiled for ``arch``, noted in the list and not run.
+
+    ``launchers``: with the C function too that Triton 3.6 builds for each signature, which wants a CUDA driver.
+    """
     launches: list[Launch] = []
     run = JITFunction.run
 
     def stop(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+        if launchers and hasattr(nvidia, "make_launcher"):
+            nvidia.CudaLauncher(compiled.src, compiled.metadata)
         size = grid(options) if callable(grid) else grid
         named = dict(zip((each.name for each in kernel.params), args, strict=False)) | options
         launches.append(_launch(kernel.fn.__name__, compiled, tuple(size), named, arch))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the parts of the check found, as one HTML page and as a table that fits a README.
 
-    python tools/gpu/page.py OUT        reads OUT/*.json and OUT/parts.txt; writes OUT/page.html and OUT/table.md
+    python tools/gpu/page.py OUT        reads OUT/*.json; writes OUT/page.html and OUT/table.md
 
 Both say the card and the versions, what was judged and what is wrong, which goals were met (on an H100 or H200), and of
 each kernel ours, the best of the others and all that failed.
@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from tools.gpu import goals
 
-PARTS = ("right", "right-small", "same", "fast", "pretrain", "rl")
+PARTS = ("compile", "same", "right", "right-small", "tests", "sanitizer", "fast", "pretrain", "rl")
 _STYLE = (
     "body{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}"
     "table{border-collapse:collapse;width:100%;margin:.6rem 0 1.8rem}th,td{padding:.25rem .6rem;text-align:left;"
@@ -37,14 +37,6 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     """{part: what it wrote}; parts that did not run are missing."""
     paths = {name: folder / f"{name}.json" for name in PARTS}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
-
-
-def endings(folder: Path) -> dict[str, tuple[int, int]]:
-    """{part: (exit code, seconds)} of the parts that tools/gpu_check.sh ran."""
-    path = folder / "parts.txt"
-    lines = path.read_text().split("\n") if path.exists() else []
-    words = [line.split() for line in lines if line]
-    return {name: (int(code), int(seconds)) for name, code, seconds in words}
 
 
 def compared(rows: Sequence[dict]) -> Iterator[tuple[str, ...]]:
@@ -76,22 +68,14 @@ def failed_peers(parts: dict[str, dict]) -> list[tuple[str, str, str]]:
     return [(row["what"], row["who"], row["failed"]) for row in rows if "failed" in row]
 
 
-def judged(parts: dict[str, dict], ended: dict[str, tuple[int, int]]) -> list[tuple[str, str, bool]]:
-    """(part, what it says, whether all is well), of those that ended and of those that wrote results."""
+def judged(parts: dict[str, dict]) -> list[tuple[str, str, bool]]:
+    """(part, what it says, whether all is well)."""
     lines = []
-    for name in dict.fromkeys((*ended, *(part.removesuffix("-small") for part in parts))):
-        found = parts.get(name) or parts.get(f"{name}-small")
-        said, good = [], True
-        if found is not None:
-            said.append(f"{len(found['rows'])} rows, {len(found['bad'])} wrong")
-            good = not found["bad"]
-        if name in ended:
-            code, seconds = ended[name]
-            said.append("too slow" if code in (124, 137) else f"exit code {code}")
-            good = good and code == 0
-        else:
-            seconds = found["seconds"]
-        lines.append((name, f"{', '.join(said)}, {seconds:.0f} s", good))
+    for name, found in parts.items():
+        bad, said = found["bad"], found.get("said", f"{len(found['rows'])} rows")
+        lines.append(
+            (name.removesuffix("-small"), f"{said}, {len(bad)} wrong, {found['seconds']:.0f} s", not bad)
+        )
     return lines
 
 
@@ -101,7 +85,11 @@ def wrong(parts: dict[str, dict]) -> list[tuple[str, str]]:
 
 def goals_met(parts: dict[str, dict]) -> list[goals.Verdict]:
     found = parts.get("fast")
-    return [] if found is None else goals.verdicts(found["rows"], found["where"]["device"], found["tiny"])
+    return (
+        []
+        if found is None
+        else goals.verdicts(found["rows"], found["where"]["device"], found.get("tiny", False))
+    )
 
 
 def card(parts: dict[str, dict]) -> tuple[str, str]:
@@ -114,13 +102,13 @@ def rehearsed(parts: dict[str, dict]) -> bool:
     return any(found.get("tiny") for found in parts.values())
 
 
-def table(parts: dict[str, dict], ended: dict[str, tuple[int, int]]) -> str:
+def table(parts: dict[str, dict]) -> str:
     """Markdown: the card and versions, what was judged, goals, what was timed, whole steps, what failed."""
     device, versions = card(parts)
     blocks = [f"**{device}**: {versions}"]
     if rehearsed(parts):
         blocks.append(REHEARSAL)
-    cells = [(name, said, "all well" if good else "wrong") for name, said, good in judged(parts, ended)]
+    cells = [(name, said, "all well" if good else "wrong") for name, said, good in judged(parts)]
     blocks.append(_markdown(("part", "result", ""), cells))
     blocks += [f"- {name}: {line}" for name, line in wrong(parts)]
     if met := goals_met(parts):
@@ -145,14 +133,15 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def whole_facts(parts: dict[str, dict]) -> Iterator[tuple[str, str]]:
-    if found := parts.get("pretrain"):
+    # a part that died has rows and not the facts that it ends with
+    if "planned_gb" in (found := parts.get("pretrain", {})):
         yield "pre-training", f"{found['tokens_per_second']:,.0f} tokens/s"
         if found.get("mfu") is not None:
             yield "share of the card's peak (MFU)", f"{found['mfu']:.1%}"
         yield "memory: highest, planned", f"{found['peak_gb']:.1f} GB, {found['planned_gb']:.1f} GB"
         if found.get("waits_per_step") is not None:
             yield "waits for the device in a step", str(found["waits_per_step"])
-    if found := parts.get("rl"):
+    if "planned_gb" in (found := parts.get("rl", {})):
         last = found["rows"][-2]
         yield "a C3PO step", f"{last['seconds']:.2f} s, {last['tokens_per_second']:,.0f} tokens/s"
         yield "its rollouts", f"{last['rollout_tokens_per_second']:,.0f} tokens/s"
@@ -168,11 +157,11 @@ def whole_facts(parts: dict[str, dict]) -> Iterator[tuple[str, str]]:
         yield "memory: highest, planned (RL)", f"{found['peak_gb']:.1f} GB, {found['planned_gb']:.1f} GB"
 
 
-def page(parts: dict[str, dict], ended: dict[str, tuple[int, int]]) -> str:
+def page(parts: dict[str, dict]) -> str:
     """The same as HTML, with the dearest kernels."""
     device, versions = card(parts)
     blocks = [f"<h1>megatron_ring on {html.escape(device)}</h1>", f"<p>{html.escape(versions)}</p>"]
-    rows = [(name, said, "all well" if good else "wrong") for name, said, good in judged(parts, ended)]
+    rows = [(name, said, "all well" if good else "wrong") for name, said, good in judged(parts)]
     if rehearsed(parts):
         blocks.append(f"<p>{REHEARSAL}</p>")
     blocks += ["<h2>What was judged</h2>", _table(("part", "result", ""), rows)]
@@ -181,6 +170,10 @@ def page(parts: dict[str, dict], ended: dict[str, tuple[int, int]]) -> str:
     if met := goals_met(parts):
         cells = [(each.what, each.goal, each.seen, _met(each)) for each in met]
         blocks += ["<h2>Goals</h2>", _table(("kernel", "at least", "seen", ""), cells)]
+    if compiled := parts.get("compile", {}).get("rows"):
+        keys = ("name", "launches", "binaries", "registers", "spills", "shared_bytes")
+        cells = [tuple(str(row[key]) for key in keys) for row in compiled]
+        blocks += ["<h2>What was compiled</h2>", _table(("kernel", *keys[1:-1], "shared bytes"), cells)]
     if "fast" in parts:
         blocks += ["<h2>How fast</h2>", _table(TIMED, list(compared(parts["fast"]["rows"])))]
     if peers := failed_peers(parts):
@@ -227,15 +220,15 @@ def main() -> int:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the results")
     args = parser.parse_args()
-    parts, ended = read(args.out), endings(args.out)
+    parts = read(args.out)
     if not parts:
         print(f"error: {args.out} holds no results; run tools/gpu_check.sh first", file=sys.stderr)
         return 2
-    (args.out / "table.md").write_text(table(parts, ended), encoding="utf-8")
-    (args.out / "page.html").write_text(page(parts, ended), encoding="utf-8")
-    print(table(parts, ended))
+    (args.out / "table.md").write_text(table(parts), encoding="utf-8")
+    (args.out / "page.html").write_text(page(parts), encoding="utf-8")
+    print(table(parts))
     print(f"page: {args.out / 'page.html'}")
-    return 0 if all(good for _, _, good in judged(parts, ended)) else 1
+    return 0 if all(good for _, _, good in judged(parts)) else 1
 
 
 if __name__ == "__main__":

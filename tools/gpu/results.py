@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -10,6 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+
+import megatron_ring
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Results:
@@ -44,22 +50,36 @@ class Results:
 
 
 def where() -> dict[str, str]:
-    """The card and the versions; ``{"device": "cpu", ...}`` without one."""
-    triton = _version("triton")
+    """The card, the package that is checked and the versions; ``{"device": "cpu", ...}`` without a card."""
     found = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "megatron_ring": f"{megatron_ring.__version__}, {kind(Path(megatron_ring.__file__).parent)}",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "triton": triton,
+        "triton": _version("triton"),
         "numpy": np.__version__,
-        "megatron-core": _version("megatron.core"),
+        "megatron-core": _version("megatron-core"),
     }
-    optional = {name: _version(name) for name in ("transformer_engine", "flash_attn", "liger_kernel", "apex")}
+    optional = {name: _version(name) for name in ("transformer-engine", "flash-attn", "liger-kernel", "apex")}
     return found | {name: version for name, version in optional.items() if version != "not installed"}
 
 
-def _version(module: str) -> str:
+def kind(package: Path) -> str:
+    """Where the package in this folder comes from: ``installed``, ``checkout`` or ``another checkout``."""
+    if package.resolve().parent == ROOT:
+        return "checkout"
+    return "another checkout" if (package.resolve().parent / "pyproject.toml").exists() else "installed"
+
+
+def children_path(*first: Path) -> str:
+    """The PYTHONPATH with which a process finds the package that this one has: ``first`` comes first."""
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return os.pathsep.join([*map(str, first), *given, str(Path(megatron_ring.__file__).resolve().parents[1])])
+
+
+def _version(name: str) -> str:
+    """Of a distribution, which is not imported: that takes seconds."""
     try:
-        return str(getattr(__import__(module, fromlist=["__version__"]), "__version__", "installed"))
-    except ImportError:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
         return "not installed"

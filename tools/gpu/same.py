@@ -15,11 +15,15 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from tools.gpu.results import Results
+from tools.gpu.results import Results, children_path
 from tools.gpu.toy import REWARD, write_corpus, write_problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +47,12 @@ class Runs:
 
     def __init__(self, folder: Path, results: Results):
         self.folder, self.results = folder, results
+        # most of a run is its start, and no run of those that go together needs another
+        self.pool, self._lock = ThreadPoolExecutor(max_workers=min(6, os.cpu_count() or 1)), threading.Lock()
+
+    def start(self, *words: Any, on_cpu: bool) -> Future[list[dict]]:
+        """:meth:`run` beside the others."""
+        return self.pool.submit(self.run, *words, on_cpu=on_cpu)
 
     def run(self, name: str, script: str, settings: dict[str, object], *, on_cpu: bool) -> list[dict]:
         """The training records of a run; empty if it failed, which is then said."""
@@ -52,10 +62,9 @@ class Runs:
                 words.append(f"--{key}" if value else f"--no-{key}")
             else:
                 words += [f"--{key}", str(value)]
-        path = os.pathsep.join([str(self.folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
         environment = {
             **os.environ,
-            "PYTHONPATH": path,
+            "PYTHONPATH": children_path(self.folder),
             "PYTHONWARNINGS": "ignore",
             "NCCL_SOCKET_IFNAME": "lo",
         }
@@ -67,7 +76,8 @@ class Runs:
         )
         if done.returncode != 0:
             said = " | ".join((done.stderr or done.stdout).strip().splitlines()[-3:])
-            self.results.wrong(f"{name}: {script} ended with exit code {done.returncode}: {said[:400]}")
+            with self._lock:
+                self.results.wrong(f"{name}: {script} ended with exit code {done.returncode}: {said[:400]}")
             return []
         lines = (self.folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [record for record in map(json.loads, lines) if record["kind"] == "train"]
@@ -92,24 +102,30 @@ class Runs:
         self.results.row(name=name, steps=len(ours), error=worst)
 
 
-def pretraining(runs: Runs, corpus: dict[str, Path]) -> None:
-    """Steps from one checkpoint on both devices; then, on the device, half of them, and the rest by a resume."""
+def pretraining(runs: Runs, corpus: dict[str, Path]) -> Callable[[], None]:
+    """Start steps from one checkpoint on both devices; then, on the device, half of them, and the rest by a resume.
+
+    Returns what waits for them and compares.
+    """
     base, common = runs.folder / "base", {**MODEL, **corpus, "train-iters": STEPS}
     runs.run("base", "pretrain_ring.py", {**common, "train-iters": 1, "save": base}, on_cpu=True)
     start = {**common, "pretrained-checkpoint": base}
-    cpu = runs.run("cpu", "pretrain_ring.py", start, on_cpu=True)
-    straight = runs.run("device", "pretrain_ring.py", start, on_cpu=False)
-    runs.compare("pre-training on both devices", straight, cpu, ("loss", "grad_norm"), TOLERANCE)
     saved = {**start, "save": runs.folder / "half", "load": runs.folder / "half", "save-interval": 2}
-    first = runs.run("half", "pretrain_ring.py", {**saved, "exit-interval": 2}, on_cpu=False)
-    second = runs.run("rest", "pretrain_ring.py", saved, on_cpu=False)
-    runs.compare(
-        "a resume on the device, bit for bit", [*first, *second], straight, ("loss", "grad_norm"), 0.0
-    )
+    first = runs.start("half", "pretrain_ring.py", {**saved, "exit-interval": 2}, on_cpu=False)
+    cpu = runs.start("cpu", "pretrain_ring.py", start, on_cpu=True)
+    straight = runs.start("device", "pretrain_ring.py", start, on_cpu=False)
+
+    def compare() -> None:
+        steps = [*first.result(), *runs.run("rest", "pretrain_ring.py", saved, on_cpu=False)]
+        keys = ("loss", "grad_norm")
+        runs.compare("pre-training on both devices", straight.result(), cpu.result(), keys, TOLERANCE)
+        runs.compare("a resume on the device, bit for bit", steps, straight.result(), keys, 0.0)
+
+    return compare
 
 
-def reinforcement(runs: Runs) -> None:
-    """Two steps on both devices: the same uniforms draw the same tokens unless two of them are within rounding."""
+def reinforcement(runs: Runs) -> Callable[[], None]:
+    """Start two steps on both devices: the same uniforms draw the same tokens unless two of them are within rounding."""
     problems = runs.folder / "problems.jsonl"
     write_problems(problems, 64)
     (runs.folder / "toy_reward.py").write_text(REWARD, encoding="utf-8")
@@ -120,10 +136,15 @@ def reinforcement(runs: Runs) -> None:
         "pretrained-checkpoint": runs.folder / "base",
         "reward-functions": "bench=toy_reward:judge",
     }
-    cpu = runs.run("rl-cpu", "rl_ring.py", settings, on_cpu=True)
-    device = runs.run("rl-device", "rl_ring.py", settings, on_cpu=False)
-    runs.compare("a C3PO step on both devices: tokens", device, cpu, ("loss_tokens", "c3po/generated"), 0.0)
-    runs.compare("a C3PO step on both devices: gradient", device[:1], cpu[:1], ("grad_norm",), 10 * TOLERANCE)
+    on_cpu = runs.start("rl-cpu", "rl_ring.py", settings, on_cpu=True)
+    on_device = runs.start("rl-device", "rl_ring.py", settings, on_cpu=False)
+
+    def compare() -> None:
+        cpu, device, what = on_cpu.result(), on_device.result(), "a C3PO step on both devices"
+        runs.compare(f"{what}: tokens", device, cpu, ("loss_tokens", "c3po/generated"), 0.0)
+        runs.compare(f"{what}: gradient", device[:1], cpu[:1], ("grad_norm",), 10 * TOLERANCE)
+
+    return compare
 
 
 def main() -> int:
@@ -135,8 +156,8 @@ def main() -> int:
     results = Results(args.out, "same")
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder), results)
-        pretraining(runs, write_corpus(runs.folder))
-        reinforcement(runs)
+        for compare in (pretraining(runs, write_corpus(runs.folder)), reinforcement(runs)):
+            compare()
     results.write()
     print(f"{len(results.rows)} comparisons, {len(results.bad)} wrong", flush=True)
     return 1 if results.bad else 0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+from tools.gpu.results import children_path
 
 TOOLS = Path(__file__).resolve().parents[1]
 REWARD = """
@@ -34,5 +37,8 @@ def write_corpus(folder: Path) -> dict[str, Path]:
         ("preprocess_data.py", ["--tokenizer-model", model, "--output-prefix", prefix]),
     ):
         command = [sys.executable, str(TOOLS / script), *words, *map(str, more)]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        environment = {**os.environ, "PYTHONPATH": children_path()}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        if done.returncode != 0:
+            raise RuntimeError(f"{script} ended with exit code {done.returncode}: {done.stderr[-400:]}")
     return {"data-path": prefix, "tokenizer-model": model}

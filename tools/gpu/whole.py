@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
 
@@ -41,10 +41,8 @@ from megatron_ring.stages.rl import RlRun
 from megatron_ring.train.engine import Engine
 from megatron_ring.train.objective import NextTokenObjective
 from tools.gpu.peaks import peak_of
-from tools.gpu.results import Results
+from tools.gpu.results import Results, children_path
 from tools.gpu.toy import REWARD, write_corpus, write_problems
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +122,7 @@ def reinforce(size: Size, results: Results, out: Path) -> None:
         (folder / "toy_reward.py").write_text(REWARD, encoding="utf-8")
         write_problems(folder / "problems.jsonl", 4096)
         sys.path.insert(0, name)
-        os.environ["PYTHONPATH"] = os.pathsep.join([name, str(ROOT), os.environ.get("PYTHONPATH", "")])
+        os.environ["PYTHONPATH"] = children_path(folder)
         config = _config(
             size, seq_length=64, micro_batch_size=1, global_batch_size=1, lr=1e-5, lr_decay_style="constant",
             train_iters=1000, tokenizer_model=str(corpus["tokenizer-model"]),
