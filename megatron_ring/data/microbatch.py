@@ -54,9 +54,7 @@ class Microbatch:
     def to(self, device: torch.device) -> Microbatch:
         """The same microbatch with its tensors on ``device``."""
         moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, torch.Tensor)
+            name: sent(value, device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
         return replace(self, **moved)
 
@@ -77,6 +75,13 @@ class Microbatch:
         lengths_S = self.cu_seqlens[1:] - self.cu_seqlens[:-1]
         segments_S = torch.arange(lengths_S.numel(), device=lengths_S.device)
         return torch.repeat_interleave(segments_S, lengths_S.long(), output_size=self.num_slots)
+
+
+def sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``value`` on ``device``; to a GPU through pinned memory, so that the host does not wait for what is queued there."""
+    if value.device.type == "cpu" and device.type == "cuda":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 def pack_microbatch(

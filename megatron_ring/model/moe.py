@@ -149,8 +149,8 @@ class RingMoELayer(BaseMoELayer):
         sent_We = torch.diff(index.offsets_E, prepend=index.offsets_E.new_zeros(1)).view(W, e)
         received_We = torch.empty_like(sent_We)
         torch.distributed.all_to_all_single(received_We, sent_We, group=self.exchange_group)
-        # the collective takes its split sizes from the host
-        sent, received = sent_We.sum(1).tolist(), received_We.sum(1).tolist()
+        # the collective takes its split sizes from the host: one wait per layer and pass
+        sent, received = torch.stack((sent_We.sum(1), received_We.sum(1))).tolist()
 
         def send(rows_N: Tensor) -> Tensor:
             return all_to_all(self.exchange_group, rows_N[: sum(sent)].contiguous(), received, sent)

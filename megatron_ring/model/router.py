@@ -160,10 +160,10 @@ class RingRouter(nn.Module):
         """``a*s + (1-a)*(mu + sigma*noise)`` with last step's running statistics (Ling report)."""
         if learning:
             with torch.no_grad():
-                kept = logits_TE[valid_T].double()
-                self.logit_moments += torch.stack(
-                    (torch.tensor(float(kept.numel()), device=kept.device), kept.sum(), kept.square().sum())
-                )
+                # all rows, padding as 0: how many are valid is known on the device, and nothing waits for it
+                kept_TE = torch.where(valid_T[:, None], logits_TE, 0).double()
+                count = valid_T.sum().double() * logits_TE.shape[1]
+                self.logit_moments += torch.stack((count, kept_TE.sum(), kept_TE.square().sum()))
         noise_TE = torch.randn_like(logits_TE)
         return share * logits_TE + (1 - share) * (self.logit_mean + self.logit_std * noise_TE)
 
@@ -178,11 +178,14 @@ class RingRouter(nn.Module):
         if self.expert_bias is not None and not self.model.freeze_moe_router:
             error_E = load_E.mean() - load_E
             self.expert_bias += (torch.sign(error_E) * self.model.bias_update_rate).float()
-        if self.model.moe_router_warmup_iters and moments[0] > 0:
-            mean = moments[1] / moments[0]
-            std = (moments[2] / moments[0] - mean**2).clamp(min=0).sqrt()
-            self.logit_mean.lerp_(mean.float(), 1 - _MOMENTUM)
-            self.logit_std.lerp_(std.float(), 1 - _MOMENTUM)
+        if self.model.moe_router_warmup_iters:
+            count = moments[0].clamp(min=1)
+            mean = moments[1] / count
+            std = (moments[2] / count - mean**2).clamp(min=0).sqrt()
+            # where no logits were counted the statistics stay, which the host need not know
+            weight = (1 - _MOMENTUM) * (moments[0] > 0).float()
+            self.logit_mean.lerp_(mean.float(), weight)
+            self.logit_std.lerp_(std.float(), weight)
 
     @torch.no_grad()
     def clear_statistics(self) -> None:

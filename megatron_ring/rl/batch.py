@@ -176,12 +176,11 @@ def with_column(
     """
     if not columns:
         return list(microbatches)
+    # one copy, whatever the number of microbatches
+    on_host = torch.cat([column_T.float() for column_T in columns]).cpu().split([len(c) for c in columns])
     return [
-        replace(
-            microbatch,
-            **{name: torch.where(microbatch.labels_T == IGNORE, 0.0, column_T.float().cpu())},
-        )
-        for microbatch, column_T in zip(microbatches, columns, strict=True)
+        replace(microbatch, **{name: torch.where(microbatch.labels_T == IGNORE, 0.0, column_T)})
+        for microbatch, column_T in zip(microbatches, on_host, strict=True)
     ]
 
 

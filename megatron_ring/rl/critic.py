@@ -109,12 +109,14 @@ class Critic:
         ]
         rows = self._scored(microbatches)
         out: dict[int, np.ndarray] = {}
-        for group, row_T in zip(groups, rows, strict=False):
+        # one copy, whatever the number of microbatches; every one has as many slots
+        values_MT = torch.stack(rows).double().cpu().numpy()
+        for group, row_T in zip(groups, values_MT, strict=False):
             place = 0
             for index in group:
                 prompt, length = len(rollouts[index].prompt.tokens), rollouts[index].response.length
                 first = place + prompt - 1
-                out[index] = row_T[first : first + length].double().cpu().numpy()
+                out[index] = row_T[first : first + length].copy()
                 place += prompt + length - 1
         return [out[index] for index in range(len(rollouts))]
 
@@ -139,10 +141,12 @@ class Critic:
     def _most(self, count: int) -> int:
         """The largest count over data-parallel ranks, which exchange tokens with one another's experts."""
         topology = self.session.topology
-        most = torch.tensor(count, device=self.session.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=topology.groups.dp)
+        if topology.dp_size > 1:
+            most = torch.tensor(count, device=self.session.device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=topology.groups.dp)
+            count = int(most)
         stages = topology.pp_size if topology.vpp_size > 1 else 1
-        return -(-max(int(most), 1) // stages) * stages
+        return -(-max(count, 1) // stages) * stages
 
 
 def _read(microbatch: Microbatch, answer: Values) -> tuple[Tensor, Tensor]:

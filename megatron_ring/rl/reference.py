@@ -71,7 +71,7 @@ class ReferencePolicy:
     @torch.no_grad()
     def _put(self, weights: dict[str, Tensor]) -> None:
         for name, value in _live(self.engine):
-            value.copy_(weights[name])
+            value.copy_(weights[name], non_blocking=True)
 
 
 def _live(engine: Scoring) -> Iterator[tuple[str, Tensor]]:
@@ -83,6 +83,8 @@ def _live(engine: Scoring) -> Iterator[tuple[str, Tensor]]:
 
 
 def _on_host(value: Tensor) -> Tensor:
-    """A contiguous copy, pinned where there is a device to copy back to."""
+    """A contiguous copy. Where there is a device it is pinned, and done only when the device comes to it: read it with
+    what is queued after.
+    """
     copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type != "cpu")
-    return copy.copy_(value.detach())
+    return copy.copy_(value.detach(), non_blocking=True)

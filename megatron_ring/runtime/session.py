@@ -75,6 +75,8 @@ class Session:
 
     def exit_wanted(self, also: bool = False) -> bool:
         """Collective over the world: did any rank get a signal to save and leave, or see a reason of its own?"""
+        if self.world_size == 1:
+            return self.exit_request.wanted or also
         flag = torch.tensor([float(self.exit_request.wanted or also)], device=self.device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag.item())
@@ -86,6 +88,7 @@ def _init_process_group(parallel: ParallelConfig) -> Watch | None:
     timeout = distributed_timeout(parallel)
     backend = device.collective_backend()
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        # in this process's own memory: no port for others. NCCL takes it, too (SkyRL's and TensorRT-LLM's tests)
         alone = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
         return None

@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ring.config.run import RunConfig
-from megatron_ring.data.microbatch import Microbatch
+from megatron_ring.data.microbatch import Microbatch, sent
 from megatron_ring.model.build import Logits, RingModel, build_model
 from megatron_ring.model.packed import RouterSignal, pack_inputs
 from megatron_ring.runtime.session import Session
@@ -122,7 +122,9 @@ class Engine:
         grad_norm = float(self.optimizer.get_grad_norm())
         report = self._report(terms, objective, weight, valid, grad_norm)
         if any(routes_of(microbatch) is not None for microbatch in microbatches):
-            report = replace(report, replay=replay_report(self.routers, self.config.model))
+            report = replace(
+                report, replay=replay_report(self.routers, self.config.model, self.session.device)
+            )
         return report
 
     def update(self, report: StepReport, lr: float) -> None:
@@ -231,7 +233,10 @@ class Engine:
 
     def _sum_over_data_parallel(self, *values: float) -> list[float]:
         """Collective over the data-parallel group: each value summed."""
-        totals = torch.tensor(values, dtype=torch.float64, device=self.session.device)
+        if self.topology.dp_size == 1:
+            # the step begins while the device still works on the last one
+            return list(values)
+        totals = sent(torch.tensor(values, dtype=torch.float64), self.session.device)
         torch.distributed.all_reduce(totals, group=self.topology.groups.dp)
         return totals.tolist()
 

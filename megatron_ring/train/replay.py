@@ -62,20 +62,15 @@ def routes_of(microbatch: Microbatch) -> Tensor | None:
     return getattr(microbatch, "routes_LTK", None)
 
 
-def replay_report(routers: Sequence[RingRouter], model: ModelConfig) -> ReplayReport:
-    """Collective over the world."""
-    counts_L3 = torch.zeros(model.num_moe_layers, 3, dtype=torch.float64, device=routers_device(routers))
+def replay_report(routers: Sequence[RingRouter], model: ModelConfig, device: torch.device) -> ReplayReport:
+    """Collective over the world, whose collectives take tensors on ``device``."""
+    counts_L3 = torch.zeros(model.num_moe_layers, 3, dtype=torch.float64, device=device)
     for router in routers:
         # multi-token-prediction layers never replay: theirs are 0
         counts_L3[router.row] += router.flips
     torch.distributed.all_reduce(counts_L3)
     flipped, compared, missing = (tuple(row) for row in counts_L3.T.tolist())
     return ReplayReport(flipped=flipped, compared=compared, missing=missing, topk=model.moe_router_topk)
-
-
-def routers_device(routers: Sequence[RingRouter]) -> torch.device | None:
-    """Where the routers' counts live; None (the default) on a stage without any."""
-    return routers[0].flips.device if routers else None
 
 
 def whole_routes(

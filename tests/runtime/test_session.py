@@ -129,3 +129,11 @@ def test_a_buffer_that_grew_while_sampling_can_be_written_in_training():
         assert torch.equal(weight.grad, torch.arange(6.0))
         with torch.inference_mode():
             assert memory.get_tensor([4], torch.float32, "mpu").fill_(1).sum() == 4
+
+
+def test_one_process_opens_no_port_to_others():
+    with open_session(PLAIN, seed=1):
+        store = torch.distributed.distributed_c10d._get_default_store()
+        while isinstance(store, torch.distributed.PrefixStore):
+            store = store.underlying_store
+        assert isinstance(store, torch.distributed.HashStore)

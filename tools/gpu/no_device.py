@@ -59,12 +59,18 @@ def recording(arch: int, *, launchers: bool = False) -> Iterator[list[Launch]]:
         launches.append(_launch(kernel.fn.__name__, compiled, tuple(size), named, arch))
         return compiled
 
+    with driver_of(arch), mock.patch.object(JITFunction, "run", stop):
+        yield launches
+
+
+@contextmanager
+def driver_of(arch: int) -> Iterator[None]:
+    """Inside, Triton hears of a GPU of ``arch`` when it asks its driver."""
     # asking for it would look for a device
     before = driver._active
     driver.set_active(_NoDevice(arch))
     try:
-        with mock.patch.object(JITFunction, "run", stop):
-            yield launches
+        yield
     finally:
         driver.set_active(before)
 

@@ -18,10 +18,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
@@ -87,12 +88,12 @@ TINY = Size(
 def pretrain(size: Size, results: Results, out: Path) -> None:
     """Steps on random tokens, two sequences a microbatch: the loss must fall, for the batch stays the same."""
     half = size.tokens // 2
-    config = _config(
+    config = config_of(
         size, seq_length=size.tokens, micro_batch_size=1, global_batch_size=size.microbatches, lr=1e-4
     )
     with open_session(config.parallel, seed=1) as session:
         engine = Engine(config, session)
-        batch = _random_batch(config.model.vocab_size, size, half)
+        batch = random_batch(config.model.vocab_size, size, half)
         objective, losses, seconds = NextTokenObjective(), [], []
         for step in range(size.steps):
             with _timed(seconds):
@@ -114,36 +115,61 @@ def pretrain(size: Size, results: Results, out: Path) -> None:
 
 
 def reinforce(size: Size, results: Results, out: Path) -> None:
-    """C3PO steps whose responses all have the same length: no token ends one."""
-    tokens = size.prompts * size.group * size.length
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-        folder = Path(name)
-        corpus = write_corpus(folder)
-        (folder / "toy_reward.py").write_text(REWARD, encoding="utf-8")
-        write_problems(folder / "problems.jsonl", 4096)
-        sys.path.insert(0, name)
-        os.environ["PYTHONPATH"] = children_path(folder)
-        config = _config(
-            size, seq_length=64, micro_batch_size=1, global_batch_size=1, lr=1e-5, lr_decay_style="constant",
-            train_iters=1000, tokenizer_model=str(corpus["tokenizer-model"]),
-            prompt_data=(str(folder / "problems.jsonl"),), prompts_per_step=size.prompts, group_size=size.group,
-            max_prompt_length=16, max_response_length=size.length, rollout_slots=size.prompts * size.group,
-            token_budget=tokens, minibatches_per_step=1, microbatch_capacity=size.capacity, kl_loss_coef=1e-3,
-            entropy_coef=5e-4, old_logprobs="recompute", mismatch_correction="icepop",
-            reward_functions=("bench=toy_reward:judge",), reward_workers=4,
-        )  # fmt: skip
-        session = stack.enter_context(open_session(config.parallel, 0))
-        run = RlRun(config, session, stack)
-        run.collector.sampling = replace(run.sampling, stop_ids=())
+    """C3PO steps whose responses all have the same length."""
+    with open_rl(size) as run:
+        tokens = run.planner.token_budget
         steps = _Steps(results, tokens)
         for _ in range(3):
             run.train_step(steps)
         results.facts |= {
             "budget": tokens,
-            "parameters": count_parameters(config.model).total,
-            **_memory(config),
+            "parameters": count_parameters(run.config.model).total,
+            **_memory(run.config),
         }
         _profile(lambda: run.train_step(steps), out / "profile-rl.txt", results)
+
+
+@contextlib.contextmanager
+def open_rl(size: Size, **settings: Any) -> Iterator[RlRun]:
+    """A C3PO run on a toy task, in which no token ends a response."""
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        corpus = write_corpus(folder)
+        (folder / "toy_reward.py").write_text(REWARD, encoding="utf-8")
+        write_problems(folder / "problems.jsonl", 4096)
+        stack.enter_context(mock.patch.dict(os.environ, {"PYTHONPATH": children_path(folder)}))
+        stack.enter_context(mock.patch.object(sys, "path", [name, *sys.path]))
+        needed = {
+            "seq_length": 64,
+            "micro_batch_size": 1,
+            "global_batch_size": 1,
+            "lr": 1e-5,
+            "lr_decay_style": "constant",
+            "train_iters": 1000,
+            "tokenizer_model": str(corpus["tokenizer-model"]),
+            "prompt_data": (str(folder / "problems.jsonl"),),
+            "prompts_per_step": size.prompts,
+            "group_size": size.group,
+            "max_prompt_length": 16,
+            "max_response_length": size.length,
+            "rollout_slots": size.prompts * size.group,
+            "token_budget": size.prompts * size.group * size.length,
+            "minibatches_per_step": 1,
+            "microbatch_capacity": size.capacity,
+            "kl_loss_coef": 1e-3,
+            "entropy_coef": 5e-4,
+            "old_logprobs": "recompute",
+            "mismatch_correction": "icepop",
+            "reward_functions": ("bench=toy_reward:judge",),
+            "reward_workers": 4,
+        }
+        config = config_of(size, **needed | settings)
+        session = stack.enter_context(
+            open_session(config.parallel, 0, deterministic=config.train.deterministic)
+        )
+        run = RlRun(config, session, stack)
+        run.collector.sampling = replace(run.sampling, stop_ids=())
+        yield run
 
 
 class _Steps(MetricsLogger):
@@ -164,7 +190,7 @@ class _Steps(MetricsLogger):
         )  # fmt: skip
 
 
-def _config(size: Size, **settings: Any) -> RunConfig:
+def config_of(size: Size, **settings: Any) -> RunConfig:
     model = {**PRESETS[size.preset], "num_layers": size.layers}
     if size is TINY:
         model["bf16"] = device.has_cuda()
@@ -173,7 +199,7 @@ def _config(size: Size, **settings: Any) -> RunConfig:
     return config
 
 
-def _random_batch(vocabulary: int, size: Size, half: int) -> list[Microbatch]:
+def random_batch(vocabulary: int, size: Size, half: int) -> list[Microbatch]:
     generator = torch.Generator().manual_seed(0)
     batch = []
     for _ in range(size.microbatches):

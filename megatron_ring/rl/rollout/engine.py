@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 
+from megatron_ring.data.microbatch import sent
 from megatron_ring.errors import RolloutError
 from megatron_ring.model.head import NormHead
 from megatron_ring.model.kv_cache import KvCache, cache_shape
@@ -169,7 +170,7 @@ class InProcessEngine:
         """Each number's sum over the data-parallel group, with which this communicates."""
         if self.engine.topology.dp_size == 1:
             return numbers
-        sums = torch.tensor(numbers, dtype=torch.float64).to(self.engine.session.device)
+        sums = sent(torch.tensor(numbers, dtype=torch.float64), self.engine.session.device)
         torch.distributed.all_reduce(sums, group=self.engine.topology.groups.dp)
         return [int(value) for value in sums.tolist()]
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ring.config.model import ModelConfig
-from megatron_ring.data.microbatch import Microbatch
+from megatron_ring.data.microbatch import Microbatch, sent
 from megatron_ring.kernels import sample_token
 from megatron_ring.model.build import Logits, RingModel
 from megatron_ring.model.kv_cache import CacheView, KvCache
@@ -68,7 +68,7 @@ class Runner:
         if work is not None:
             host_4T[:3, :num] = work.tokens_N, work.positions_N, work.slots_N
             host_4T[3, : len(work.uniforms_W)] = work.uniforms_W.view(np.int64)
-        device_4T = torch.from_numpy(host_4T).to(self.device)
+        device_4T = sent(torch.from_numpy(host_4T), self.device)
         tokens_T, positions_T, slots_T, uniforms_T = device_4T
         decoding = work is None or work.lengths is None
         valid_T = slots_T != self.cache.scratch
@@ -82,7 +82,7 @@ class Runner:
         lengths = () if decoding else (*work.lengths, *((padding,) if padding else ()))
         ends = self._no_ends
         if lengths:
-            ends = torch.tensor((0, *np.cumsum(lengths)), dtype=torch.int32, device=self.device)
+            ends = sent(torch.tensor((0, *np.cumsum(lengths)), dtype=torch.int32), self.device)
         longest = max(lengths, default=1)
         packed = PackedInputs(
             qkv_format="thd",
@@ -112,7 +112,7 @@ class Runner:
         multiple = self.tp_size if self.sequence_parallel else 1
         padding = -len(work.rows_W) % multiple
         rows = np.concatenate([work.rows_W, np.zeros(padding, np.int64)])
-        return torch.from_numpy(rows.astype(np.int64)).to(self.device)
+        return sent(torch.from_numpy(rows.astype(np.int64)), self.device)
 
     def _through_the_stages(self, microbatch: Microbatch, packed: PackedInputs) -> Logits | None:
         """The last stage's logits, None elsewhere. Sends hidden states along the pipeline group."""

@@ -1,0 +1,163 @@
+"""What answers for the CUDA driver while a GPU is pretended: see ``pretend``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_ring.runtime import device
+
+_PROPERTIES = SimpleNamespace(
+    name="pretended H100", major=9, minor=0, total_memory=80 << 30, multi_processor_count=132,
+    max_threads_per_multi_processor=2048, warp_size=32, shared_memory_per_block_optin=232_448,
+)  # fmt: skip
+
+
+class _Stream:
+    """Work in the order of the host: nothing to wait for, and only the host's own waits count."""
+
+    seen: Any = None
+
+    def __init__(self, *_: Any, **__: Any):
+        self.device, self.cuda_stream = torch.device("cuda", 0), 0
+
+    def synchronize(self) -> None:
+        self.seen.wait("driver")
+
+    def wait_stream(self, _other: Any) -> None: ...
+    def wait_event(self, _event: Any) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Event()
+
+
+class _Event:
+    seen: Any = None
+
+    def __init__(self, *_: Any, **__: Any): ...
+    def record(self, *_: Any) -> None: ...
+    def wait(self, *_: Any) -> None: ...
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        self.seen.wait("driver")
+
+    def elapsed_time(self, _other: Any) -> float:
+        return 0.0
+
+
+@contextmanager
+def _on_stream(_stream: Any) -> Iterator[None]:
+    yield
+
+
+def _names(seen: Any, kind: type) -> dict[str, Any]:
+    def waits(*_: Any, **__: Any) -> None:
+        seen.wait("driver")
+
+    def says(value: Any) -> Callable[..., Any]:
+        return lambda *_, **__: value
+
+    stream, generator = _Stream(), torch.Generator()
+    return {
+        "_lazy_init": says(None), "_lazy_call": lambda call, **_: call(), "is_available": says(True),
+        "is_initialized": says(True), "device_count": says(1), "current_device": says(0), "set_device": says(None),
+        "get_device_capability": says((9, 0)), "get_device_name": says(_PROPERTIES.name),
+        "get_device_properties": says(_PROPERTIES), "is_bf16_supported": says(True),
+        "synchronize": waits, "empty_cache": waits, "Stream": _Stream, "Event": _Event, "stream": _on_stream,
+        "current_stream": says(stream), "default_stream": says(stream), "set_stream": says(None),
+        "manual_seed": says(None), "manual_seed_all": says(None), "set_sync_debug_mode": says(None),
+        "get_rng_state": lambda *_, **__: generator.get_state(),
+        "set_rng_state": lambda state, *_, **__: generator.set_state(state),
+        "max_memory_allocated": says(0), "memory_allocated": says(0), "memory_reserved": says(0),
+        "reset_peak_memory_stats": says(None), "is_current_stream_capturing": says(False),
+        "default_generators": (generator,),
+    }  # fmt: skip
+
+
+class DeviceGenerator(torch.Generator):
+    """A generator on the CPU, in the place of the device's."""
+
+    def __new__(cls, device: Any = "cpu"):
+        return super().__new__(cls)
+
+
+class _MetaForCuda(TorchFunctionMode):
+    """Says meta to torch's C++ wherever Python said cuda: it asks no driver then."""
+
+    def __init__(self, seen: Any):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor):
+            return self._from_python(func, args, kwargs)
+        if func is torch.Tensor.cuda:
+            return args[0].to("meta")
+        if func is torch.Tensor.pin_memory:
+            return self.seen.pin(args[0].clone())
+        if func is torch.Tensor.is_pinned:
+            return self.seen.is_pinned(args[0])
+        if kwargs.get("pin_memory"):
+            return self.seen.pin(func(*args, **kwargs | {"pin_memory": False}))
+        if func is torch.Tensor.to:
+            args = tuple(map(_meta, args))
+        return func(*args, **{k: _meta(v, k == "device") for k, v in kwargs.items()})
+
+    def _from_python(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """The device comes last: a copy from memory that is not pinned, which waits."""
+        place = kwargs.pop("device", args[2] if len(args) > 2 else None)
+        if place is None:
+            return func(*args, **kwargs)
+        grad = kwargs.pop("requires_grad", False)
+        made = args[0] if isinstance(args[0], torch.Tensor) else func(*args[:2], **kwargs, device="cpu")
+        return made.to(_meta(place, True), kwargs.get("dtype", made.dtype)).requires_grad_(grad)
+
+
+def _meta(value: Any, names_a_device: bool = False) -> Any:
+    is_cuda = isinstance(value, torch.device | str) and str(value).startswith("cuda")
+    return torch.device("meta") if is_cuda or (names_a_device and type(value) is int) else value
+
+
+@contextmanager
+def cuda_names(seen: Any, kind: type) -> Iterator[None]:
+    """``torch.cuda`` and the few factories that ask the driver before any dispatch."""
+    apply = torch.nn.Module._apply
+
+    def apply_and_keep_attributes(self: torch.nn.Module, fn: Any, recurse: bool = True) -> Any:
+        """torch makes new parameters where kinds of tensor change; from host to device they stay what they are."""
+        before = {name: p.__dict__.copy() for name, p in self._parameters.items() if p is not None}
+        overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        try:
+            result = apply(self, fn, recurse)
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
+        for name, attributes in before.items():
+            for key, value in attributes.items():
+                if key != "inner":
+                    self._parameters[name].__dict__.setdefault(key, value)
+        return result
+
+    _Stream.seen = _Event.seen = seen
+    with ExitStack() as stack:
+        for name, value in _names(seen, kind).items():
+            for module in (torch.cuda, torch.cuda.random):
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, value))
+        stack.enter_context(mock.patch.object(torch, "Generator", DeviceGenerator))
+        # what NCCL would carry goes through gloo
+        stack.enter_context(mock.patch.object(device, "collective_backend", lambda: "gloo"))
+        stack.enter_context(_MetaForCuda(seen))
+        stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", apply_and_keep_attributes))
+        yield
