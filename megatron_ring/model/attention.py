@@ -140,7 +140,7 @@ def varlen_attention(
     cu, longest = packed.cu_seqlens_q, packed.max_seqlen_q
     flash_attn = _flash_attn()
     if flash_attn is None:
-        return _torch_varlen()(q_THC, k_TGC, v_TGC, cu, cu, longest, longest, scale=scale)
+        return torch_varlen()(q_THC, k_TGC, v_TGC, cu, cu, longest, longest, scale=scale)
     return flash_attn(
         q_THC,
         k_TGC,
@@ -167,7 +167,8 @@ def _flash_attn() -> Callable[..., Tensor] | None:
 
 
 @functools.cache
-def _torch_varlen() -> Callable[..., Tensor]:
+def torch_varlen() -> Callable[..., Tensor]:
+    """torch's own kernel for segments of any length, causal, for fewer key heads than query heads."""
     from torch.nn.attention.varlen import varlen_attn
 
     # later versions of torch want to be told that there are fewer key heads, earlier ones do not know the word

@@ -35,27 +35,35 @@ with open(os.environ["RING_MARK"], "a") as mark:
 
 
 @pytest.mark.parametrize(
-    ("part", "words", "least"),
-    [("right-small", ["right.py", "--small"], 100), ("fast", ["fast.py", "--tiny"], 75)],
+    ("part", "words", "least", "device"),
+    [
+        ("right-small", ["right.py", "--small"], 100, "cpu"),
+        ("right-small", ["rehearse.py", "right.py", "--small"], 100, "pretended H100"),
+        pytest.param("fast", ["fast.py", "--tiny"], 75, "cpu", marks=pytest.mark.slow),
+        pytest.param(
+            "fast", ["rehearse.py", "fast.py", "--tiny"], 75, "pretended H100", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_a_part_finds_nothing_wrong_and_leaves_its_rows(
-    part: str, words: list[str], least: int, tmp_path: Path
+    part: str, words: list[str], least: int, device: str, tmp_path: Path
 ):
+    """On the CPU, and along a GPU's path, where tensors of two devices would raise."""
     environment = {
         **os.environ,
         "PYTHONPATH": python_path(),
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    script, *more = words
+    first, *more = words[:-1], words[-1]
     done = subprocess.run(
-        [sys.executable, f"tools/gpu/{script}", str(tmp_path), *more],
+        [sys.executable, f"tools/gpu/{first[0]}", *first[1:], str(tmp_path), *more],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads((tmp_path / f"{part}.json").read_text())
     assert found["bad"] == [] and len(found["rows"]) >= least
-    assert found["where"]["torch"] == torch.__version__
+    assert found["where"]["torch"] == torch.__version__ and found["where"]["device"] == device
     assert not [row for row in found["rows"] if "failed" in row]
 
 

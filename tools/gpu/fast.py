@@ -27,13 +27,13 @@ from torch import Tensor
 
 from megatron_ring.kernels import (
     combine,
-    dispatch,
     expert_mlp,
     grouped_gemm,
     permute,
     route,
     route_index,
 )
+from megatron_ring.kernels.grouped_gemm import op
 from tools.gpu import fast_decode, fast_rows, peers
 from tools.gpu.bench import PAPER, TINY, Bench, Side, Work, side
 from tools.gpu.results import Results
@@ -45,7 +45,7 @@ def products(bench: Bench, skewed: bool) -> None:
     s = bench.sizes
     N, offsets_E = s.T * s.K, expert_ends(s.T * s.K, s.E, bench.device, skewed=skewed)
     x_ND, w_EFD = bench.new(N, s.D, leaf=True), bench.new(s.E, 2 * s.F, s.D, scale=0.02, leaf=True)
-    dy_NF, kernels = bench.new(N, 2 * s.F), grouped_kernels(x_ND)
+    dy_NF, kernels = bench.new(N, 2 * s.F), op.kernels_for(x_ND, w_EFD)
     ends = [0, *offsets_E.tolist()]
     spans = [(expert, slice(a, b)) for expert, (a, b) in enumerate(pairwise(ends))]
     sizes, w_EDF, x, w = (
@@ -106,17 +106,6 @@ def accumulating(who: str, w_EFD: Tensor, add: Callable[[Tensor], object]) -> Si
         return lambda: add(main_EFD)
 
     return Side(who, make, lambda _found: [kept.pop().clone()])
-
-
-def grouped_kernels(x: Tensor):
-    """What holds the three grouped products for ``x``."""
-    if dispatch.backend(x) == "triton":
-        from megatron_ring.kernels.grouped_gemm import kernel
-
-        return kernel
-    from megatron_ring.kernels.grouped_gemm import host
-
-    return host
 
 
 def experts(bench: Bench) -> None:

@@ -24,7 +24,7 @@ from megatron_ring.kernels import (
     route_index,
     token_logprob,
 )
-from megatron_ring.model.attention import segment_attention, varlen_attention
+from megatron_ring.model.attention import segment_attention, torch_varlen, varlen_attention
 from megatron_ring.model.packed import PackedInputs
 from tools.gpu import peers
 from tools.gpu.bench import Bench, Side, Work, peer, side
@@ -254,7 +254,14 @@ def attention(bench: Bench) -> None:
     ]
     if on_gpu and find_spec("flash_attn") is not None:
         # the model takes that one then
-        attends.append(("torch's varlen_attn", None, lambda: torch_varlen(q, k, v, ends, half, scale)))
+        by_name = torch_varlen()
+        attends.append(
+            (
+                "torch's varlen_attn",
+                None,
+                lambda: lambda: by_name(q, k, v, ends, ends, half, half, scale=scale),
+            )
+        )
     if on_gpu:
         attends.append(("SDPA per segment (copies keys)", None, lambda: per_segment))
     attends += peers.flash_attention(q, k, v, ends, half, scale)
@@ -277,11 +284,3 @@ def attention(bench: Bench) -> None:
             flops=times * flops,
             bytes_moved=times * moved,
         )
-
-
-def torch_varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, scale: float) -> Work:
-    """torch's own kernel by name, also where the model takes flash-attn."""
-    from megatron_ring.model.attention import _torch_varlen
-
-    attend = _torch_varlen()
-    return lambda: attend(q, k, v, ends, ends, longest, longest, scale=scale)

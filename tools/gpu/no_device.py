@@ -157,5 +157,14 @@ class _NoDevice:
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+    def get_empty_cache_for_benchmark(self) -> torch.Tensor:
+        return torch.empty(0)
+
+    def clear_cache(self, _cache: torch.Tensor) -> None:
+        """No cache is there to be cold."""
+
     def map_python_to_cpp_type(self, kind: str) -> str:
         return kind

@@ -17,6 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from megatron_ring.kernels import dispatch
 from megatron_ring.kernels.expert_mlp import host as expert_host
 from megatron_ring.kernels.expert_mlp import op as expert_op
+from megatron_ring.kernels.grouped_gemm import host as product_host
+from megatron_ring.kernels.grouped_gemm import op as product_op
 from tools.gpu.no_device import driver_of
 
 
@@ -110,7 +112,7 @@ def _compare(name: str, launched: Any, computed: Any) -> None:
 
 @contextmanager
 def kernels(seen: Any, kind: type) -> Iterator[None]:
-    implementation, expert_kernels = dispatch.implementation, expert_op._kernels
+    implementation = dispatch.implementation
 
     def start(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         named = dict(zip((each.name for each in kernel.params), args, strict=False)) | options
@@ -124,20 +126,25 @@ def kernels(seen: Any, kind: type) -> Iterator[None]:
 
     def both(tensor: Tensor, folder: str) -> Any:
         launcher = implementation(tensor, folder)
-        if not isinstance(tensor, kind):
+        # the reference, where that was asked for
+        if not isinstance(tensor, kind) or dispatch._forced == "torch":
             return launcher
         assert launcher.__name__.endswith(".kernel"), f"{folder}: {launcher.__name__} on a GPU"
         with dispatch.force("torch"):
             return _Twice(launcher, implementation(tensor, folder), seen, kind)
 
-    def experts(x_ND: Tensor, w_down_eDF: Tensor) -> Any:
-        launcher = expert_kernels(x_ND, w_down_eDF)
-        if not isinstance(x_ND, kind) or launcher is expert_host:
-            return launcher
-        return _Twice(launcher, expert_host, seen, kind)
+    def grouped(choose: Any, host: Any) -> Any:
+        def chosen(x_ND: Tensor, w_eFD: Tensor) -> Any:
+            launcher = choose(x_ND, w_eFD)
+            if not isinstance(x_ND, kind) or launcher is host:
+                return launcher
+            return _Twice(launcher, host, seen, kind)
+
+        return chosen
 
     with driver_of(90), ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", start))
         stack.enter_context(mock.patch.object(dispatch, "implementation", both))
-        stack.enter_context(mock.patch.object(expert_op, "_kernels", experts))
+        for op, host in ((expert_op, expert_host), (product_op, product_host)):
+            stack.enter_context(mock.patch.object(op, "kernels_for", grouped(op.kernels_for, host)))
         yield

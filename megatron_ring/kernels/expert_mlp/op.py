@@ -40,14 +40,14 @@ def expert_mlp(
     p is ``<dy Wdown, silu(gate) * up>``.
     """
     if not torch.is_grad_enabled():
-        kernels = _kernels(x_ND, w_down_eDF)
+        kernels = kernels_for(x_ND, w_down_eDF)
         return kernels.forward(x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, False)[0]
     differentiable = (x_ND, w_up_e2FD, w_down_eDF, *(() if probs_N is None else (probs_N,)))
     keep_z = any(t.requires_grad for t in differentiable)
     return _ExpertMlp.apply(x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, main_grads, keep_z)
 
 
-def _kernels(x_ND: Tensor, w_down_eDF: Tensor) -> Any:
+def kernels_for(x_ND: Tensor, w_down_eDF: Tensor) -> Any:
     """The module whose forward and backward serve these operands: see ``dispatch`` and ``taken``."""
     if dispatch.backend(x_ND) == "triton":
         from megatron_ring.kernels.expert_mlp import kernel
@@ -61,7 +61,7 @@ def _kernels(x_ND: Tensor, w_down_eDF: Tensor) -> Any:
 class _ExpertMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, main_grads, keep_z):
-        y_ND, z_N2F = _kernels(x_ND, w_down_eDF).forward(
+        y_ND, z_N2F = kernels_for(x_ND, w_down_eDF).forward(
             x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, keep_z
         )
         if keep_z:
@@ -73,7 +73,7 @@ class _ExpertMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_ND):
         x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, z_N2F = ctx.saved_tensors
-        dx_ND, dw_up_e2FD, dw_down_eDF, dprobs_N = _kernels(x_ND, w_down_eDF).backward(
+        dx_ND, dw_up_e2FD, dw_down_eDF, dprobs_N = kernels_for(x_ND, w_down_eDF).backward(
             dy_ND.contiguous(), x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, z_N2F,
             ctx.needs_input_grad[:3], ctx.main_grads,
         )  # fmt: skip

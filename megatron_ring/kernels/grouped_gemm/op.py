@@ -33,7 +33,7 @@ def grouped_gemm(
     return _GroupedGemm.apply(x_ND, w_eFD, offsets_e, main_grad_eFD)
 
 
-def _kernels(x_ND: Tensor, w_eFD: Tensor) -> Any:
+def kernels_for(x_ND: Tensor, w_eFD: Tensor) -> Any:
     """The module whose three products serve these operands: see ``dispatch`` and ``kernel.taken``."""
     if dispatch.backend(x_ND) == "triton":
         from megatron_ring.kernels.grouped_gemm import kernel
@@ -48,13 +48,13 @@ class _GroupedGemm(torch.autograd.Function):
     def forward(ctx: FunctionCtx, x_ND, w_eFD, offsets_e, main_grad_eFD):
         ctx.save_for_backward(x_ND, w_eFD, offsets_e)
         ctx.main_grad_eFD = main_grad_eFD
-        return _kernels(x_ND, w_eFD).grouped_nt(x_ND, w_eFD, offsets_e)
+        return kernels_for(x_ND, w_eFD).grouped_nt(x_ND, w_eFD, offsets_e)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_NF):
         x_ND, w_eFD, offsets_e = ctx.saved_tensors
-        dy_NF, kernels, main = dy_NF.contiguous(), _kernels(x_ND, w_eFD), ctx.main_grad_eFD
+        dy_NF, kernels, main = dy_NF.contiguous(), kernels_for(x_ND, w_eFD), ctx.main_grad_eFD
         dx_ND = kernels.grouped_nn(dy_NF, w_eFD, offsets_e) if ctx.needs_input_grad[0] else None
         dw_eFD = kernels.grouped_tn(dy_NF, x_ND, offsets_e, main) if ctx.needs_input_grad[1] else None
         return dx_ND, dw_eFD if main is None else None, None, None
