@@ -30,6 +30,16 @@ _base_python() {
 
 _version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 
+_new_venv() {  # _new_venv PYTHON FOLDER: make it, or say in a line why not
+    local log
+    log="$("$1" -m venv "$2" 2>&1)" && return
+    case "$log" in
+        *ensurepip*) log="it has no ensurepip; Debian and Ubuntu have it in python$(_version_of "$1")-venv" ;;
+    esac
+    echo "error: $1 could not make $2 ($(tail -1 <<<"$log"))" >&2
+    return 2
+}
+
 # _make_venv: .venv with a supported Python and pip. One that is there is used or refused, never replaced
 _make_venv() {
     local base log
@@ -50,13 +60,7 @@ _make_venv() {
     else
         base="$(_base_python)" || return 2
         _say "making .venv with $("$base" --version)"
-        log="$("$base" -m venv .venv 2>&1)" || {
-            case "$log" in
-                *ensurepip*) log="it has no ensurepip; Debian and Ubuntu have it in python$(_version_of "$base")-venv" ;;
-            esac
-            echo "error: $base could not make $_root/.venv ($(tail -1 <<<"$log"))" >&2
-            return 2
-        }
+        _new_venv "$base" "$_root/.venv" || return 2
     fi
     # none in an environment that was interrupted while it was made, or that another tool has made
     "$PYTHON" -m pip --version >/dev/null 2>&1 || log="$("$PYTHON" -m ensurepip 2>&1)" || {

@@ -52,12 +52,12 @@ def asked() -> dict[str, Requirement]:
 def test_what_is_asked_for_begins_at_the_oldest_tested_and_admits_the_newest():
     requirements = asked()
     newest, oldest = pinned("constraints.txt", "constraints-cpu.txt"), pinned("constraints-oldest.txt")
-    assert set(oldest) == {"torch", "triton", "numpy"} and len(requirements) > 15
+    assert {"torch", "triton", "numpy", "tokenizers"} <= set(oldest) and len(requirements) > 15
     for name, requirement in requirements.items():
         assert requirement.specifier.contains(newest[name]), f"{requirement}, {newest[name]} is tested"
     for name, version in oldest.items():
-        minor = ".".join(version.split(".")[:2])
-        assert f">={minor}" in str(requirements[name].specifier), f"{requirements[name]}, {version} is tested"
+        (least,) = (each.version for each in requirements[name].specifier if each.operator == ">=")
+        assert f"{version}.".startswith(f"{least}."), f"{requirements[name]}, {version} is tested"
 
 
 def test_vllms_lock_is_the_version_that_its_script_names():
@@ -251,20 +251,3 @@ def test_apt_get_is_not_called_unannounced_nor_where_it_is_forbidden(tmp_path: P
         )
         assert allowed.returncode == 2 and "apt-get install" in heard.read_text()
         assert allowed.stdout.startswith("apt-get installs ") and "as root" in allowed.stdout
-
-
-def test_without_python_3_12_the_oldest_versions_are_skipped_aloud(tmp_path: Path):
-    for name in ("bash", "dirname", "sed"):
-        (tmp_path / name).symlink_to(shutil.which(name) or name)
-    done = subprocess.run(
-        ["bash", "tests/oldest.sh"],
-        cwd=ROOT,
-        env={"PATH": str(tmp_path), "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == (
-        "note: no Python 3.12 here (name one with RING_PYTHON312): the oldest versions are NOT tested\n"
-    )
