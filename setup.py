@@ -15,24 +15,34 @@ import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import find_packages, setup
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    # pip asks for it in an isolated build only, and the older ones end in a page about pyproject.toml
+    sys.exit(
+        f"megatron_ring: setuptools {setuptools.__version__} is too old to install it without isolation; "
+        'pip install "setuptools>=77" first'
+    )
 
 EXT = os.environ.get("MEGATRON_RING_EXT", "")
 
-# what was tested: the newest of each in constraints*.txt, the oldest of the first four in constraints-oldest.txt
+# what was tested: the newest of each in constraints*.txt, the oldest of those that a cluster's environment has already
+# in constraints-oldest.txt
 DEPENDENCIES = [
     "torch>=2.11,<2.14",
     "megatron-core>=0.16.1,<0.17",
     "numpy>=2.3,<3",
     "sentencepiece>=0.2.1,<0.3",
-    "tokenizers>=0.23,<0.24",
-    "safetensors>=0.8,<0.9",
+    # transformers 5.0 to 5.14 want 0.22, later ones 0.23
+    "tokenizers>=0.22.2,<0.24",
+    "safetensors>=0.6.2,<0.9",
     "jinja2>=3.1.6,<4",
-    "rich>=15,<16",
-    "tensorboard>=2.21,<3",
+    "rich>=14,<16",
+    "tensorboard>=2.20,<3",
     # Megatron-Core's checkpoint writers need it and do not list it: without it a save waits for ever
-    "psutil>=7,<8",
-    "matplotlib>=3.11,<4",
+    "psutil>=6.1,<8",
+    "matplotlib>=3.10,<4",
     # rewards: digits of answers, generated problems, the filter of the code sandbox
     "mpmath>=1.3,<1.5",
     "reasoning-gym>=0.1.25,<0.2",

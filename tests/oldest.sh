@@ -110,6 +110,7 @@ kernels() {
     rooms static tests/kernels/test_static.py -k "compiles_within_its_gates and 100"
     PYTHON="$PYTHON" RING_GPU_CHECK=tiny bash tools/gpu_check.sh "$out/check" same >"$out/runs" 2>&1
 }
+checkpoints=(tests/checkpoint/test_{checkpointer,rng,convert_files,safetensors_header}.py)
 status=0
 # a group of its own, which can be ended whole
 set -m
@@ -117,7 +118,7 @@ kernels </dev/null &
 first=$!
 set +m
 rooms model-rl -m "not slow and not all" tests/model tests/rl || status=1
-rooms files -m "not slow and not all" tests/data tests/checkpoint tests/report tests/runtime/test_metrics.py || status=1
+rooms files -m "not slow and not all" tests/data tests/report "${checkpoints[@]}" || status=1
 wait "$first" || status=1
 first=
 for each in kernels launches static runs model-rl files; do

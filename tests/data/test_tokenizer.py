@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from megatron_ring.data.builtin import builtin_documents
@@ -28,7 +28,10 @@ def test_sentencepiece_returns_every_text_as_it_was(sentencepiece: SentencePiece
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@example(text="a<|im_start|>b")
 def test_huggingface_returns_every_text_as_it_was(huggingface: HuggingFaceTokenizer, text: str):
+    # a spelt end or padding is a token without text
+    assume("<|endoftext|>" not in text and "<|im_end|>" not in text)
     assert huggingface.decode(huggingface.encode(text)) == text
 
 

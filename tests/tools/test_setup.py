@@ -52,12 +52,32 @@ def asked() -> dict[str, Requirement]:
 def test_what_is_asked_for_begins_at_the_oldest_tested_and_admits_the_newest():
     requirements = asked()
     newest, oldest = pinned("constraints.txt", "constraints-cpu.txt"), pinned("constraints-oldest.txt")
-    assert {"torch", "triton", "numpy", "tokenizers"} <= set(oldest) and len(requirements) > 15
+    assert {"torch", "triton", "numpy", "tokenizers"} <= oldest.keys() & requirements and len(
+        requirements
+    ) > 15
     for name, requirement in requirements.items():
         assert requirement.specifier.contains(newest[name]), f"{requirement}, {newest[name]} is tested"
-    for name, version in oldest.items():
+    for name, version in ((name, oldest[name]) for name in oldest.keys() & requirements):
         (least,) = (each.version for each in requirements[name].specifier if each.operator == ">=")
         assert f"{version}.".startswith(f"{least}."), f"{requirements[name]}, {version} is tested"
+
+
+def test_a_setuptools_that_is_too_old_is_one_line(tmp_path: Path):
+    """Without isolation nobody asks which one is there."""
+    (tmp_path / "setuptools.py").write_text('__version__ = "68.1.2"\nfind_packages = setup = None\n')
+    done = subprocess.run(
+        [sys.executable, "setup.py"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert (
+        'setuptools 68.1.2 is too old to install it without isolation; pip install "setuptools>=77"'
+        in done.stderr
+    )
 
 
 def test_vllms_lock_is_the_version_that_its_script_names():
