@@ -33,10 +33,13 @@ def sample_tokens(
     rollouts.
     """
     generator = torch.Generator().manual_seed(seed)
+    topology = engine.topology
+    # Megatron's interleaved schedule takes no fewer microbatches than there are stages
+    copies = topology.pp_size if topology.vpp_size > 1 else 1
     tokens = list(prompt)
     for _ in range(min(max_new_tokens, num_slots - len(prompt))):
         row = pack_microbatch([(tokens, tokens, [0.0] * len(tokens))], num_slots)
-        results = engine.forward([row], partial(_column, len(tokens) - 1))
+        results = engine.forward([row] * copies, partial(_column, len(tokens) - 1))
         logits_V = _on_every_rank(engine, results)
         probabilities = torch.softmax(logits_V.double() / temperature, dim=-1)
         token = int(torch.multinomial(probabilities, 1, generator=generator))

@@ -41,3 +41,4 @@ def test_layout_computes_what_one_process_computes(case: Case, run_world):
     )
     assert gap < 1e-4, f"{key} differs by {gap:.1e} after three steps"
     assert own["evaluation"] == pytest.approx(ref["evaluation"], rel=1e-4)
+    assert len(own["sample"]) == 3 and own["sample"] == ref["sample"]

@@ -16,6 +16,7 @@ from megatron_ring.data.microbatch import Microbatch, pack_microbatch
 from megatron_ring.runtime import megatron_cpu
 from megatron_ring.runtime.session import Session
 from megatron_ring.train.objective import NextTokenObjective
+from megatron_ring.train.sampling import sample_tokens
 from tests.parallel.cases import CASES, LR, NUM_MICROBATCHES, NUM_SLOTS, REFERENCES, STEPS, Case
 from tests.parallel.collect import local_shards
 from tests.parallel.running import engine_at_start, reduce_whole_gradients, run_cases
@@ -62,11 +63,11 @@ def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) 
             balance=first.balance_loss,
             z=first.z_loss,
             violation=first.max_violation,
-            evaluation=None,
         )
     summary_eval = engine.evaluate(own, objective)
+    sample = sample_tokens(engine, [5, 3, 7], max_new_tokens=3, num_slots=NUM_SLOTS)
     if session.is_main:
-        summary["evaluation"] = summary_eval
+        summary |= {"evaluation": summary_eval, "sample": sample}
         (out / "summary.json").write_text(json.dumps(summary))
 
 
