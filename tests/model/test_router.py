@@ -293,6 +293,22 @@ def test_running_statistics_are_those_of_the_true_logits_of_valid_tokens():
     assert router.logit_std.item() == pytest.approx(0.9 * 1.7 + 0.1 * kept.std(correction=0).item(), rel=1e-5)
 
 
+def test_what_stands_in_padding_does_not_reach_the_running_statistics():
+    """Nor does a step without a valid token move them."""
+    router = warm_router()
+    hidden_TD, packed = inputs(warmup=0.5)
+    router(hidden_TD, packed)
+    expected = router.logit_moments.clone()
+    router.clear_statistics()
+    dirty_TD = hidden_TD.detach().clone()
+    dirty_TD[~packed.valid_T] = float("nan")
+    router(dirty_TD.requires_grad_(), packed)
+    assert torch.equal(router.logit_moments, expected)
+    before = router.logit_mean.clone(), router.logit_std.clone()
+    router.update_after_step(router.load_E, torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(router.logit_mean, before[0]) and torch.equal(router.logit_std, before[1])
+
+
 def test_statistics_stand_still_outside_training():
     router = warm_router()
     for mode, grad, scale in ((False, True, 0.1), (True, False, 0.1), (True, True, None)):
