@@ -2,14 +2,12 @@
 
 A test that takes the fixture ``backend`` runs on plain torch and on the C++ extension in the ordinary
 process, and on Triton in a process of its own under the interpreter, which reads TRITON_INTERPRET at import.
-There outputs start as NaN between margins, because the interpreter checks no bounds.
+There outputs start as NaN between margins (tools/gpu/guard.py), because the interpreter checks no bounds.
 """
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +21,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = os.environ.get("RING_TEST_DEVICE", "cpu")
 """``cuda``: the tests that take a ``backend`` run on Triton on a GPU, and no others (tools/gpu_check.sh)."""
 ROOT = Path(__file__).resolve().parents[2]
-_MARGIN = 64
 
 
 def backends() -> list[str]:
@@ -63,34 +60,3 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     difference = (actual.detach().double() - expected.detach().double()).abs()
     scale = expected.detach().abs().max().double().clamp(min=1e-30)
     return float((difference.nan_to_num(torch.inf).max() / scale).item())
-
-
-@contextmanager
-def guarded_outputs() -> Iterator[None]:
-    """Tensors allocated empty inside start as NaN (integers: a canary), between margins to stay untouched."""
-    plain_empty, plain_like, plain_new = torch.empty, torch.empty_like, Tensor.new_empty
-    buffers: list[tuple[Tensor, Tensor]] = []
-
-    def guard(shape, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
-        shape = torch.Size(shape)
-        size = shape.numel()
-        canary = torch.nan if dtype.is_floating_point else 0x5A5A5A
-        buffer = torch.full((size + 2 * _MARGIN,), canary, dtype=dtype, device=device)
-        buffers.append((buffer, torch.cat([buffer[:_MARGIN], buffer[_MARGIN + size :]]).clone()))
-        return buffer[_MARGIN : _MARGIN + size].view(shape)
-
-    def flat(shape: tuple) -> tuple:
-        return tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-
-    torch.empty = lambda *shape, dtype=torch.float32, device=None, **_: guard(flat(shape), dtype, device)
-    torch.empty_like = lambda like, **_: guard(like.shape, like.dtype, like.device)
-    Tensor.new_empty = lambda like, *shape, dtype=None, **_: guard(
-        flat(shape), dtype or like.dtype, like.device
-    )
-    try:
-        yield
-    finally:
-        torch.empty, torch.empty_like, Tensor.new_empty = plain_empty, plain_like, plain_new
-    for buffer, margins in buffers:
-        now = torch.cat([buffer[:_MARGIN], buffer[-_MARGIN:]])
-        assert torch.equal(now.nan_to_num(), margins.nan_to_num()), "a kernel wrote outside its output"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_ring.kernels import dispatch
-from tests.kernels.backends import DEVICE, backends, guarded_outputs
+from tests.kernels.backends import DEVICE, backends
+from tools.gpu.guard import guarded_outputs
 
 _Generator = torch.Generator
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -15,13 +14,9 @@ import pytest
 import torch
 
 import megatron_ring
-from megatron_ring import kernels
 from tests.paths import python_path
-from tools.gpu import cases as all_cases
 from tools.gpu import parts
-from tools.gpu.cases import Case, Maker
 from tools.gpu.results import Results
-from tools.gpu.right import check
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "import sys; sys.path[:0] = [{0!r}, sys.argv.pop()]; import parts; sys.argv[1:] = ['package']; parts.main()"
@@ -65,48 +60,6 @@ def test_a_part_finds_nothing_wrong_and_leaves_its_rows(
     assert found["bad"] == [] and len(found["rows"]) >= least
     assert found["where"]["torch"] == torch.__version__ and found["where"]["device"] == device
     assert not [row for row in found["rows"] if "failed" in row]
-
-
-@pytest.mark.parametrize(
-    ("op", "said"),
-    [
-        (lambda x: x * (1.1 if x.dtype != torch.float64 else 1.0), "c: output 0: relative error 1.0"),
-        (lambda x: x + torch.rand(x.shape) * 1e-7, "c: output 0: two runs differ"),
-        (lambda x: (x > (0 if x.dtype != torch.float64 else 0.5)).long(), "integers differ"),
-        (lambda x: x.no_such(), "c: AttributeError"),
-    ],
-    ids=["wrong", "not repeatable", "other integers", "fails"],
-)
-def test_what_is_wrong_is_named(op, said: str, tmp_path: Path):
-    results = Results(tmp_path, "right")
-    check(Case(name="c", op=op, leaves=[torch.full((3,), 0.25)], tolerance=1e-6), results)
-    assert len(results.bad) == 1 and said in results.bad[0]
-    assert json.loads((tmp_path / "right.json").read_text())["bad"] == results.bad
-
-
-def test_every_op_that_is_exported_has_a_case_and_its_gradient_one(monkeypatch: pytest.MonkeyPatch):
-    ops = {name for name in kernels.__all__ if not inspect.isclass(getattr(kernels, name))}
-    called: dict[str, bool] = {}
-
-    def watched(name: str):
-        def op(*args, **kwargs):
-            made = getattr(kernels, name)(*args, **kwargs)
-            tensors = made if isinstance(made, tuple) else (made,)
-            called[name] = any(isinstance(each, torch.Tensor) and each.requires_grad for each in tensors)
-            return made
-
-        return op
-
-    for name in ops:
-        monkeypatch.setattr(all_cases, name, watched(name), raising=False)
-    seen, differentiable, differentiated = set(), set(), set()
-    for case in all_cases.cases(Maker("cpu", torch.float32), small=True):
-        called.clear()
-        case.op(*(leaf.clone().requires_grad_(leaf.is_floating_point()) for leaf in case.leaves), *case.fixed)
-        seen |= called.keys()
-        differentiable |= {name for name, does in called.items() if does}
-        differentiated |= called.keys() if case.differentiated else set()
-    assert seen == ops and differentiable <= differentiated
 
 
 @pytest.mark.slow

@@ -19,15 +19,22 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Results:
-    """The rows of one part, printed and kept. ``bad`` holds a line for each thing that is wrong."""
+    """The rows of one part, printed and kept. ``bad`` holds a line for each thing that is wrong.
 
-    def __init__(self, folder: Path, part: str):
+    ``goes_on``: behind what an earlier process of the part has written.
+    """
+
+    def __init__(self, folder: Path, part: str, goes_on: bool = False):
         self.path = folder / f"{part}.json"
         self.rows: list[dict[str, Any]] = []
         self.bad: list[str] = []
         self.facts: dict[str, Any] = {"where": where()}
         self._begun = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
+        if goes_on:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            self.rows, self.bad = found["rows"], found["bad"]
+            self._begun -= found["seconds"]
 
     def row(self, **values: Any) -> None:
         self.rows.append(values)

@@ -3,14 +3,22 @@
 
 python tools/gpu/right.py OUT            the paper's sizes and odd ones; exit code 1 for what is wrong
 python tools/gpu/right.py OUT --small    small ones only, for compute-sanitizer and a CPU
+
+Outputs start as NaN between margins, so that what a kernel leaves unwritten, or writes beside them, is seen. On a GPU an
+op that starts no Triton kernel is wrong, and after a kernel that breaks the GPU for its process (an illegal access) a new
+process goes on with the next comparison.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
@@ -19,6 +27,7 @@ from torch import Tensor
 
 from megatron_ring.kernels import dispatch
 from tools.gpu.cases import BF16, Case, Maker, cases
+from tools.gpu.guard import guarded_outputs
 from tools.gpu.results import Results
 
 
@@ -26,26 +35,66 @@ def check(case: Case, results: Results) -> None:
     """Add the case's row to ``results``, and a line for each thing that is wrong with it."""
     begun = time.perf_counter()
     try:
-        first, second = _run(case, wide=False), _run(case, wide=False)
-        expected = _run(case, wide=True)
+        # what a kernel does to the device shows at the next wait, here too
+        worst, wrong = _compared(case)
     except Exception as error:
-        results.wrong(f"{case.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-        return
-    worst = 0.0
-    for kind, ours, again, theirs in zip(("output", "gradient"), first, second, expected, strict=True):
-        for index, (one, two, true) in enumerate(zip(ours, again, theirs, strict=True)):
+        worst, wrong = None, [f"{case.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"]
+    for line in wrong:
+        results.wrong(line)
+    if worst is not None:
+        results.row(name=case.name, error=worst, seconds=round(time.perf_counter() - begun, 2))
+
+
+def _compared(case: Case) -> tuple[float, list[str]]:
+    """(the largest relative error, what is wrong)."""
+    with _launches() as started:
+        first, second = _run(case, wide=False), _run(case, wide=False)
+    with _launches() as of_reference:
+        expected = _run(case, wide=True)
+    worst, wrong = 0.0, []
+    if case.starts_kernels and started == []:
+        wrong.append(f"{case.name}: no Triton kernel ran")
+    if of_reference:
+        wrong.append(f"{case.name}: the reference is no reference: it started {of_reference[0]}")
+    for kind, made, again, theirs in zip(("output", "gradient"), first, second, expected, strict=True):
+        if len(made) != len(theirs):
+            wrong.append(f"{case.name}: {len(made)} {kind}s, and the reference has {len(theirs)}")
+            continue
+        for index, (one, two, true) in enumerate(zip(made, again, theirs, strict=True)):
             what = f"{case.name}: {kind} {index}"
+            if one.shape != true.shape:
+                wrong.append(f"{what}: shape {tuple(one.shape)}, and the reference has {tuple(true.shape)}")
+                continue
             if case.repeatable and not torch.equal(one.nan_to_num(), two.nan_to_num()):
-                results.wrong(f"{what}: two runs differ")
+                wrong.append(f"{what}: two runs differ")
             if not one.is_floating_point():
                 if not torch.equal(one, true.to(one.dtype)):
-                    results.wrong(f"{what}: {int((one != true).sum())} of {one.numel()} integers differ")
+                    wrong.append(f"{what}: {int((one != true).sum())} of {one.numel()} integers differ")
                 continue
             gap = float((one.double() - true.double()).norm() / true.double().norm().clamp(min=1e-30))
             worst = max(worst, gap if gap == gap else float("inf"))
             if not gap < case.tolerance:
-                results.wrong(f"{what}: relative error {gap:.2e}, at most {case.tolerance:.2e}")
-    results.row(name=case.name, error=worst, seconds=round(time.perf_counter() - begun, 2))
+                wrong.append(f"{what}: relative error {gap:.2e}, at most {case.tolerance:.2e}")
+    return worst, wrong
+
+
+@contextlib.contextmanager
+def _launches() -> Iterator[list[str] | None]:
+    """The Triton kernels that are started inside; None without a GPU."""
+    if not torch.cuda.is_available():
+        yield None
+        return
+    from triton.runtime.jit import JITFunction
+
+    started: list[str] = []
+    run = JITFunction.run
+
+    def noted(kernel, *args, **options):
+        started.append(kernel.fn.__name__)
+        return run(kernel, *args, **options)
+
+    with mock.patch.object(JITFunction, "run", noted):
+        yield started
 
 
 def _run(case: Case, wide: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -56,7 +105,10 @@ def _run(case: Case, wide: bool) -> tuple[list[Tensor], list[Tensor]]:
 
     leaves = [cast(leaf).detach().clone().requires_grad_(leaf.is_floating_point()) for leaf in case.leaves]
     op = case.reference if wide and case.reference is not None else case.op
-    with dispatch.force("torch") if wide else dispatch.force(dispatch.backend(leaves[0])):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(dispatch.force("torch" if wide else dispatch.backend(leaves[0])))
+        if not wide:
+            stack.enter_context(guarded_outputs())
         made = op(*leaves, *map(cast, case.fixed))
         outputs = [each for each in (made if isinstance(made, tuple) else (made,)) if each is not None]
         return [each.detach() for each in outputs], _gradients(case, outputs, leaves)
@@ -85,19 +137,39 @@ def main() -> int:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for right.json")
     parser.add_argument("--small", action="store_true", help="small sizes only")
+    parser.add_argument("--done", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # fp32 is held to fp32's accuracy
     torch.backends.cuda.matmul.allow_tf32 = False
-    results = Results(args.out, "right-small" if args.small else "right")
-    for dtype in (BF16, torch.float32):
-        for case in cases(Maker(device, dtype), args.small):
-            check(case, results)
-            if device == "cuda":
-                torch.cuda.empty_cache()
+    results = Results(args.out, "right-small" if args.small else "right", goes_on=args.done > 0)
+    every = (case for dtype in (BF16, torch.float32) for case in cases(Maker(device, dtype), args.small))
+    for number, case in enumerate(every):
+        if number < args.done:
+            continue
+        check(case, results)
+        if device == "cuda" and _is_broken():
+            go_on(number + 1)
     results.write()
     print(f"{len(results.rows)} comparisons, {len(results.bad)} wrong", flush=True)
     return 1 if results.bad else 0
+
+
+def _is_broken() -> bool:
+    """Whether this process has lost its GPU: every later call would fail with the same words."""
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return True
+    return False
+
+
+def go_on(done: int) -> None:
+    """A new process in place of this one, after the first ``done`` comparisons."""
+    words = sys.argv[: sys.argv.index("--done")] if "--done" in sys.argv else sys.argv
+    print("the GPU is lost to this process; a new one goes on", flush=True)
+    os.execv(sys.executable, [sys.executable, *words, "--done", str(done)])
 
 
 if __name__ == "__main__":
