@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One GPU, under ten minutes: are the kernels right, how fast are they, does a Ring-lite-shaped model train and reinforce?
 #
-#   bash tools/gpu_check.sh                     all parts; results in gpu-check/, gpu-check/page.html at the end
+#   bash tools/gpu_check.sh                     all parts; results in gpu-check/ where you stand, its page.html at the end
 #   bash tools/gpu_check.sh OUT right fast      only these parts, into OUT
 #   RING_GPU_CHECK_LIMIT=300 bash tools/gpu_check.sh   seconds that every part may take, in place of its own
 #   RING_GPU_CHECK=tiny bash tools/gpu_check.sh the same code at tiny sizes, without a GPU too: a rehearsal
@@ -12,31 +12,36 @@
 # none, the checkout's. A part that fails or takes too long is named, and the next one runs. Exit code 0 only if nothing is wrong.
 # On a machine without a network: tools/gpu/offline.sh gathers the wheels that it lacks, and its head has that day's commands.
 set -uo pipefail
+
+fail() { echo "error: $*" >&2 && exit 2; }
+
+case "${1:-}" in
+    -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}" && exit 0 ;;
+    -*) fail "$1 is no word of this script; name the folder for results first, then parts (--help)" ;;
+esac
+asked=${PYTHON:-python3}
+PYTHON=$(command -v "$asked") || fail "there is no $asked here; name a Python in PYTHON"
 paths=
 IFS=: read -ra given <<< "${PYTHONPATH:-}"
 for each in ${given[@]+"${given[@]}"}; do
     [ -z "$each" ] || paths+=":$([[ $each == /* ]] || printf '%s/' "$PWD")$each"
 done
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${1:-gpu-check}
 [ $# -gt 0 ] && shift
+here=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 PARTS=("$@")
 [ ${#PARTS[@]} -gt 0 ] || PARTS=(compile same right pretrain fast rl tests sanitizer page)
-for each in "$OUT" "${PARTS[@]}"; do
-    known=no
-    [[ " compile same right pretrain fast rl tests sanitizer page " == *" $each "* ]] && known=yes
-    if [ "$each" = "$OUT" ] && [ "$known" = yes ]; then
-        echo "error: OUT=$OUT is the name of a part; name the folder for results first" >&2
-        exit 2
-    elif [ "$each" != "$OUT" ] && [ "$known" = no ]; then
-        echo "error: $each is no part; name some of: compile same right pretrain fast rl tests sanitizer page" >&2
-        exit 2
-    fi
+all=" compile same right pretrain fast rl tests sanitizer page "
+[[ "$all" != *" $OUT "* ]] || fail "OUT=$OUT is the name of a part; name the folder for results first"
+for each in "${PARTS[@]}"; do
+    [[ -n "$each" && "$each" != *" "* && "$all" == *" $each "* ]] || fail "'$each' is no part; name some of:${all% }"
 done
-case "${RING_GPU_CHECK:-}" in
-    "" | tiny) ;;
-    *) echo "error: RING_GPU_CHECK=$RING_GPU_CHECK must be tiny, or not set" >&2 && exit 2 ;;
-esac
+[[ "${RING_GPU_CHECK:-}" =~ ^(tiny)?$ ]] || fail "RING_GPU_CHECK=$RING_GPU_CHECK must be tiny, or not set"
+[[ "${RING_GPU_CHECK_LIMIT:-1}" =~ ^[1-9][0-9]{0,5}$ ]] ||
+    fail "RING_GPU_CHECK_LIMIT=$RING_GPU_CHECK_LIMIT must be a whole number of seconds, at least 1"
+[[ "$OUT" == /* ]] || OUT=$here/$OUT
+[[ "$PYTHON" == /* ]] || PYTHON=$here/$PYTHON
 tiny=()
 small=()
 slower=1
@@ -49,7 +54,6 @@ if [ "${RING_GPU_CHECK:-}" = tiny ]; then
     right=right-small
     card=(--sets tiny)
 fi
-PYTHON=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
 export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-lo}" GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}"
 
@@ -57,7 +61,13 @@ export NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-lo}" GLOO_SOCKET_IFNAME="${GLOO
 helpers=$(mktemp -d)
 group=
 trap 'rm -rf "$helpers"' EXIT
-trap '[ -z "$group" ] || kill -KILL -- "-$group"; exit 130' INT TERM
+name=
+stop() { # the part that runs and all that it started
+    [ -z "$group" ] || { kill -KILL -- "-$group" && wait; } 2> /dev/null
+    echo "== stopped${name:+ in the midst of $name}; what was found so far is in $OUT" >&2
+    exit 130
+}
+trap stop INT TERM HUP
 for each in tools tests; do
     mkdir "$helpers/$each"
     ln -s "$PWD/$each"/* "$helpers/$each/"
@@ -67,13 +77,18 @@ checked=$(PYTHONPATH="${paths#:}" "$PYTHON" -P tools/gpu/parts.py package) || ex
 [ "$checked" = installed ] || paths=":$PWD$paths"
 export PYTHONPATH="$helpers$paths"
 "$PYTHON" tools/gpu/parts.py where "$OUT" "${tiny[@]}" || exit 2
+if command -v flock > /dev/null; then
+    exec 9> "$OUT/.lock"
+    flock -n 9 || fail "another check writes into OUT=$OUT; name another folder, or wait for it"
+fi
 failed=()
 
 used() { nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits 2> /dev/null | head -1; }
 
 part() { # NAME SECONDS COMMAND...
     # a machine that rehearses is slow
-    local name=$1 limit=${RING_GPU_CHECK_LIMIT:-$(($2 * slower))} begun=$SECONDS status=0 taken tail left
+    name=$1
+    local limit=${RING_GPU_CHECK_LIMIT:-$(($2 * slower))} begun=$SECONDS status=0 taken tail left
     shift 2
     [[ " ${PARTS[*]} " == *" $name "* ]] || return 0
     echo "== $name"
@@ -81,7 +96,7 @@ part() { # NAME SECONDS COMMAND...
     rm -f "$OUT/$name.json" "$OUT/$name-small.json"
     : > "$OUT/$name.log"
     # SIGINT, so that it says where it was; a group of its own, so that nothing of it is left on the GPU
-    env --default-signal=INT timeout -s INT -k 5 "$limit" "$@" >> "$OUT/$name.log" 2>&1 &
+    env --default-signal=INT timeout -s INT -k 5 "$limit" "$@" >> "$OUT/$name.log" 2>&1 9>&- &
     group=$!
     tail -n +1 -s 0.2 -f --pid="$group" "$OUT/$name.log" &
     tail=$!

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -114,16 +115,59 @@ def test_without_a_gpu_one_line_says_how_to_rehearse(tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "tiny", "said"),
     [
-        (["OUT", "rigth"], "tiny", "rigth is no part"),
+        (["OUT", "rigth"], "tiny", "'rigth' is no part"),
         (["right", "fast"], "tiny", "OUT=right is the name of a part"),
+        (["OUT", "page right"], "tiny", "'page right' is no part"),
         (["OUT"], "Tiny", "RING_GPU_CHECK=Tiny must be tiny"),
+        (["--tiny"], "tiny", "--tiny is no word of this script"),
+        (["OUT/file/under"], "tiny", "cannot be written (Not a directory); name a folder that can"),
     ],
 )
 def test_a_check_that_would_check_nothing_is_refused(words: list[str], tiny: str, said: str, tmp_path: Path):
+    (tmp_path / "file").touch()
+    words = [word.replace("OUT/file", f"{tmp_path}/file") for word in words]
     words = [str(tmp_path / "out") if word == "OUT" else word for word in words]
     done = _check(words, tiny, sys.executable)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
     assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"PYTHON": "/no/python"}, "there is no /no/python here; name a Python in PYTHON"),
+        ({"RING_GPU_CHECK_LIMIT": "2m"}, "RING_GPU_CHECK_LIMIT=2m must be a whole number of seconds"),
+        ({"RING_GPU_CHECK_LIMIT": "0"}, "RING_GPU_CHECK_LIMIT=0 must be a whole number of seconds"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_line(environment: dict[str, str], said: str, tmp_path: Path):
+    command = ["bash", str(ROOT / "tools" / "gpu_check.sh"), "out", "page"]
+    environment = {**os.environ, "PYTHON": sys.executable, "RING_GPU_CHECK": "tiny", **environment}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_are_where_the_user_stands_and_one_check_at_a_time_writes_there(tmp_path: Path):
+    out = tmp_path / "a b"
+    command = ["bash", str(ROOT / "tools" / "gpu_check.sh"), "a b", "fast", "page"]
+    python = _python(tmp_path, 'case "$*" in *fast.py*) echo begun; sleep 299 ;; esac')
+    environment = {**os.environ, "PYTHON": python, "RING_GPU_CHECK": "tiny"}
+    words = {"cwd": tmp_path, "env": environment, "text": True, "stderr": subprocess.PIPE}
+    # a group of its own, as a terminal's, which Ctrl-C reaches
+    first = subprocess.Popen(command, **words, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        while "begun" not in first.stdout.readline():
+            assert first.poll() is None
+        second = subprocess.run(command, **words, timeout=60)
+        assert second.returncode == 2 and "error: another check writes into OUT=" in second.stderr
+        os.killpg(first.pid, signal.SIGINT)
+        _, said = first.communicate(timeout=60)
+    finally:
+        first.kill()
+    assert first.returncode == 130
+    assert said == f"== stopped in the midst of fast; what was found so far is in {out}\n"
+    assert (out / "fast.log").read_text() == "begun\n"
 
 
 def test_a_part_that_dies_early_shows_nothing_of_an_earlier_run_and_its_end_in_words(tmp_path: Path):

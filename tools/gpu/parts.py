@@ -63,8 +63,11 @@ def where(out: Path, tiny: bool) -> str | None:
     found = found_where()
     if found["device"] == "cpu" and not tiny:
         return "torch finds no GPU here; RING_GPU_CHECK=tiny bash tools/gpu_check.sh rehearses without one"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "where.json").write_text(json.dumps({"where": found}) + "\n", encoding="utf-8")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "where.json").write_text(json.dumps({"where": found}) + "\n", encoding="utf-8")
+    except OSError as error:
+        return f"OUT={out} cannot be written ({error.strerror}); name a folder that can"
     print(", ".join(f"{name} {value}" for name, value in found.items()))
     return None
 
