@@ -54,6 +54,15 @@ def launch(**words: object) -> no_device.Launch:
     return no_device.Launch(**{**values, **words})
 
 
+def test_every_comparison_of_the_check_on_a_gpu_is_compiled_before():
+    """What is missing there is compiled by one process within the seconds of tools/gpu/right.py."""
+    names = [name for name, _ in launches.calls("right")]
+    assert len(names) == len(set(names)) > 200
+    for dtype in ("bfloat16", "float32"):
+        assert f"expert_mlp 1536x2048x1408, 64 experts, skewed, {dtype}" in names
+        assert f"token_logprob 2048x126464 at 1.0, {dtype}" in names
+
+
 def test_a_kernel_with_a_binary_too_many_is_a_problem(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launches, "disassemble", lambda _cubin: ([], [], 7))
     made = [launch(binary=str(n)) for n in range(launches.MAX_BINARIES)] * 2

@@ -72,6 +72,13 @@ class Maker:
     def integers(self, below: int, *shape: int) -> Tensor:
         return torch.randint(below, shape, generator=self.generator, device=self.device)
 
+    def firm_logits(self, logits_TE: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
+        return firm_logits(logits_TE, choose)
+
+    def firm_uniforms(self, logits_SV: Tensor, words: dict[str, Any]) -> Tensor:
+        draw = partial(self.uniform, len(logits_SV), dtype=torch.float64)
+        return firm_uniforms(logits_SV, draw, words)
+
     def angles(self, tokens: int, half: int) -> Tensor:
         turns = self.uniform(tokens, half) * 6
         return torch.stack((turns.cos(), turns.sin()))
@@ -135,7 +142,7 @@ def routing(make: Maker, T: int, D: int, E: int, K: int) -> list[Case]:
     """From logits to rows and back."""
     drawn_TE = make.normal(T, E, scale=2.0, dtype=torch.float32)
     bias_E = make.normal(E, scale=0.1, dtype=torch.float32)
-    logits_TE = firm_logits(drawn_TE, lambda x: route(x, topk=K).experts_TK)
+    logits_TE = make.firm_logits(drawn_TE, lambda x: route(x, topk=K).experts_TK)
     experts_TK = route(logits_TE, topk=K).experts_TK
     index = route_index(experts_TK, E)
 
@@ -143,7 +150,7 @@ def routing(make: Maker, T: int, D: int, E: int, K: int) -> list[Case]:
         words = {"score_function": "sigmoid", "num_groups": 4, "group_topk": 2, "scaling_factor": 2.5}
         return tuple(route(logits, topk=K, expert_bias_E=bias, **words))
 
-    grouped_TE = firm_logits(drawn_TE, lambda x: sigmoid(x, bias_E.double())[1])
+    grouped_TE = make.firm_logits(drawn_TE, lambda x: sigmoid(x, bias_E.double())[1])
     fine = 8e-3 if make.dtype == BF16 else 1e-5
     x_TD, y_ND, weights_TK = make.normal(T, D), make.normal(T * K, D), make.uniform(T, K)
     return [
@@ -162,8 +169,8 @@ def routing(make: Maker, T: int, D: int, E: int, K: int) -> list[Case]:
 def dropping(make: Maker, T: int, D: int, E: int, K: int) -> list[Case]:
     """Padding, experts that were recorded, one expert per token; slots that nobody computes."""
     drawn_TE = make.normal(T, E, scale=2.0, dtype=torch.float32)
-    logits_TE = firm_logits(drawn_TE, lambda x: route(x, topk=K).experts_TK)
-    single_TE = firm_logits(drawn_TE, lambda x: route(x, topk=1).experts_TK)
+    logits_TE = make.firm_logits(drawn_TE, lambda x: route(x, topk=K).experts_TK)
+    single_TE = make.firm_logits(drawn_TE, lambda x: route(x, topk=1).experts_TK)
     x_TD, y_ND, weights_TK = make.normal(T, D), make.normal(T * K, D), make.uniform(T, K)
     valid_T = make.integers(3, T) > 0
     # E is nobody's
@@ -268,7 +275,7 @@ def decoding(make: Maker, S: int, context: int, V: int) -> list[Case]:
                 name=f"sample_token {S}x{V} {words or ''}",
                 op=lambda logits, uniforms, words=words: sample_token(logits.detach(), uniforms, **words),
                 leaves=[logits_SV],
-                fixed=[firm_uniforms(logits_SV, lambda: make.uniform(S, dtype=torch.float64), words)],
+                fixed=[make.firm_uniforms(logits_SV, words)],
                 tolerance=1e-4,
                 starts_kernels=words.get("temperature") != 0.0,
             )

@@ -85,8 +85,14 @@ def comparisons() -> Iterator[tuple[str, shapes.Call]]:
         def uniform(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(*shape, dtype=dtype)
 
+        def firm_logits(self, logits_TE: Tensor, choose: Any) -> Tensor:
+            return logits_TE
+
+        def firm_uniforms(self, logits_SV: Tensor, words: Any) -> Tensor:
+            return self.uniform(len(logits_SV), dtype=torch.float64)
+
     for dtype in (torch.bfloat16, torch.float32):
-        for case in cases(Untouched("cpu", dtype), small=dtype == torch.float32):
+        for case in cases(Untouched("cpu", dtype), small=False):
             yield case.name, functools.partial(_once, case)
 
 
