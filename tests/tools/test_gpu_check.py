@@ -242,16 +242,32 @@ def test_what_the_sanitizer_counted_is_kept(log: str, status: int, bad: list[str
     assert parts.ended(tmp_path, "sanitizer", status, 5, 60)["bad"] == bad
 
 
-def test_a_test_that_fails_is_a_line_of_its_part(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("source", "said", "bad"),
+    [
+        (
+            "def test_torch_fails(): assert 1 == 2\ndef test_torch_holds(): pass\n",
+            "1 passed, 1 failed, 0 skipped",
+            "test_it: test_torch_fails: assert 1 == 2",
+        ),
+        (
+            "import pytest\n@pytest.mark.skip\ndef test_torch(): pass\n",
+            "0 passed, 0 failed, 1 skipped",
+            "test_it: all 1 tests were skipped",
+        ),
+    ],
+)
+def test_a_test_that_fails_and_a_file_that_tests_nothing_are_lines_of_their_part(
+    source: str, said: str, bad: str, tmp_path: Path
+):
     file = tmp_path / "test_it.py"
-    file.write_text("def test_torch_fails(): assert 1 == 2\ndef test_torch_holds(): pass\n")
+    file.write_text(source)
     done = subprocess.run(
         [sys.executable, "tools/gpu/kernel_tests.py", str(tmp_path), str(file), "--tiny"],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": python_path()}, capture_output=True, text=True,
     )  # fmt: skip
     found = json.loads((tmp_path / "tests.json").read_text())
-    assert done.returncode == 1 and found["said"] == "1 passed, 1 failed, 0 skipped"
-    assert found["bad"] == ["test_it: test_torch_fails: assert 1 == 2"]
+    assert done.returncode == 1 and found["said"] == said and found["bad"] == [bad]
 
 
 @pytest.mark.slow

@@ -74,6 +74,14 @@ def test_a_part_says_what_it_counts_itself_and_is_wrong_by_its_lines():
     ]
 
 
+def test_results_of_another_card_are_not_well_and_parts_that_did_not_run_are_named():
+    other = {**fast(timed("norm", "ours", 1.0))["fast"], "where": {**WHERE, "torch": "2.13.0"}}
+    parts = {"right": fast(timed("norm", "ours", 1.0))["fast"], "fast": other}
+    assert judged(parts)[1] == ("fast", "1 rows, 0 wrong, 3 s, of another run (torch 2.13.0)", False)
+    for text in (table(parts), page(parts)):
+        assert "Not run: compile, same, tests, sanitizer, pretrain, rl." in text
+
+
 def test_table_and_page_hold_the_same_and_say_the_card_and_what_is_no_time():
     rows = (timed("norm", "ours", 1.0), {"what": "norm", "who": "a|b", "failed": "<no> kernel"})
     parts = fast(*rows, tiny=True, bad=("norm: worse",))

@@ -65,8 +65,10 @@ def count(started: Started, results: Results) -> None:
         wrong += [f"{name}: {case.get('name')}: {' '.join(each.split())[:200]}" for each in failures]
     if status != 0 and not (status == 1 and wrong):
         wrong.append(f"{started.name}: pytest ended with exit code {status}: {said.splitlines()[-1:]}")
-    for row in rows.values():
+    for name, row in rows.items():
         results.row(**row)
+        if not row["passed"] and not row["failed"]:
+            wrong.append(f"{name}: all {row['skipped']} tests were skipped")
     for line in wrong:
         results.wrong(line)
 

@@ -69,14 +69,24 @@ def failed_peers(parts: dict[str, dict]) -> list[tuple[str, str, str]]:
 
 
 def judged(parts: dict[str, dict]) -> list[tuple[str, str, bool]]:
-    """(part, what it says, whether all is well)."""
+    """(part, what it says, whether all is well); results of another card or of other versions are not."""
     lines = []
+    first = next(iter(parts.values()))["where"]
     for name, found in parts.items():
         bad, said = found["bad"], found.get("said", f"{len(found['rows'])} rows")
-        lines.append(
-            (name.removesuffix("-small"), f"{said}, {len(bad)} wrong, {found['seconds']:.0f} s", not bad)
-        )
+        others = [f"{key} {value}" for key, value in found["where"].items() if first.get(key) != value]
+        said += f", {len(bad)} wrong, {found['seconds']:.0f} s"
+        if others:
+            said += f", of another run ({', '.join(others)})"
+        lines.append((name.removesuffix("-small"), said, not bad and not others))
     return lines
+
+
+def not_run(parts: dict[str, dict]) -> str:
+    """The parts whose results are not here; empty if all are."""
+    here = {name.removesuffix("-small") for name in parts}
+    names = dict.fromkeys(name.removesuffix("-small") for name in PARTS)
+    return ", ".join(name for name in names if name not in here)
 
 
 def wrong(parts: dict[str, dict]) -> list[tuple[str, str]]:
@@ -110,6 +120,8 @@ def table(parts: dict[str, dict]) -> str:
         blocks.append(REHEARSAL)
     cells = [(name, said, "all well" if good else "wrong") for name, said, good in judged(parts)]
     blocks.append(_markdown(("part", "result", ""), cells))
+    if missing := not_run(parts):
+        blocks.append(f"Not run: {missing}.")
     blocks += [f"- {name}: {line}" for name, line in wrong(parts)]
     if met := goals_met(parts):
         cells = [(each.what, each.goal, each.seen, _met(each)) for each in met]
@@ -165,6 +177,8 @@ def page(parts: dict[str, dict]) -> str:
     if rehearsed(parts):
         blocks.append(f"<p>{REHEARSAL}</p>")
     blocks += ["<h2>What was judged</h2>", _table(("part", "result", ""), rows)]
+    if missing := not_run(parts):
+        blocks.append(f"<p>Not run: {missing}.</p>")
     if lines := wrong(parts):
         blocks += ["<h2>What is wrong</h2>", _table(("part", "what"), lines)]
     if met := goals_met(parts):

@@ -38,6 +38,7 @@ _SIZES_ON_HOST = {
     _aten.unique_dim.default,
     _aten.bincount.default,
     _aten.equal.default,
+    _aten.allclose.default,
     _aten.is_nonzero.default,
     _aten.multinomial.default,
 }
