@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
 import subprocess
@@ -56,7 +57,7 @@ with pretending():
     ("op", "said"),
     [
         (lambda x: x * (1.1 if x.dtype != torch.float64 else 1.0), "c: output 0: relative error 1.0"),
-        (lambda x: x + torch.rand(x.shape) * 1e-7, "c: output 0: two runs differ"),
+        (lambda x, turn=itertools.cycle((0, 1, 0)): x + next(turn) * 1e-7, "c: output 0: two runs differ"),
         (lambda x: (x > (0 if x.dtype != torch.float64 else 0.5)).long(), "integers differ"),
         (lambda x: x.no_such(), "c: AttributeError"),
         (lambda x: x if x.dtype == torch.float64 else torch.empty_like(x), "c: output 0: relative error nan"),
