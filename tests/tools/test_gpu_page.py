@@ -57,7 +57,8 @@ def test_a_goal_is_met_or_missed_by_the_even_row_of_ours_and_one_that_was_not_me
 
 
 @pytest.mark.parametrize(
-    ("device", "tiny"), [("cpu", False), ("NVIDIA GH200 480GB", False), ("NVIDIA H200", True)]
+    ("device", "tiny"),
+    [("cpu", False), ("NVIDIA GH200 480GB", False), ("NVIDIA H100 PCIe", False), ("NVIDIA H200", True)],
 )
 def test_goals_are_an_h100s_or_h200s_at_the_papers_sizes(device: str, tiny: bool):
     assert goals.verdicts([], device, tiny) == []

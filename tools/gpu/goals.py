@@ -44,7 +44,8 @@ class Verdict:
 
 def verdicts(rows: Sequence[dict[str, Any]], device: str, tiny: bool) -> list[Verdict]:
     """One for each goal, of even rows (a skewed row has none); empty on other cards and at tiny sizes."""
-    if tiny or not re.search(r"\bH[12]00\b", device):
+    # the PCIe and NVL cards have less
+    if tiny or not re.search(r"\bH[12]00\b(?! (PCIe|NVL))", device):
         return []
     found = []
     for goal in GOALS:
