@@ -99,29 +99,29 @@ print("oldest: torch", torch.__version__, "Triton", triton.__version__, "numpy",
 # what setup.py asks for is what was installed
 "$PYTHON" -m pip --disable-pip-version-check check
 
+checkpoints=(tests/checkpoint/test_{checkpointer,rng,convert_files,safetensors_header}.py)
 rooms() { # NAME WORD...: tests of the default suite, their output in a file
     local name="$1"
     shift
     "$PYTHON" -m pytest -q -p no:cacheprovider "$@" >"$out/$name" 2>&1
 }
-kernels() {
+beside() { # what runs beside model and rl
     rooms kernels -m "not slow and not all" tests/kernels
     rooms launches tests/kernels/test_launches.py -k "step and 100"
     rooms static tests/kernels/test_static.py -k "compiles_within_its_gates and 100"
+    rooms files -m "not slow and not all" tests/data tests/report "${checkpoints[@]}"
     PYTHON="$PYTHON" RING_GPU_CHECK=tiny bash tools/gpu_check.sh "$out/check" same >"$out/runs" 2>&1
 }
-checkpoints=(tests/checkpoint/test_{checkpointer,rng,convert_files,safetensors_header}.py)
 status=0
 # a group of its own, which can be ended whole
 set -m
-kernels </dev/null &
+beside </dev/null &
 first=$!
 set +m
 rooms model-rl -m "not slow and not all" tests/model tests/rl || status=1
-rooms files -m "not slow and not all" tests/data tests/report "${checkpoints[@]}" || status=1
 wait "$first" || status=1
 first=
-for each in kernels launches static runs model-rl files; do
+for each in kernels launches static files runs model-rl; do
     if [ -e "$out/$each" ]; then
         if [ "$status" -eq 0 ]; then tail -n 1 "$out/$each" | sed "s/^/oldest: $each: /"; else cat "$out/$each"; fi
     fi
