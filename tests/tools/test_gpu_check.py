@@ -33,7 +33,7 @@ with open(os.environ["RING_MARK"], "a") as mark:
 @pytest.mark.parametrize(
     ("part", "words", "least", "device"),
     [
-        ("right-small", ["right.py", "--small"], 100, "cpu"),
+        pytest.param("right-small", ["right.py", "--small"], 100, "cpu", marks=pytest.mark.slow),
         ("right-small", ["rehearse.py", "right.py", "--small"], 100, "pretended H100"),
         pytest.param("fast", ["fast.py", "--tiny"], 75, "cpu", marks=pytest.mark.slow),
         pytest.param(

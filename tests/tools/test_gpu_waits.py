@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 pytest.importorskip("triton", reason="a GPU's kernels are Triton's")
 
@@ -46,9 +47,9 @@ def seen() -> Iterator[Seen]:
         {},
         {"moe_router_warmup_iters": 5},
         V2,
-        {"bf16": False, "moe_router_dtype": "fp64"},
-        {"recompute_granularity": "full"},
-        {"overlap_grad_reduce": True, "overlap_param_gather": True},
+        pytest.param({"bf16": False, "moe_router_dtype": "fp64"}, marks=pytest.mark.slow),
+        pytest.param({"recompute_granularity": "full"}, marks=pytest.mark.slow),
+        pytest.param({"overlap_grad_reduce": True, "overlap_param_gather": True}, marks=pytest.mark.slow),
     ],
     ids=["plain", "stochastic warm-up", "v2", "fp32", "recompute", "overlap"],
 )
@@ -141,6 +142,15 @@ def test_gradients_and_kernels_have_the_references_numbers(seen: Seen):
     index = route_index(torch.tensor([[1, 0], [2, 1]], device="cuda"), 2)
     assert index.offsets_E.tolist() == [1, 3]
     assert seen.launches["rms_norm_kernel"] == 1 and seen.launches["route_index_kernel"] == 1
+
+
+def test_what_megatron_keeps_of_a_step_on_the_cpu_is_left_aside_and_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    kept = torch.tensor(2.0)
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", kept)
+    assert by_function(one_step(training(SMALL)).waits) == EVERY_STEP
+    assert MoEAuxLossAutoScaler.main_loss_backward_scale is kept
 
 
 def test_afterwards_everything_is_as_before():

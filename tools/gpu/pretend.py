@@ -19,8 +19,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -303,6 +306,9 @@ def pretending() -> Iterator[Seen]:
     assert _seen is _NOBODY, "one pretended GPU at a time"
     _seen = Seen()
     with ExitStack() as stack:
+        # Megatron keeps it for the life of a process, on the device of the first step
+        for scaler, first in ((MoEAuxLossAutoScaler, None), (MTPLossAutoScaler, torch.tensor(1.0))):
+            stack.enter_context(mock.patch.object(scaler, "main_loss_backward_scale", first))
         stack.enter_context(cuda_names(_seen, CudaTensor))
         stack.enter_context(kernels(_seen, CudaTensor))
         stack.enter_context(_Mode())
