@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ slow = pytest.mark.slow
     ids=str,
 )
 def test_every_launch_is_one_that_a_driver_takes(sets: list[str], arch: int):
-    """At the paper's sizes moreover without spills (one register on sm_100), and with few binaries whatever is decoded."""
+    """At the paper's sizes moreover without spills, and with few binaries whatever is decoded."""
     # in its own process: the interpreter of other tests replaces what is compiled here
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -66,13 +67,22 @@ def test_every_comparison_of_the_check_on_a_gpu_is_compiled_before():
 def test_a_kernel_with_a_binary_too_many_is_a_problem(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launches, "disassemble", lambda _cubin: ([], [], 7))
     made = [launch(binary=str(n)) for n in range(launches.MAX_BINARIES)] * 2
-    assert launches.report(made, [], arch=90, judged=True)["problems"] == []
+    assert launches.report(made, [], judged=True)["problems"] == []
     made.append(launch(binary="more", problems=("k: grid (0,)",)))
-    assert launches.report(made, ["x"], arch=90, judged=True)["problems"] == [
+    assert launches.report(made, ["x"], judged=True)["problems"] == [
         "k: grid (0,)",
         "x",
         f"k: {launches.MAX_BINARIES + 1} binaries, at most {launches.MAX_BINARIES}",
     ]
+
+
+def test_a_spill_is_a_problem_where_launches_are_judged(monkeypatch: pytest.MonkeyPatch):
+    code = [SimpleNamespace(name="FFMA"), SimpleNamespace(name="STL"), SimpleNamespace(name="LDL")]
+    monkeypatch.setattr(launches, "disassemble", lambda _cubin: (code, [], 64))
+    found = launches.report([launch()], [], judged=True)
+    assert found["problems"] == ["k: 2 spills at these sizes, at most 0"]
+    assert found["kernels"]["k"]["spills"] == 2 and found["kernels"]["k"]["registers"] == 64
+    assert launches.report([launch()], [], judged=False)["problems"] == []
 
 
 @pytest.mark.parametrize("grid", [(0,), (1, 65_536), (1, 1, 65_536), (2**31,)])

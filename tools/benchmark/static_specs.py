@@ -139,7 +139,7 @@ def row_specs() -> dict[str, Spec]:
         token_logprob.token_logprob_partials_kernel,
         columns | {"out_ptr": "*fp32"},
         constants,
-        token_logprob.OPTIONS,
+        token_logprob.PARTIALS,
         ("columns",),
     )
     columns |= dict.fromkeys(
