@@ -247,9 +247,8 @@ class Checkpointer:
         own = sum(
             s.data.nbytes for s in nested_values(sharded) if isinstance(s, ShardedTensor) and _writes(s)
         )
-        total = torch.tensor([float(own)], dtype=torch.float64, device=self.session.device)
-        torch.distributed.all_reduce(total)
-        self._on_main(lambda: folders.begin(root, iteration, int(total.item() * 1.02) + 1_000_000))
+        (total,) = self.session.summed(own)
+        self._on_main(lambda: folders.begin(root, iteration, int(total * 1.02) + 1_000_000))
         final = folders.folder_of(root, iteration)
         return final.with_name(final.name + ".incomplete")
 
@@ -325,9 +324,7 @@ class Checkpointer:
         return {name: each for of_rank in gathered or [] for name, each in of_rank.items()}
 
     def _agreed_step_count(self) -> int:
-        count = torch.tensor([optimizer_step_count(self.engine)], device=self.session.device)
-        torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
-        return int(count.item())
+        return int(self.session.largest(optimizer_step_count(self.engine)))
 
     def _on_main(self, action: Callable[[], object]) -> None:
         """Run ``action`` on rank 0; its RingError or OSError is raised on every rank. Collective over the

@@ -141,12 +141,9 @@ class Critic:
     def _most(self, count: int) -> int:
         """The largest count over data-parallel ranks, which exchange tokens with one another's experts."""
         topology = self.session.topology
-        if topology.dp_size > 1:
-            most = torch.tensor(count, device=self.session.device)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=topology.groups.dp)
-            count = int(most)
+        most = int(self.session.largest(count, topology.groups.dp))
         stages = topology.pp_size if topology.vpp_size > 1 else 1
-        return -(-max(count, 1) // stages) * stages
+        return -(-max(most, 1) // stages) * stages
 
 
 def _read(microbatch: Microbatch, answer: Values) -> tuple[Tensor, Tensor]:

@@ -7,10 +7,11 @@ import itertools
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.distributed import ProcessGroup
 
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.errors import ConfigError
@@ -75,11 +76,25 @@ class Session:
 
     def exit_wanted(self, also: bool = False) -> bool:
         """Collective over the world: did any rank get a signal to save and leave, or see a reason of its own?"""
-        if self.world_size == 1:
-            return self.exit_request.wanted or also
-        flag = torch.tensor([float(self.exit_request.wanted or also)], device=self.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
+        return bool(self.largest(self.exit_request.wanted or also))
+
+    def summed(self, *numbers: float, group: ProcessGroup | None = None) -> list[float]:
+        """Each number's sum over the ranks of ``group`` (None: all), in fp64. Collective; a rank alone asks nobody."""
+        return self._combined(numbers, torch.distributed.ReduceOp.SUM, group)
+
+    def largest(self, number: float, group: ProcessGroup | None = None) -> float:
+        """The largest over the ranks of ``group`` (None: all). Collective; a rank alone asks nobody."""
+        return self._combined((number,), torch.distributed.ReduceOp.MAX, group)[0]
+
+    def _combined(
+        self, numbers: Sequence[float], op: torch.distributed.ReduceOp.RedOpType, group: ProcessGroup | None
+    ) -> list[float]:
+        # the device may still be at work on what came before: it is not waited for without need
+        if torch.distributed.get_world_size(group) == 1:
+            return list(numbers)
+        combined = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(combined, op=op, group=group)
+        return combined.tolist()
 
 
 def _init_process_group(parallel: ParallelConfig) -> Watch | None:

@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ring.config.run import RunConfig
-from megatron_ring.data.microbatch import Microbatch, sent
+from megatron_ring.data.microbatch import Microbatch
 from megatron_ring.model.build import Logits, RingModel, build_model
 from megatron_ring.model.packed import RouterSignal, pack_inputs
 from megatron_ring.runtime.session import Session
@@ -110,8 +110,10 @@ class Engine:
         self.discard()
         for chunk in self.chunks:
             chunk.train()
-        weight, valid = self._sum_over_data_parallel(
-            objective.local_weight(microbatches), float(sum(m.num_valid for m in microbatches))
+        weight, valid = self.session.summed(
+            objective.local_weight(microbatches),
+            sum(m.num_valid for m in microbatches),
+            group=self.topology.groups.dp,
         )
         dp_size = self.topology.dp_size
         signal = RouterSignal(loss_scale=dp_size / max(valid, 1.0), warmup=warmup)
@@ -158,7 +160,7 @@ class Engine:
         """Means of the objective's sums over every rank's microbatches, without gradients. Collective over
         the world.
         """
-        weight, _ = self._sum_over_data_parallel(objective.local_weight(microbatches), 0.0)
+        (weight,) = self.session.summed(objective.local_weight(microbatches), group=self.topology.groups.dp)
         terms = self.forward(microbatches, partial(_evaluation_loss, objective))
         sums = self._world_sums(terms, objective, [])
         return {
@@ -230,15 +232,6 @@ class Engine:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
-
-    def _sum_over_data_parallel(self, *values: float) -> list[float]:
-        """Collective over the data-parallel group: each value summed."""
-        if self.topology.dp_size == 1:
-            # the step begins while the device still works on the last one
-            return list(values)
-        totals = sent(torch.tensor(values, dtype=torch.float64), self.session.device)
-        torch.distributed.all_reduce(totals, group=self.topology.groups.dp)
-        return totals.tolist()
 
     def _world_sums(self, terms: list[LossTerms], objective: Objective, extra: list[Tensor]) -> list[float]:
         """The objective's sums (known on the last stage, once per tensor group) and ``extra``, summed over

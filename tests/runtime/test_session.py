@@ -137,3 +137,10 @@ def test_one_process_opens_no_port_to_others():
         while isinstance(store, torch.distributed.PrefixStore):
             store = store.underlying_store
         assert isinstance(store, torch.distributed.HashStore)
+
+
+def test_a_rank_alone_gives_its_own_numbers_and_asks_no_device(monkeypatch: pytest.MonkeyPatch):
+    with open_session(PLAIN, seed=1) as session:
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: pytest.fail("a collective"))
+        assert session.summed(3, 0.5) == [3, 0.5] and session.largest(7, session.topology.groups.dp) == 7
+        assert session.exit_wanted(also=True) and not session.exit_wanted()

@@ -6,9 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 
 import numpy as np
-import torch
 
-from megatron_ring.data.microbatch import sent
 from megatron_ring.errors import RolloutError
 from megatron_ring.model.head import NormHead
 from megatron_ring.model.kv_cache import KvCache, cache_shape
@@ -168,11 +166,9 @@ class InProcessEngine:
 
     def _summed(self, *numbers: int) -> Sequence[int]:
         """Each number's sum over the data-parallel group, with which this communicates."""
-        if self.engine.topology.dp_size == 1:
-            return numbers
-        sums = sent(torch.tensor(numbers, dtype=torch.float64), self.engine.session.device)
-        torch.distributed.all_reduce(sums, group=self.engine.topology.groups.dp)
-        return [int(value) for value in sums.tolist()]
+        return [
+            int(value) for value in self.engine.session.summed(*numbers, group=self.engine.topology.groups.dp)
+        ]
 
     def _broken(self, tokens_W: np.ndarray, logprobs_W: np.ndarray) -> int:
         """Of how many sequences the logits were not finite: their log p is not, whatever token was taken."""
