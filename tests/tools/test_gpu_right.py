@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import itertools
 import json
@@ -26,7 +27,7 @@ import sys
 
 import torch
 
-from megatron_ring.kernels import rms_norm
+from tools.gpu import cases as of_cases
 from tools.gpu import right
 from tools.gpu.cases import Case
 from tools.gpu.pretend import pretending
@@ -37,10 +38,14 @@ def lost(x):
     raise RuntimeError("CUDA error: an illegal memory access")
 
 
+def norm(x, w):
+    return of_cases.rms_norm(x, w)
+
+
 def cases(make, small):
     kind, x = str(make.dtype).removeprefix("torch."), [make.normal(2, 8), make.normal(8)]
     for name, op in (
-        ("first", rms_norm), ("lost", lambda x, w: lost(x)), ("none", lambda x, w: x * 1), ("last", rms_norm)
+        ("first", norm), ("lost", lambda x, w: lost(x)), ("none", lambda x, w: x * 1), ("last", norm)
     ):
         # once: each time takes a start of Python
         if name != "lost" or make.dtype == torch.bfloat16:
@@ -111,6 +116,49 @@ def test_an_op_without_a_kernel_and_a_lost_gpu_are_named_and_the_rest_is_compare
         "lost, bfloat16: RuntimeError: CUDA error: an illegal memory access",
         "none, bfloat16: no Triton kernel ran",
         "none, float32: no Triton kernel ran",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folder", "function", "of"),
+    [
+        ("expert_mlp", "_ExpertMlp", "expert_mlp"),
+        ("grouped_gemm", "_GroupedGemm", "grouped_gemm"),
+        ("permute", "_Combine", "combine"),
+        ("permute", "_Permute", "permute"),
+        ("qk_norm_rope", "_QkNormRope", "qk_norm_rope"),
+        ("rms_norm", "_RmsNorm", "rms_norm"),
+        ("routing", "_Route", "route "),
+        ("token_logprob", "_TokenLogprob", "token_logprob"),
+    ],
+)
+def test_a_fault_of_an_autograd_function_is_named(
+    folder: str, function: str, of: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """All backends share these functions: only a reference without them sees what is wrong in them."""
+    kind = getattr(importlib.import_module(f"megatron_ring.kernels.{folder}.op"), function)
+    backward = kind.backward
+
+    def halved(ctx, *given):
+        found = backward(ctx, *given)
+        found = found if isinstance(found, tuple) else (found,)
+        return tuple(None if each is None else each / 2 for each in found)
+
+    monkeypatch.setattr(kind, "backward", staticmethod(halved))
+    results, asked = Results(tmp_path, "right"), set()
+    for case in all_cases.cases(Maker("cpu", torch.float32), small=True):
+        # 300 rows have nothing that 133 have not
+        if case.name.startswith(of) and " 300x" not in case.name:
+            check(case, results)
+            asked.add(case.name)
+    assert asked and {line.split(":")[0] for line in results.bad} == asked
+
+
+def test_a_reference_that_calls_an_op_is_no_reference(tmp_path: Path):
+    results = Results(tmp_path, "right")
+    check(Case(name="c", op=kernels.rms_norm, leaves=[torch.ones(2, 8), torch.ones(8)]), results)
+    assert results.bad == [
+        "c: AssertionError: the reference is no reference: it calls an op of megatron_ring"
     ]
 
 

@@ -39,7 +39,10 @@ BF16 = torch.bfloat16
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One comparison. ``op(*leaves, *fixed)`` gives tensors, of which those at ``differentiated`` are differentiated."""
+    """One comparison. ``op(*leaves, *fixed)`` gives tensors, of which those at ``differentiated`` are differentiated.
+
+    It names the ops of megatron_ring where it is called: for the reference they are plain.py's.
+    """
 
     name: str
     op: Callable[..., Any]
@@ -50,7 +53,7 @@ class Case:
     """Norm of the difference over the norm: bf16 has 2^-8."""
     repeatable: bool = True
     reference: Callable[..., Any] | None = field(default=None)
-    """In place of ``op`` on plain torch in fp64."""
+    """In place of ``op`` in fp64."""
     starts_kernels: bool = True
     """Kernels of ours; greedy sampling and flash attention are torch's."""
 
@@ -94,13 +97,14 @@ def products(make: Maker, rows: int, D: int, F: int, experts: int, skewed: bool)
     loose = 1.5 if make.dtype == BF16 else 1.0
     tolerance = 8e-3 if make.dtype == BF16 else 1e-5
     return [
-        Case(name=f"grouped_gemm {size}", op=grouped_gemm, leaves=[x_ND, up_e2FD.flatten(1, 2)], fixed=[offsets_e],
-             differentiated=[0], tolerance=tolerance),
+        Case(name=f"grouped_gemm {size}", op=lambda x, w, ends: grouped_gemm(x, w, ends),
+             leaves=[x_ND, up_e2FD.flatten(1, 2)], fixed=[offsets_e], differentiated=[0], tolerance=tolerance),
         # between the products values are rounded, which the reference does not do
         Case(name=f"expert_mlp {size}", op=lambda x, up, down, p, ends: expert_mlp(x, up, down, ends, p),
              leaves=[x_ND, up_e2FD, down_eDF, make.uniform(rows)], fixed=[offsets_e], differentiated=[0],
              tolerance=loose * tolerance),
-        Case(name=f"expert_mlp {size}, no weights of rows", op=expert_mlp, leaves=[x_ND, up_e2FD, down_eDF],
+        Case(name=f"expert_mlp {size}, no weights of rows",
+             op=lambda x, up, down, ends: expert_mlp(x, up, down, ends), leaves=[x_ND, up_e2FD, down_eDF],
              fixed=[offsets_e], differentiated=[0], tolerance=loose * tolerance),
     ]  # fmt: skip
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Every op, forward and backward, beside its reference in fp64 on the same device; twice, and equal bit for bit.
+"""Every op, forward and backward, beside plain torch (plain.py) in fp64 on the same device; twice, and equal bit for bit.
 
 python tools/gpu/right.py OUT            the paper's sizes and odd ones; exit code 1 for what is wrong
 python tools/gpu/right.py OUT --small    small ones only, for compute-sanitizer and a CPU
@@ -26,8 +26,10 @@ import torch
 from torch import Tensor
 
 from megatron_ring.kernels import dispatch
+from tools.gpu import cases as of_cases
 from tools.gpu.cases import BF16, Case, Maker, cases
 from tools.gpu.guard import guarded_outputs
+from tools.gpu.plain import OPS
 from tools.gpu.results import Results
 
 
@@ -106,13 +108,19 @@ def _run(case: Case, wide: bool) -> tuple[list[Tensor], list[Tensor]]:
     leaves = [cast(leaf).detach().clone().requires_grad_(leaf.is_floating_point()) for leaf in case.leaves]
     op = case.reference if wide and case.reference is not None else case.op
     with contextlib.ExitStack() as stack:
-        stack.enter_context(dispatch.force("torch" if wide else dispatch.backend(leaves[0])))
+        if wide:
+            stack.enter_context(mock.patch.multiple(of_cases, **OPS))
+            stack.enter_context(mock.patch.object(dispatch, "backend", _no_backend))
         # margins would hide from compute-sanitizer what lies beyond a tensor
-        if not wide and not os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
+        elif not os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
             stack.enter_context(guarded_outputs())
         made = op(*leaves, *map(cast, case.fixed))
         outputs = [each for each in (made if isinstance(made, tuple) else (made,)) if each is not None]
         return [each.detach() for each in outputs], _gradients(case, outputs, leaves)
+
+
+def _no_backend(_tensor: Tensor) -> str:
+    raise AssertionError("the reference is no reference: it calls an op of megatron_ring")
 
 
 def _gradients(case: Case, outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
