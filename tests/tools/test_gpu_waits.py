@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -115,6 +116,43 @@ def test_what_waits_is_counted_and_gives_its_number(seen: Seen):
     kinds = [place.kind for place, count in seen.waits.items() for _ in range(count)]
     assert sorted(kinds) == ["scalar", "scalar", "size", "size", "size", "to device", "to host", "to host"]
     assert all(place.file.endswith("test_gpu_waits.py") for place in seen.waits)
+
+
+@pytest.mark.parametrize(
+    ("call", "waits"),
+    [
+        (lambda x: torch.tensor([x[0], [x[1]][0]]).tolist() == [2, 0], 2),
+        (lambda x: torch.tensor([[1.0, x[2]]], device="cuda").is_cuda, 2),
+        (lambda x: torch.as_tensor((x[0], x[1])).device.type == "cpu", 2),
+        (lambda x: x.new_tensor([1, 2]).is_cuda, 1),
+        (lambda x: f"{x[0]:.1f}" == "2.0", 1),
+        (lambda x: "2." in f"{x} ", 1),
+        (lambda x: "2." in str(x), 1),
+        (lambda x: pickle.dumps(x) != b"", 1),
+        (lambda x: torch.empty(3).copy_(x, non_blocking=True)[0] == 2, 1),
+        (lambda x: torch.empty(3, pin_memory=True).copy_(x, non_blocking=True)[0] == 2, 0),
+        (lambda x: x.__setitem__(x > 0, 1.0) is None, 0),
+        (lambda x: x.__setitem__(x > 0, x[1]) is None, 1),
+        (lambda x: x.__setitem__([0, 2], 1.0) is None, 1),
+        (lambda x: x.__setitem__((None, x > 0), 1.0) is None, 0),
+    ],
+    ids=[
+        "list", "list to device", "tuple", "new_tensor", "number in a format", "format", "str", "pickle", "to pageable",
+        "to pinned", "masked fill", "fill from the device", "list as index", "masked fill behind None",
+    ],
+)  # fmt: skip
+def test_what_looks_harmless_and_waits_is_counted(call, waits: int, seen: Seen):
+    x = torch.tensor([2.0, 0.0, 3.0], device="cuda")
+    seen.clear()
+    assert call(x) and sum(seen.waits.values()) == waits and not seen.pageable
+
+
+def test_an_index_on_the_device_of_what_is_on_the_host_is_refused(seen: Seen):
+    x, index = torch.ones(3), torch.tensor([0, 2], device="cuda")
+    with pytest.raises(RuntimeError, match="same device as the indexed tensor"):
+        x[index]
+    with pytest.raises(RuntimeError, match="same device as the indexed tensor"):
+        x[index] = 1.0
 
 
 def test_what_is_sent_from_pinned_memory_waits_for_nothing(seen: Seen):

@@ -176,7 +176,15 @@ class CudaTensor(torch.Tensor):
         return self.numpy()
 
     def __repr__(self, **_: Any) -> str:
+        _seen.wait("to host")
         return f"CudaTensor({self.inner!r})"
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.dim() == 0 else object.__format__(self, spec)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _seen.wait("to host")
+        return super().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict) -> CudaTensor:
         copied = CudaTensor(self.inner.clone(), self.requires_grad)
@@ -247,6 +255,8 @@ def _plain(x: Any) -> Any:
 
 
 def _refuse_a_mix(func: Any, flat: list, any_cuda: bool) -> None:
+    if func in (_aten.index.Tensor, _aten.index_put_.default) and not isinstance(flat[0], CudaTensor):
+        raise RuntimeError(f"indices should be on the same device as the indexed tensor (cpu) ({func})")
     if func in _MAY_MIX:
         return
     host = [x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, CudaTensor)]
@@ -274,8 +284,7 @@ def _note_waits(func: Any, args: tuple, kwargs: dict, target: str) -> None:
         func is _aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
     ):
         _seen.wait("size")
-    elif func is _aten.index_put_.default and len(args[1]) == 1 and args[2].numel() == 1:
-        # ``x[mask] = number`` is a masked fill, of a number that torch keeps on the host
+    elif func is _aten.index_put_.default and _is_a_masked_fill(args):
         pass
     elif func in (_aten.index.Tensor, _aten.index_put_.default):
         for index in filter(torch.is_tensor, args[1]):
@@ -287,7 +296,16 @@ def _note_waits(func: Any, args: tuple, kwargs: dict, target: str) -> None:
         _note_copy(args[0], target, not kwargs.get("non_blocking", False))
     elif func is _aten.copy_.default:
         asynchronous = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
-        _note_copy(args[1], "cuda" if isinstance(args[0], CudaTensor) else "cpu", not asynchronous)
+        to_device = isinstance(args[0], CudaTensor)
+        # into memory that is not pinned the driver copies before it answers, whatever was asked
+        asynchronous = asynchronous and (to_device or _seen.is_pinned(args[0]))
+        _note_copy(args[1], "cuda" if to_device else "cpu", not asynchronous)
+
+
+def _is_a_masked_fill(args: tuple) -> bool:
+    """``x[mask] = number``, of a number that torch keeps on the host (one on the device: see ``pretend_cuda``)."""
+    masks = [index for index in args[1] if index is not None]
+    return args[2].numel() == 1 and len(masks) == 1 and masks[0].dtype in (torch.bool, torch.uint8)
 
 
 def _note_copy(source: torch.Tensor, target: str, blocking: bool) -> None:

@@ -95,14 +95,22 @@ class DeviceGenerator(torch.Generator):
 class _MetaForCuda(TorchFunctionMode):
     """Says meta to torch's C++ wherever Python said cuda: it asks no driver then."""
 
-    def __init__(self, seen: Any):
+    def __init__(self, seen: Any, kind: type):
         super().__init__()
-        self.seen = seen
+        self.seen, self.kind = seen, kind
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor):
+        if func in (torch.tensor, torch.as_tensor, torch.asarray):
             return self._from_python(func, args, kwargs)
+        if func is torch.Tensor.new_tensor and isinstance(args[0], self.kind):
+            like = {"dtype": args[0].dtype, "device": args[0].device}
+            return self._from_python(torch.tensor, args[1:2], like | kwargs)
+        if func is torch.Tensor.__setitem__ and isinstance(args[2], self.kind) and args[2].numel() == 1:
+            # of a number on the host it is a masked fill, and waits for nothing
+            keys = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(key, torch.Tensor) and key.dtype is torch.bool and key.dim() for key in keys):
+                self.seen.wait("size")
         if func is torch.Tensor.cuda:
             return args[0].to("meta")
         if func is torch.Tensor.pin_memory:
@@ -116,7 +124,8 @@ class _MetaForCuda(TorchFunctionMode):
         return func(*args, **{k: _meta(v, k == "device") for k, v in kwargs.items()})
 
     def _from_python(self, func: Any, args: tuple, kwargs: dict) -> Any:
-        """The device comes last: a copy from memory that is not pinned, which waits."""
+        """The device comes last: a copy from memory that is not pinned, which waits, as does each scalar in a list."""
+        args = (self._numbers(args[0]), *args[1:])
         place = kwargs.pop("device", args[2] if len(args) > 2 else None)
         if place is None and not isinstance(args[0], torch.Tensor):
             place = torch.get_default_device()
@@ -125,6 +134,12 @@ class _MetaForCuda(TorchFunctionMode):
         grad = kwargs.pop("requires_grad", False)
         made = args[0] if isinstance(args[0], torch.Tensor) else func(*args[:2], **kwargs, device="cpu")
         return made.to(_meta(place, True), kwargs.get("dtype", made.dtype)).requires_grad_(grad)
+
+    def _numbers(self, data: Any) -> Any:
+        """Lists of what Python can hold: torch asks the device for one scalar after the other."""
+        if isinstance(data, list | tuple):
+            return [each.tolist() if isinstance(each, self.kind) else self._numbers(each) for each in data]
+        return data
 
 
 def _meta(value: Any, names_a_device: bool = False) -> Any:
@@ -161,6 +176,6 @@ def cuda_names(seen: Any, kind: type) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch, "Generator", DeviceGenerator))
         # what NCCL would carry goes through gloo
         stack.enter_context(mock.patch.object(device, "collective_backend", lambda: "gloo"))
-        stack.enter_context(_MetaForCuda(seen))
+        stack.enter_context(_MetaForCuda(seen, kind))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", apply_and_keep_attributes))
         yield
