@@ -92,6 +92,15 @@ def test_what_is_wrong_is_named(op, said: str, tmp_path: Path):
     assert json.loads((tmp_path / "right.json").read_text())["bad"] == results.bad
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(
+            SystemExit, match=r"error: OUT=.* cannot be written \(.*\); name a folder that can"
+        ):
+            Results(folder, "right")
+
+
 def _beside(x: torch.Tensor) -> torch.Tensor:
     y = torch.empty_like(x).copy_(x)
     y.as_strided((4,), (1,), y.storage_offset())[3] = 1.0

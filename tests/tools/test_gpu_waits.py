@@ -20,6 +20,7 @@ from tools.gpu.pretend import Seen, pretending
 from tools.gpu.waits import (
     SMALL,
     by_function,
+    main,
     one_step,
     open_session,
     reinforcing,
@@ -189,6 +190,26 @@ def test_what_megatron_keeps_of_a_step_on_the_cpu_is_left_aside_and_left_alone(
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", kept)
     assert by_function(one_step(training(SMALL)).waits) == EVERY_STEP
     assert MoEAuxLossAutoScaler.main_loss_backward_scale is kept
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["lr"], "lr must be NAME=VALUE with a Python value"),
+        (["bf16=True", "lr=abc"], "lr=abc must be NAME=VALUE with a Python value"),
+        (["lr="], "lr= must be NAME=VALUE"),
+        (["lrr=1"], "setting lrr does not exist; did you mean lr?"),
+        (["=1"], "setting  does not exist"),
+        (["num_layers=-1"], "num_layers=-1 must be positive"),
+        (["lr='x'"], "lr='x'"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_cannot_be_is_one_line(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["waits.py", "pretrain", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code.startswith(f"error: {said}") and "\n" not in stopped.value.code
 
 
 def test_afterwards_everything_is_as_before():

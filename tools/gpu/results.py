@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,10 @@ class Results:
         self.bad: list[str] = []
         self.facts: dict[str, Any] = {"where": where()}
         self._begun = time.perf_counter()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            sys.exit(f"error: OUT={folder} cannot be written ({error.strerror}); name a folder that can")
         if goes_on:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             self.rows, self.bad = found["rows"], found["bad"]

@@ -18,12 +18,15 @@ import contextlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
+from megatron_ring.config.fields import settings as known_settings
+from megatron_ring.config.fields import unknown
+from megatron_ring.errors import ConfigError
 from megatron_ring.runtime.metrics import MetricsLogger
 from megatron_ring.runtime.session import open_session
 from megatron_ring.train.engine import Engine
@@ -59,6 +62,22 @@ def reinforcing(size: Size, **settings: Any) -> Iterator[tuple[Callable[[], Any]
         yield lambda: run.train_step(metrics), seen
 
 
+def settings_of(words: Sequence[str]) -> dict[str, Any]:
+    """Settings from NAME=VALUE. Example: ``settings_of(["lr=1e-3"]) == {"lr": 1e-3}``."""
+    found: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in known_settings():
+            raise unknown(name, list(known_settings()), "setting")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ConfigError(
+                f"{word} must be NAME=VALUE with a Python value; text wants quotes of its own: {name}='\"...\"'"
+            ) from None
+    return found
+
+
 def one_step(opened: contextlib.AbstractContextManager) -> Seen:
     """What is seen in the second step: the first one makes what lasts."""
     with opened as (step, seen):
@@ -91,9 +110,12 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="the project's settings")
     args = parser.parse_args()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    settings = {name: ast.literal_eval(value) for name, value in (s.split("=", 1) for s in args.settings)}
-    opened = training(SMALL, **settings) if args.part == "pretrain" else reinforcing(SMALL, **settings)
-    seen = one_step(opened)
+    try:
+        settings = settings_of(args.settings)
+        opened = training(SMALL, **settings) if args.part == "pretrain" else reinforcing(SMALL, **settings)
+        seen = one_step(opened)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     print("\n".join(_table(seen)))
 
 
