@@ -1,4 +1,4 @@
-// Work on single rows, without torch: every inner loop of the extension. rows_impl.h holds the code; it is compiled
+// Work on single rows, without torch: every inner loop of the extension. simd_rows.h holds the code; it is compiled
 // once per instruction set (rows_*.cpp) and chosen at run time, so one binary runs on any x86-64 or aarch64.
 //
 // S is the stored type; A, the arithmetic type, is float for 16-bit and 32-bit floats and double for double.

@@ -16,7 +16,7 @@
 #endif
 #define MR_NAMESPACE avx2
 #define MR_BYTES 32
-#include "rows_impl.h"
+#include "simd_rows.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

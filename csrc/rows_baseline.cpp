@@ -9,7 +9,7 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 #define MR_NAMESPACE baseline
 #define MR_BYTES 16
-#include "rows_impl.h"
+#include "simd_rows.h"
 
 namespace megatron_ring {
 

@@ -18,20 +18,23 @@ PACKAGE = ROOT / "megatron_ring"
 LEVELS = {
     "errors": 0,
     "plain": 0,
-    "config": 1,
+    "durable": 0,
+    "families": 1,
     "kernels": 1,
-    "runtime": 2,
-    "data": 2,
-    "model": 3,
-    "train": 4,
-    "checkpoint": 4,
-    "rl": 5,
-    "report": 6,
-    "stages": 7,
-    "launch": 8,
+    "config": 2,
+    "runtime": 3,
+    "data": 3,
+    "model": 4,
+    "observe": 4,
+    "train": 5,
+    "checkpoint": 5,
+    "rl": 6,
+    "report": 7,
+    "stages": 8,
+    "launch": 9,
 }
 SAYS_CUDA = {"runtime/device.py", "runtime/megatron_cpu.py"}
-SAYS_MEGATRON = ("runtime/", "model/", "train/", "checkpoint/", "data/corpus", "rl/rollout")
+SAYS_MEGATRON = ("runtime/", "model/", "train/", "checkpoint/", "rl/rollout")
 SAYS_VLLM = "rl/rollout"
 MAX_FILE_LINES = 400
 MAX_TEST_LINES = 520
@@ -67,7 +70,7 @@ def imports(tree: ast.AST, inside: tuple[str, ...] = ()) -> Iterator[tuple[str, 
 
 
 def level_problems(name: str, tree: ast.AST) -> list[str]:
-    """Imports of module ``name`` (such as ``data/corpus.py``) that go up or sideways in the levels."""
+    """Imports of module ``name`` (such as ``data/corpus/corpus.py``) that go up or sideways in the levels."""
     room = name.split("/")[0].removesuffix(".py")
     found: list[str] = []
     for target, line in imports(tree, ("megatron_ring", *name.split("/")[:-1])):
@@ -193,13 +196,13 @@ def test_config_and_dry_run_import_no_torch():
     ("check", "name", "code"),
     [
         (level_problems, "data/a.py", "from megatron_ring.model import build"),
-        (level_problems, "data/a.py", "def f():\n    import megatron_ring.rl.budget"),
-        (level_problems, "config/a.py", "from megatron_ring import kernels"),
+        (level_problems, "data/a.py", "def f():\n    import megatron_ring.rl.batch"),
+        (level_problems, "kernels/a.py", "from megatron_ring import config"),
         (level_problems, "data/a.py", "from ..stages import pretrain"),
         (cuda_problems, "model/a.py", "import torch\ntorch.cuda.synchronize()"),
         (cuda_problems, "model/a.py", "from torch.cuda import Stream"),
         (foreign_problems, "kernels/a.py", "from megatron.core import parallel_state"),
-        (foreign_problems, "data/chat.py", "import megatron.core"),
+        (foreign_problems, "data/text/chat.py", "import megatron.core"),
         (foreign_problems, "config/a.py", "import torch"),
         (foreign_problems, "rl/reward.py", "from vllm import LLM"),
     ],

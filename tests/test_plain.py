@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from megatron_ring.config.load import read_toml
-from megatron_ring.data.tokenizer import load_tokenizer
-from megatron_ring.data.tokenizer_files import read_settings
+from megatron_ring.data.text.tokenizer import load_tokenizer
+from megatron_ring.data.text.tokenizer_files import read_settings
 from megatron_ring.errors import RingError
+from megatron_ring.observe.metrics_file import read_records
+from megatron_ring.observe.responses import read_samples
 from megatron_ring.report.read import read_run
-from megatron_ring.rl.samples import read_samples
-from megatron_ring.runtime.metrics_file import read_records
 
 STEP = {"kind": "train", "step": 1, "tokens": 1, "seconds": 1.0, "wall_seconds": 1.0}
 

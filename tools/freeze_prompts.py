@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_ring.config.load import OneLineParser
 from megatron_ring.data.files import written_whole
-from megatron_ring.data.prompt_sources import open_source
+from megatron_ring.data.prompts.sources import open_source
 from megatron_ring.errors import DataError
 from megatron_ring.launch.entry import run_entry
 

@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_ring.config.load import OneLineParser
-from megatron_ring.data.builtin import builtin_documents
-from megatron_ring.data.corpus_writer import write_corpus
-from megatron_ring.data.documents import Record, find_files, read_records
-from megatron_ring.data.tokenize_documents import TokenizeConfig, tokenize_documents
-from megatron_ring.data.tokenizer import load_tokenizer
+from megatron_ring.data.corpus.builtin import builtin_documents
+from megatron_ring.data.corpus.documents import Record, find_files, read_records
+from megatron_ring.data.corpus.tokenize_documents import TokenizeConfig, tokenize_documents
+from megatron_ring.data.corpus.writer import write_corpus
+from megatron_ring.data.text.tokenizer import load_tokenizer
 from megatron_ring.errors import DataError
 from megatron_ring.launch.entry import run_entry
 

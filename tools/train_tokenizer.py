@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_ring.config.load import OneLineParser
-from megatron_ring.data.builtin import builtin_documents
-from megatron_ring.data.documents import read_records, record_text
-from megatron_ring.data.tokenizer_training import train_tokenizer
+from megatron_ring.data.corpus.builtin import builtin_documents
+from megatron_ring.data.corpus.documents import read_records, record_text
+from megatron_ring.data.text.tokenizer_training import train_tokenizer
 from megatron_ring.errors import DataError
 from megatron_ring.launch.entry import run_entry
 

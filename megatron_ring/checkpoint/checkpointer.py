@@ -35,9 +35,9 @@ from megatron_ring.checkpoint.state import (
     optimizer_step_count,
     tensors_only,
 )
+from megatron_ring.config.dump import dump_toml
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.run import RunConfig
-from megatron_ring.config.show import dump_toml
 from megatron_ring.errors import CheckpointError
 from megatron_ring.model.build import sharding_metadata
 from megatron_ring.runtime.orphans import forked_writer

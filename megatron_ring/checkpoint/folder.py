@@ -18,6 +18,7 @@ from megatron_ring.checkpoint.checksums import Summed, write_sums
 from megatron_ring.checkpoint.index import CheckpointIndex, read_index
 from megatron_ring.checkpoint.plain_files import is_count, read_json, shown
 from megatron_ring.checkpoint.run_lock import must_be_mine
+from megatron_ring.durable import fsync, write_durably
 from megatron_ring.errors import CheckpointError
 from megatron_ring.plain import read_plain
 
@@ -106,8 +107,8 @@ def commit(working: Path, iteration: int, sums: Mapping[str, Summed] | None = No
     final = working.with_name(working.name.removesuffix(_INCOMPLETE))
     write_sums(working, sums or {})
     for path in working.iterdir():
-        _fsync(path)
-    _fsync(working)
+        fsync(path)
+    fsync(working)
     replaced = final.with_name(final.name + _REPLACED)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -116,25 +117,6 @@ def commit(working: Path, iteration: int, sums: Mapping[str, Summed] | None = No
     shutil.rmtree(replaced, ignore_errors=True)
     write_durably(final.parent / TRACKER, f"{iteration}\n")
     return final
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` so that a crash leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def prune(root: Path, saved: int, keep_last_n: int) -> None:

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_ring.checkpoint.plain_files import is_count, parse_json_object
+from megatron_ring.durable import write_synced
 from megatron_ring.errors import CheckpointError
 from megatron_ring.plain import read_plain
 
@@ -145,7 +146,8 @@ def _take(lock: Path) -> Owner:
         folder=os.path.realpath(lock.parent),
     )
     own = lock.with_name(f"{LOCK}.{owner.token}")
-    _write_durably(own, json.dumps(asdict(owner)) + "\n")
+    # synced: a power cut would leave a lock that says nothing
+    write_synced(own, json.dumps(asdict(owner)) + "\n")
     try:
         for _ in range(100):
             if _link(own, lock):
@@ -163,14 +165,6 @@ def _take(lock: Path) -> Owner:
     finally:
         with contextlib.suppress(OSError):
             own.unlink(missing_ok=True)
-
-
-def _write_durably(own: Path, text: str) -> None:
-    """Not behind its own name: a power cut would leave a lock that says nothing."""
-    with own.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _take_over(lock: Path, held: Owner, own: Path) -> bool:

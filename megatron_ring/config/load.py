@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from megatron_ring.config.fields import from_toml, from_words, sections, settings, unknown
 from megatron_ring.config.presets import PRESETS
 from megatron_ring.config.run import RunConfig
+from megatron_ring.config.settings import from_toml, parse_flag, sections, settings, unknown
 from megatron_ring.errors import ConfigError
 from megatron_ring.plain import read_plain
 
@@ -123,7 +123,7 @@ def _config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[RunCo
     flags = {name: given.pop(name) for name in list(given) if name in settings()}
     for name, words in flags.items():
         if not isinstance(words, bool):
-            flags[name] = from_words(settings()[name], words)
+            flags[name] = parse_flag(settings()[name], words)
     preset, from_file = read_toml(given["config"]) if given["config"] else (None, {})
     preset = given["preset"] or preset
     return config_from_mapping({**(_preset(preset) if preset else {}), **from_file, **flags}), given

@@ -7,13 +7,13 @@ names. What one stage alone needs is in ``stage_rules``.
 import math
 from collections.abc import Iterator
 
-from megatron_ring.config.fields import settings, type_problem
+from megatron_ring.config.dump import flat
 from megatron_ring.config.layout import data_parallel_size, expert_parallel_size, model_parallel_size
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.model_rules import division_problems, model_problems, multiples_near
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.config.run import CheckpointConfig, LoggingConfig, RunConfig
-from megatron_ring.config.show import flat
+from megatron_ring.config.settings import settings, type_problem
 from megatron_ring.config.stage_rules import Stage, blend, check_inputs, stage_problems
 from megatron_ring.config.train import TrainConfig
 from megatron_ring.errors import ConfigError

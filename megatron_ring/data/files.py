@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_ring.durable import fsync
 from megatron_ring.errors import DataError
 
 
@@ -34,12 +35,12 @@ def written_whole(*targets: str | Path) -> Iterator[tuple[Path, ...]]:
             path.touch()
         yield temporary
         for path in temporary:
-            _flush_to_disk(path)
+            fsync(path)
         for final in reversed(finals[1:]):
             final.unlink(missing_ok=True)
         for path, final in zip(temporary, finals, strict=True):
             path.replace(final)
-        _flush_to_disk(finals[0].parent)
+        fsync(finals[0].parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(
@@ -50,12 +51,3 @@ def written_whole(*targets: str | Path) -> Iterator[tuple[Path, ...]]:
         for path in temporary:
             if path.parent.is_dir():
                 path.unlink(missing_ok=True)
-
-
-def _flush_to_disk(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ring.data.prompt_sources import GymSource
+from megatron_ring.data.prompts.sources import GymSource
 from megatron_ring.errors import DataError
 
 SLIPS = (-10, -1, 1, 10)

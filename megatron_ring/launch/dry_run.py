@@ -6,13 +6,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from megatron_ring.config.count import (
-    count_parameters,
-    count_rank,
-    flops_per_token,
-    padded_vocab_size,
-    rank_memory,
-)
+from megatron_ring.config.dump import format_config
 from megatron_ring.config.layout import (
     data_parallel_size,
     expert_data_parallel_size,
@@ -20,9 +14,15 @@ from megatron_ring.config.layout import (
     place,
     stage_layers,
 )
+from megatron_ring.config.model_stats import (
+    count_parameters,
+    count_rank,
+    flops_per_token,
+    padded_vocab_size,
+    rank_memory,
+)
 from megatron_ring.config.rl import rollout_concurrency
 from megatron_ring.config.run import RunConfig
-from megatron_ring.config.show import format_config
 from megatron_ring.config.stage_rules import STAGE_SECTIONS, Stage
 
 MAX_RANK_ROWS = 64

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ring.config.count import rank_memory
 from megatron_ring.config.layout import num_microbatches, stage_layers
 from megatron_ring.config.model import ModelConfig
+from megatron_ring.config.model_stats import rank_memory
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.validate import problems

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.parallel import ParallelConfig
-from megatron_ring.data.microbatch import Microbatch
+from megatron_ring.data.batch.microbatch import Microbatch
 from megatron_ring.model.head import NormHead
 from megatron_ring.model.initialise import initialise
 from megatron_ring.model.linear import project

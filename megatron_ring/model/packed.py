@@ -8,19 +8,19 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_ring.data.microbatch import Microbatch
+from megatron_ring.data.batch.microbatch import Microbatch
 from megatron_ring.model.kv_cache import CacheView
 
 
 @dataclass(frozen=True, kw_only=True)
-class RouterSignal:
+class RouterStepInfo:
     """How the router takes part in this step; ``None`` in its place means scoring: no losses, no counting.
 
     ``loss_scale`` is dp_size / (valid tokens of the whole step): a microbatch's balance loss counts in
     proportion to its valid tokens, and DDP's averaging over data-parallel ranks is undone. ``warmup`` is a
     in the stochastic routing warm-up ``a*s + (1-a)*(mu + sigma*noise)`` (1.0 = no noise).
 
-    Example: 2 microbatches on each of 4 ranks, 100 valid tokens each: ``RouterSignal(loss_scale=4 / 800)``.
+    Example: 2 microbatches on each of 4 ranks, 100 valid tokens each: ``RouterStepInfo(loss_scale=4 / 800)``.
     """
 
     loss_scale: float
@@ -39,7 +39,7 @@ class PackedInputs(PackedSeqParams):
     segment_lengths: tuple[int, ...] = ()
     valid_T: Tensor | None = None
     num_valid: int = 0
-    router: RouterSignal | None = None
+    router: RouterStepInfo | None = None
     routes_LTK: Tensor | None = None
     recorded: dict[int, Tensor] | None = None
     cache: CacheView | None = None
@@ -48,7 +48,7 @@ class PackedInputs(PackedSeqParams):
 def pack_inputs(
     microbatch: Microbatch,
     *,
-    router: RouterSignal | None = None,
+    router: RouterStepInfo | None = None,
     routes_LTK: Tensor | None = None,
     recorded: dict[int, Tensor] | None = None,
 ) -> PackedInputs:

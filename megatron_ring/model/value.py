@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.parallel import ParallelConfig
-from megatron_ring.data.microbatch import Microbatch
+from megatron_ring.data.batch.microbatch import Microbatch
 from megatron_ring.model.build import RingModel
 from megatron_ring.model.packed import PackedInputs
 from megatron_ring.runtime.topology import Topology

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ring.config.count import count_parameters
-from megatron_ring.config.fields import settings
+from megatron_ring.config.dump import flat
 from megatron_ring.config.layout import data_parallel_size
+from megatron_ring.config.model_stats import count_parameters
 from megatron_ring.config.run import RunConfig
-from megatron_ring.config.show import flat
+from megatron_ring.config.settings import settings
+from megatron_ring.observe.progress import count, duration
 from megatron_ring.report.read import Run, Series
-from megatron_ring.runtime.progress import count, duration
 
 # names that are not a quantity of the run's own
 _BOOKKEEPING = {"kind", "step", "tokens", "seconds", "wall_seconds"}

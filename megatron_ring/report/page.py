@@ -9,12 +9,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from megatron_ring.config.show import dump_toml
+from megatron_ring.config.dump import dump_toml
 from megatron_ring.errors import DataError
+from megatron_ring.observe.progress import duration
 from megatron_ring.report import picture
 from megatron_ring.report.facts import differences, label, phase_seconds, rows, run_facts, shown
 from megatron_ring.report.read import Run, read_run
-from megatron_ring.runtime.progress import duration
 
 _CSS = """
 :root { color-scheme: light; --ink: #1f2933; --muted: #6b7785; --line: #e6e9ed; --accent: #0b63a5; }

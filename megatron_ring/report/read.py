@@ -7,9 +7,9 @@ from typing import Any
 from megatron_ring.config import RunConfig
 from megatron_ring.config.load import config_from_mapping, read_toml
 from megatron_ring.errors import DataError
+from megatron_ring.observe.metrics_file import FIGURES, is_number, read_records
+from megatron_ring.observe.responses import FILE, read_samples
 from megatron_ring.plain import read_plain
-from megatron_ring.rl.samples import FILE, read_samples
-from megatron_ring.runtime.metrics_file import FIGURES, is_number, read_records
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

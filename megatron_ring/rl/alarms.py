@@ -6,10 +6,10 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from megatron_ring.data.prompts import Prompt
-from megatron_ring.data.same_problem import is_among
-from megatron_ring.rl.exchange import gather_json
+from megatron_ring.data.prompts.same_problem import is_among
+from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.rl.types import Rollout
+from megatron_ring.runtime.collectives import gather_json
 from megatron_ring.runtime.session import Session
 
 log = logging.getLogger("megatron_ring")

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from megatron_ring.rl.collector import Collected
-from megatron_ring.rl.minibatches import Plan
-from megatron_ring.rl.statistics import add_up
+from megatron_ring.rl.batch.planner import Plan
+from megatron_ring.rl.collect.collector import StepRollouts
+from megatron_ring.rl.rollout_metrics import add_up
 from megatron_ring.runtime.session import Session
 from megatron_ring.train.engine import StepReport
 
@@ -84,7 +84,7 @@ class Update(NamedTuple):
 
 
 def account(
-    collected: Collected,
+    collected: StepRollouts,
     plan: Plan,
     updates: Sequence[Update],
     *,

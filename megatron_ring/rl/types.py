@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.prompts.stream import Prompt
 
 StopReason = Literal["eos", "length", "unfinished"]
 """eos: ended by a stop token, which is its last token. length: cut at the longest allowed response.

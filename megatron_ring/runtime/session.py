@@ -16,9 +16,9 @@ from torch.distributed import ProcessGroup
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.errors import ConfigError
 from megatron_ring.runtime import device
+from megatron_ring.runtime.bf16_matmul import bf16_products
 from megatron_ring.runtime.deterministic import deterministic_operations
 from megatron_ring.runtime.peers import Watch
-from megatron_ring.runtime.products import bf16_products
 from megatron_ring.runtime.topology import Topology, close_topology, distributed_timeout, open_topology
 
 log = logging.getLogger("megatron_ring")

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_ring.config.run import RunConfig
-from megatron_ring.data.corpus import open_corpus
-from megatron_ring.data.microbatch import Microbatch, pack_microbatch
-from megatron_ring.data.pretrain_stream import Draw, PretrainSample, PretrainStream, SampleCursor
-from megatron_ring.runtime.metrics import MetricsLogger
+from megatron_ring.data.batch.microbatch import Microbatch, pack_microbatch
+from megatron_ring.data.corpus.corpus import open_corpus
+from megatron_ring.data.corpus.pretrain_stream import Draw, PretrainSample, PretrainStream, SampleCursor
+from megatron_ring.observe.metrics import MetricsLogger
 from megatron_ring.runtime.session import Session
-from megatron_ring.stages.loop import StageRun, open_stage
+from megatron_ring.stages.run import StageRun, open_stage
 from megatron_ring.train.engine import StepReport
 from megatron_ring.train.objective import NextTokenObjective
 from megatron_ring.train.schedule import SpikeRule, global_batch_size, learning_rate

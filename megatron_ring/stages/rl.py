@@ -25,45 +25,44 @@ from megatron_ring.checkpoint.origin import must_be_same, origin_of
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.stage_rules import Stage
 from megatron_ring.data.json_text import count_in
-from megatron_ring.data.prompts import open_prompts
+from megatron_ring.data.prompts.stream import open_prompts
 from megatron_ring.errors import CheckpointError
-from megatron_ring.rl.advantage import assign, is_masked, moments, whiten
+from megatron_ring.observe.metrics import MetricsLogger
+from megatron_ring.observe.responses import ResponseLog
 from megatron_ring.rl.alarms import Alarms, say_held_out
-from megatron_ring.rl.batch import RLMicrobatch, with_column, with_routes
-from megatron_ring.rl.collector import Answering, Collected, Collector, judges
-from megatron_ring.rl.critic import Critic
-from megatron_ring.rl.exchange import gather_json
+from megatron_ring.rl.batch.microbatch import RLMicrobatch, with_column, with_routes
+from megatron_ring.rl.batch.planner import CarryOver, MinibatchPlanner, Plan, must_fit
+from megatron_ring.rl.collect.collector import Collector, RolloutSampler, StepRollouts, is_reward_rank
+from megatron_ring.rl.evaluation import evaluate
+from megatron_ring.rl.learn.advantage import assign, is_masked, moments, whiten
+from megatron_ring.rl.learn.critic import Critic
+from megatron_ring.rl.learn.objective import PolicyObjective
+from megatron_ring.rl.learn.objective import metrics as objective_metrics
+from megatron_ring.rl.learn.objective.policy_losses import StepFacts
+from megatron_ring.rl.learn.reference_policy import ReferencePolicy
 from megatron_ring.rl.ledger import Ledger, Update, account
-from megatron_ring.rl.minibatches import Carried, MinibatchPlanner, Plan, must_fit
-from megatron_ring.rl.objective import PolicyObjective
-from megatron_ring.rl.objective import metrics as objective_metrics
-from megatron_ring.rl.objective.recipes import StepFacts
-from megatron_ring.rl.reference import ReferencePolicy
 from megatron_ring.rl.reward.references import check_sources
 from megatron_ring.rl.reward.registry import parse_reward_functions
 from megatron_ring.rl.reward.workers.pool import RewardPool
-from megatron_ring.rl.rollout.engine import InProcessEngine
-from megatron_ring.rl.rollout.protocol import Request, SamplingParams
-from megatron_ring.rl.samples import SampleTable
-from megatron_ring.rl.serialise import rollouts_from_bytes, rollouts_to_bytes
-from megatron_ring.rl.statistics import (
+from megatron_ring.rl.rollout.inprocess import InProcessEngine
+from megatron_ring.rl.rollout.protocol import SamplingParams
+from megatron_ring.rl.rollout_io import rollouts_from_bytes, rollouts_to_bytes
+from megatron_ring.rl.rollout_metrics import (
     add_up,
+    response_rows,
     rollout_metrics,
     rollout_sums,
     router_metrics,
     value_metrics,
 )
 from megatron_ring.rl.types import Rollout
-from megatron_ring.runtime.metrics import MetricsLogger
+from megatron_ring.runtime.collectives import gather_json
 from megatron_ring.runtime.session import Session
-from megatron_ring.stages.loop import StageRun, open_stage
+from megatron_ring.stages.run import StageRun, open_stage
 from megatron_ring.train.engine import StepReport
 from megatron_ring.train.schedule import learning_rate
 
 log = logging.getLogger("megatron_ring")
-
-EVAL_SEED = 1_000_003
-"""Held-out problems are answered with random numbers of their own, the same at every evaluation."""
 
 
 def train_rl(config: RunConfig) -> None:
@@ -108,7 +107,7 @@ class RlRun(StageRun):
         )
         check_sources(self.prompts.sources, own_domains)
         rewards = None
-        if judges(session):
+        if is_reward_rank(session):
             # before the model, so that verifiers load their libraries meanwhile
             pool = RewardPool.open(config.reward, self.prompts.domains | domains, speaks=session.is_main)
             rewards = stack.enter_context(pool)
@@ -132,7 +131,7 @@ class RlRun(StageRun):
             temperature=rollout.temperature,
         )
         self.alarms = Alarms(session, config.objective.mismatch_alarm)
-        self.carried: list[Carried] = []
+        self.carried: list[CarryOver] = []
         self.tokens_left: int | None = None
         """What the last step's ledger left for this one; None in a run's first step."""
         self.resumed: dict[str, Any] | None = None
@@ -142,7 +141,7 @@ class RlRun(StageRun):
         self.rollout = InProcessEngine(self.engine, slots=rollout.rollout_slots)
         stack.callback(self.rollout.close)
         self.rollout.load_weights(self.step)
-        self.answer = Answering(session, engine=self.rollout, rewards=rewards, tokenizer=self.tokenizer)
+        self.answer = RolloutSampler(session, engine=self.rollout, rewards=rewards, tokenizer=self.tokenizer)
         self.collector = Collector(
             rollout, session, prompts=self.prompts, answer=self.answer, sampling=self.sampling
         )
@@ -151,7 +150,7 @@ class RlRun(StageRun):
                 self._restore_rollouts(self.resumed)
         every = config.logging.log_interval
         folder = self.run_dir() if session.is_writer else None
-        self.samples = SampleTable(folder, self.tokenizer, resume_step=self.step, every=every)
+        self.samples = ResponseLog(folder, resume_step=self.step, every=every)
 
     def train_step(self, metrics: MetricsLogger) -> None:
         """Prompts, responses and rewards; the budget and its grid; old and reference log p; the updates."""
@@ -177,9 +176,10 @@ class RlRun(StageRun):
         values = self._values(collected, plan, reports, ledger) | value_metrics(value_reports) | {"lr": lr}
         metrics.log(self.step, values, tokens=ledger.generated, seconds=time.perf_counter() - begun)
         self.alarms.check(self.step, values, collected.rollouts)
-        self.samples.write(self.step, collected.rollouts)
+        if self.samples.is_due(self.step):
+            self.samples.write(self.step, response_rows(collected.rollouts, self.tokenizer))
 
-    def _collect(self) -> Collected:
+    def _collect(self) -> StepRollouts:
         """Judged groups; more prompts are drawn where tokens are missing and refilling is asked for."""
         rollout = self.config.rollout
         collected = self.collector.collect(self.step)
@@ -195,7 +195,7 @@ class RlRun(StageRun):
             self.collector.refill(collected, min(count, rollout.prompts_per_step))
         return collected
 
-    def _trainable_tokens(self, collected: Collected) -> int:
+    def _trainable_tokens(self, collected: StepRollouts) -> int:
         """Response tokens of the job that may fill the budget. Collective over the data-parallel group."""
         objective, rollouts = self.config.objective, collected.rollouts
         if self.config.budget.zero_advantage == "aside":
@@ -259,7 +259,7 @@ class RlRun(StageRun):
 
     def _account(
         self,
-        collected: Collected,
+        collected: StepRollouts,
         offered: Sequence[Rollout],
         plan: Plan,
         updates: Sequence[Update],
@@ -273,7 +273,7 @@ class RlRun(StageRun):
         return ledger
 
     def _values(
-        self, collected: Collected, plan: Plan, reports: Sequence[StepReport], ledger: Ledger
+        self, collected: StepRollouts, plan: Plan, reports: Sequence[StepReport], ledger: Ledger
     ) -> dict[str, float]:
         """What is logged of a step. Collective over the data-parallel group."""
         own = rollout_sums(collected.rollouts) | {
@@ -298,19 +298,8 @@ class RlRun(StageRun):
 
     def validate(self) -> dict[str, float]:
         """Mean reward and accuracy on held-out problems, sampled as in training. Collective over the world."""
-        rollout, topology = self.config.rollout, self.session.topology
-        requests = [
-            Request(prompt=prompt, sample=sample, prefix=None)
-            for prompt in self.held_out
-            if prompt.uid % topology.dp_size == topology.dp_rank
-            for sample in range(rollout.eval_samples)
-        ]
-        rollouts, _ = self.answer(requests, replace(self.sampling, seed=EVAL_SEED, record_routes=False))
-        sums = add_up(rollout_sums(rollouts), topology.groups.dp, self.session.device)
-        found = rollout_metrics(sums)
-        accuracy = sums.get("status/correct", 0.0) / max(sums.get("responses", 0.0), 1.0)
-        names = ("reward", "response_length", *(n for n in found if n.startswith("reward/")))
-        return {"accuracy": accuracy, "problems": float(len(self.held_out)), **{n: found[n] for n in names}}
+        samples = self.config.rollout.eval_samples
+        return evaluate(self.held_out, self.answer, self.sampling, self.session, samples=samples)
 
     def at_start_weights(self) -> None:
         """The reference is what the run starts from, so that a resumed run has the same."""
@@ -355,7 +344,7 @@ class RlRun(StageRun):
         }
 
     def attachments(self) -> dict[str, bytes]:
-        if not judges(self.session):
+        if not is_reward_rank(self.session):
             return {}
         files = {
             **self.collector.state_bytes(),
@@ -384,7 +373,7 @@ class RlRun(StageRun):
         files = [{name: read(name, rank) for name in ("finished", "unfinished")} for rank in ranks]
         self.collector.restore(state["open"], files)
         self.carried = [
-            Carried(rollout, start, steps)
+            CarryOver(rollout, start, steps)
             for rank in ranks
             for rollout, (start, steps) in zip(
                 rollouts_from_bytes(read("carried", rank)), state["carried"][rank], strict=True

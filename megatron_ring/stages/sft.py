@@ -15,13 +15,13 @@ from typing import Any
 
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.validate import schedule_problems
-from megatron_ring.data.messages import parse_template_kwargs
-from megatron_ring.data.microbatch import Microbatch
-from megatron_ring.data.sft import SftStream, load_conversations
+from megatron_ring.data.batch.microbatch import Microbatch
+from megatron_ring.data.conversations import SftStream, load_conversations
+from megatron_ring.data.text.messages import parse_template_kwargs
 from megatron_ring.errors import ConfigError, DataError
-from megatron_ring.runtime.metrics import MetricsLogger
+from megatron_ring.observe.metrics import MetricsLogger
 from megatron_ring.runtime.session import Session
-from megatron_ring.stages.loop import StageRun, open_stage
+from megatron_ring.stages.run import StageRun, open_stage
 from megatron_ring.train.objective import NextTokenObjective
 from megatron_ring.train.schedule import learning_rate
 

@@ -17,9 +17,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ring.config.run import RunConfig
-from megatron_ring.data.microbatch import Microbatch
+from megatron_ring.data.batch.microbatch import Microbatch
 from megatron_ring.model.build import Logits, RingModel, build_model
-from megatron_ring.model.packed import RouterSignal, pack_inputs
+from megatron_ring.model.packed import RouterStepInfo, pack_inputs
 from megatron_ring.runtime.session import Session
 from megatron_ring.train.objective import LossTerms, Objective, logprob
 from megatron_ring.train.optimizer import (
@@ -111,12 +111,12 @@ class Engine:
         for chunk in self.chunks:
             chunk.train()
         weight, valid = self.session.summed(
-            objective.local_weight(microbatches),
+            objective.local_denominator(microbatches),
             sum(m.num_valid for m in microbatches),
             group=self.topology.groups.dp,
         )
         dp_size = self.topology.dp_size
-        signal = RouterSignal(loss_scale=dp_size / max(valid, 1.0), warmup=warmup)
+        signal = RouterStepInfo(loss_scale=dp_size / max(valid, 1.0), warmup=warmup)
         # the schedule divides by the number of microbatches and DDP averages over data-parallel ranks
         scale = len(microbatches) * dp_size / max(weight, 1e-20)
         terms = self._run(microbatches, partial(_training_loss, objective, scale), signal, forward_only=False)
@@ -160,7 +160,9 @@ class Engine:
         """Means of the objective's sums over every rank's microbatches, without gradients. Collective over
         the world.
         """
-        (weight,) = self.session.summed(objective.local_weight(microbatches), group=self.topology.groups.dp)
+        (weight,) = self.session.summed(
+            objective.local_denominator(microbatches), group=self.topology.groups.dp
+        )
         terms = self.forward(microbatches, partial(_evaluation_loss, objective))
         sums = self._world_sums(terms, objective, [])
         return {
@@ -206,7 +208,7 @@ class Engine:
             chunk.eval()
         return self._run(microbatches, read, None, recorded, forward_only=True)
 
-    def _run(self, microbatches, loss, signal: RouterSignal | None, recorded=None, *, forward_only: bool):
+    def _run(self, microbatches, loss, signal: RouterStepInfo | None, recorded=None, *, forward_only: bool):
         device = self.session.device
 
         def forward_step(iterator, model):

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_ring.data.microbatch import IGNORE, Microbatch
+from megatron_ring.data.batch.microbatch import IGNORE, Microbatch
 from megatron_ring.kernels import token_logprob
 from megatron_ring.model.build import Logits
 
@@ -39,7 +39,7 @@ class Objective(Protocol):
     sum_names: tuple[str, ...]
     peak_names: tuple[str, ...]
 
-    def local_weight(self, microbatches: Sequence[Microbatch]) -> float:
+    def local_denominator(self, microbatches: Sequence[Microbatch]) -> float:
         """This rank's part of the normaliser; the engine sums it over data-parallel ranks."""
         ...
 
@@ -71,7 +71,7 @@ class NextTokenObjective:
     sum_names: tuple[str, ...] = ("lm_loss", "mtp_loss")
     peak_names: tuple[str, ...] = ()
 
-    def local_weight(self, microbatches: Sequence[Microbatch]) -> float:
+    def local_denominator(self, microbatches: Sequence[Microbatch]) -> float:
         return float(sum(microbatch.loss_mask_T.sum().item() for microbatch in microbatches))
 
     def __call__(self, logits: Logits, microbatch: Microbatch) -> LossTerms:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.run import RunConfig
-from megatron_ring.data.microbatch import Microbatch
+from megatron_ring.data.batch.microbatch import Microbatch
 from megatron_ring.model.router import NO_ROUTE, RingRouter
 from megatron_ring.runtime.topology import Topology
 

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_ring.data.microbatch import Microbatch, pack_microbatch
+from megatron_ring.data.batch.microbatch import Microbatch, pack_microbatch
 from megatron_ring.model.build import Logits
 from megatron_ring.train.engine import Engine
 

@@ -7,12 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ring.data.builtin import builtin_documents
-from megatron_ring.data.chat import render_samples
-from megatron_ring.data.documents import read_records
-from megatron_ring.data.sft import read_line
-from megatron_ring.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
-from megatron_ring.data.tokenizer_training import train_tokenizer
+from megatron_ring.data.conversations import read_line
+from megatron_ring.data.corpus.builtin import builtin_documents
+from megatron_ring.data.corpus.documents import read_records
+from megatron_ring.data.text.chat import render_samples
+from megatron_ring.data.text.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megatron_ring.data.text.tokenizer_training import train_tokenizer
 from megatron_ring.errors import DataError
 from tests.cases import FOLDER, Row
 

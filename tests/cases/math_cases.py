@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.rl.reward.mathematics.judge import judge_math, judge_science
 from tests.cases import Row, lines
 

@@ -7,8 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ring.data.prompt_sources import JsonlSource
-from megatron_ring.data.same_problem import asked, is_among
+from megatron_ring.data.prompts.same_problem import asked, is_among
+from megatron_ring.data.prompts.sources import JsonlSource
 from megatron_ring.errors import DataError
 from megatron_ring.rl.reward.references import check_sources
 from tests.cases import FOLDER, Row, lines

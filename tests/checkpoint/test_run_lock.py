@@ -102,7 +102,7 @@ def test_an_entry_point_ends_before_torch_is_there(holder, tmp_path):
 
 
 def test_a_stage_holds_its_folder_and_lets_it_go(holder, tmp_path):
-    from megatron_ring.stages.loop import open_stage
+    from megatron_ring.stages.run import open_stage
     from tests.model.small import config_of
 
     with (

@@ -11,10 +11,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from megatron_ring.config import RunConfig
-from megatron_ring.config.fields import sections, settings
+from megatron_ring.config.dump import dump_toml, flat, format_config
 from megatron_ring.config.load import load_config, parse_command, preset_config
 from megatron_ring.config.presets import PRESETS
-from megatron_ring.config.show import dump_toml, flat, format_config
+from megatron_ring.config.settings import sections, settings
 from megatron_ring.errors import ConfigError
 
 

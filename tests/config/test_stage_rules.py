@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ring.config.dump import format_config
 from megatron_ring.config.load import load_config
-from megatron_ring.config.show import format_config
 from megatron_ring.config.stage_rules import STAGE_SECTIONS, check_inputs, weighted
 from megatron_ring.config.validate import validate
 from megatron_ring.errors import CheckpointError, ConfigError, DataError

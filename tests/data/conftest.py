@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ring.data.builtin import builtin_documents
-from megatron_ring.data.corpus_writer import write_corpus
-from megatron_ring.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
-from megatron_ring.data.tokenizer_training import train_tokenizer
+from megatron_ring.data.corpus.builtin import builtin_documents
+from megatron_ring.data.corpus.writer import write_corpus
+from megatron_ring.data.text.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
+from megatron_ring.data.text.tokenizer_training import train_tokenizer
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

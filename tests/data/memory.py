@@ -7,8 +7,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from megatron_ring.data.corpus import CorpusShare, CorpusSplit
-from megatron_ring.data.indexed import IndexedCorpus
+from megatron_ring.data.corpus.corpus import CorpusShare, CorpusSplit
+from megatron_ring.data.corpus.indexed import IndexedCorpus
 
 
 def share_of(*documents: Sequence[int]) -> CorpusShare:

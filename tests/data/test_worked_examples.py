@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_ring.data.prompt_sources import GymSource
+from megatron_ring.data.prompts.sources import GymSource
 from megatron_ring.data.worked_examples import SLIPS, WorkedExamplesConfig, running_sum, worked_examples
 from megatron_ring.errors import DataError
 

@@ -63,7 +63,7 @@ class Trap:
 
 def record(trap: Trap, path: Path) -> Callable[..., Any]:
     """A ``plan`` that notes the step's rollouts before it goes on."""
-    from megatron_ring.rl.minibatches import MinibatchPlanner
+    from megatron_ring.rl.batch.planner import MinibatchPlanner
 
     original = MinibatchPlanner.plan
 
@@ -88,9 +88,9 @@ def run(folder: Path, name: str, line: str | None) -> None:
     from megatron_ring.checkpoint import folder as folders
     from megatron_ring.config.load import config_from_mapping
     from megatron_ring.config.validate import validate
-    from megatron_ring.rl import minibatches
-    from megatron_ring.rl.collector import Answering, Collector
-    from megatron_ring.rl.rollout.engine import InProcessEngine
+    from megatron_ring.rl.batch import planner
+    from megatron_ring.rl.collect.collector import Collector, RolloutSampler
+    from megatron_ring.rl.rollout.inprocess import InProcessEngine
     from megatron_ring.stages import rl
     from megatron_ring.train.engine import Engine
 
@@ -100,13 +100,13 @@ def run(folder: Path, name: str, line: str | None) -> None:
     settings = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
     config = config_from_mapping(settings)
     validate(config, 1, "rl")
-    minibatches.MinibatchPlanner.plan = record(trap, folder / f"{name}.jsonl")
+    planner.MinibatchPlanner.plan = record(trap, folder / f"{name}.jsonl")
     trap.wrap(Collector, "_draw", "prompts", after=True)
     trap.wrap_generate(InProcessEngine)
-    trap.wrap(Answering, "_verdicts", "reward")
+    trap.wrap(RolloutSampler, "_verdicts", "reward")
     trap.wrap(rl, "assign", "advantage")
-    trap.wrap(minibatches, "select", "budget", after=True)
-    trap.wrap(minibatches, "pack", "pack", after=True)
+    trap.wrap(planner, "select", "budget", after=True)
+    trap.wrap(planner, "pack", "pack", after=True)
     trap.wrap(Engine, "score", "score", after=True)
     trap.wrap(Engine, "update", "step", after=True)
     trap.wrap(folders, "commit", "save")

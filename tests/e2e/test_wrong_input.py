@@ -86,8 +86,8 @@ def test_a_corpus_cut_short(refused, settings):
 
 
 def test_a_tokenizer_the_corpus_was_not_made_with(refused, settings, tmp_path):
-    from megatron_ring.data.builtin import builtin_documents
-    from megatron_ring.data.tokenizer_training import train_tokenizer
+    from megatron_ring.data.corpus.builtin import builtin_documents
+    from megatron_ring.data.text.tokenizer_training import train_tokenizer
 
     train_tokenizer(builtin_documents(0.2), tmp_path / "other.model", vocab_size=400)
     line = refused(PRETRAIN, flags(settings | {"tokenizer-model": tmp_path / "other.model"}))

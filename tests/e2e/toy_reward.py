@@ -1,6 +1,6 @@
 """A reward that a random model earns half the time: a verifier without libraries, for tests of the loop."""
 
-from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.rl.types import RewardResult
 
 

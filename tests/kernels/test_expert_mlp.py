@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ring.kernels import expert_mlp
-from megatron_ring.kernels.expert_mlp import host, reference
+from megatron_ring.kernels.expert_mlp import cpu, reference
 from tests.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
 from tests.kernels.test_grouped_gemm import SHAPES, WIDTHS, offsets_of, poisoned
 
@@ -144,7 +144,7 @@ def test_what_is_kept_for_backward_is_the_inputs_and_z(backend):
 
 
 def test_without_gradients_z_is_not_kept(backend, monkeypatch):
-    kernels = host
+    kernels = cpu
     if backend == "triton":
         kernels = importlib.import_module("megatron_ring.kernels.expert_mlp.kernel")
     x, w_up, w_down, probs, offsets, dy = operands([5, 0, 4], 0, 8, 4)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ring.kernels import grouped_gemm
-from megatron_ring.kernels.grouped_gemm import host, reference
+from megatron_ring.kernels.grouped_gemm import cpu, reference
 from tests.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
 
 _MARGIN = 64
@@ -164,10 +164,10 @@ def test_host_products_leave_no_row_unwritten(monkeypatch):
             out[7:] = torch.nan
         return out
 
-    monkeypatch.setattr(host.F, "grouped_mm", dirty)
+    monkeypatch.setattr(cpu.F, "grouped_mm", dirty)
     with torch.no_grad():
-        assert not host.grouped_nt(x, w, offsets)[7:].any()
-        assert not host.grouped_nn(dy, w, offsets)[7:].any()
+        assert not cpu.grouped_nt(x, w, offsets)[7:].any()
+        assert not cpu.grouped_nn(dy, w, offsets)[7:].any()
 
 
 def test_one_and_seven_programs_do_what_three_do(backend, monkeypatch):

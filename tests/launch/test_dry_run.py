@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_ring.config.count import count_rank, rank_memory
 from megatron_ring.config.load import load_config, preset_config
+from megatron_ring.config.model_stats import count_rank, rank_memory
 from megatron_ring.config.presets import PRESETS
 from megatron_ring.launch.dry_run import dry_run, gib
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.validate import validate
-from megatron_ring.data.microbatch import Microbatch, pack_microbatch
+from megatron_ring.data.batch.microbatch import Microbatch, pack_microbatch
 from megatron_ring.runtime.session import open_session
 from megatron_ring.train.engine import Engine
 from tests.parallel.cases import MODELS, NUM_SLOTS

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from megatron_ring.data.microbatch import pack_microbatch
+from megatron_ring.data.batch.microbatch import pack_microbatch
 from megatron_ring.kernels import qk_norm_rope
 from megatron_ring.model.attention import PackedCoreAttention
 from megatron_ring.model.norm import RingRMSNorm

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ring.config.count import count_parameters
 from megatron_ring.config.load import preset_config
 from megatron_ring.config.model import ModelConfig
+from megatron_ring.config.model_stats import count_parameters
 from megatron_ring.errors import ConfigError
 from megatron_ring.model.build import RingModel
 from megatron_ring.model.moe import RingExperts

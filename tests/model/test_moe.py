@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ring.data.microbatch import pack_microbatch
+from megatron_ring.data.batch.microbatch import pack_microbatch
 from megatron_ring.model.moe import RingExperts, RingMoELayer
 from megatron_ring.model.packed import pack_inputs
 from megatron_ring.runtime import device

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ring.data.microbatch import pack_microbatch
+from megatron_ring.data.batch.microbatch import pack_microbatch
 from megatron_ring.model.build import Logits
 from megatron_ring.model.packed import pack_inputs
 from megatron_ring.train.objective import NextTokenObjective

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-from megatron_ring.config.fields import settings
+from megatron_ring.config.settings import settings
 from megatron_ring.train.engine import StepReport
 from megatron_ring.train.objective import LossTerms, NextTokenObjective
 from tests.model.small import assert_close, batch, gradients, small_engine

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_ring.config.model import ModelConfig
-from megatron_ring.data.microbatch import pack_microbatch
-from megatron_ring.model.packed import RouterSignal, pack_inputs
+from megatron_ring.data.batch.microbatch import pack_microbatch
+from megatron_ring.model.packed import RouterStepInfo, pack_inputs
 from megatron_ring.model.router import RingRouter
 
 E, K, D = 8, 3, 5
@@ -47,7 +47,7 @@ def make_router(dtype=torch.float64, **settings) -> RingRouter:
 def inputs(lengths=(7, 4), slots=13, seed=1, *, scale=1 / 30, warmup=1.0, routes=None):
     """Hidden states [T, D] that want a gradient, and the packed batch around them."""
     rows = [([1] * n, [1] * n, [1.0] * n) for n in lengths]
-    signal = None if scale is None else RouterSignal(loss_scale=scale, warmup=warmup)
+    signal = None if scale is None else RouterStepInfo(loss_scale=scale, warmup=warmup)
     packed = pack_inputs(pack_microbatch(rows, slots), router=signal, routes_LTK=routes)
     generator = torch.Generator().manual_seed(seed)
     hidden_TD = torch.randn(slots, D, generator=generator, dtype=torch.float64)

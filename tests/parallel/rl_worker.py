@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_ring.rl.batch import with_routes
-from megatron_ring.rl.critic import Critic
-from megatron_ring.rl.objective import metrics
-from megatron_ring.rl.reference import ReferencePolicy
+from megatron_ring.rl.batch.microbatch import with_routes
+from megatron_ring.rl.learn.critic import Critic
+from megatron_ring.rl.learn.objective import metrics
+from megatron_ring.rl.learn.reference_policy import ReferencePolicy
 from megatron_ring.runtime.session import Session
 from megatron_ring.train.engine import Engine
 from tests.parallel.cases import Case

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_ring.data.microbatch import Microbatch, pack_microbatch
+from megatron_ring.data.batch.microbatch import Microbatch, pack_microbatch
 from megatron_ring.runtime import megatron_cpu
 from megatron_ring.runtime.session import Session
 from megatron_ring.train.objective import NextTokenObjective

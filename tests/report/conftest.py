@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_ring.config.dump import dump_toml
 from megatron_ring.config.load import preset_config
-from megatron_ring.config.show import dump_toml
-from megatron_ring.runtime.metrics import MetricsLogger
+from megatron_ring.observe.metrics import MetricsLogger
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 
+from megatron_ring.observe.metrics import MetricsLogger
 from megatron_ring.report.picture import _apart, _scientific, _tick, draw, draw_others, smooth, thin, to_png
 from megatron_ring.report.read import Series, read_run
-from megatron_ring.runtime.metrics import MetricsLogger
 
 
 def test_smoothing_keeps_a_straight_line_where_it_is():

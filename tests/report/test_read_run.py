@@ -5,9 +5,9 @@ import json
 import pytest
 
 from megatron_ring.errors import ConfigError, DataError
+from megatron_ring.observe.metrics import MetricsLogger
 from megatron_ring.report.facts import differences, phase_seconds, rows, run_facts, shown
 from megatron_ring.report.read import read_run
-from megatron_ring.runtime.metrics import MetricsLogger
 
 
 def test_a_run_is_read_from_its_folder_or_its_metrics_file(write_run):

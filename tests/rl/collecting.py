@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from megatron_ring.config.rl import RolloutConfig
-from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.errors import RolloutError
-from megatron_ring.rl.collector import Answering, Collector
+from megatron_ring.rl.collect.collector import Collector, RolloutSampler
 from megatron_ring.rl.rollout.protocol import Request, SamplingParams
 from megatron_ring.rl.types import Response, RewardResult
 
@@ -166,7 +166,7 @@ def collector(
     where = where or session()
     verifiers = Verifiers(score, engine.log)
     settings = {"prompts_per_step": 4, "group_size": 3, "max_response_length": 16} | settings
-    answer = Answering(where, engine=engine, rewards=verifiers, tokenizer=Places())
+    answer = RolloutSampler(where, engine=engine, rewards=verifiers, tokenizer=Places())
     return Collector(
         RolloutConfig(**settings),
         where,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ring.rl.types import Rollout
-from tests.rl.test_minibatches import rollout
+from tests.rl.batch.test_planner import rollout
 
 ROUTED = np.arange(2 * 3 * 4, dtype=np.int16).reshape(2, 3, 4)
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_ring.rl.exchange import broadcast_json, gather_json, send_rollouts
+from megatron_ring.rl.batch.exchange import send_rollouts
+from megatron_ring.runtime.collectives import broadcast_json, gather_json
 from tests.rl.exchange_cases import ROUTED, as_json, parcel, words
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_ring.config.rl import ObjectiveConfig, clip_bounds, mismatch_bounds
-from megatron_ring.data.prompts import Prompt
-from megatron_ring.rl.batch import RLMicrobatch, build_microbatch, with_column
+from megatron_ring.data.prompts.stream import Prompt
+from megatron_ring.rl.batch.microbatch import RLMicrobatch, build_microbatch, with_column
 from megatron_ring.rl.types import Pick, Response, RewardResult, Rollout
 
 VOCAB = 250

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_ring.data.prompts import Prompt
-from megatron_ring.data.same_problem import asked
+from megatron_ring.data.prompts.same_problem import asked
+from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.rl import alarms
 from megatron_ring.rl.alarms import AGAIN_AFTER, Alarms, say_held_out
 from megatron_ring.rl.types import Response, RewardResult, Rollout

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from megatron_ring.data.pretrain_stream import SampleCursor
+from megatron_ring.data.corpus.pretrain_stream import SampleCursor
 from megatron_ring.errors import CheckpointError
-from megatron_ring.rl.serialise import rollouts_from_bytes, rollouts_to_bytes
+from megatron_ring.rl.rollout_io import rollouts_from_bytes, rollouts_to_bytes
 from megatron_ring.train.schedule import SpikeRule
-from tests.rl.test_minibatches import rollout
+from tests.rl.batch.test_planner import rollout
 
 ODD = [None, "x", [], {}, -1, 1.5, 10**30, True]
 

@@ -15,9 +15,9 @@ from megatron_ring.checkpoint.convert.families import tensor_map
 from megatron_ring.checkpoint.convert.publish import hf_parts, shards_of
 from megatron_ring.checkpoint.state import model_state
 from megatron_ring.config.rl import ObjectiveConfig
-from megatron_ring.rl.batch import NO_ROUTE, build_microbatch, with_routes
-from megatron_ring.rl.objective import PolicyObjective, metrics
-from megatron_ring.rl.objective.recipes import StepFacts
+from megatron_ring.rl.batch.microbatch import NO_ROUTE, build_microbatch, with_routes
+from megatron_ring.rl.learn.objective import PolicyObjective, metrics
+from megatron_ring.rl.learn.objective.policy_losses import StepFacts
 from tests.checkpoint import reference_model
 from tests.model.small import assert_close, gradients, small_engine
 from tests.rl.policy_cases import (

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ring.config.fields import Setting, settings
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.run import RunConfig
+from megatron_ring.config.settings import Setting, settings
 from megatron_ring.config.stage_rules import Stage
 from megatron_ring.config.validate import validate
-from megatron_ring.data.builtin import builtin_documents
-from megatron_ring.data.corpus_writer import write_corpus
-from megatron_ring.data.tokenizer_training import train_tokenizer
-from megatron_ring.stages.loop import open_stage
+from megatron_ring.data.corpus.builtin import builtin_documents
+from megatron_ring.data.corpus.writer import write_corpus
+from megatron_ring.data.text.tokenizer_training import train_tokenizer
 from megatron_ring.stages.pretrain import PretrainRun
 from megatron_ring.stages.rl import RlRun
+from megatron_ring.stages.run import open_stage
 from megatron_ring.stages.sft import SftRun
 from tests.model.small import weights
 from tests.parallel.cases import MODELS

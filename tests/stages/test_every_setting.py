@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from megatron_ring.config.fields import settings
+from megatron_ring.config.settings import settings
 from megatron_ring.config.stage_rules import Stage
 from megatron_ring.errors import ConfigError
-from megatron_ring.stages.loop import open_stage
+from megatron_ring.stages.run import open_stage
 from tests.parallel.cases import MODELS
 from tests.stages.every_setting import Choice, configure, every_choice, make_inputs, outcome
 
@@ -109,7 +109,7 @@ ELSEWHERE = {
     "verify_checkpoint_integrity": "tests/checkpoint/test_checksums.py",
     "ckpt_format": "tests/stages/test_every_setting.py",
     "log_level": "tests/stages/test_every_setting.py",
-    "token_budget_scope": "tests/rl/test_budget.py",
+    "token_budget_scope": "tests/rl/batch/test_select.py",
 }
 """Settings whose choices give one process the same figures, and the test that shows what they change."""
 

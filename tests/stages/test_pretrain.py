@@ -14,7 +14,7 @@ import torch
 
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.validate import validate
-from megatron_ring.data.corpus_writer import write_corpus
+from megatron_ring.data.corpus.writer import write_corpus
 from megatron_ring.errors import RingError
 from megatron_ring.runtime.session import open_session
 from megatron_ring.stages.pretrain import PretrainRun, pretrain
@@ -73,7 +73,7 @@ def spoil(monkeypatch, factors: list[float]) -> list[PretrainRun]:
 
         class Spoiled:
             sum_names, peak_names = original.sum_names, original.peak_names
-            local_weight = staticmethod(original.local_weight)
+            local_denominator = staticmethod(original.local_denominator)
 
             def __call__(self, logits, microbatch):
                 from dataclasses import replace

@@ -15,10 +15,10 @@ import torch
 from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.validate import validate
-from megatron_ring.data.builtin import builtin_documents
-from megatron_ring.data.tokenizer_training import train_tokenizer
+from megatron_ring.data.corpus.builtin import builtin_documents
+from megatron_ring.data.text.tokenizer_training import train_tokenizer
 from megatron_ring.errors import CheckpointError
-from megatron_ring.rl.critic import Critic
+from megatron_ring.rl.learn.critic import Critic
 from megatron_ring.runtime.session import open_session
 from megatron_ring.stages.rl import RlRun, train_rl
 from tests.e2e.runs import ROOT, flags

@@ -12,8 +12,8 @@ import torch
 
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.validate import validate
-from megatron_ring.data.builtin import builtin_documents
-from megatron_ring.data.tokenizer_training import train_tokenizer
+from megatron_ring.data.corpus.builtin import builtin_documents
+from megatron_ring.data.text.tokenizer_training import train_tokenizer
 from megatron_ring.errors import CheckpointError, ConfigError, DataError
 from megatron_ring.runtime.session import open_session
 from megatron_ring.stages.sft import SftRun, train_sft, with_derived_steps
@@ -116,7 +116,7 @@ def test_a_conversation_alone_has_the_loss_that_it_has_packed(configure, model):
         def loss_sum(members) -> float:
             microbatch = run.stream.microbatch(members)
             mean = run.engine.evaluate([microbatch], run.objective)["lm_loss"]
-            return mean * run.objective.local_weight([microbatch])
+            return mean * run.objective.local_denominator([microbatch])
 
         alone = [loss_sum((index,)) for index in group]
         assert loss_sum(group) == pytest.approx(sum(alone), rel=1e-5)
@@ -132,7 +132,7 @@ def test_questions_have_no_gradient_of_their_own(configure):
         microbatch = run.stream.microbatch(group)
         learned = int(run.stream.conversations.learned.sum())
         every = [run.stream.microbatch((index,)) for index in range(len(run.stream.conversations))]
-        assert run.objective.local_weight(every) == learned
+        assert run.objective.local_denominator(every) == learned
         assert bool((microbatch.labels_T[microbatch.loss_mask_T == 0] == -100).all())
 
 

@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 pytest.importorskip("triton", reason="a GPU's kernels are Triton's")
 
-from megatron_ring.data.microbatch import pack_microbatch, sent
+from megatron_ring.data.batch.microbatch import pack_microbatch, sent
 from megatron_ring.kernels import rms_norm, route_index
 from megatron_ring.train.replay import replay_report
 from tools.gpu.pretend import Seen, pretending

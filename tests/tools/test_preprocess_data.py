@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ring.data.builtin import builtin_documents
-from megatron_ring.data.corpus import open_corpus
-from megatron_ring.data.indexed import open_indexed
-from megatron_ring.data.tokenizer import load_tokenizer
-from megatron_ring.data.tokenizer_training import train_tokenizer
+from megatron_ring.data.corpus.builtin import builtin_documents
+from megatron_ring.data.corpus.corpus import open_corpus
+from megatron_ring.data.corpus.indexed import open_indexed
+from megatron_ring.data.text.tokenizer import load_tokenizer
+from megatron_ring.data.text.tokenizer_training import train_tokenizer
 from tests.paths import python_path
 
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ring.data.documents import read_records
-from megatron_ring.data.prompt_sources import GymSource, JsonlSource
-from megatron_ring.data.sft import read_line
+from megatron_ring.data.conversations import read_line
+from megatron_ring.data.corpus.documents import read_records
+from megatron_ring.data.prompts.sources import GymSource, JsonlSource
 from tests.paths import python_path
 
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from megatron_ring.data.microbatch import pack_microbatch
+from megatron_ring.data.batch.microbatch import pack_microbatch
 from megatron_ring.train.objective import LossTerms, NextTokenObjective
 from tests.model.small import assert_close, batch, gradients, small_engine, weights
 

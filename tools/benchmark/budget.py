@@ -18,9 +18,9 @@ import time
 
 import numpy as np
 
-from megatron_ring.data.bins import best_fit_decreasing
-from megatron_ring.data.packing import pack
-from megatron_ring.rl.budget import Candidate, select
+from megatron_ring.data.batch.bins import best_fit_decreasing
+from megatron_ring.data.batch.packing import pack
+from megatron_ring.rl.batch import Candidate, select
 
 SIGMA, LONGEST, PROMPTS = 0.45, 24_576, (80, 400)
 

@@ -38,7 +38,7 @@ def main() -> None:
     import torch
 
     from megatron_ring.config.load import preset_config
-    from megatron_ring.data.microbatch import pack_microbatch
+    from megatron_ring.data.batch.microbatch import pack_microbatch
     from megatron_ring.kernels import dispatch
     from megatron_ring.runtime.session import open_session
     from megatron_ring.train.engine import Engine

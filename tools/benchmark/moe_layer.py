@@ -150,7 +150,7 @@ def main() -> None:
 
     from megatron_ring.config.parallel import ParallelConfig
     from megatron_ring.kernels import dispatch
-    from megatron_ring.model.packed import PackedInputs, RouterSignal
+    from megatron_ring.model.packed import PackedInputs, RouterStepInfo
     from megatron_ring.runtime.device import synchronize
     from megatron_ring.runtime.session import open_session
 
@@ -165,7 +165,7 @@ def main() -> None:
         packed = PackedInputs(
             valid_T=torch.ones(args.tokens, dtype=torch.bool, device=session.device),
             num_valid=args.tokens,
-            router=RouterSignal(loss_scale=1 / args.tokens),
+            router=RouterStepInfo(loss_scale=1 / args.tokens),
         )
 
         def step(layer, *inputs) -> tuple:

@@ -60,9 +60,9 @@ def ours(a: argparse.Namespace, folder: Path) -> None:
     import torch
 
     from megatron_ring.config.load import config_from_mapping
-    from megatron_ring.data.tokenizer_training import train_tokenizer
+    from megatron_ring.data.text.tokenizer_training import train_tokenizer
+    from megatron_ring.observe.metrics import MetricsLogger
     from megatron_ring.runtime.device import synchronize
-    from megatron_ring.runtime.metrics import MetricsLogger
     from megatron_ring.runtime.session import open_session
     from megatron_ring.stages.rl import RlRun
     from tools.gpu.toy import REWARD, write_problems

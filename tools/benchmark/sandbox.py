@@ -185,7 +185,7 @@ def compiled_runs() -> None:
 
 
 def answers() -> None:
-    from megatron_ring.data.prompts import Prompt
+    from megatron_ring.data.prompts.stream import Prompt
     from megatron_ring.rl.reward.mathematics.judge import judge_math
 
     started = time.perf_counter()

@@ -69,7 +69,7 @@ def main() -> int:
 
     from megatron_ring.config.load import config_from_mapping
     from megatron_ring.config.presets import PRESETS
-    from megatron_ring.data.microbatch import pack_microbatch
+    from megatron_ring.data.batch.microbatch import pack_microbatch
     from megatron_ring.runtime.megatron_cpu import hits, reset_hits
     from megatron_ring.runtime.session import open_session
     from megatron_ring.train.engine import Engine

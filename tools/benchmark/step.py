@@ -162,9 +162,9 @@ def main() -> None:
     import torch
 
     from megatron_ring.config.parallel import ParallelConfig
-    from megatron_ring.data.microbatch import pack_microbatch
+    from megatron_ring.data.batch.microbatch import pack_microbatch
     from megatron_ring.model.build import build_model
-    from megatron_ring.model.packed import RouterSignal, pack_inputs
+    from megatron_ring.model.packed import RouterStepInfo, pack_inputs
     from megatron_ring.runtime.device import synchronize
     from megatron_ring.runtime.session import open_session
     from megatron_ring.train.objective import NextTokenObjective
@@ -180,7 +180,7 @@ def main() -> None:
         tokens_BS = torch.randint(0, VOCABULARY, (args.sequences, length + 1))
         rows = [(row[:-1], row[1:], torch.ones(length)) for row in tokens_BS]
         microbatch = pack_microbatch(rows, args.tokens).to(session.device)
-        packed = pack_inputs(microbatch, router=RouterSignal(loss_scale=1 / args.tokens))
+        packed = pack_inputs(microbatch, router=RouterStepInfo(loss_scale=1 / args.tokens))
         tokens_BS = tokens_BS.to(session.device)
         later_SS = torch.ones(length, length, dtype=torch.bool, device=session.device).triu(1)[None, None]
         positions_BS = torch.arange(length, device=session.device).expand(args.sequences, length)

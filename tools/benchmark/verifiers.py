@@ -50,7 +50,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _ours(reference: str, answer: str) -> bool:
-    from megatron_ring.data.prompts import Prompt
+    from megatron_ring.data.prompts.stream import Prompt
     from megatron_ring.rl.reward.mathematics.judge import judge_math
 
     prompt = Prompt(uid=0, domain="math", text="", tokens=(), reference={"answer": reference})

@@ -18,9 +18,9 @@ from megatron_ring.kernels import decode_attention, expert_mlp, qk_norm_rope, sa
 from megatron_ring.model.build import build_model
 from megatron_ring.model.head import NormHead
 from megatron_ring.model.kv_cache import KvCache, cache_shape
-from megatron_ring.rl.rollout.forward import Runner
+from megatron_ring.rl.rollout.model_runner import ModelRunner
 from megatron_ring.rl.rollout.protocol import SamplingParams
-from megatron_ring.rl.rollout.slots import Pass
+from megatron_ring.rl.rollout.scheduler import ScheduledBatch
 from megatron_ring.runtime.session import open_session
 from tools.gpu import peers
 from tools.gpu.bench import TINY, Bench, side
@@ -109,7 +109,7 @@ def whole_step(bench: Bench) -> None:
     config = config_from_mapping({**preset, "bf16": bench.device == "cuda"})
     validate(config, 1)
     rows, random = np.arange(s.S), np.random.default_rng(0)
-    step = Pass(
+    step = ScheduledBatch(
         tokens_N=random.integers(0, config.model.vocab_size, s.S), slots_N=rows,
         positions_N=np.full(s.S, s.context - 1), lengths=None, rows_W=rows, slots_W=rows,
         uniforms_W=random.random(s.S),
@@ -120,7 +120,7 @@ def whole_step(bench: Bench) -> None:
         model = models[0].eval()
         cache = KvCache(cache_shape(list(model.decoder.layers)), model.config.params_dtype, session.device)
         cache.reserve(s.S, s.context)
-        runner = Runner(models, config.model, session, cache)
+        runner = ModelRunner(models, config.model, session, cache)
         held = sum(store[layer][0].numel() for store in (cache.keys, cache.values) for layer in store) * s.S
         weights = sum(each.numel() for name, each in model.named_parameters() if "embedding" not in name)
         moved = float((weights + held) * model.output_layer.weight.element_size())

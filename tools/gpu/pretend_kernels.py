@@ -15,9 +15,9 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from megatron_ring.kernels import dispatch
-from megatron_ring.kernels.expert_mlp import host as expert_host
+from megatron_ring.kernels.expert_mlp import cpu as expert_host
 from megatron_ring.kernels.expert_mlp import op as expert_op
-from megatron_ring.kernels.grouped_gemm import host as product_host
+from megatron_ring.kernels.grouped_gemm import cpu as product_host
 from megatron_ring.kernels.grouped_gemm import op as product_op
 from tools.gpu.no_device import driver_of
 

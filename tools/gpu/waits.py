@@ -24,10 +24,10 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from megatron_ring.config.fields import settings as known_settings
-from megatron_ring.config.fields import unknown
+from megatron_ring.config.settings import settings as known_settings
+from megatron_ring.config.settings import unknown
 from megatron_ring.errors import ConfigError
-from megatron_ring.runtime.metrics import MetricsLogger
+from megatron_ring.observe.metrics import MetricsLogger
 from megatron_ring.runtime.session import open_session
 from megatron_ring.train.engine import Engine
 from megatron_ring.train.objective import NextTokenObjective

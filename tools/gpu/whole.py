@@ -28,15 +28,15 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from megatron_ring.config.count import count_parameters, flops_per_token, rank_memory
 from megatron_ring.config.load import config_from_mapping
+from megatron_ring.config.model_stats import count_parameters, flops_per_token, rank_memory
 from megatron_ring.config.presets import PRESETS
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.validate import validate
-from megatron_ring.data.microbatch import Microbatch, pack_microbatch
+from megatron_ring.data.batch.microbatch import Microbatch, pack_microbatch
 from megatron_ring.launch.plan import activation_bytes
+from megatron_ring.observe.metrics import MetricsLogger
 from megatron_ring.runtime import device
-from megatron_ring.runtime.metrics import MetricsLogger
 from megatron_ring.runtime.session import open_session
 from megatron_ring.stages.rl import RlRun
 from megatron_ring.train.engine import Engine

@@ -19,10 +19,10 @@ from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
 from megatron_ring.checkpoint.index import read_index
 from megatron_ring.checkpoint.megatron_io import load_sharded
 from megatron_ring.checkpoint.state import load_tensors, tensors_only
-from megatron_ring.config.count import count_parameters
 from megatron_ring.config.model import ModelConfig
+from megatron_ring.config.model_stats import count_parameters
 from megatron_ring.config.parallel import ParallelConfig
-from megatron_ring.data.microbatch import pack_microbatch
+from megatron_ring.data.batch.microbatch import pack_microbatch
 from megatron_ring.errors import CheckpointError
 from megatron_ring.model.build import build_model, sharding_metadata
 from megatron_ring.model.packed import pack_inputs

@@ -23,8 +23,8 @@ from megatron_ring.checkpoint.convert.folders import (
     carry_over,
     commit_folder,
     find_checkpoint,
-    must_be_free,
     must_be_whole,
+    require_no_checkpoints,
     run_config_of,
     token_ids,
     write_manifest,
@@ -42,11 +42,11 @@ from megatron_ring.checkpoint.convert.stream import BUFFER_BYTES, Job, Written
 from megatron_ring.checkpoint.convert.tensor_map import Box, Copy
 from megatron_ring.checkpoint.convert.torch_dist_io import TorchDistFolder, write_metadata
 from megatron_ring.checkpoint.convert.verify import compare, padding_is_zero
-from megatron_ring.config.count import padded_vocab_size
+from megatron_ring.config.dump import dump_toml, flat
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.model import ModelConfig
+from megatron_ring.config.model_stats import padded_vocab_size
 from megatron_ring.config.run import RunConfig
-from megatron_ring.config.show import dump_toml, flat
 from megatron_ring.errors import CheckpointError
 
 _OPTIMIZER, _MTP = "optimizer.", "mtp."
@@ -127,7 +127,7 @@ def hf_to_megatron(
     mapping = tensor_map(model, padded_vocab_size(model, tensor_size))
     check_tensors(source, mapping.names, model, source.tensors.keys() - mapping.names.keys())
     infos = target_infos(source, mapping.into_keys, mapping.keys, options.dtype)
-    must_be_free(target)
+    require_no_checkpoints(target)
     config = _run_config(model, infos)
     job = Job(
         source=source_folder,
@@ -157,7 +157,7 @@ def hf_to_megatron(
             _verify(source, TorchDistFolder(working), mapping.into_names, reporter, padded=mapping.into_keys)
         (target / HF_FILES).mkdir(exist_ok=True)
         carry_over(source_folder, target / HF_FILES)
-        stream.forget_plan(working)
+        stream.remove_progress_notes(working)
         return folders.commit(working, 0)
 
 
@@ -220,7 +220,7 @@ def megatron_to_hf(
         if options.verify:
             copies = {key: c for key, c in mapping.into_keys.items() if c[0].source not in job.scales}
             _verify(source, SafetensorsFolder(working), copies, reporter)
-        stream.forget_plan(working)
+        stream.remove_progress_notes(working)
         if target.exists():
             target.rmdir()
         commit_folder(working, target)
@@ -242,7 +242,7 @@ def reshard(
         its name.
     """
     own, *critics = folders.parts_of(find_checkpoint(source_path))
-    must_be_free(target)
+    require_no_checkpoints(target)
     # as in training, a policy that has its name has its critic
     for critic in critics:
         _reshard(critic, target / folders.CRITIC, options, reporter, divisible_by, tensor_size)
@@ -306,7 +306,7 @@ def _reshard(
         if files_from := folders.beside(folder, HF_FILES):
             (target / HF_FILES).mkdir(exist_ok=True)
             carry_over(files_from, target / HF_FILES)
-        stream.forget_plan(working)
+        stream.remove_progress_notes(working)
         return folders.commit(working, iteration)
 
 
@@ -341,7 +341,7 @@ def _verify(
         if padded and not padding_is_zero(result, padded):
             raise CheckpointError(f"{result.folder}: vocabulary padding is not zero; convert again")
     except CheckpointError:
-        stream.forget_plan(result.folder)
+        stream.remove_progress_notes(result.folder)
         raise
     reporter.say(f"verified: {comparison}")
 

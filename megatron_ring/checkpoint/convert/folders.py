@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from megatron_ring.checkpoint.convert.stream import Written
 from megatron_ring.checkpoint.run_lock import must_be_mine
 from megatron_ring.config.load import config_from_mapping, read_toml
 from megatron_ring.config.run import DataConfig, RunConfig
-from megatron_ring.data.tokenizer import load_tokenizer
+from megatron_ring.data.text.tokenizer import load_tokenizer
+from megatron_ring.durable import fsync
 from megatron_ring.errors import CheckpointError, ConfigError, DataError
 
 HF_FILES = "hf"
@@ -83,7 +83,7 @@ def token_ids(files: Path, data: DataConfig, vocab_size: int) -> dict[str, int]:
     return {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
 
 
-def must_be_free(root: Path) -> None:
+def require_no_checkpoints(root: Path) -> None:
     """Refuse a run folder that holds checkpoints already.
 
     Raises:
@@ -100,17 +100,9 @@ def commit_folder(working: Path, target: Path) -> None:
     """Sum every file of ``working``, make them durable and give the folder its name."""
     write_sums(working, {})
     for path in [*working.iterdir(), working]:
-        _fsync(path)
+        fsync(path)
     working.rename(target)
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync(target.parent)
 
 
 def find_checkpoint(path: Path) -> Path:

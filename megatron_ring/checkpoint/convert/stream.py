@@ -249,7 +249,7 @@ def written(job: Job, working: Path) -> dict[str, Written]:
     return {name: note for name, note in notes.items() if note}
 
 
-def forget_plan(working: Path) -> None:
+def remove_progress_notes(working: Path) -> None:
     """Remove the notes of a finished conversion."""
     shutil.rmtree(working / _DONE)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_ring.kernels import dispatch
-from megatron_ring.kernels.expert_mlp import host
+from megatron_ring.kernels.expert_mlp import cpu
 
 
 def expert_mlp(
@@ -55,7 +55,7 @@ def kernels_for(x_ND: Tensor, w_down_eDF: Tensor) -> Any:
 
         if taken(x_ND, w_down_eDF):
             return kernel
-    return host
+    return cpu
 
 
 class _ExpertMlp(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_ring.kernels import dispatch
-from megatron_ring.kernels.grouped_gemm import host
+from megatron_ring.kernels.grouped_gemm import cpu
 
 
 def grouped_gemm(
@@ -40,7 +40,7 @@ def kernels_for(x_ND: Tensor, w_eFD: Tensor) -> Any:
 
         if kernel.taken(x_ND, w_eFD.transpose(1, 2), w_eFD):
             return kernel
-    return host
+    return cpu
 
 
 class _GroupedGemm(torch.autograd.Function):

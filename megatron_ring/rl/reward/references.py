@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from megatron_ring.data.problem_lines import Problem
-from megatron_ring.data.prompt_sources import GYM_DOMAIN, JsonlSource, PromptSource
+from megatron_ring.data.prompts.problem_lines import Problem
+from megatron_ring.data.prompts.sources import GYM_DOMAIN, JsonlSource, PromptSource
 from megatron_ring.errors import DataError
 from megatron_ring.rl.reward.code import judge as code
 from megatron_ring.rl.reward.gym import judge as gym

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_ring.config.rl import RewardConfig
-from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.code.judge import CodeJudge
 from megatron_ring.rl.reward.gym import judge as gym

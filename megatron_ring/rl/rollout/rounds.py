@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from megatron_ring.rl.rollout.protocol import Request, SamplingParams
-from megatron_ring.rl.rollout.slots import Pass, SlotTable, is_complete
+from megatron_ring.rl.rollout.scheduler import ScheduledBatch, Scheduler, is_complete
 from megatron_ring.rl.types import Response
 
 
@@ -40,7 +40,7 @@ def queue_places(keys_of: Sequence[Iterable[Sequence[int]]]) -> list[list[int]]:
     return [[of_rank[index] for index in range(len(of_rank))] for of_rank in places]
 
 
-class RoundTable(SlotTable):
+class RoundScheduler(Scheduler):
     """One rank's requests of a budgeted call. Slots are added as sequences need them.
 
     A request whose prefix is as long as a response may be is complete at once; its place counts as ended after the
@@ -113,7 +113,7 @@ class RoundTable(SlotTable):
         self.decoding_W = np.flatnonzero(self.active_S)
         self._have_slots(len(self.decoding_W) + len(self.entering))
 
-    def next_pass(self) -> Pass | None:
+    def next_pass(self) -> ScheduledBatch | None:
         """The round's next pass: new sequences as long as there are any, then one token of each other one.
 
         None where this rank is done with the round.

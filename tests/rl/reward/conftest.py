@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 

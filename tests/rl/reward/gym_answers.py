@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
-from megatron_ring.data.prompt_sources import GymSource
-from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.prompts.sources import GymSource
+from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.rl.reward.gym.judge import judge_reasoning_gym
 from megatron_ring.rl.reward.gym.readers import rational
 from megatron_ring.rl.reward.gym.table import SCORERS

@@ -7,7 +7,7 @@ import re
 import pytest
 import reasoning_gym
 
-from megatron_ring.data.prompt_sources import UNSUITABLE
+from megatron_ring.data.prompts.sources import UNSUITABLE
 from megatron_ring.rl.reward.gym.judge import check_reference, judge_reasoning_gym, needs_walls
 from megatron_ring.rl.reward.gym.table import SCORERS
 from megatron_ring.rl.reward.registry import check_reward_function

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ring.data.prompt_sources import GymSource, JsonlSource
+from megatron_ring.data.prompts.sources import GymSource, JsonlSource
 from megatron_ring.errors import DataError
 from megatron_ring.rl.reward.code.job import CodeJob
 from megatron_ring.rl.reward.references import check_sources, unjudgeable

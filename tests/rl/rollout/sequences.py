@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_ring.data.microbatch import pack_microbatch
-from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.batch.microbatch import pack_microbatch
+from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.rl.rollout import Request, SamplingParams
 from megatron_ring.rl.types import Response
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.errors import RolloutError
 from megatron_ring.rl.rollout import Request, SamplingParams
-from megatron_ring.rl.rollout.randomness import stream, uniforms
-from megatron_ring.rl.rollout.slots import SlotTable
+from megatron_ring.rl.rollout.counter_rng import stream, uniforms
+from megatron_ring.rl.rollout.scheduler import Scheduler
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_a_value_out_of_its_range_is_named(bad):
 def test_an_empty_prompt_is_refused():
     prompt = Prompt(uid=41, domain="", text="", tokens=(), reference={})
     with pytest.raises(RolloutError, match="prompt 41 has no tokens"):
-        SlotTable(
+        Scheduler(
             [Request(prompt=prompt, sample=0)],
             SamplingParams(max_response_length=4),
             num_slots=1,

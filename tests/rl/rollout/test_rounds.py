@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_ring.config.rl import RolloutConfig, rollout_concurrency
 from megatron_ring.rl.rollout import Request, SamplingParams
-from megatron_ring.rl.rollout.rounds import RoundTable, in_queue_order, queue_places
+from megatron_ring.rl.rollout.rounds import RoundScheduler, in_queue_order, queue_places
 from megatron_ring.rl.types import Response
 from tests.rl.rollout.sequences import by_key, prompt
 
@@ -29,7 +29,7 @@ class Model:
     held: list[int] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
 
-    def advance(self, table: RoundTable) -> list[Response]:
+    def advance(self, table: RoundScheduler) -> list[Response]:
         """One pass of one rank, whose bookkeeping is checked."""
         work = table.next_pass()
         if work is None:
@@ -83,7 +83,7 @@ def generate(
     places = queue_places([[(r.prompt.uid, r.sample) for r in share] for share in shares])
     params = SamplingParams(max_response_length=longest, stop_ids=(STOP,), seed=3)
     tables = [
-        RoundTable(
+        RoundScheduler(
             share,
             params,
             places=place,

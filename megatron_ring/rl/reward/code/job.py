@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-from megatron_ring.data.problem_lines import paired_columns
+from megatron_ring.data.prompts.problem_lines import paired_columns
 from megatron_ring.rl.reward.code.compare import read_json, write_json
 from megatron_ring.rl.reward.code.unit_tests import read_unit_test
 

@@ -24,7 +24,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_ring.config.rl import RewardConfig
-from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.rl.reward.code.blocks import solution_block
 from megatron_ring.rl.reward.code.compare import read_json, same_output, same_value, write_json
 from megatron_ring.rl.reward.code.job import CODE_KEYS, CodeJob, check_reference, checked

@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from megatron_ring.data.prompt_sources import UNSUITABLE
-from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.prompts.sources import UNSUITABLE
+from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.rl.reward.answers import answer_part, braced, final_answer, last_boxed
 from megatron_ring.rl.reward.gym import calculus as gym_calculus
 from megatron_ring.rl.reward.gym import puzzles as gym_puzzles

@@ -20,7 +20,7 @@ import re
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.rl.reward.answers import answer_part, boxed_answer, last_boxed, unboxed
 from megatron_ring.rl.reward.mathematics import choices
 from megatron_ring.rl.reward.mathematics.text import MAX_ANSWER_CHARS, TEXT, Unreadable, plain, word_list

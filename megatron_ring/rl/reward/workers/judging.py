@@ -14,7 +14,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.registry import Judge, result_problem
 from megatron_ring.rl.reward.workers.processes import MAX_WORD_BYTES, die_with_parent, end_words, kill_below

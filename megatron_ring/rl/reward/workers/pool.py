@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ring.config.rl import RewardConfig
-from megatron_ring.data.prompts import Prompt
+from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.registry import (
     BUILT_IN,

@@ -1,0 +1,354 @@
+"""Conversations to learn from: tokenised once, packed densely, in an order that any step can be resumed from.
+
+Legend: T token slots of a microbatch.
+
+An epoch is a pure function of (conversations, seed, epoch): its order is a shuffle, and in that order each
+conversation goes into the fullest open microbatch that has room for it. All that a run has to remember is how
+many microbatches of which epoch it has drawn.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import math
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ring.data.batch.microbatch import Microbatch, pack_microbatch
+from megatron_ring.data.corpus.documents import Record, read_records
+from megatron_ring.data.json_text import count_in, parse_json
+from megatron_ring.data.shuffle import Shuffle
+from megatron_ring.data.text.chat import Sample, render_samples
+from megatron_ring.data.text.messages import Conversation, read_conversation
+from megatron_ring.data.text.tokenizer import Tokenizer, TokenizerType, load_tokenizer
+from megatron_ring.errors import DataError
+
+MAX_OPEN = 64
+"""Microbatches that are filled at the same time; the fullest is closed to open one more."""
+
+_RECORDS_PER_TASK = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversations:
+    """Tokenised conversations, end to end. Tokens behind the last learned answer are cut off: they teach nothing.
+
+    Where a chat template writes earlier turns anew, a conversation is there once for each of its answers (see
+    :func:`~megatron_ring.data.text.chat.render_samples`), and each counts as one.
+
+    Example, two conversations ``[5 6 7 1]`` and ``[5 8 1]`` whose answers are ``7 1`` and ``8 1``::
+
+        tokens   [5, 6, 7, 1, 5, 8, 1]
+        learned  [0, 0, 1, 1, 0, 1, 1]
+        starts   [0, 4, 7]
+    """
+
+    tokens: np.ndarray
+    """``int32``."""
+    learned: np.ndarray
+    """``bool``: the token is the assistant's, and is to be learned."""
+    starts: np.ndarray
+    """``int64``: where each begins, and the end of all."""
+    num_too_long: int
+    """Left out: longer than the longest that was asked for."""
+    num_split: int = 0
+    """Conversations of the files that are here once for each of their answers."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def slots(self) -> np.ndarray:
+        """Slots that each takes: its last token is only a label."""
+        return np.diff(self.starts) - 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal fingerprints mean equal conversations in equal order."""
+        digest = hashlib.blake2b(digest_size=8)
+        for array in (self.tokens, self.learned, self.starts):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    def prompt(self, index: int) -> list[int]:
+        """Token ids up to the first answer."""
+        start, end = self.starts[index : index + 2]
+        first = start + int(np.argmax(self.learned[start:end]))
+        return self.tokens[start:first].tolist()
+
+
+def load_conversations(
+    paths: Sequence[str | Path],
+    *,
+    tokenizer_type: TokenizerType,
+    tokenizer_model: str,
+    longest: int,
+    workers: int = 0,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Conversations:
+    """Read and tokenise chat JSONL: ``{"messages": [{"role": "user", "content": "..."}, ...]}`` per line.
+
+    :mod:`megatron_ring.data.text.messages` says which further keys are read.
+
+    Args:
+        paths: JSONL files or folders of them.
+        tokenizer_type: with tokenizer_model, the tokenizer, whose chat template is applied.
+        longest: a conversation of more tokens is left out and counted.
+        workers: processes that tokenise; 0 does it here. The result is the same.
+        chat_template_kwargs: names that the chat template is given, unless a line gives others.
+
+    Raises:
+        DataError: a file cannot be read, a line is no conversation with an answer (file and line are named),
+            or nothing is left.
+    """
+    read = _Reader(
+        tokenizer_type=tokenizer_type, tokenizer_model=tokenizer_model, names=dict(chat_template_kwargs or {})
+    )
+    parts = list(_tokenised(_tasks(paths), read, workers))
+    lengths = np.concatenate([part[2] for part in parts]) if parts else np.zeros(0, np.int64)
+    if not len(lengths):
+        raise DataError(
+            f"{_names(paths)}: no conversations in it; write one JSON object with messages per line"
+        )
+    keep = lengths <= longest
+    if not keep.any():
+        raise DataError(
+            f"{_names(paths)}: all {len(lengths)} conversations are longer than seq_length={longest} tokens "
+            f"(the shortest has {lengths.min()}); raise --seq-length"
+        )
+    wanted = np.repeat(keep, lengths)
+    return Conversations(
+        tokens=np.concatenate([part[0] for part in parts])[wanted],
+        learned=np.concatenate([part[1] for part in parts])[wanted],
+        starts=np.concatenate([[0], np.cumsum(lengths[keep])]),
+        num_too_long=int((~keep).sum()),
+        num_split=sum(part[3] for part in parts),
+    )
+
+
+def pack_epoch(slots: Sequence[int], capacity: int, order: Sequence[int]) -> list[list[int]]:
+    """Indices of conversations that share a microbatch, for each microbatch of one epoch.
+
+    Online best fit: in ``order``, each goes where the least room is left over; where it fits nowhere, a new
+    microbatch is opened. Invariants: every index occurs once; no microbatch exceeds ``capacity``.
+
+    Example: ``pack_epoch([3, 4, 2, 1], 5, [0, 1, 2, 3]) == [[0, 2], [1, 3]]``.
+    """
+    closed: list[list[int]] = []
+    # (room left, number of the microbatch, its conversations), the fullest first
+    open_: list[tuple[int, int, list[int]]] = []
+    opened = 0
+    for index in order:
+        size = slots[index]
+        place = bisect.bisect_left(open_, size, key=lambda entry: entry[0])
+        if place < len(open_):
+            room, number, members = open_.pop(place)
+        else:
+            if len(open_) == MAX_OPEN:
+                closed.append(open_.pop(0)[2])
+            room, number, members = capacity, opened, []
+            opened += 1
+        members.append(index)
+        if room == size:
+            closed.append(members)
+        else:
+            bisect.insort(open_, (room - size, number, members), key=lambda entry: entry[:2])
+    return closed + [members for _, _, members in sorted(open_, key=lambda entry: entry[1])]
+
+
+class SftStream:
+    """Microbatches of packed conversations, epoch after epoch.
+
+    Example: ``SftStream(conversations, capacity=4096, seed=1).take(8)`` are the run's first 8 microbatches.
+    """
+
+    def __init__(self, conversations: Conversations, *, capacity: int, seed: int) -> None:
+        """
+        Args:
+            conversations: none longer than ``capacity`` slots.
+            capacity: T, slots of a microbatch.
+            seed: of the order; the same on every rank.
+        """
+        self.conversations = conversations
+        self.capacity = capacity
+        self._seed = seed
+        self._slots: list[int] = conversations.slots.tolist()
+        self._epoch_plan = lru_cache(maxsize=2)(self._plan)
+        self.fingerprint = f"{conversations.fingerprint}-{capacity}-{seed}"
+        """Equal fingerprints give equal microbatches."""
+        self.epoch = 0
+        """Epoch of the next microbatch, from 0."""
+        self._drawn = 0
+
+    def microbatches_in(self, epochs: float) -> int:
+        """Microbatches that so many epochs make; a part of an epoch counts in proportion."""
+        whole = math.floor(epochs)
+        count = sum(len(self._plan(epoch)) for epoch in range(whole))
+        part = epochs - whole
+        return count + (round(part * len(self._plan(whole))) if part else 0)
+
+    def take(self, count: int) -> list[tuple[int, ...]]:
+        """Conversations of each of the next ``count`` microbatches, the next epoch's behind this one's."""
+        taken: list[tuple[int, ...]] = []
+        while len(taken) < count:
+            plan = self._epoch_plan(self.epoch)
+            fresh = plan[self._drawn : self._drawn + count - len(taken)]
+            taken += fresh
+            self._drawn += len(fresh)
+            if self._drawn == len(plan):
+                self.epoch, self._drawn = self.epoch + 1, 0
+        return taken
+
+    def first(self, count: int) -> list[tuple[int, ...]]:
+        """The first microbatches of epoch 0, at most ``count``: what validation reads, the same every time."""
+        return self._epoch_plan(0)[:count]
+
+    def num_tokens(self, groups: Sequence[Sequence[int]]) -> int:
+        """Slots that hold tokens in these microbatches."""
+        return sum(self._slots[index] for group in groups for index in group)
+
+    def microbatch(self, group: Sequence[int]) -> Microbatch:
+        """The conversations of ``group`` in one microbatch, attention apart; none gives padding only.
+
+        They stand in order of length, so that attention may take those of equal length together.
+        """
+        c = self.conversations
+        group = sorted(group, key=lambda index: (self._slots[index], index))
+        spans = [(int(c.starts[index]), int(c.starts[index + 1])) for index in group]
+        if not spans:
+            return pack_microbatch([], self.capacity)
+        tokens = np.concatenate([c.tokens[start : end - 1] for start, end in spans])
+        labels = np.concatenate([c.tokens[start + 1 : end] for start, end in spans])
+        learned = np.concatenate([c.learned[start + 1 : end] for start, end in spans])
+        lengths = [end - start - 1 for start, end in spans]
+        # arrays pass for sequences of numbers
+        columns: Any = (tokens, labels, learned)
+        return pack_microbatch([columns], self.capacity, segment_lengths=[lengths])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on, as numbers and strings."""
+        return {"epoch": self.epoch, "drawn": self._drawn, "fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            DataError: the state belongs to other conversations, another packing or seed.
+        """
+        if state["fingerprint"] != self.fingerprint:
+            raise DataError(
+                f"the checkpoint was reading other conversations (fingerprint {state['fingerprint']}, now "
+                f"{self.fingerprint}); keep sft_data, tokenizer, seq_length, micro_batch_size and seed, or start "
+                "from its weights alone with --pretrained-checkpoint and another --save"
+            )
+        self.epoch, self._drawn = count_in(state, "epoch"), count_in(state, "drawn")
+
+    def _plan(self, epoch: int) -> list[tuple[int, ...]]:
+        count = len(self._slots)
+        order = Shuffle(count, self._seed, "sft", epoch).many(np.arange(count)).tolist()
+        return [tuple(group) for group in pack_epoch(self._slots, self.capacity, order)]
+
+
+_Part = tuple[np.ndarray, np.ndarray, np.ndarray, int]
+"""Tokens, which of them are learned, and lengths of some conversations; how many of these gave several samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reader:
+    """Tokenises records; travels to worker processes, where each opens the tokenizer once."""
+
+    tokenizer_type: TokenizerType
+    tokenizer_model: str
+    names: dict[str, Any]
+
+    def __call__(self, records: Sequence[Record]) -> _Part:
+        tokenizer = _tokenizer(self.tokenizer_type, self.tokenizer_model)
+        tokenizer.template.use(self.names)
+        ids: list[int] = []
+        learned: list[bool] = []
+        lengths: list[int] = []
+        split = 0
+        for record in records:
+            samples = _samples(record, tokenizer)
+            split += len(samples) > 1
+            for own_ids, own_learned in samples:
+                ids += own_ids
+                learned += own_learned
+                lengths.append(len(own_ids))
+        return np.array(ids, np.int32), np.array(learned, bool), np.array(lengths, np.int64), split
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(tokenizer_type: TokenizerType, tokenizer_model: str) -> Tokenizer:
+    return load_tokenizer(tokenizer_type, tokenizer_model)
+
+
+def _tasks(paths: Sequence[str | Path]) -> Iterator[list[Record]]:
+    task: list[Record] = []
+    for record in read_records(paths):
+        task.append(record)
+        if len(task) == _RECORDS_PER_TASK:
+            yield task
+            task = []
+    if task:
+        yield task
+
+
+def _tokenised(tasks: Iterator[list[Record]], read: _Reader, workers: int) -> Iterator[_Part]:
+    if workers < 1:
+        yield from map(read, tasks)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield from pool.map(read, tasks)
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"one of num_workers={workers} processes died, perhaps for lack of memory; use fewer"
+            ) from error
+
+
+def _samples(record: Record, tokenizer: Tokenizer) -> list[Sample]:
+    """What a line teaches, each up to its last learned token."""
+    conversation = read_line(record)
+    try:
+        samples = render_samples(tokenizer, conversation)
+    except DataError as error:
+        raise DataError(f"{record.origin}: {error}") from None
+    samples = [(ids, learned) for ids, learned in samples if True in learned]
+    if not samples:
+        why = "every answer has weight 0" if conversation.unlearned else "no message with role assistant"
+        raise DataError(
+            f"{record.origin}: {why}, so there is nothing to learn; add an answer or remove the line"
+        )
+    ends = [len(learned) - learned[::-1].index(True) for _, learned in samples]
+    return [(ids[:end], learned[:end]) for (ids, learned), end in zip(samples, ends, strict=True)]
+
+
+def read_line(record: Record) -> Conversation:
+    """The conversation of one JSONL line.
+
+    Raises:
+        DataError: not JSON, no list of messages with role and content, or a key that means something unread.
+    """
+    if not record.is_json:
+        raise DataError(f"{record.origin} is not JSONL; name a .jsonl file of conversations")
+    fields = parse_json(record.raw, record.origin, unique=True)
+    if not isinstance(fields, dict):
+        raise DataError(
+            f"{record.origin} is a JSON {type(fields).__name__}, no object; write one conversation per line, as "
+            "datasets' to_json(lines=True) does"
+        )
+    return read_conversation(fields, record.origin)
+
+
+def _names(paths: Sequence[str | Path]) -> str:
+    return ", ".join(map(str, paths))

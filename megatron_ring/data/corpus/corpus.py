@@ -1,0 +1,182 @@
+"""What is trained on: one indexed dataset or a weighted blend of several, split by documents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from megatron_ring.data.corpus.indexed import IndexedCorpus, open_indexed
+from megatron_ring.data.text.tokenizer import Tokenizer
+from megatron_ring.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusShare:
+    """The documents of one indexed dataset that belong to a split: ``[first_document, end_document)``."""
+
+    corpus: IndexedCorpus
+    first_document: int
+    end_document: int
+
+    @property
+    def num_documents(self) -> int:
+        return self.end_document - self.first_document
+
+    @property
+    def num_tokens(self) -> int:
+        offsets = self.corpus.offsets
+        return int(offsets[self.end_document] - offsets[self.first_document])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSplit:
+    """Training, validation or test documents, with the weight at which each dataset is drawn from.
+
+    Example: ``data_path=("3", "code", "1", "web")`` gives two shares with weights 3/4 and 1/4.
+    """
+
+    name: str
+    shares: tuple[CorpusShare, ...]
+    weights: tuple[Fraction, ...]
+    """One per share; they sum to 1."""
+
+    @property
+    def num_documents(self) -> int:
+        return sum(share.num_documents for share in self.shares)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(share.num_tokens for share in self.shares)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of sizes and weights: another corpus, blend or split has another; a moved one has not."""
+        facts = [
+            (
+                share.corpus.num_documents,
+                share.corpus.num_tokens,
+                share.first_document,
+                share.end_document,
+                str(weight),
+            )
+            for share, weight in zip(self.shares, self.weights, strict=True)
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSplits:
+    """The three splits. One without documents is an error only when a stream is made of it."""
+
+    train: CorpusSplit
+    valid: CorpusSplit
+    test: CorpusSplit
+
+
+def open_corpus(data_path: Sequence[str], split: str, *, tokenizer: Tokenizer | None = None) -> CorpusSplits:
+    """Open the datasets of a blend; split each by documents, in their order on disk, as Megatron does.
+
+    Args:
+        data_path: ``(prefix,)`` or ``(weight, prefix, weight, prefix, ...)``.
+        split: shares of documents for training, validation and test, e.g. ``"949,50,1"``.
+        tokenizer: the run's, to refuse a corpus that notes another one.
+
+    Raises:
+        DataError: the blend or the split cannot be read, a file is missing or damaged, or the tokenizer is
+            another.
+    """
+    names = ("train", "valid", "test")
+    shares_of_split = parse_split(split)
+    blend = parse_blend(data_path)
+    corpora = [open_indexed(prefix) for prefix, _ in blend]
+    for corpus in corpora:
+        if not corpus.num_tokens:
+            raise DataError(f"{corpus.prefix}.bin holds no tokens; preprocess at least one document into it")
+        if tokenizer is not None:
+            _require_tokenizer(corpus, tokenizer)
+    ends = [sum(shares_of_split[: i + 1]) for i in range(3)]
+    splits: dict[str, CorpusSplit] = {}
+    for name, begin, end in zip(names, [0.0, *ends[:-1]], ends, strict=True):
+        splits[name] = CorpusSplit(
+            name=name,
+            shares=tuple(
+                CorpusShare(
+                    corpus=corpus,
+                    first_document=min(round(begin * corpus.num_documents), corpus.num_documents),
+                    end_document=min(round(end * corpus.num_documents), corpus.num_documents),
+                )
+                for corpus in corpora
+            ),
+            weights=tuple(weight for _, weight in blend),
+        )
+    return CorpusSplits(**splits)
+
+
+def parse_split(split: str) -> tuple[float, float, float]:
+    """Normalised shares of train, valid and test: ``"949,50,1"`` is ``(0.949, 0.05, 0.001)``.
+
+    Raises:
+        DataError: not one to three non-negative numbers with a positive sum.
+    """
+    rule = 'split must be up to three shares with a positive sum, e.g. "949,50,1"'
+    try:
+        parts = [float(part) for part in split.split(",")]
+    except ValueError:
+        raise DataError(f"split={split!r} holds something that is not a number; {rule}") from None
+    if len(parts) > 3 or not all(part >= 0 and math.isfinite(part) for part in parts) or sum(parts) <= 0:
+        raise DataError(f"split={split!r} is not a split; {rule}")
+    train, valid, test = (part / sum(parts) for part in (*parts, 0.0, 0.0)[:3])
+    return train, valid, test
+
+
+def parse_blend(data_path: Sequence[str]) -> list[tuple[str, Fraction]]:
+    """Prefixes and their normalised weights. Weights are read as decimal fractions, exactly.
+
+    Example: ``("3", "a", "1", "b")`` is ``[("a", 3/4), ("b", 1/4)]``; ``("a",)`` is ``[("a", 1)]``.
+
+    Raises:
+        DataError: nothing is named, or the words are not weight, prefix, weight, prefix with positive
+            weights.
+    """
+    words = [str(word) for word in data_path]
+    if not words:
+        raise DataError(
+            "data_path is empty; name the prefix of a .bin/.idx pair from tools/preprocess_data.py"
+        )
+    if len(words) == 1:
+        return [(words[0], Fraction(1))]
+    shown = " ".join(words)
+    if len(words) % 2:
+        raise DataError(
+            f"data_path={shown} has {len(words)} words; a blend is weight prefix weight prefix ..."
+        )
+    weights: list[Fraction] = []
+    for word in words[::2]:
+        try:
+            weight = Fraction(word)
+        except (ValueError, ZeroDivisionError):
+            raise DataError(
+                f"data_path={shown}: {word!r} is no weight; a blend is weight prefix weight prefix ..., "
+                f"e.g. 0.5 {words[0]} 0.5 {words[1]}"
+            ) from None
+        if weight <= 0:
+            raise DataError(
+                f"data_path={shown}: weight {word} must be positive; leave out what is not to be read"
+            )
+        weights.append(weight)
+    total = sum(weights, Fraction(0))
+    return [(prefix, weight / total) for prefix, weight in zip(words[1::2], weights, strict=True)]
+
+
+def _require_tokenizer(corpus: IndexedCorpus, tokenizer: Tokenizer) -> None:
+    made_with = corpus.manifest.get("tokenizer_fingerprint")
+    if made_with is not None and made_with != tokenizer.fingerprint:
+        name, size = corpus.manifest.get("tokenizer_model", "unnamed"), corpus.manifest.get("vocab_size", "?")
+        raise DataError(
+            f"{corpus.prefix}.bin was made with another tokenizer ({name}, {size} tokens) than the run's "
+            f"({tokenizer.vocab_size} tokens); preprocess it again or set tokenizer_model"
+        )

@@ -1,0 +1,134 @@
+"""Documents to token ids, in this process or in several, always in the order of the input."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_ring.data.corpus.documents import Record, record_text
+from megatron_ring.data.corpus.writer import token_dtype
+from megatron_ring.data.text.tokenizer import Tokenizer, TokenizerType, load_tokenizer
+from megatron_ring.errors import DataError
+
+_BATCH_BYTES = 1 << 18
+_BATCHES_AHEAD_PER_WORKER = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizeConfig:
+    """How documents become tokens. Example: ``TokenizeConfig(tokenizer_model="tok.model")``."""
+
+    tokenizer_type: TokenizerType = "sentencepiece"
+    tokenizer_model: str
+    json_keys: tuple[str, ...] = ("text",)
+    append_eod: bool = True
+    """End each document with the end-of-sequence token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizedBatch:
+    """Some documents, in order. Example: two of 3 and 2 tokens: ``tokens=[5, 6, 1, 7, 1], lengths=(3,
+    2)``."""
+
+    tokens: np.ndarray
+    lengths: tuple[int, ...]
+    num_bytes: int
+    """Of input, left-out records included."""
+    num_skipped: int
+    """Records without text: empty ones, and files in folders that are not UTF-8 text."""
+
+    def documents(self) -> list[np.ndarray]:
+        return np.split(self.tokens, np.cumsum(self.lengths)[:-1]) if self.lengths else []
+
+
+def tokenize_documents(
+    records: Iterable[Record], config: TokenizeConfig, *, workers: int = 1
+) -> Iterator[TokenizedBatch]:
+    """Tokenize records in ``workers`` processes; the result does not depend on their number.
+
+    At most a few batches per worker are in memory, however long the input.
+
+    Raises:
+        DataError: a record or the tokenizer cannot be read, or a worker was killed.
+    """
+    if workers <= 1:
+        tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
+        for batch in _batches(records):
+            yield _tokenize(batch, config, tokenizer)
+        return
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(config,),
+    )
+    pending: deque[Future[TokenizedBatch]] = deque()
+    try:
+        for batch in _batches(records):
+            pending.append(pool.submit(_run_worker, batch))
+            if len(pending) >= _BATCHES_AHEAD_PER_WORKER * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"one of {workers} tokenizer processes died, perhaps for lack of memory; use fewer workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += len(record.raw)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _tokenize(records: Sequence[Record], config: TokenizeConfig, tokenizer: Tokenizer) -> TokenizedBatch:
+    token_ids: list[int] = []
+    lengths: list[int] = []
+    num_skipped = 0
+    for record in records:
+        text = record_text(record, config.json_keys)
+        ids = tokenizer.encode_document(text) if text else []
+        if not ids:
+            num_skipped += 1
+            continue
+        token_ids += ids
+        if config.append_eod:
+            token_ids.append(tokenizer.eos_id)
+        lengths.append(len(ids) + config.append_eod)
+    return TokenizedBatch(
+        tokens=np.array(token_ids, dtype=token_dtype(tokenizer.vocab_size)),
+        lengths=tuple(lengths),
+        num_bytes=sum(len(record.raw) for record in records),
+        num_skipped=num_skipped,
+    )
+
+
+# set once in each worker process
+_run_here: Callable[[Sequence[Record]], TokenizedBatch] | None = None
+
+
+def _start_worker(config: TokenizeConfig) -> None:
+    global _run_here
+    tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
+    _run_here = lambda records: _tokenize(records, config, tokenizer)  # noqa: E731
+
+
+def _run_worker(records: Sequence[Record]) -> TokenizedBatch:
+    assert _run_here is not None
+    return _run_here(records)

@@ -1,0 +1,130 @@
+"""Arguments of tool calls, in the form that a chat template takes, and tables' fillers.
+
+OpenAI writes arguments as a text of JSON, others as an object. Some templates take both, some turn the text into JSON
+a second time (Qwen2.5, gpt-oss) or fail at it (GLM), some paste an object as Python prints it: each template is asked
+once, with a call of no meaning. A table of a data set has every key of any row in each row, null where the row has
+none: in a tool's description and among a call's arguments such keys are left out again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron_ring.data.json_text import parse_json
+from megatron_ring.errors import DataError
+
+if TYPE_CHECKING:
+    from megatron_ring.data.text.templates import ChatTemplate
+
+_PROBE = {"probed_name": "probed_value"}
+_MAY_BE_NULL = ("default", "const", "example")
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")
+"""Keywords of a schema whose keys are names."""
+_VALUES = ("enum", "examples", *_MAY_BE_NULL)
+"""Keywords of a schema that hold values of the parameter, null among them."""
+
+
+def argument_forms(template: ChatTemplate) -> tuple[bool, bool]:
+    """Does the template write a call's arguments as they are meant where they are a text, and where they are an object?
+
+    Example: ``(False, True)`` for ``{{ call.arguments | tojson }}``, which would quote a text again.
+    """
+    text = json.dumps(_PROBE)
+    as_text = _rendered(template, text)
+    as_object = _rendered(template, _PROBE)
+    shows = all(word in as_object for word in (*_PROBE, *_PROBE.values()))
+    return text in as_text, shows and str(_PROBE) not in as_object
+
+
+def fit_arguments(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, template: ChatTemplate
+) -> tuple[Mapping[str, Any], ...]:
+    """``messages`` with their calls' arguments in a form that the template takes.
+
+    Raises:
+        DataError: arguments must become an object, and are none.
+    """
+    if not any(isinstance(message.get("tool_calls"), list) for message in messages):
+        return tuple(messages)
+    declared = _declared(tools or ())
+
+    def fitted(call: Any, where: str) -> Any:
+        inner = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(inner, Mapping):
+            return {**call, "function": fitted(inner, where)}
+        if not isinstance(call, Mapping) or "arguments" not in call:
+            return call
+        given = _without_fillers(call["arguments"], declared.get(str(call.get("name"))))
+        return {**call, "arguments": _in_form(given, template.argument_forms, where)}
+
+    found: list[Mapping[str, Any]] = []
+    for number, message in enumerate(messages):
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
+            message = {**message, "tool_calls": [fitted(call, f"message {number}") for call in calls]}
+        found.append(message)
+    return tuple(found)
+
+
+def without_nulls(tool: Any, *, named: bool = False) -> Any:
+    """A tool's description without keys that say nothing: no keyword of a schema is null but those that hold values.
+
+    Where keys are names (``named``), such as a parameter's that is called ``default``, no null is kept.
+    """
+    if isinstance(tool, list):
+        return [without_nulls(inner) for inner in tool]
+    if not isinstance(tool, dict):
+        return tool
+    return {
+        key: value
+        if key in _VALUES and not named
+        else without_nulls(value, named=key in _NAMED and not named)
+        for key, value in tool.items()
+        if value is not None or (key in _MAY_BE_NULL and not named)
+    }
+
+
+def _in_form(given: Any, forms: tuple[bool, bool], where: str) -> Any:
+    if isinstance(given, str) and forms == (False, True):
+        value = (
+            parse_json(given, f"{where}: arguments of a tool call", "write an object", unique=True)
+            if given.strip()
+            else {}
+        )
+        if not isinstance(value, dict):
+            raise DataError(
+                f"{where}: arguments={given[:60]!r} of a tool call must be an object; write {{...}}"
+            )
+        return value
+    if isinstance(given, Mapping) and forms == (True, False):
+        return json.dumps(given, ensure_ascii=False)
+    return given
+
+
+def _rendered(template: ChatTemplate, arguments: Any) -> str:
+    call = {"id": "call00000", "type": "function", "function": {"name": "probed", "arguments": arguments}}
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    try:
+        return template.render(messages, [(2, False)])[0]
+    except DataError:
+        return ""
+
+
+def _declared(tools: Sequence[Any]) -> dict[str, Mapping[str, Any]]:
+    """The parameters of each tool that describes them."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for tool in tools:
+        inner = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+        schema = inner.get("parameters") if isinstance(inner, Mapping) else None
+        properties = schema.get("properties") if isinstance(schema, Mapping) else None
+        if isinstance(properties, Mapping):
+            found[str(inner.get("name"))] = properties
+    return found
+
+
+def _without_fillers(arguments: Any, declared: Mapping[str, Any] | None) -> Any:
+    if declared is None or not isinstance(arguments, Mapping):
+        return arguments
+    return {key: value for key, value in arguments.items() if value is not None or key in declared}

@@ -1,0 +1,41 @@
+"""Files that a crash leaves whole: the old one or the new one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_durably(path: Path, contents: str | Iterable[bytes]) -> None:
+    """Replace ``path`` by ``contents`` so that a crash leaves the old file or the new one.
+
+    Raises:
+        OSError: it cannot be written; the old file is as it was, and no temporary file is left.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write_synced(temporary, contents)
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    fsync(path.parent)
+
+
+def write_synced(path: Path, contents: str | Iterable[bytes]) -> None:
+    """Write ``path`` in place and have it on the disk before this returns."""
+    with path.open("wb") as file:
+        file.writelines([contents.encode()] if isinstance(contents, str) else contents)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync(path: Path) -> None:
+    """Have a file's bytes, or the names in a folder, on the disk before this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

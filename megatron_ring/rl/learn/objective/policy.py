@@ -1,0 +1,167 @@
+"""The policy's loss as the engine takes it: any recipe, with KL, entropy and mismatch correction around it.
+
+Ring-lite, eq. 2 and 6. *Readings*: entropy H is the mean over the selected tokens and higher entropy lowers
+the loss; IcePop's weight falls on the surrogate only, so that KL and entropy hold a masked token too.
+
+Legend: T token slots of a microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ring.config.rl import ObjectiveConfig, mismatch_bounds
+from megatron_ring.model.build import Logits
+from megatron_ring.rl.batch.microbatch import RLMicrobatch
+from megatron_ring.rl.learn.objective.divergence import ESTIMATORS, K3_LIMIT, LOG_RATIO_LIMIT
+from megatron_ring.rl.learn.objective.policy_losses import RECIPES, StepFacts
+from megatron_ring.rl.mismatch import CORRECTIONS
+from megatron_ring.train.engine import StepReport
+from megatron_ring.train.objective import LossTerms, logprob
+
+_PER_TOKEN = (
+    "kl",
+    "entropy",
+    "clip_fraction",
+    "ratio",
+    "masked_fraction",
+    "clamped_fraction",
+    "approx_kl",
+    "older_policy_share",
+)
+"""Metrics that are means over loss tokens; the objective sums them up, unweighted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyObjective:
+    """The loss of one minibatch; pure, so that every microbatch of every rank may be given in any order.
+
+    Example: ``PolicyObjective(config=ObjectiveConfig(), facts=StepFacts(token_budget=4096, dp_size=2,
+    max_response_length=512), temperature=1.0)``.
+    """
+
+    config: ObjectiveConfig
+    facts: StepFacts
+    temperature: float = 1.0
+    sum_names: tuple[str, ...] = ("policy_loss", "tokens", "mismatch", "mismatch_tokens", *_PER_TOKEN)
+    peak_names: tuple[str, ...] = ("mismatch_max", "ratio_max")
+
+    def local_denominator(self, microbatches: Sequence[RLMicrobatch]) -> float:
+        """This rank's part of the recipe's normaliser."""
+        return RECIPES[self.config.objective].normaliser(microbatches, self.facts)
+
+    def __call__(self, logits: Logits, microbatch: RLMicrobatch) -> LossTerms:
+        """Communicates over the tensor-parallel group (log p and entropy)."""
+        logp_T, entropy_T = logprob(
+            logits.main_TV,
+            microbatch.labels_T,
+            logits,
+            temperature=self.temperature,
+            inplace_backward=True,
+        )
+        return self.terms(logp_T, entropy_T, microbatch)
+
+    def terms(self, logp_T: Tensor, entropy_T: Tensor, microbatch: RLMicrobatch) -> LossTerms:
+        """The loss from log p and entropy of this pass; local."""
+        c, recipe = self.config, RECIPES[self.config.objective]
+        mask_T = (microbatch.loss_mask_T > 0).to(logp_T.dtype)
+        old_T, trainer_T = self._denominators(logp_T.detach(), microbatch)
+        free_T = logp_T - old_T
+        log_ratio_T = free_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        surrogate = recipe.surrogate(logp_T, log_ratio_T, microbatch, c)
+        gap_T = (trainer_T - microbatch.rollout_logp_T) * mask_T
+        k_T = gap_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        correction_T = CORRECTIONS[c.mismatch_correction](k_T, *mismatch_bounds(c))
+        clamped_T = (free_T.detach().abs() > LOG_RATIO_LIMIT) | (gap_T.abs() > LOG_RATIO_LIMIT)
+        if surrogate.held_T is not None:
+            clamped_T = clamped_T | surrogate.held_T
+        policy_T = -correction_T * surrogate.value_T
+        total_T = policy_T
+        kl_T = torch.zeros_like(policy_T)
+        if c.kl_loss_coef > 0:
+            kl_T = ESTIMATORS[c.kl_loss_type](logp_T, microbatch.ref_logp_T)
+            if c.kl_loss_type == "k3":
+                clamped_T = clamped_T | (kl_T.detach() >= K3_LIMIT)
+            total_T = total_T + c.kl_loss_coef * kl_T
+        if c.entropy_coef > 0:
+            total_T = total_T - c.entropy_coef * entropy_T
+        weight_T = microbatch.weights_T if recipe.weight == "response" else mask_T
+        per_token = {
+            "kl": kl_T,
+            "entropy": entropy_T,
+            "clip_fraction": surrogate.clipped_T,
+            "ratio": surrogate.ratio_T,
+            "masked_fraction": correction_T == 0,
+            "clamped_fraction": clamped_T,
+            "approx_kl": -log_ratio_T,
+            "older_policy_share": 1.0 - microbatch.fresh_T,
+        }
+        compared_T = self._compared(microbatch) * mask_T
+        sums = {name: (value_T.detach() * mask_T).double().sum() for name, value_T in per_token.items()}
+        sums["policy_loss"] = (policy_T.detach() * weight_T).double().sum()
+        sums["tokens"] = mask_T.double().sum()
+        sums["mismatch"] = (gap_T.abs() * compared_T).double().sum()
+        sums["mismatch_tokens"] = compared_T.double().sum()
+        peaks = {
+            "mismatch_max": (gap_T.abs() * compared_T).max(),
+            "ratio_max": (surrogate.ratio_T.detach() * mask_T).max(),
+        }
+        return LossTerms(loss_sum=(total_T * weight_T).sum(), sums=sums, peaks=peaks)
+
+    def _denominators(self, current_T: Tensor, microbatch: RLMicrobatch) -> tuple[Tensor, Tensor]:
+        """log p under the old policy, and the trainer's log p that the rollout engine's is compared with."""
+        match self.config.old_logprobs:
+            case "recompute":
+                return microbatch.old_logp_T, microbatch.old_logp_T
+            case "rollout":
+                return microbatch.rollout_logp_T, current_T
+            case "current":
+                return current_T, current_T
+
+    def _compared(self, microbatch: RLMicrobatch) -> Tensor:
+        """1 where the engine's and the trainer's log p are of the same weights, else 0, [T].
+
+        The token must come from the policy that this step updates, and the trainer must have scored it before the
+        step's first update: at the start of the step (recompute), or in the pass of the first minibatch.
+        """
+        moved = self.config.old_logprobs != "recompute" and microbatch.weights_moved
+        return torch.zeros_like(microbatch.fresh_T) if moved else microbatch.fresh_T
+
+
+def metrics(reports: Sequence[StepReport]) -> dict[str, float]:
+    """What the updates of one RL step, of :class:`PolicyObjective` each, say of themselves.
+
+    By kind: ``loss_tokens`` is their sum; ``loss`` and ``policy_loss`` are means weighted by what each was divided by;
+    ``..._max`` are maxima; all else are means over loss tokens, ``mismatch`` over those on which the two engines can
+    be compared (left out, with its maximum, where there are none). An update without tokens enters nothing.
+
+    Example: ``{"loss": .02, "policy_loss": .019, "loss_tokens": 8192., "kl": .001, "entropy": .4, ...}``.
+    """
+    made = [report for report in reports if report.means["tokens"]]
+    if not made:
+        return {"loss": 0.0, "loss_tokens": 0.0}
+
+    def total(name: str) -> float:
+        return sum(report.means[name] * report.weight for report in made)
+
+    weight, tokens, compared = (
+        sum(report.weight for report in made),
+        total("tokens"),
+        total("mismatch_tokens"),
+    )
+    found = {
+        "loss": sum(report.loss * report.weight for report in made) / weight,
+        "policy_loss": total("policy_loss") / weight,
+        "loss_tokens": tokens,
+        **{name: total(name) / tokens for name in _PER_TOKEN},
+        **{name: max(report.peaks[name] for report in made) for name in made[0].peaks},
+    }
+    if compared:
+        found["mismatch"] = total("mismatch") / compared
+    else:
+        del found["mismatch_max"]
+    return found

@@ -1,6 +1,0 @@
-"""What an RL step minimises: one objective class around a registry of small pure functions."""
-
-from megatron_ring.rl.objective.policy import PolicyObjective, metrics
-from megatron_ring.rl.objective.recipes import RECIPES, Recipe, register
-
-__all__ = ["RECIPES", "PolicyObjective", "Recipe", "metrics", "register"]

@@ -1,0 +1,48 @@
+"""Small values between processes, as JSON: nothing that arrives is unpickled.
+
+Every function is collective over the group in its first line.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) -> list[Any]:
+    """Collective over ``group``: what every rank said, in the order of ranks. For small things."""
+    if group.size() == 1:
+        return [value]
+    own = to_tensor(json.dumps(value).encode(), device)
+    lengths = torch.empty(group.size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(lengths, torch.tensor([own.numel()], device=device), group=group)
+    longest = int(lengths.max())
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: own.numel()] = own
+    rows = torch.empty(group.size() * longest, dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(rows, padded, group=group)
+    rows = rows.view(group.size(), longest).cpu().numpy()
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths.tolist(), strict=True)]
+
+
+def broadcast_json(value: Any, source: int, group: dist.ProcessGroup, device: torch.device) -> Any:
+    """Collective over ``group``: what its rank number ``source`` says."""
+    if group.size() == 1:
+        return value
+    is_source = group.rank() == source
+    data = json.dumps(value).encode() if is_source else b""
+    length = torch.tensor([len(data)], device=device)
+    dist.broadcast(length, group=group, group_src=source)
+    row = to_tensor(data, device) if is_source else torch.empty(int(length), dtype=torch.uint8, device=device)
+    dist.broadcast(row, group=group, group_src=source)
+    return json.loads(row.cpu().numpy().tobytes())
+
+
+def to_tensor(data: bytes, device: torch.device) -> Tensor:
+    """``data`` as uint8 on ``device``."""
+    return torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)).to(device)

@@ -1,0 +1,317 @@
+"""The loop that training stages share: steps until the end or a signal, then saving, measuring and leaving.
+
+A stage subclasses :class:`StageRun`, builds its data and then calls :meth:`StageRun.open_engine`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from megatron_ring.checkpoint.checkpointer import Checkpointer
+from megatron_ring.checkpoint.run_lock import hold_run_folder
+from megatron_ring.config.dump import dump_toml, format_config
+from megatron_ring.config.model_stats import count_parameters, flops_per_token
+from megatron_ring.config.run import RunConfig
+from megatron_ring.config.stage_rules import STAGE_SECTIONS, Stage
+from megatron_ring.data.text.messages import parse_template_kwargs
+from megatron_ring.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_ring.durable import write_durably
+from megatron_ring.errors import CheckpointError, ConfigError, RingError
+from megatron_ring.model.spec import require_backend
+from megatron_ring.observe.metrics import MetricsLogger
+from megatron_ring.observe.profile import StepProfiler
+from megatron_ring.runtime.session import (
+    Session,
+    is_writer,
+    open_session,
+    rank_from_env,
+    world_size_from_env,
+)
+from megatron_ring.train.engine import Engine, StepReport
+from megatron_ring.train.sampling import sample_tokens
+
+log = logging.getLogger("megatron_ring")
+
+MAX_NON_FINITE_STEPS = 3
+SAMPLE_TOKENS = 120
+
+
+@contextmanager
+def open_stage(config: RunConfig) -> Iterator[Session]:
+    """This process's session, with our messages shown from ``log_level`` on, Megatron-Core's from warnings on.
+
+    What is no warning is said by the writer alone. Holds the run's folder: nobody else writes there meanwhile.
+    """
+    logging.basicConfig(level=config.logging.log_level.upper(), format="%(message)s")
+    logging.getLogger("megatron.core").setLevel(logging.WARNING)
+    if not is_writer(rank_from_env(), world_size_from_env()):
+        log.setLevel(max(logging.root.level, logging.WARNING))
+    require_backend(config.model)
+    train = config.train
+    folder = config.checkpoint.save if rank_from_env() == 0 else None
+    with (
+        hold_run_folder(folder),
+        open_session(config.parallel, train.seed, deterministic=train.deterministic) as session,
+    ):
+        yield session
+
+
+class StageRun:
+    """One run of a stage on one process. Every rank of the world makes the same calls."""
+
+    stage: ClassVar[Stage]
+    shown: ClassVar[tuple[str, ...]] = ("loss", "lr", "grad_norm")
+    """Values of the progress line."""
+    validates_at_start: ClassVar[bool] = False
+    """Is step 0, before any update, worth a validation?"""
+
+    def __init__(self, config: RunConfig, session: Session):
+        self.config, self.session = config, session
+        self.tokenizer = _tokenizer(config)
+        self.step = 0
+        self.non_finite = 0
+        self.started = time.monotonic()
+
+    def open_engine(self) -> None:
+        """Build the model; then go on from the run's checkpoint, or start from the weights it is told to."""
+        self.engine = Engine(self.config, self.session)
+        self.checkpointer = Checkpointer(self.config, self.engine, self.session)
+        settings = self.config.checkpoint
+        if settings.pretrained_checkpoint and not settings.finetune:
+            self.checkpointer.load_weights(settings.pretrained_checkpoint)
+        if not settings.finetune:
+            self.at_start_weights()
+        state = self.checkpointer.load(settings.load) if settings.load else None
+        if settings.finetune:
+            self.at_start_weights()
+        if state is not None:
+            self._go_on(state)
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        """Take up the trainer's state of a checkpoint."""
+        with self.foreign_state():
+            self.load_state_dict(state)
+            if type(self.step) is not int or self.step < 0:
+                raise ValueError(f"says step {str(self.step)[:40]!r}")
+
+    @contextmanager
+    def foreign_state(self) -> Iterator[None]:
+        """What is read here may be another stage's state, or somebody's edit: what it lacks is one line."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise CheckpointError(
+                f"{self.checkpointer.loaded_folder}: trainer state {reason}; load a checkpoint that this stage saved, or "
+                "its weights alone with --finetune or --pretrained-checkpoint"
+            ) from None
+
+    def at_start_weights(self) -> None:
+        """Called once while the model holds what the run starts, or started, from; for stages that keep it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside weights, optimizer and random states (JSON-able)."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.step = state["step"]
+
+    def train_step(self, metrics: MetricsLogger) -> None:
+        """One step: raises ``step`` by one and logs it."""
+        raise NotImplementedError
+
+    def validate(self) -> dict[str, float]:
+        """Held-out figures; called when ``eval_interval`` says so."""
+        raise NotImplementedError
+
+    def sample_prompt(self) -> Sequence[int]:
+        """Token ids to continue for ``sample.txt`` at the end of the run; empty writes none."""
+        return ()
+
+    def train(self) -> None:
+        """Steps until ``train_iters``, a signal, or an exit setting; then the last checkpoint."""
+        train = self.config.train
+        self._announce()
+        with (
+            self._metrics() as metrics,
+            StepProfiler(self.config.logging, self.session.rank, self.run_dir()) as profiler,
+        ):
+            if self.step == 0 and self.validates_at_start and train.eval_interval:
+                self._validate(metrics)
+            while self.step < train.train_iters and not self._leave():
+                self.train_step(metrics)
+                profiler.after_step(self.step)
+                if train.eval_interval and (
+                    self.step % train.eval_interval == 0 or self.step == train.train_iters
+                ):
+                    self._validate(metrics)
+                self._save_if_due(metrics)
+            with metrics.phase("save"):
+                self._save_last()
+            self._write_sample()
+
+    def _validate(self, metrics: MetricsLogger) -> None:
+        with metrics.phase("eval"):
+            validation = self.validate()
+        metrics.log_eval(self.step, validation)
+
+    def refuses(self, report: StepReport) -> bool:
+        """Is this step's loss or gradient not finite, so that its update must not be made?
+
+        Raises:
+            RingError: several steps running were not finite.
+        """
+        if report.finite:
+            self.non_finite = 0
+            return False
+        self.non_finite += 1
+        log.warning(
+            "step %d: loss %s, grad norm %s: update refused", self.step + 1, report.loss, report.grad_norm
+        )
+        if self.non_finite >= MAX_NON_FINITE_STEPS:
+            raise RingError(
+                f"loss={report.loss} for {self.non_finite} steps running (last: step {self.step + 1}), must be finite; "
+                "lower --lr, check the data, or load an earlier checkpoint"
+            )
+        return True
+
+    def step_values(self, report: StepReport, lr: float) -> dict[str, float]:
+        """What every supervised stage logs of a step."""
+        values = {"loss": report.means["lm_loss"], "lr": lr, "grad_norm": report.grad_norm}
+        if self.config.model.mtp_num_layers:
+            values["mtp_loss"] = report.means["mtp_loss"]
+        if self.config.model.is_moe:
+            values |= {
+                "balance_loss": report.balance_loss,
+                "router_z_loss": report.z_loss,
+                "max_violation": report.max_violation,
+            }
+        return values
+
+    def save_due(self) -> bool:
+        """Is a checkpoint due after the step just made?"""
+        interval = self.config.checkpoint.save_interval
+        return bool(interval) and self.step % interval == 0
+
+    def run_dir(self) -> Path | None:
+        """Where config.toml and sample.txt go: beside the metrics file, else with the checkpoints."""
+        if self.config.logging.metrics_file:
+            return Path(self.config.logging.metrics_file).parent
+        return Path(self.config.checkpoint.save) if self.config.checkpoint.save else None
+
+    def _leave(self) -> bool:
+        """Collective: a signal on any rank, or one of the exit settings (the first step after a start
+        always runs).
+        """
+        train = self.config.train
+        minutes = (time.monotonic() - self.started) / 60
+        limit = train.exit_duration_in_mins
+        asked = self.session.exit_wanted(limit > 0 and minutes >= limit)
+        if asked and self.session.is_writer:
+            log.info("leaving after step %d: a signal or the time limit asked for it", self.step)
+        due = (
+            train.exit_interval
+            and self.step
+            and self.step % train.exit_interval == 0
+            and self.step != self.first_step
+        )
+        return bool(asked or due)
+
+    def _save_if_due(self, metrics: MetricsLogger) -> None:
+        with metrics.phase("save"):
+            self.checkpointer.poll()
+            if self.config.checkpoint.save and self.save_due():
+                self.save_checkpoint()
+
+    def _save_last(self) -> None:
+        if self.config.checkpoint.save and self.saved_step != self.step:
+            self.save_checkpoint()
+        self.checkpointer.finish()
+
+    def attachments(self) -> dict[str, bytes]:
+        """Files of this rank's own that a checkpoint carries (name -> contents; names differ between ranks)."""
+        return {}
+
+    def save_checkpoint(self) -> None:
+        """Save the whole state under the present step. Collective over the world."""
+        self.checkpointer.save(self.step, self.state_dict(), self.attachments())
+        self.saved_step = self.step
+
+    def _metrics(self) -> MetricsLogger:
+        settings = self.config.logging
+        return MetricsLogger(
+            self.run_dir(),
+            total_steps=self.config.train.train_iters,
+            log_interval=settings.log_interval,
+            resume_step=self.step,
+            tensorboard_dir=settings.tensorboard_dir,
+            metrics_file=settings.metrics_file,
+            wandb_project=settings.wandb_project,
+            is_writer=self.session.is_writer,
+            world_size=self.session.world_size,
+            peak_tflops=settings.peak_tflops,
+            flops_per_token=flops_per_token(self.config.model, self.config.train.seq_length),
+            facts={"stage": self.stage, "parameters": count_parameters(self.config.model).total},
+            shown=self.shown,
+        )
+
+    def _announce(self) -> None:
+        self.first_step = self.saved_step = self.step
+        run_dir = self.run_dir()
+        if not self.session.is_writer:
+            return
+        log.info("%s", format_config(self.config, STAGE_SECTIONS[self.stage]))
+        if run_dir is not None:
+            try:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                write_durably(run_dir / "config.toml", dump_toml(self.config))
+            except OSError as error:
+                flag = "--metrics-file in" if self.config.logging.metrics_file else "--save"
+                raise ConfigError(
+                    f"{flag} {run_dir}: {error.strerror}; name a folder that can be written"
+                ) from None
+
+    def _write_sample(self) -> None:
+        """What the model says now, for the report."""
+        run_dir = self.run_dir()
+        if self.tokenizer is None or run_dir is None:
+            return
+        prompt = list(self.sample_prompt())
+        if not prompt:
+            return
+        new = sample_tokens(
+            self.engine,
+            prompt,
+            max_new_tokens=SAMPLE_TOKENS,
+            num_slots=self.config.train.seq_length,
+            seed=self.config.train.seed,
+            stop_ids=self.tokenizer.stop_ids,
+        )
+        if self.session.is_writer:
+            sample = run_dir / "sample.txt"
+            try:
+                write_durably(sample, self.tokenizer.decode([*prompt, *new]) + "\n")
+            except OSError as error:
+                raise ConfigError(
+                    f"{sample}: {error.strerror}; see that the disk has space, the checkpoint is saved"
+                ) from None
+
+
+def _tokenizer(config: RunConfig) -> Tokenizer | None:
+    """The run's tokenizer, if one is named: it checks the data and reads the sample."""
+    data = config.data
+    if not data.tokenizer_model:
+        return None
+    return load_tokenizer(
+        data.tokenizer_type,
+        data.tokenizer_model,
+        vocab_size=config.model.vocab_size,
+        chat_template_kwargs=parse_template_kwargs(data.chat_template_kwargs),
+        stop_token_ids=config.rollout.stop_token_ids,
+    )

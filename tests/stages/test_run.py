@@ -1,0 +1,74 @@
+"""What the stages share."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_ring.config.load import config_from_mapping
+from megatron_ring.errors import ConfigError
+from megatron_ring.stages import run as stage_run
+from megatron_ring.stages.run import StageRun
+
+
+@pytest.mark.parametrize(
+    ("rank", "level", "heard"),
+    [
+        (0, "info", {"warning"}),
+        (1, "info", {"note", "warning"}),
+        (0, "error", set()),
+        (1, "error", set()),
+    ],
+)
+def test_of_several_processes_the_writer_alone_says_what_is_no_warning(
+    monkeypatch, capfd, rank, level, heard
+):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(stage_run, "open_session", lambda *_, **__: _Nothing())
+    # as in a fresh process
+    monkeypatch.setattr(logging.root, "handlers", [])
+    names = ("megatron_ring", "megatron.core")
+    before = [logging.root.level, *(logging.getLogger(name).level for name in names)]
+    try:
+        with stage_run.open_stage(config_from_mapping({"log_level": level})):
+            logging.getLogger("megatron_ring.kernels").info("note")
+            logging.getLogger("megatron_ring").warning("warning")
+    finally:
+        for name, value in zip((None, *names), before, strict=True):
+            logging.getLogger(name).setLevel(value)
+    assert set(capfd.readouterr().err.split()) == heard
+
+
+@pytest.mark.parametrize("flag", ["--metrics-file", "--save"])
+def test_a_folder_that_cannot_be_written_is_said_by_the_flag_that_names_it(tmp_path, flag):
+    (tmp_path / "file").touch()
+    word = str(tmp_path / "file" / ("m.jsonl" if flag == "--metrics-file" else "run"))
+    run = StageRun.__new__(StageRun)
+    run.config = config_from_mapping({flag.strip("-").replace("-", "_"): word})
+    run.session, run.stage, run.step = SimpleNamespace(is_writer=True), "pretrain", 0
+    with pytest.raises(ConfigError, match=f"^{flag}.* {tmp_path}/file.*; name a folder that can be written"):
+        run._announce()
+
+
+def test_a_sample_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    """The last thing of a run, behind its last checkpoint."""
+    (tmp_path / "sample.txt").mkdir()
+    run = StageRun.__new__(StageRun)
+    run.config = config_from_mapping({"save": str(tmp_path)})
+    run.session, run.engine = SimpleNamespace(is_writer=True), None
+    run.tokenizer = SimpleNamespace(stop_ids=(), decode=str)
+    monkeypatch.setattr(stage_run, "sample_tokens", lambda *_, **__: [])
+    monkeypatch.setattr(run, "sample_prompt", lambda: [1])
+    with pytest.raises(
+        ConfigError, match=r"sample\.txt: Is a directory; see that .* the checkpoint is saved"
+    ):
+        run._write_sample()
+
+
+class _Nothing:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
