@@ -6,6 +6,7 @@
 import ast
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -127,6 +128,15 @@ def length_problems(name: str, text: str) -> list[str]:
     return found
 
 
+def sharing_problems(name: str, tree: ast.AST) -> list[str]:
+    """Imports of a test or a conftest by file ``name`` below tests/; what two files need belongs into helpers/."""
+    return [
+        f"{name}:{line} imports {target}; move what they share into tests/helpers"
+        for target, line in imports(tree)
+        if target.startswith("tests.") and re.search(r"\.(test_\w+|conftest)(\.|$)", target)
+    ]
+
+
 def relative(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
@@ -152,6 +162,19 @@ def test_only_their_rooms_import_megatron_and_vllm():
 def test_files_and_functions_stay_short():
     texts = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in SOURCES}
     assert [p for name, text in texts.items() for p in length_problems(name, text)] == []
+
+
+def test_what_tests_share_is_in_helpers():
+    paths = sorted((ROOT / "tests").rglob("*.py"))
+    names = {path: path.relative_to(ROOT / "tests").as_posix() for path in paths}
+    assert [p for path, name in names.items() for p in sharing_problems(name, parse(path))] == []
+    others = [
+        name
+        for name in names.values()
+        if not name.startswith(("helpers/", "cases/"))
+        and not re.fullmatch(r"(.*/)?(test_\w+|conftest)\.py", name)
+    ]
+    assert others == [], "neither a test nor a conftest: it belongs into tests/helpers"
 
 
 def test_every_kernel_has_an_op_a_reference_and_a_test():
@@ -205,6 +228,9 @@ def test_config_and_dry_run_import_no_torch():
         (foreign_problems, "data/text/chat.py", "import megatron.core"),
         (foreign_problems, "config/a.py", "import torch"),
         (foreign_problems, "rl/reward.py", "from vllm import LLM"),
+        (sharing_problems, "rl/test_a.py", "from tests.rl.test_b import c"),
+        (sharing_problems, "rl/test_a.py", "from tests.rl import test_b"),
+        (sharing_problems, "helpers/a.py", "def f():\n    import tests.rl.conftest"),
     ],
 )
 def test_each_rule_sees_its_breach(check, name: str, code: str):

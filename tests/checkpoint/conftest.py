@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.convert_cases import ODD, write_hf
+from tests.helpers.checkpoint.convert_cases import ODD, write_hf
 
 
 @pytest.fixture(scope="session")

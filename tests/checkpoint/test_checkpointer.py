@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,29 +17,11 @@ import torch
 from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.errors import CheckpointError
-from megatron_ring.runtime.session import open_session
-from megatron_ring.train.engine import Engine
 from megatron_ring.train.objective import NextTokenObjective
-from tests.model.small import batch, config_of, weights
+from tests.helpers.checkpoint.checkpoints import NAME, TRAINER, checkpointer, state_of
+from tests.helpers.model.small import batch, config_of, weights
 
 OBJECTIVE = NextTokenObjective()
-NAME = "iter_0000003"
-TRAINER = {"step": 3, "cursor": {"epoch": 1}}
-
-
-@contextmanager
-def checkpointer(seed: int = 1, model: str = "v2", **settings) -> Iterator[Checkpointer]:
-    config = config_of(model, seed=seed, **settings)
-    with open_session(config.parallel, seed=seed) as session:
-        yield Checkpointer(config, Engine(config, session), session)
-
-
-def state_of(engine: Engine) -> list[torch.Tensor]:
-    """Weights, buffers, main parameters and every optimizer state, as copies."""
-    parts = engine.optimizer.chained_optimizers
-    mains = [p for part in parts for group in part.param_groups for p in group["params"]]
-    moments = [v for part in parts for state in part.optimizer.state.values() for v in state.values()]
-    return [*weights(engine).values(), *(value.clone() for value in [*mains, *moments])]
 
 
 @pytest.fixture(scope="module")

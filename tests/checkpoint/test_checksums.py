@@ -16,10 +16,9 @@ from megatron_ring.checkpoint import checksums
 from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint.convert.convert import hf_to_megatron, megatron_to_hf
 from megatron_ring.errors import CheckpointError
-from tests.checkpoint.convert_cases import ROOT, Silent
-from tests.checkpoint.test_checkpointer import NAME, TRAINER, checkpointer, state_of
-from tests.checkpoint.test_convert_files import SMALL
-from tests.paths import python_path
+from tests.helpers.checkpoint.checkpoints import NAME, SMALL, TRAINER, checkpointer, state_of
+from tests.helpers.checkpoint.convert_cases import ROOT, Silent
+from tests.helpers.paths import python_path
 
 TOOL = ROOT / "tools/verify_checkpoint.py"
 

@@ -13,7 +13,7 @@ from megatron_ring.checkpoint.convert import convert
 from megatron_ring.checkpoint.convert.convert import Export, Options, hf_to_megatron, megatron_to_hf
 from megatron_ring.checkpoint.convert.hf_config import hf_config, model_config, read_hf_config
 from megatron_ring.errors import CheckpointError
-from tests.checkpoint.convert_cases import ODD, Silent
+from tests.helpers.checkpoint.convert_cases import ODD, Silent
 
 
 @pytest.mark.parametrize(

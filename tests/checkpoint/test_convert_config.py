@@ -23,9 +23,9 @@ from megatron_ring.checkpoint.convert.plain_forward import plain_logits
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.errors import CheckpointError
-from tests.checkpoint.convert_cases import ODD, Silent, prompt, read_hf, run_tool, write_hf
-from tests.checkpoint.published_configs import PUBLISHED
-from tests.checkpoint.reference_model import logits_TV
+from tests.helpers.checkpoint.convert_cases import ODD, Silent, prompt, read_hf, run_tool, write_hf
+from tests.helpers.checkpoint.published_configs import PUBLISHED
+from tests.helpers.checkpoint.reference_model import logits_TV
 
 
 def said(name: str, **changes: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ring.checkpoint.convert import stream
-from megatron_ring.checkpoint.convert.convert import Export, Options, hf_to_megatron, megatron_to_hf, reshard
+from megatron_ring.checkpoint.convert.convert import Export, hf_to_megatron, megatron_to_hf, reshard
 from megatron_ring.checkpoint.convert.hf_config import hf_config, model_config, read_hf_config
 from megatron_ring.checkpoint.convert.plain_forward import plain_logits
 from megatron_ring.checkpoint.convert.plan import safetensors_files
@@ -24,7 +24,8 @@ from megatron_ring.checkpoint.convert.torch_dist_io import TorchDistFolder
 from megatron_ring.checkpoint.run_lock import hold_run_folder
 from megatron_ring.config.load import preset_config
 from megatron_ring.errors import CheckpointError
-from tests.checkpoint.convert_cases import (
+from tests.helpers.checkpoint.checkpoints import SMALL
+from tests.helpers.checkpoint.convert_cases import (
     ODD,
     Silent,
     assert_same,
@@ -34,9 +35,7 @@ from tests.checkpoint.convert_cases import (
     run_tool,
     write_hf,
 )
-from tests.checkpoint.reference_model import logits_TV
-
-SMALL = Options(max_file_bytes=20_000, verify=True)
+from tests.helpers.checkpoint.reference_model import logits_TV
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -25,7 +25,7 @@ from megatron_ring.checkpoint.convert.publish import Assembler, Part
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
 from megatron_ring.checkpoint.convert.tensor_map import Box
 from megatron_ring.config.load import config_from_mapping
-from tests.checkpoint.convert_cases import (
+from tests.helpers.checkpoint.convert_cases import (
     LAYOUT_MODELS,
     LAYOUTS,
     Silent,
@@ -36,10 +36,10 @@ from tests.checkpoint.convert_cases import (
     read_hf,
     write_hf,
 )
-from tests.checkpoint.reference_model import logits_TV, mtp_logits_TV
-from tests.parallel.spawning import ROOT, several_worlds, spawn
-from tests.parallel.watching import assert_ended_well
-from tests.paths import python_path
+from tests.helpers.checkpoint.reference_model import logits_TV, mtp_logits_TV
+from tests.helpers.parallel.spawning import ROOT, several_worlds, spawn
+from tests.helpers.parallel.watching import assert_ended_well
+from tests.helpers.paths import python_path
 
 pytestmark = several_worlds
 
@@ -77,7 +77,9 @@ def converted(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run_world(converted: Path):
     # a failed spawn fails every test of its world once, without another spawn
-    spawned = cache(lambda world: spawn(world, "tests.checkpoint.convert_worker", str(world), str(converted)))
+    spawned = cache(
+        lambda world: spawn(world, "tests.helpers.checkpoint.convert_worker", str(world), str(converted))
+    )
 
     def run(world: int) -> Path:
         assert_ended_well(spawned(world))

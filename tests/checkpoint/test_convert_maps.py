@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_ring.checkpoint.convert.families import tensor_map
 from megatron_ring.checkpoint.convert.publish import Assembler, Part, Shard, hf_parts
 from megatron_ring.checkpoint.convert.tensor_map import Box, MapBuilder, TensorMap
-from tests.checkpoint.convert_cases import ODD
+from tests.helpers.checkpoint.convert_cases import ODD
 
 
 def filled(mapping: TensorMap) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

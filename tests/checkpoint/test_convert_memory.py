@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.paths import python_path
+from tests.helpers.paths import python_path
 
 ROOT = Path(__file__).parents[2]
 NUM_LAYERS = 2

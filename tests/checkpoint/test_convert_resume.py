@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_ring.checkpoint.convert import convert, files, stream
-from megatron_ring.checkpoint.convert.convert import Options, hf_to_megatron, megatron_to_hf
+from megatron_ring.checkpoint.convert.convert import hf_to_megatron, megatron_to_hf
 from megatron_ring.checkpoint.convert.folders import check_manifest
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
 from megatron_ring.checkpoint.convert.tensor_map import Box
 from megatron_ring.errors import CheckpointError
-from tests.checkpoint.convert_cases import (
+from tests.helpers.checkpoint.checkpoints import SMALL
+from tests.helpers.checkpoint.convert_cases import (
     ODD,
     TOOL,
     Silent,
@@ -30,9 +31,7 @@ from tests.checkpoint.convert_cases import (
     run_tool,
     write_hf,
 )
-from tests.paths import python_path
-
-SMALL = Options(max_file_bytes=20_000, verify=True)
+from tests.helpers.paths import python_path
 
 
 def test_an_interrupted_conversion_goes_on_where_it_stopped(hf: dict[str, Path], tmp_path: Path, monkeypatch):

@@ -16,8 +16,8 @@ import torch
 from megatron_ring.checkpoint.convert.convert import Export, Options, hf_to_megatron, megatron_to_hf
 from megatron_ring.checkpoint.convert.hf_config import read_hf_config
 from megatron_ring.config.model import ModelConfig
-from tests.checkpoint.convert_cases import ODD, Silent, prompt, read_hf, write_hf
-from tests.checkpoint.reference_model import logits_TV
+from tests.helpers.checkpoint.convert_cases import ODD, Silent, prompt, read_hf, write_hf
+from tests.helpers.checkpoint.reference_model import logits_TV
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("MEGATRON_RING_VLLM", ROOT / ".venv-vllm")) / "bin/python"
@@ -64,7 +64,7 @@ def test_vllm_computes_the_reference_models_tokens_and_log_p(name: str, tmp_path
     tokens, out = prompt(256), tmp_path / "out.json"
     worker = [
         str(PYTHON),
-        str(Path(__file__).with_name("vllm_worker.py")),
+        str(ROOT / "tests/helpers/checkpoint/vllm_worker.py"),
         str(folder),
         json.dumps(tokens),
         str(out),

@@ -13,10 +13,10 @@ import torch
 from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.runtime.session import open_session
 from megatron_ring.train.engine import Engine
-from tests.checkpoint.plain_cases import LAYOUTS, configure, next_step, same, state_of
-from tests.model.small import weights
-from tests.parallel.running import randomise
-from tests.parallel.spawning import spawn
+from tests.helpers.checkpoint.plain_cases import LAYOUTS, configure, next_step, same, state_of
+from tests.helpers.model.small import weights
+from tests.helpers.parallel.running import randomise
+from tests.helpers.parallel.spawning import spawn
 
 PRECISIONS = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 TRAINER = {"step": 2}
@@ -106,7 +106,7 @@ def test_either_optimizer_goes_on_from_the_others_checkpoint(tmp_path, bf16, to_
 def two_processes(saved) -> Path:
     """The folder in which two processes have gone on from the single process's checkpoints."""
     folder = saved[False][0].parent
-    result = spawn(2, "tests.checkpoint.plain_worker", str(folder))
+    result = spawn(2, "tests.helpers.checkpoint.plain_worker", str(folder))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     return folder
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_ring.checkpoint import folder as folders
-from tests.checkpoint.test_checkpointer import TRAINER, checkpointer
+from tests.helpers.checkpoint.checkpoints import TRAINER, checkpointer
 
 
 def test_a_run_in_a_folder_with_later_steps_keeps_what_it_saves(tmp_path):

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint.convert import convert
 from megatron_ring.checkpoint.convert.convert import Options, hf_to_megatron, megatron_to_hf, reshard
-from tests.checkpoint.convert_cases import Silent, assert_same, read_megatron
+from tests.helpers.checkpoint.convert_cases import Silent, assert_same, read_megatron
 
 NAME = "iter_0000000"
 

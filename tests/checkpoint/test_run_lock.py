@@ -19,8 +19,8 @@ from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint import run_lock
 from megatron_ring.checkpoint.run_lock import LOCK, STALE_SECONDS, Owner, check_run_folder, hold_run_folder
 from megatron_ring.errors import CheckpointError
-from tests.checkpoint.convert_cases import ROOT
-from tests.paths import python_path
+from tests.helpers.checkpoint.convert_cases import ROOT
+from tests.helpers.paths import python_path
 
 HOLD = """
 import sys, time
@@ -103,7 +103,7 @@ def test_an_entry_point_ends_before_torch_is_there(holder, tmp_path):
 
 def test_a_stage_holds_its_folder_and_lets_it_go(holder, tmp_path):
     from megatron_ring.stages.run import open_stage
-    from tests.model.small import config_of
+    from tests.helpers.model.small import config_of
 
     with (
         pytest.raises(CheckpointError, match="writes its checkpoints there"),
@@ -260,7 +260,7 @@ def test_of_eight_that_start_at_once_one_wins(tmp_path, stale):
     rounds = 30
     for number in range(rounds if stale else 0):
         put(tmp_path / str(number), stranger(token=f"a{number}"), age=STALE_SECONDS + 60)
-    words = [sys.executable, "-m", "tests.checkpoint.lock_worker", str(tmp_path), "8", str(rounds)]
+    words = [sys.executable, "-m", "tests.helpers.checkpoint.lock_worker", str(tmp_path), "8", str(rounds)]
     done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["1"] * rounds

@@ -1,10 +1,13 @@
+"""What whole runs read: a corpus with its tokenizer, and problems."""
+
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import ROOT, environment
+from tests.helpers.e2e.runs import ROOT, environment
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +45,14 @@ def corpus(tmp_path_factory) -> dict[str, object]:
         str(prefix),
     )
     return {"data-path": str(prefix), "tokenizer-model": str(model), "split": "90,8,2"}
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("problems") / "toy.jsonl"
+    rows = [{"prompt": f"def f{i}(x):", "domain": "toy", "answer": str(i)} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture

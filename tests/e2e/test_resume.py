@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.runs import TINY, TINY_V2, losses, pretrain, read_checkpoint, start, wait_for
-from tests.parallel.spawning import several_worlds
-from tests.parallel.watching import PATIENCE
+from tests.helpers.e2e.runs import TINY, TINY_V2, losses, pretrain, read_checkpoint, start, wait_for
+from tests.helpers.parallel.spawning import several_worlds
+from tests.helpers.parallel.watching import PATIENCE
 
 pytestmark = several_worlds
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import records, run
-from tests.e2e.test_rl_resume import problems, settings  # noqa: F401
-from tests.parallel.spawning import several_worlds
-from tests.parallel.watching import assert_ended_well
+from tests.helpers.e2e.rl_settings import settings
+from tests.helpers.e2e.runs import records, run
+from tests.helpers.parallel.spawning import several_worlds
+from tests.helpers.parallel.watching import assert_ended_well
 
 pytestmark = several_worlds
 
@@ -50,7 +50,7 @@ SAMPLED = ("reward_std", "response_length_std", "cut_share")
 CLOSE = ("loss", "policy_loss", "kl", "entropy", "grad_norm", "balance_loss")
 
 
-def rl(corpus: dict[str, object], problems: Path, folder: Path, world: int, **more: object) -> Path:  # noqa: F811
+def rl(corpus: dict[str, object], problems: Path, folder: Path, world: int, **more: object) -> Path:
     values = settings(corpus, problems, **{**PLAIN, "num_attention_heads": 4, "num_query_groups": 2, **more})
     values |= {"save": folder, "load": folder, "eval_prompt_data": [problems], "eval_prompts": 4}
     result = run(
@@ -61,13 +61,13 @@ def rl(corpus: dict[str, object], problems: Path, folder: Path, world: int, **mo
 
 
 @pytest.fixture(scope="module")
-def single(corpus, problems, tmp_path_factory) -> Path:  # noqa: F811
+def single(corpus, problems, tmp_path_factory) -> Path:
     return rl(corpus, problems, tmp_path_factory.mktemp("single") / "run", 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "world"), LAYOUTS)
-def test_a_run_is_the_same_at_every_layout(single, corpus, problems, tmp_path, layout, world):  # noqa: F811
+def test_a_run_is_the_same_at_every_layout(single, corpus, problems, tmp_path, layout, world):
     other = rl(corpus, problems, tmp_path / "run", world, **layout)
     for ours, theirs in zip(records(other), records(single), strict=True):
         for name in EXACT:
@@ -79,7 +79,7 @@ def test_a_run_is_the_same_at_every_layout(single, corpus, problems, tmp_path, l
 
 
 @pytest.fixture(scope="module")
-def single_budgeted(corpus, problems, tmp_path_factory) -> Path:  # noqa: F811
+def single_budgeted(corpus, problems, tmp_path_factory) -> Path:
     return rl(corpus, problems, tmp_path_factory.mktemp("single") / "budgeted", 1, **BUDGETED)
 
 
@@ -98,7 +98,7 @@ def waiting(folder: Path, step: int) -> dict[int, list[int]]:
 def test_a_budgeted_run_interrupts_the_same_responses_at_every_layout(
     single_budgeted,
     corpus,
-    problems,  # noqa: F811
+    problems,
     tmp_path,
     layout,
     world,

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from tests.e2e.runs import ROOT, flags, read_checkpoint, records
-from tests.e2e.test_rl_resume import problems, settings  # noqa: F401
-from tests.parallel.spawning import spawn
+from tests.helpers.e2e.rl_settings import settings
+from tests.helpers.e2e.runs import ROOT, flags, read_checkpoint, records
+from tests.helpers.parallel.spawning import spawn
 
 STEPS, STOPS_AFTER = 3, 2
 TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -85,7 +85,7 @@ def parameters(cases: list[Options]) -> list:
 
 
 @pytest.fixture(scope="module")
-def runs(corpus, problems, tmp_path_factory) -> Callable[[int], Path]:  # noqa: F811
+def runs(corpus, problems, tmp_path_factory) -> Callable[[int], Path]:
     """Makes all runs of a world size, once; ``runs(world) / name`` is a run's folder."""
     folder = tmp_path_factory.mktemp("rl-options")
 
@@ -115,7 +115,7 @@ def runs(corpus, problems, tmp_path_factory) -> Callable[[int], Path]:  # noqa: 
     def run(world: int) -> Path:
         file = folder / f"commands-{world}.json"
         file.write_text(json.dumps(commands(world)))
-        result = spawn(world, "tests.e2e.script_worker", str(ROOT / "examples/rl_ring.py"), str(file))
+        result = spawn(world, "tests.helpers.e2e.script_worker", str(ROOT / "examples/rl_ring.py"), str(file))
         assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-8000:]
         return folder
 

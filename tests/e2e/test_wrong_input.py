@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.runs import ROOT, TINY, flags
-from tests.paths import python_path
+from tests.helpers.e2e.runs import ROOT, TINY, flags
+from tests.helpers.paths import python_path
 
 PRETRAIN = "examples/pretrain_ring.py"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ring.kernels import dispatch
-from tests.kernels.backends import DEVICE, backends
+from tests.helpers.kernels.backends import DEVICE, backends
 from tools.gpu.guard import guarded_outputs
 
 _Generator = torch.Generator

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.kernels import backends
+from tests.helpers.kernels import backends
 
 triton = pytest.importorskip("triton")
 

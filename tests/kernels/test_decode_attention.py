@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_ring.kernels import HeadNorms, decode_attention
-from tests.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
+from tests.helpers.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
 
 SLOTS, LENGTH = 5, 40
 

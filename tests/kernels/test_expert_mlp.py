@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ring.kernels import expert_mlp
 from megatron_ring.kernels.expert_mlp import cpu, reference
-from tests.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
-from tests.kernels.test_grouped_gemm import SHAPES, WIDTHS, offsets_of, poisoned
+from tests.helpers.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
+from tests.helpers.kernels.grouped_rows import SHAPES, WIDTHS, offsets_of, poisoned
 
 NAMES = ("y", "dx", "dw_up", "dw_down", "dprobs")
 

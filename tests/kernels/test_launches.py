@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tests.paths import python_path
+from tests.helpers.paths import python_path
 from tools.gpu import launches, no_device
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from megatron_ring.kernels import RouteIndex, combine, dispatch, permute, route, route_index, token_logprob
-from tests.kernels.backends import ROOT
+from tests.helpers.kernels.backends import ROOT
 
 pytestmark = pytest.mark.skipif(not dispatch.native_is_available(), reason="megatron_ring._C is not built")
 ops = torch.ops.megatron_ring

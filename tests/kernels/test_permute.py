@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ring.kernels import RouteIndex, combine, permute, route_index
-from tests.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
+from tests.helpers.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
 
 # tokens and columns per block of the Triton combine; permute's are 4 rows, 1024 columns
 BLOCK_T, BLOCK_D = 2, 512

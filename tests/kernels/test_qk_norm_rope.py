@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from megatron_ring.kernels import HeadNorms, dispatch, qk_norm_rope
-from tests.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
+from tests.helpers.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
 
 EPSILON = 1e-3
 

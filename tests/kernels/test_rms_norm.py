@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from megatron_ring.kernels import dispatch, rms_norm
-from tests.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
+from tests.helpers.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
 
 # rows per block of the Triton kernels for 128 columns or fewer
 BLOCK = 16

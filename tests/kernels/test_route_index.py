@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_ring.kernels import route_index
-from tests.kernels.backends import INTERPRETED, run_in_the_interpreter
+from tests.helpers.kernels.backends import INTERPRETED, run_in_the_interpreter
 
 # slots per block of the Triton kernel
 SLOTS = 4096

@@ -7,7 +7,7 @@ from torch import Tensor
 from megatron_ring.errors import ConfigError
 from megatron_ring.kernels import route
 from megatron_ring.kernels.routing import reference
-from tests.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
+from tests.helpers.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
 
 # tokens per block of the Triton kernels for 16 experts or fewer
 BLOCK = 32

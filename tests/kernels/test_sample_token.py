@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_ring.errors import ConfigError
 from megatron_ring.kernels import sample_token
-from tests.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
+from tests.helpers.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_ring.errors import ConfigError
 from megatron_ring.kernels import dispatch, token_logprob
 from megatron_ring.kernels.token_logprob.reference import merge
-from tests.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
+from tests.helpers.kernels.backends import INTERPRETED, relative_error, run_in_the_interpreter
 
 # columns per block of the Triton kernels
 BLOCK = 4096

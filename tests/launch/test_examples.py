@@ -11,7 +11,7 @@ import pytest
 
 from megatron_ring.config.load import load_config
 from megatron_ring.config.validate import validate
-from tests.paths import python_path
+from tests.helpers.paths import python_path
 
 ROOT = Path(__file__).parents[2]
 TINY = "examples/tiny/pretrain.toml"

@@ -11,7 +11,7 @@ from megatron_ring.config.load import load_config
 from megatron_ring.config.parallel import RecomputeModule
 from megatron_ring.config.validate import validate
 from megatron_ring.launch.plan import USABLE, activation_bytes, feasible_layouts, layout_flags
-from tests.paths import python_path
+from tests.helpers.paths import python_path
 
 GIB = 2**30
 TOOL = Path(__file__).parents[2] / "tools" / "plan_run.py"

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.parallel.spawning import free_port
-from tests.parallel.watching import run_to_the_end
-from tests.paths import python_path
+from tests.helpers.parallel.spawning import free_port
+from tests.helpers.parallel.watching import run_to_the_end
+from tests.helpers.paths import python_path
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,7 +24,7 @@ def command(*words: str) -> list[str]:
     python = [sys.executable, "-W", "ignore", "-m"]
     address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     launcher = [*python, "megatron_ring.launch.ranks", "--nproc-per-node", "2", *address]
-    return [*launcher, "-m", "tests.runtime.peers_worker", *words]
+    return [*launcher, "-m", "tests.helpers.runtime.peers_worker", *words]
 
 
 def launched(*words: str) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ import torch
 
 from megatron_ring.model.head import norm_head_scale
 from megatron_ring.model.packed import pack_inputs
-from tests.model.small import batch, small_engine
+from tests.helpers.model.small import batch, small_engine
 
 ALONE = SimpleNamespace(size=lambda: 1)
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_ring.runtime.session import open_session
 from megatron_ring.train.engine import Engine
-from tests.model.small import config_of, weights
+from tests.helpers.model.small import config_of, weights
 
 STD = 0.08
 

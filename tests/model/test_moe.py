@@ -11,7 +11,7 @@ from megatron_ring.data.batch.microbatch import pack_microbatch
 from megatron_ring.model.moe import RingExperts, RingMoELayer
 from megatron_ring.model.packed import pack_inputs
 from megatron_ring.runtime import device
-from tests.model.small import small_engine
+from tests.helpers.model.small import small_engine
 
 
 def naive_layer(layer: RingMoELayer, hidden_TD: Tensor, experts_TK: Tensor, probs_TK: Tensor) -> Tensor:

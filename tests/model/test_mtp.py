@@ -11,7 +11,7 @@ from megatron_ring.data.batch.microbatch import pack_microbatch
 from megatron_ring.model.build import Logits
 from megatron_ring.model.packed import pack_inputs
 from megatron_ring.train.objective import NextTokenObjective
-from tests.model.small import small_engine
+from tests.helpers.model.small import small_engine
 
 ALONE = torch.nn.Module()
 ALONE.size = lambda: 1

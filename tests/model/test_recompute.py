@@ -11,7 +11,7 @@ import torch
 from megatron_ring.config.settings import settings
 from megatron_ring.train.engine import StepReport
 from megatron_ring.train.objective import LossTerms, NextTokenObjective
-from tests.model.small import assert_close, batch, gradients, small_engine
+from tests.helpers.model.small import assert_close, batch, gradients, small_engine
 
 MODEL = "v2_mtp"
 """A dense layer, layers with experts and shared experts, and a multi-token-prediction layer."""

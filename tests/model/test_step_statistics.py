@@ -7,7 +7,7 @@ import torch
 
 from megatron_ring.model.packed import pack_inputs
 from megatron_ring.train.objective import NextTokenObjective
-from tests.model.small import assert_close, batch, gradients, small_engine, weights
+from tests.helpers.model.small import assert_close, batch, gradients, small_engine, weights
 
 OBJECTIVE = NextTokenObjective(mtp_loss_scaling_factor=0.3)
 

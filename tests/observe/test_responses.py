@@ -12,8 +12,8 @@ from megatron_ring.errors import ConfigError
 from megatron_ring.observe.responses import ResponseLog, read_samples
 from megatron_ring.rl.rollout_io import rollouts_from_bytes, rollouts_to_bytes
 from megatron_ring.rl.rollout_metrics import best_and_worst, response_rows
-from tests.rl.batch.test_planner import rollout, step_of
-from tests.rl.collecting import Places
+from tests.helpers.rl.collecting import Places
+from tests.helpers.rl.rollouts import rollout, step_of
 
 
 def scored(uid: int, score: float):

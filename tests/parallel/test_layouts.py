@@ -10,16 +10,16 @@ import json
 
 import pytest
 
-from tests.parallel.cases import CASES, Case
-from tests.parallel.collect import largest_gap, whole_tensors
-from tests.parallel.spawning import layouts, several_worlds, single_process, world_runner
+from tests.helpers.parallel.cases import CASES, Case
+from tests.helpers.parallel.collect import largest_gap, whole_tensors
+from tests.helpers.parallel.spawning import layouts, several_worlds, single_process, world_runner
 
 pytestmark = several_worlds
 
 
 @pytest.fixture(scope="module")
 def run_world(tmp_path_factory):
-    return world_runner("tests.parallel.worker", tmp_path_factory.mktemp("parity"))
+    return world_runner("tests.helpers.parallel.worker", tmp_path_factory.mktemp("parity"))
 
 
 @pytest.mark.parametrize("case", layouts(CASES, slow_from=4))

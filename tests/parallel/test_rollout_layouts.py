@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.cases import Case
-from tests.parallel.rollout_worker import BUDGETED, CASES, NEXT
-from tests.parallel.spawning import layouts, several_worlds, world_runner
+from tests.helpers.parallel.cases import Case
+from tests.helpers.parallel.rollout_worker import BUDGETED, CASES, NEXT
+from tests.helpers.parallel.spawning import layouts, several_worlds, world_runner
 
 pytestmark = several_worlds
 
 
 @pytest.fixture(scope="module")
 def run_world(tmp_path_factory):
-    return world_runner("tests.parallel.rollout_worker", tmp_path_factory.mktemp("rollouts"))
+    return world_runner("tests.helpers.parallel.rollout_worker", tmp_path_factory.mktemp("rollouts"))
 
 
 def by_data_rank(folder: Path, case: Case) -> list[dict]:

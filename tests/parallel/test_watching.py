@@ -3,8 +3,8 @@
 import psutil
 import pytest
 
-from tests.parallel.spawning import spawn
-from tests.parallel.watching import HUNG, assert_ended_well
+from tests.helpers.parallel.spawning import spawn
+from tests.helpers.parallel.watching import HUNG, assert_ended_well
 
 
 def has_ended(pid: int) -> bool:
@@ -16,7 +16,7 @@ def has_ended(pid: int) -> bool:
 
 @pytest.mark.slow
 def test_a_world_that_hangs_says_where():
-    result = spawn(2, "tests.parallel.hanging_worker", standstill=20)
+    result = spawn(2, "tests.helpers.parallel.hanging_worker", standstill=20)
     assert result.returncode == HUNG
     with pytest.raises(AssertionError) as caught:
         assert_ended_well(result)

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_ring.errors import DataError
 from megatron_ring.report.page import render_comparison, render_report
-from tests.paths import python_path
+from tests.helpers.paths import python_path
 
 TOOL = Path(__file__).parents[2] / "tools" / "report.py"
 

@@ -12,7 +12,7 @@ from megatron_ring.data.corpus.pretrain_stream import SampleCursor
 from megatron_ring.errors import CheckpointError
 from megatron_ring.rl.rollout_io import rollouts_from_bytes, rollouts_to_bytes
 from megatron_ring.train.schedule import SpikeRule
-from tests.rl.batch.test_planner import rollout
+from tests.helpers.rl.rollouts import rollout
 
 ODD = [None, "x", [], {}, -1, 1.5, 10**30, True]
 

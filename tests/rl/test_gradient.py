@@ -14,35 +14,21 @@ import torch
 from megatron_ring.checkpoint.convert.families import tensor_map
 from megatron_ring.checkpoint.convert.publish import hf_parts, shards_of
 from megatron_ring.checkpoint.state import model_state
-from megatron_ring.config.rl import ObjectiveConfig
 from megatron_ring.rl.batch.microbatch import NO_ROUTE, build_microbatch, with_routes
-from megatron_ring.rl.learn.objective import PolicyObjective, metrics
-from megatron_ring.rl.learn.objective.policy_losses import StepFacts
-from tests.checkpoint import reference_model
-from tests.model.small import assert_close, gradients, small_engine
-from tests.rl.policy_cases import (
+from megatron_ring.rl.learn.objective import metrics
+from tests.helpers.checkpoint import reference_model
+from tests.helpers.model.small import assert_close, gradients, small_engine
+from tests.helpers.rl.policy_cases import (
     NUM_TOKENS,
-    PACKINGS,
     PICKS,
-    columns_of,
     grid,
-    off_policy,
     plain_loss,
     rollouts,
     with_columns,
 )
+from tests.helpers.rl.policy_step import FACTS, TEMPERATURE, microbatches_of, objective_of, scored_rollouts
 
-FACTS = StepFacts(token_budget=100, dp_size=1, max_response_length=16)
 NO_BALANCE = dict(moe_aux_loss_coeff=0.0, moe_z_loss_coeff=0.0)
-HARD = dict(
-    eps_clip_high=0.28,
-    kl_loss_coef=0.1,
-    entropy_coef=0.05,
-    mismatch_correction="icepop",
-    mismatch_low=0.6,
-    mismatch_high=1.8,
-)
-TEMPERATURE = 1.3
 
 
 def hf_tensors(engine, *, of_gradients: bool) -> dict[str, torch.Tensor]:
@@ -98,38 +84,6 @@ def double_logits_TV(tensors: dict[str, torch.Tensor], config: dict, tokens_T: t
     if config["norm_head"]:
         head_VD = head_VD / (head_VD.detach().norm(dim=0, keepdim=True) + 1e-7)
     return hidden_TD @ head_VD.T
-
-
-def scored_rollouts(engine, temperature: float = TEMPERATURE):
-    """Rollouts with other policies near the engine's own, and the columns of any packing."""
-    samples = rollouts()
-    own = []
-    for (logp_T, _), row, microbatch in zip(
-        engine.score(grid(samples, "two"), temperature), PACKINGS["two"], grid(samples, "two"), strict=True
-    ):
-        place = 0
-        for index in row:
-            prompt, stop = len(samples[index].prompt.tokens), PICKS[index].stop
-            logp_R = torch.zeros(samples[index].response.length)
-            logp_R[:stop] = logp_T[place + prompt - 1 : place + prompt - 1 + stop]
-            own.append((index, logp_R))
-            place += prompt + stop - 1
-        assert place == microbatch.num_valid
-    return off_policy([logp_R for _, logp_R in sorted(own, key=lambda pair: pair[0])], samples)
-
-
-def microbatches_of(scored, samples, packing: str, **options):
-    parts = grid(samples, packing, **options)
-    slots = [part.num_slots for part in parts]
-    columns = {"old_logp_T": scored.old, "ref_logp_T": scored.ref}
-    return with_columns(
-        parts, {name: columns_of(rows, samples, packing, slots) for name, rows in columns.items()}
-    )
-
-
-def objective_of(name: str = "c3po", temperature: float = TEMPERATURE, **options) -> PolicyObjective:
-    config = ObjectiveConfig(objective=name, **{**HARD, **options})
-    return PolicyObjective(config=config, facts=FACTS, temperature=temperature)
 
 
 @pytest.mark.parametrize(

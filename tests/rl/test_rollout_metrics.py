@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron_ring.rl.rollout_metrics import add_up, rollout_metrics, rollout_sums
-from tests.rl.batch.test_planner import rollout
-from tests.rl.collecting import Alone
+from tests.helpers.rl.collecting import Alone
+from tests.helpers.rl.rollouts import rollout
 
 
 def test_means_by_hand():

@@ -13,7 +13,7 @@ from megatron_ring.kernels.sample_token.reference import cumulated, cumulated_in
 from megatron_ring.model.translate import transformer_config
 from megatron_ring.runtime.session import open_session
 from megatron_ring.train.objective import NextTokenObjective
-from tests.model.small import batch, config_of, gradients, small_engine
+from tests.helpers.model.small import batch, config_of, gradients, small_engine
 
 PLAIN = ParallelConfig(bf16=False)
 VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NVTE_ALLOW_NONDETERMINISTIC_ALGO")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_ring.runtime import device
-from tests.paths import python_path
+from tests.helpers.paths import python_path
 
 
 @pytest.mark.parametrize(("word", "visible"), [("cpu", ""), ("CPU", ""), ("", "0,1")])

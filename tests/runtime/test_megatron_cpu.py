@@ -13,8 +13,8 @@ from megatron.core.optimizer import clip_grads
 from megatron.core.tensor_parallel import random as tracker
 
 from megatron_ring.runtime.megatron_cpu import STAND_INS, StandIn, _resolve, hits, megatron_on_cpu, reset_hits
-from tests.parallel.spawning import several_worlds, spawn
-from tests.parallel.watching import assert_ended_well
+from tests.helpers.parallel.spawning import several_worlds, spawn
+from tests.helpers.parallel.watching import assert_ended_well
 
 UPSTREAM = Path(megatron.core.__file__).parent
 KEYS = {row.key for row in STAND_INS}
@@ -94,7 +94,7 @@ def test_training_uses_every_row_and_no_row_is_for_nothing(tmp_path):
     """One process and two, fp32 and bf16, with multi-token prediction, recompute and a checkpoint."""
     seen: set[str] = set()
     for world in (1, 2):
-        assert_ended_well(spawn(world, "tests.runtime.seam_worker", str(tmp_path)))
+        assert_ended_well(spawn(world, "tests.helpers.runtime.seam_worker", str(tmp_path)))
     for path in tmp_path.glob("hits.*.json"):
         seen |= set(json.loads(path.read_text()))
     assert seen == KEYS

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from megatron_ring.runtime.orphans import PEER_IS_GONE
-from tests.paths import python_path
+from tests.helpers.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from megatron_ring.runtime.peers import PEER_IS_GONE, follows_from_another
-from tests.parallel.spawning import free_port
-from tests.paths import python_path
+from tests.helpers.parallel.spawning import free_port
+from tests.helpers.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 # far below the 30 minutes of a collective, and room for a busy machine
@@ -39,7 +39,7 @@ def world(size: int, how: str, who: int) -> list[Rank]:
         "PYTHONPATH": python_path(),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    command = [sys.executable, "-W", "ignore", "-m", "tests.runtime.peers_worker", how, str(who)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.runtime.peers_worker", how, str(who)]
     with contextlib.ExitStack() as stack:
         # files: what a killed process leaves behind would hold a pipe open
         files = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2 * size)]

@@ -19,8 +19,8 @@ from megatron_ring.config.settings import settings
 from megatron_ring.config.stage_rules import Stage
 from megatron_ring.errors import ConfigError
 from megatron_ring.stages.run import open_stage
-from tests.parallel.cases import MODELS
-from tests.stages.every_setting import Choice, configure, every_choice, make_inputs, outcome
+from tests.helpers.parallel.cases import MODELS
+from tests.helpers.stages.every_setting import Choice, configure, every_choice, make_inputs, outcome
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_ring"
@@ -97,10 +97,10 @@ if importlib.util.find_spec("transformer_engine") is None:
     REFUSED["transformer_impl=transformer_engine"] = "needs Transformer Engine, which does not import"
 
 ELSEWHERE = {
-    "family": "tests/checkpoint/convert_cases.py",
+    "family": "tests/helpers/checkpoint/convert_cases.py",
     "use_distributed_optimizer": "tests/checkpoint/test_plain_optimizer.py",
-    "overlap_grad_reduce": "tests/parallel/cases.py",
-    "overlap_param_gather": "tests/parallel/cases.py",
+    "overlap_grad_reduce": "tests/helpers/parallel/cases.py",
+    "overlap_param_gather": "tests/helpers/parallel/cases.py",
     "recompute_granularity": "tests/model/test_recompute.py",
     "recompute_method": "tests/model/test_recompute.py",
     "recompute_modules": "tests/model/test_recompute.py",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -18,8 +17,9 @@ from megatron_ring.data.corpus.writer import write_corpus
 from megatron_ring.errors import RingError
 from megatron_ring.runtime.session import open_session
 from megatron_ring.stages.pretrain import PretrainRun, pretrain
-from tests.model.small import weights
-from tests.parallel.cases import MODELS
+from tests.helpers.e2e.runs import records
+from tests.helpers.model.small import weights
+from tests.helpers.parallel.cases import MODELS
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,6 @@ def configure(corpus, tmp_path) -> Callable:
         return config
 
     return make
-
-
-def records(folder: Path, kind: str = "train") -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 def spoil(monkeypatch, factors: list[float]) -> list[PretrainRun]:

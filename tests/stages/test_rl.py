@@ -3,81 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import runpy
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_ring.checkpoint.checkpointer import Checkpointer
-from megatron_ring.config.load import config_from_mapping
-from megatron_ring.config.validate import validate
-from megatron_ring.data.corpus.builtin import builtin_documents
-from megatron_ring.data.text.tokenizer_training import train_tokenizer
 from megatron_ring.errors import CheckpointError
 from megatron_ring.rl.learn.critic import Critic
 from megatron_ring.runtime.session import open_session
 from megatron_ring.stages.rl import RlRun, train_rl
-from tests.e2e.runs import ROOT, flags
-from tests.e2e.test_rl_resume import settings as tiny
-from tests.model.small import weights
-from tests.stages.test_sft import records
+from tests.helpers.e2e.runs import ROOT, flags, records
+from tests.helpers.model.small import weights
 
-PLAIN = {
-    "rollout_token_budget": 0,
-    "budget_overshoot": "token",
-    "minibatches_per_step": 1,
-    "train_iters": 2,
-    "kl_loss_coef": 0.0,
-    "save_interval": 0,
-    "log_level": "error",
-}
 NEVER = {
     "dynamic_sampling": True,
     "dynamic_sampling_max_rounds": 2,
-    "reward_functions": ["toy=tests.e2e.toy_reward:never"],
+    "reward_functions": ["toy=tests.helpers.e2e.toy_reward:never"],
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("rl")
-    train_tokenizer(builtin_documents(0.1), folder / "tok.model", vocab_size=400)
-    for name, first, count, domain in (
-        ("train", 0, 40, "toy"),
-        ("held_out", 90, 4, "toy"),
-        ("strange", 0, 4, "astrology"),
-    ):
-        rows = [
-            {"prompt": f"f{i}(x):", "domain": domain, "answer": str(i)} for i in range(first, first + count)
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "empty.jsonl").write_text("")
-    return folder
-
-
-@pytest.fixture
-def values(folder, tmp_path) -> Callable[..., dict[str, object]]:
-    def make(**settings: object) -> dict[str, object]:
-        corpus = {"tokenizer-model": folder / "tok.model"}
-        where = {"metrics_file": str(tmp_path / "metrics.jsonl")}
-        return tiny(corpus, folder / "train.jsonl", **{**PLAIN, **where, **settings})
-
-    return make
-
-
-@pytest.fixture
-def configure(values) -> Callable:
-    def make(**settings: object):
-        flat = {k: tuple(v) if isinstance(v, list) else v for k, v in values(**settings).items()}
-        config = config_from_mapping(flat)
-        validate(config, 1, "rl")
-        return config
-
-    return make
 
 
 def test_a_step_says_what_it_did(configure, folder, tmp_path):
@@ -293,7 +238,7 @@ def test_tokens_of_an_older_policy_are_said(configure, tmp_path):
 def test_returns_of_carried_tokens_stay_what_they_were(configure, tmp_path):
     """Rewards are 0 or 1 and gamma = lambda = 1: a return above 1 would be made of values of another moment."""
     critic = {"critic": True, "advantage_estimator": "gae", "critic_lr": 3e-2, "minibatches_per_step": 2}
-    one = {"reward_functions": ["toy=tests.e2e.toy_reward:one"]}
+    one = {"reward_functions": ["toy=tests.helpers.e2e.toy_reward:one"]}
     train_rl(configure(**critic, **one, budget_overshoot="carry", train_iters=4))
     assert [step["return_mean"] for step in records(tmp_path)] == pytest.approx([1.0] * 4, abs=1e-6)
 

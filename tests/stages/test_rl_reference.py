@@ -11,10 +11,10 @@ from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint.origin import must_be_same
 from megatron_ring.errors import CheckpointError
 from megatron_ring.stages.rl import train_rl
-from tests.stages.test_rl import configure, folder, records, values  # noqa: F401
+from tests.helpers.e2e.runs import records
 
 
-def test_a_resume_that_names_other_first_weights_is_refused(configure, tmp_path, caplog):  # noqa: F811
+def test_a_resume_that_names_other_first_weights_is_refused(configure, tmp_path, caplog):
     """Without --pretrained-checkpoint the reference would be random weights, after one more step of its run others."""
     first, run = tmp_path / "first", tmp_path / "run"
     train_rl(configure(save=str(first), train_iters=1))
@@ -43,7 +43,7 @@ def test_a_resume_that_names_other_first_weights_is_refused(configure, tmp_path,
     assert "holds other files of that step" in caplog.text and len(records(tmp_path)) == 2
 
 
-def test_without_a_reference_the_first_weights_need_no_name(configure, tmp_path):  # noqa: F811
+def test_without_a_reference_the_first_weights_need_no_name(configure, tmp_path):
     first, run = tmp_path / "first", tmp_path / "run"
     train_rl(configure(save=str(first), train_iters=1))
     where = {"save": str(run), "load": str(run)}

@@ -17,9 +17,10 @@ from megatron_ring.data.text.tokenizer_training import train_tokenizer
 from megatron_ring.errors import CheckpointError, ConfigError, DataError
 from megatron_ring.runtime.session import open_session
 from megatron_ring.stages.sft import SftRun, train_sft, with_derived_steps
-from tests.model.small import weights
-from tests.parallel.cases import MODELS
-from tests.parallel.running import randomise
+from tests.helpers.e2e.runs import records
+from tests.helpers.model.small import weights
+from tests.helpers.parallel.cases import MODELS
+from tests.helpers.parallel.running import randomise
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +66,6 @@ def configure(folder, tmp_path) -> Callable:
         return config
 
     return make
-
-
-def records(folder: Path, kind: str = "train") -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
 @pytest.mark.parametrize("model", ["v2_mtp", "dense"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.paths import python_path
+from tests.helpers.paths import python_path
 from tools.benchmark import machine
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import megatron_ring
-from tests.paths import python_path
+from tests.helpers.paths import python_path
 from tools.gpu import parts
 from tools.gpu.results import Results
 

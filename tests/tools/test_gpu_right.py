@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_ring import kernels
-from tests.paths import python_path
+from tests.helpers.paths import python_path
 from tools.gpu import cases as all_cases
 from tools.gpu.cases import Case, Maker
 from tools.gpu.results import Results

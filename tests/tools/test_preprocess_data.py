@@ -14,7 +14,7 @@ from megatron_ring.data.corpus.corpus import open_corpus
 from megatron_ring.data.corpus.indexed import open_indexed
 from megatron_ring.data.text.tokenizer import load_tokenizer
 from megatron_ring.data.text.tokenizer_training import train_tokenizer
-from tests.paths import python_path
+from tests.helpers.paths import python_path
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, str(ROOT / "tools" / "preprocess_data.py")]

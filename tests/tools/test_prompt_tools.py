@@ -11,7 +11,7 @@ import pytest
 from megatron_ring.data.conversations import read_line
 from megatron_ring.data.corpus.documents import read_records
 from megatron_ring.data.prompts.sources import GymSource, JsonlSource
-from tests.paths import python_path
+from tests.helpers.paths import python_path
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

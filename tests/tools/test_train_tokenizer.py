@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ring.data.text.tokenizer import load_tokenizer
-from tests.paths import python_path
+from tests.helpers.paths import python_path
 
 TOOL = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
 

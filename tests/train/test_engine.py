@@ -9,9 +9,15 @@ import torch
 
 from megatron_ring.data.batch.microbatch import pack_microbatch
 from megatron_ring.train.objective import LossTerms, NextTokenObjective
-from tests.model.small import assert_close, batch, gradients, small_engine, weights
-
-OBJECTIVE = NextTokenObjective(mtp_loss_scaling_factor=0.3)
+from tests.helpers.model.small import (
+    OBJECTIVE,
+    assert_close,
+    batch,
+    gradients,
+    moments_of,
+    small_engine,
+    weights,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,15 +96,6 @@ def test_a_step_that_is_not_finite_leaves_every_bit_alone(value, only_gradient):
         healthy = engine.step(batch(seed=8), OBJECTIVE, 1e-3)
         assert healthy.finite
         assert not torch.equal(before["output_layer.weight"], weights(engine)["output_layer.weight"])
-
-
-def moments_of(engine) -> list[torch.Tensor]:
-    return [
-        value.clone()
-        for part in engine.optimizer.chained_optimizers
-        for state in part.optimizer.state.values()
-        for value in state.values()
-    ]
 
 
 def first_moment_norm(engine) -> float:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron_ring.data.corpus.corpus import open_corpus, parse_blend, parse_split
 from megatron_ring.data.text.tokenizer import SentencePieceTokenizer
 from megatron_ring.errors import DataError
-from tests.data.memory import share_of, split_of
+from tests.helpers.data.memory import share_of, split_of
 
 
 def test_a_split_is_normalised_and_filled_up():

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from megatron_ring.data.corpus.corpus import CorpusShare
 from megatron_ring.data.corpus.document_samples import DocumentSamples
 from megatron_ring.errors import DataError
-from tests.data.memory import share_of
+from tests.helpers.data.memory import share_of
 
 
 def distinct_documents(lengths: list[int]) -> CorpusShare:

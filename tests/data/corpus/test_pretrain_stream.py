@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_ring.data.corpus.corpus import CorpusSplit
 from megatron_ring.data.corpus.pretrain_stream import PretrainSample, PretrainStream, SampleCursor
 from megatron_ring.errors import DataError
-from tests.data.memory import share_of, split_of
+from tests.helpers.data.memory import share_of, split_of
 
 EOD = 1
 

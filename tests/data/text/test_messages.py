@@ -1,8 +1,6 @@
 """Which keys of a chat line are read, and which are refused by name."""
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +11,9 @@ from megatron_ring.data.json_text import parse_json
 from megatron_ring.data.prompts.stream import open_prompts
 from megatron_ring.data.text.chat import render_prompt, render_samples
 from megatron_ring.data.text.messages import parse_template_kwargs, read_conversation
-from megatron_ring.data.text.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megatron_ring.data.text.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from megatron_ring.errors import DataError
+from tests.helpers.data.chat_lines import learned, with_template
 
 THINKS = (
     "{% for m in messages %}[{{ m.role }}]{% if m.reasoning_content %}({{ m.reasoning_content.strip() }}){% endif %}"
@@ -28,20 +27,6 @@ def line(*answers: dict, **fields) -> dict:
         m for answer in answers for m in ({"role": "user", "content": "q"}, {"role": "assistant", **answer})
     ]
     return {"messages": messages, **fields}
-
-
-def learned(tokenizer: Tokenizer, fields: dict) -> list[str]:
-    """What each sample of a line teaches."""
-    samples = render_samples(tokenizer, read_conversation(fields, "a.jsonl:1"))
-    return [tokenizer.decode([i for i, own in zip(ids, mask, strict=True) if own]) for ids, mask in samples]
-
-
-def with_template(folder: Path, tmp_path: Path, template: str, **files: dict) -> HuggingFaceTokenizer:
-    copy = Path(shutil.copytree(folder, tmp_path / "hf"))
-    (copy / "chat_template.jinja").write_text(template)
-    for name, content in files.items():
-        (copy / f"{name}.json").write_text(json.dumps(content))
-    return HuggingFaceTokenizer(copy)
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])

@@ -7,7 +7,7 @@ import pytest
 from megatron_ring.data.text.messages import read_conversation
 from megatron_ring.data.text.tool_calls import without_nulls
 from megatron_ring.errors import DataError
-from tests.data.text.test_messages import learned, with_template
+from tests.helpers.data.chat_lines import learned, with_template
 
 TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls or [] %}CALL{% endfor %}{% endfor %}"
 TURNS += "{% if add_generation_prompt %}[assistant]{% endif %}"

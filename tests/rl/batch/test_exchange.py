@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from tests.parallel.spawning import several_worlds, spawn
-from tests.parallel.watching import assert_ended_well
-from tests.rl.exchange_cases import as_json, parcel, words
+from tests.helpers.parallel.spawning import several_worlds, spawn
+from tests.helpers.parallel.watching import assert_ended_well
+from tests.helpers.rl.exchange_cases import as_json, parcel, words
 
 pytestmark = several_worlds
 
@@ -16,7 +16,7 @@ pytestmark = several_worlds
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("exchange")
-    assert_ended_well(spawn(2, "tests.rl.exchange_worker", str(folder)))
+    assert_ended_well(spawn(2, "tests.helpers.rl.exchange_worker", str(folder)))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -14,8 +14,9 @@ from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.run import RunConfig
 from megatron_ring.rl.batch.microbatch import build_microbatch
 from megatron_ring.rl.batch.planner import CarryOver, MinibatchPlanner, Plan
-from megatron_ring.rl.types import Response, RewardResult, Rollout
-from tests.rl.collecting import prompt, session
+from megatron_ring.rl.types import Response, Rollout
+from tests.helpers.rl.collecting import session
+from tests.helpers.rl.rollouts import rollout, step_of
 
 PHI = 40
 VOCAB = 1_000
@@ -32,31 +33,6 @@ def config(**settings) -> RunConfig:
             **settings,
         }
     )
-
-
-def rollout(uid: int, sample: int, length: int, advantage: float = 1.0) -> Rollout:
-    """Its tokens tell which response and which place they are: 40 * response + place."""
-    first = 40 * ((3 * uid + sample) % 24)
-    response = Response(
-        prompt_uid=uid,
-        sample=sample,
-        tokens_R=np.arange(first, first + length, dtype=np.int32),
-        logprobs_R=np.full(length, -0.5, np.float32),
-        versions_R=np.zeros(length, np.int32),
-        stop="eos",
-    )
-    return Rollout(
-        prompt=prompt(uid),
-        response=response,
-        reward=RewardResult(score=float(sample % 2), status="correct" if sample % 2 else "wrong"),
-        advantages_R=np.full(length, advantage, np.float32),
-    )
-
-
-def step_of(number: int, groups: int = 3, **changes) -> list[Rollout]:
-    """Nine responses of 3 to 19 tokens."""
-    uids = range(groups * number, groups * (number + 1))
-    return [rollout(uid, s, 3 + (7 * uid + 5 * s) % 17, **changes) for uid in uids for s in range(3)]
 
 
 def trained(plan: Plan) -> list[list[int]]:

@@ -13,7 +13,7 @@ from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RolloutError
 from megatron_ring.rl.collect.collector import StepRollouts
 from megatron_ring.rl.reward.workers.pool import RewardPool
-from tests.rl.collecting import ScriptedEngine, collector, keys, prompt, session, wanted_length
+from tests.helpers.rl.collecting import ScriptedEngine, collector, keys, prompt, session, wanted_length
 
 
 def test_every_prompt_is_answered_group_size_times():
@@ -245,7 +245,7 @@ def test_an_engine_that_fails_ends_the_step_and_the_pool_is_closed():
     engine.fails_after = 5
     source = collector(engine)
     threads = threading.active_count()
-    config = RewardConfig(reward_functions=("toy=tests.e2e.toy_reward:even",), reward_workers=1)
+    config = RewardConfig(reward_functions=("toy=tests.helpers.e2e.toy_reward:even",), reward_workers=1)
     toy = replace(prompt(0), domain="toy")
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(RewardPool.open(config, {"toy"}))

@@ -19,7 +19,7 @@ from megatron_ring.rl.learn.advantage import (
     whiten,
 )
 from megatron_ring.rl.types import RewardResult
-from tests.rl.policy_cases import rollouts
+from tests.helpers.rl.policy_cases import rollouts
 
 
 def judged(scores: list[float]):

@@ -14,8 +14,8 @@ from megatron_ring.rl.batch.microbatch import build_microbatch
 from megatron_ring.rl.learn.advantage import assign
 from megatron_ring.rl.learn.critic import Critic, ValueObjective
 from megatron_ring.rl.types import RewardResult
-from tests.model.small import small_engine, weights
-from tests.rl.policy_cases import PACKINGS, PICKS, grid, rollouts
+from tests.helpers.model.small import small_engine, weights
+from tests.helpers.rl.policy_cases import PACKINGS, PICKS, grid, rollouts
 
 GAE = ObjectiveConfig(advantage_estimator="gae", critic=True, gae_lambda=0.95)
 

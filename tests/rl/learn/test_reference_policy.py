@@ -7,9 +7,8 @@ import torch
 
 from megatron_ring.rl.batch.microbatch import with_routes
 from megatron_ring.rl.learn.reference_policy import ReferencePolicy
-from tests.model.small import batch, small_engine, weights
-from tests.rl.policy_cases import grid, rollouts
-from tests.train.test_engine import OBJECTIVE, moments_of
+from tests.helpers.model.small import OBJECTIVE, batch, moments_of, small_engine, weights
+from tests.helpers.rl.policy_cases import grid, rollouts
 
 
 @pytest.mark.parametrize("settings", [{}, {"bf16": True}], ids=["fp32", "bf16"])

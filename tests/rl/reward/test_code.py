@@ -13,7 +13,7 @@ from megatron_ring.rl.reward.code.programs import java_file_name
 from megatron_ring.rl.reward.registry import check_reward_function
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 from megatron_ring.rl.types import RewardResult
-from tests.rl.reward.conftest import problem
+from tests.helpers.reward.judging import problem
 
 SUMS = ({"input": "1 2\n", "output": "3"}, {"input": "5 6\n", "output": "11\n"})
 SORTS = ({"input": [[3, 1, 2]], "output": [1, 2, 3]}, {"input": "[2, 1]\n", "output": "[1, 2]"})

@@ -9,7 +9,7 @@ import pytest
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.rl.reward.code.judge import CODE_KEYS, CodeJob, CodeJudge, check_reference
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
-from tests.rl.reward.conftest import problem
+from tests.helpers.reward.judging import problem
 
 ADD = "def add(a, b):\n    return a + b\n"
 SUM = "print(sum(map(int, open(0).read().split())))"

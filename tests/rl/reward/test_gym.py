@@ -11,8 +11,8 @@ from megatron_ring.data.prompts.sources import UNSUITABLE
 from megatron_ring.rl.reward.gym.judge import check_reference, judge_reasoning_gym, needs_walls
 from megatron_ring.rl.reward.gym.table import SCORERS
 from megatron_ring.rl.reward.registry import check_reward_function
-from tests.rl.reward.conftest import problem
-from tests.rl.reward.gym_answers import ADMITTED, code, problems
+from tests.helpers.reward.gym_answers import ADMITTED, code, problems
+from tests.helpers.reward.judging import problem
 
 QUANTUM = {
     "solution_path": ["A", "A"],

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from megatron_ring.rl.reward.gym import judge as gym
-from tests.rl.reward.gym_answers import (
+from tests.helpers.reward.gym_answers import (
     ADMITTED,
     CONSTANTS,
     KILLERS,

@@ -10,7 +10,7 @@ from megatron_ring.config.rl import RewardConfig
 from megatron_ring.rl.reward.code.blocks import solution_block
 from megatron_ring.rl.reward.code.judge import CodeJob, CodeJudge, check_reference
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
-from tests.rl.reward.human_eval import PER_PROBLEM, mutants, mutated, problems, right_program
+from tests.helpers.reward.human_eval import PER_PROBLEM, mutants, mutated, problems, right_program
 
 EVERY = 8
 """The default suite takes one problem in so many."""

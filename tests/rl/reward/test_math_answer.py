@@ -13,7 +13,7 @@ from megatron_ring.rl.reward.mathematics.judge import (
     judge_science,
 )
 from megatron_ring.rl.reward.registry import check_reward_function
-from tests.rl.reward.conftest import problem
+from tests.helpers.reward.judging import problem
 
 RIGHT = [
     ("16", "16"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ring.rl.reward.mathematics.judge import check_reference, judge_math, judge_science
-from tests.rl.reward.conftest import problem
+from tests.helpers.reward.judging import problem
 
 
 def _around(opening: str, count: int, closing: str) -> str:

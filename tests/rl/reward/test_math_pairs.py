@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_ring.rl.reward.mathematics.judge import check_reference, judge_math
 from megatron_ring.rl.reward.mathematics.text import Unreadable, plain
-from tests.rl.reward.conftest import problem
+from tests.helpers.reward.judging import problem
 
 PAIRS = [
     json.loads(line) for line in Path(__file__).with_name("math_pairs.jsonl").read_text("utf-8").splitlines()

@@ -15,21 +15,9 @@ import pytest
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.workers.pool import RewardPool
-from tests.rl.reward.conftest import becomes, own_processes, problem, sandbox_processes, zygotes
+from tests.helpers.reward.judging import becomes, config, own_processes, problem, sandbox_processes, zygotes
 
 ROOT = Path(__file__).parents[3]
-_FUNCTION_WORDS = (
-    "right wait hang die leave fail number chatter modules sandboxed comes_back leaves_an_alarm ends_its_group "
-    "says_much prints_much_and_dies"
-)
-FUNCTIONS = tuple(_FUNCTION_WORDS.split())
-
-
-def config(plugin: str, **words) -> RewardConfig:
-    functions = tuple(f"{name}={plugin}:{name}" for name in FUNCTIONS)
-    return RewardConfig(
-        **{"reward_functions": functions, "reward_workers": 1, "reward_timeout": 200.0, **words}
-    )
 
 
 def is_alive(pid: int) -> bool:
@@ -197,7 +185,7 @@ import sys, time
 import torch
 from megatron_ring.rl.reward.workers.pool import RewardPool
 sys.path[:0] = [{str(ROOT)!r}]
-from tests.rl.reward.conftest import PLUGIN, problem
+from tests.helpers.reward.judging import PLUGIN, problem
 import tempfile, pathlib
 folder = tempfile.TemporaryDirectory()
 pathlib.Path(folder.name, "mine.py").write_text(PLUGIN)
@@ -217,8 +205,7 @@ def test_workers_die_with_the_trainer(plugin: str, tmp_path: Path):
     code = f"""
 import sys, time
 sys.path[:] = {sys.path!r}
-from tests.rl.reward.conftest import problem
-from tests.rl.reward.test_pool import config
+from tests.helpers.reward.judging import config, problem
 from megatron_ring.rl.reward.workers.pool import RewardPool
 with RewardPool.open(config({plugin!r}, reward_workers=2, reward_timeout=600.0)) as pool:
     pool.submit(problem("hang"), {str(tmp_path / "busy")!r})

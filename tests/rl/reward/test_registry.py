@@ -11,7 +11,7 @@ from megatron_ring.rl.reward.registry import (
     place_of,
 )
 from megatron_ring.rl.types import RewardResult
-from tests.rl.reward.conftest import problem
+from tests.helpers.reward.judging import problem
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from megatron_ring.rl.reward.sandbox import process as sandbox_process
 from megatron_ring.rl.reward.sandbox import sandbox as sandbox_module
 from megatron_ring.rl.reward.sandbox.command import Limits
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
-from tests.rl.reward.conftest import PATIENCE, becomes, own_processes, sandbox_processes
+from tests.helpers.reward.judging import PATIENCE, becomes, own_processes, sandbox_processes
 
 ROOT = Path(__file__).parents[3]
 SHORT = Limits(seconds=1.0, wall_seconds=2.0, memory_mb=256)

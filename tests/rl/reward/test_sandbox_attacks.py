@@ -12,7 +12,7 @@ from megatron_ring.rl.reward.code.job import CodeJob
 from megatron_ring.rl.reward.sandbox import process as sandbox_process
 from megatron_ring.rl.reward.sandbox.command import Limits
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
-from tests.rl.reward.conftest import sandbox_processes, zygotes
+from tests.helpers.reward.judging import sandbox_processes, zygotes
 
 PATIENT = Limits(seconds=100.0, wall_seconds=200.0, memory_mb=256)
 BRIEF = Limits(seconds=0.5, wall_seconds=1.0, memory_mb=256)

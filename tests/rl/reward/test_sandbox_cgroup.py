@@ -23,7 +23,7 @@ from megatron_ring.rl.reward.sandbox.cgroup import Group, MemoryCgroup
 from megatron_ring.rl.reward.sandbox.command import Limits, Program
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 from megatron_ring.rl.reward.workers.pool import RewardPool
-from tests.rl.reward.conftest import becomes, problem, zygotes
+from tests.helpers.reward.judging import becomes, problem, zygotes
 
 PATIENT = Limits(seconds=100.0, wall_seconds=200.0, memory_mb=128)
 ROOMY = dataclasses.replace(PATIENT, address_space=False)

@@ -11,7 +11,7 @@ from megatron_ring.rl.reward.sandbox import command as sandbox_command
 from megatron_ring.rl.reward.sandbox import run as sandbox_run
 from megatron_ring.rl.reward.sandbox.command import Limits, Program
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
-from tests.rl.reward.conftest import sandbox_processes
+from tests.helpers.reward.judging import sandbox_processes
 
 PATIENT = Limits(seconds=100.0, wall_seconds=200.0, memory_mb=256)
 BURN = "import time, os\ndef burn(s):\n    t = time.process_time()\n    while time.process_time() - t < s: pass\n"

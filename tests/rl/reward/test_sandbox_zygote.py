@@ -19,7 +19,7 @@ from megatron_ring.rl.reward.sandbox import run as sandbox_run
 from megatron_ring.rl.reward.sandbox.command import Limits, Program
 from megatron_ring.rl.reward.sandbox.process import Zygote
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
-from tests.rl.reward.conftest import becomes, own_processes, sandbox_processes, zygotes
+from tests.helpers.reward.judging import becomes, own_processes, sandbox_processes, zygotes
 
 PATIENT = Limits(seconds=100.0, wall_seconds=200.0, memory_mb=256)
 

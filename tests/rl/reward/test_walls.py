@@ -21,7 +21,7 @@ from megatron_ring.rl.reward.workers import verifier as verifier_module
 from megatron_ring.rl.reward.workers.confine import judge_filter
 from megatron_ring.rl.reward.workers.pool import RewardPool, _result
 from megatron_ring.rl.reward.workers.walls import Walls, _try, raise_walls
-from tests.rl.reward.conftest import becomes, own_processes, problem
+from tests.helpers.reward.judging import becomes, own_processes, problem
 
 _ATTEMPTS = """
 import ctypes, json, os, resource, signal, sys
@@ -275,7 +275,7 @@ def test_what_a_reward_function_detaches_dies_with_the_trainer(detaching: Reward
     code = f"""
 import sys, time
 sys.path[:] = {sys.path!r}
-from tests.rl.reward.conftest import problem
+from tests.helpers.reward.judging import problem
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.rl.reward.workers.pool import RewardPool
 config = RewardConfig(reward_functions=("detach=ring_test_detaching:detach",), reward_workers=1)

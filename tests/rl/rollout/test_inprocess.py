@@ -12,8 +12,8 @@ import torch
 
 from megatron_ring.errors import RolloutError
 from megatron_ring.rl.rollout import InProcessEngine, Request
-from tests.model.small import small_engine
-from tests.rl.rollout.sequences import assert_same, by_key, requests, sampling, scored
+from tests.helpers.model.small import small_engine
+from tests.helpers.rl.sequences import assert_same, by_key, requests, sampling, scored
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from megatron_ring.config.rl import RolloutConfig, rollout_concurrency
 from megatron_ring.rl.rollout import Request, SamplingParams
 from megatron_ring.rl.rollout.rounds import RoundScheduler, in_queue_order, queue_places
 from megatron_ring.rl.types import Response
-from tests.rl.rollout.sequences import by_key, prompt
+from tests.helpers.rl.sequences import by_key, prompt
 
 STOP = 0
 RANKS = (1, 2, 3, 4, 8)

@@ -17,7 +17,7 @@ from megatron_ring.rl.learn.objective.divergence import k3
 from megatron_ring.rl.learn.objective.policy_losses import StepFacts, clipped_surrogate, token_ratio, tokens
 from megatron_ring.rl.types import Pick
 from megatron_ring.train.engine import StepReport
-from tests.rl.policy_cases import (
+from tests.helpers.rl.policy_cases import (
     LENGTHS,
     NUM_TOKENS,
     PACKINGS,

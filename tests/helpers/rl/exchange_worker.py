@@ -1,0 +1,39 @@
+"""One of several processes that tell one another things: ``python -m tests.helpers.rl.exchange_worker FOLDER``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_ring.rl.batch.exchange import send_rollouts
+from megatron_ring.runtime.collectives import broadcast_json, gather_json
+from tests.helpers.rl.exchange_cases import ROUTED, as_json, parcel, words
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    group, rank, cpu = dist.group.WORLD, dist.get_rank(), torch.device("cpu")
+    world = dist.get_world_size()
+    found = {
+        "gathered": gather_json(words(rank), group, cpu),
+        "nothing": gather_json(None, group, cpu),
+        "first": broadcast_json(words(rank) if rank == 0 else None, 0, group, cpu),
+        "last": broadcast_json(words(rank) if rank == 1 else None, 1, group, cpu),
+    }
+    arrived = send_rollouts([parcel(rank, to) for to in range(world)], group, cpu)
+    found["rollouts"] = [[as_json(rollout) for rollout in of_rank] for of_rank in arrived]
+    routes = [r.response.routes_SLK for of_rank in arrived for r in of_rank]
+    found["routes"] = [i for i, route in enumerate(routes) if route is not None]
+    assert all(np.array_equal(route, ROUTED) for route in routes if route is not None)
+    found["empty"] = [len(of_rank) for of_rank in send_rollouts([[]] * world, group, cpu)]
+    (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
