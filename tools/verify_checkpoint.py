@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_ring.checkpoint.checksums import MANIFEST, SUMS, Summed, compare, require_sums
-from megatron_ring.checkpoint.folder import CRITIC, RUN_CONFIG, TRACKER, latest, parts_of
+from megatron_ring.checkpoint.folder import CRITIC, TRACKER, latest, parts_of
+from megatron_ring.checkpoint.format import RUN_CONFIG
 from megatron_ring.config.load import OneLineParser, read_toml
 from megatron_ring.errors import CheckpointError
 from megatron_ring.launch.entry import run_entry

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint.checksums import Summed, check_share, sum_bytes
+from megatron_ring.checkpoint.format import (
+    CONVERTED,
+    RUN_CONFIG,
+    TRAINER_STATE,
+    TrainerState,
+    check_contents,
+)
 from megatron_ring.checkpoint.index import CheckpointIndex
 from megatron_ring.checkpoint.megatron_io import SaveSummed, check_common, load_sharded
 from megatron_ring.checkpoint.plain_files import shown
@@ -91,10 +97,12 @@ class Checkpointer:
     durable.
     """
 
-    def __init__(self, config: RunConfig, engine: Trained, session: Session):
+    def __init__(self, config: RunConfig, engine: Trained, session: Session, *, stage: str):
+        """``stage`` is recorded in every save; only checkpoints of the same stage can be resumed from."""
         self.config = config
         self.engine = engine
         self.session = session
+        self.stage = stage
         self._caller = TemporalAsyncCaller()
         self._pending: tuple[AsyncRequest, Path, Callable[[], None]] | None = None
         self.loaded_folder: Path | None = None
@@ -105,7 +113,7 @@ class Checkpointer:
     def save(
         self, iteration: int, trainer: dict[str, Any], attachments: Mapping[str, bytes] | None = None
     ) -> None:
-        """Save weights, optimizer, random states and ``trainer`` (JSON-able: step, cursor, rules).
+        """Save weights, optimizer, random states and ``trainer``, the stage's own state (JSON-able).
 
         ``attachments`` are files of this rank's own beside them (name -> contents; names differ between
         ranks); :attr:`loaded_folder` says where a resumed run finds them.
@@ -118,21 +126,22 @@ class Checkpointer:
         model = model_state(self.engine)
         sharded = {**model, **optimizer_state(self.engine, model, is_loading=False)}
         working = self._begin(root, iteration, sharded)
-        state = {
-            "iteration": iteration,
-            "optimizer_steps": self._agreed_step_count(),
-            "layout": layout_of(self.config, self.session.world_size),
-            "model": _shape_of(self.config.model),
-            "trainer": trainer,
-        }
+        state = TrainerState(
+            iteration=iteration,
+            optimizer_steps=self._agreed_step_count(),
+            layout=layout_of(self.config, self.session.world_size),
+            model=_shape_of(self.config.model),
+            stage=self.stage,
+            trainer=trainer,
+        )
         rng = gather_rng(self.session)
         sums = self._sums_of(attachments or {})
         strategy = SaveSummed(self.config.checkpoint.ckpt_format)
 
         def complete() -> None:
             save_rng(rng, working)
-            (working / folders.TRAINER_STATE).write_text(json.dumps(state), encoding="utf-8")
-            (working / folders.RUN_CONFIG).write_text(dump_toml(self.config), encoding="utf-8")
+            state.write(working)
+            (working / RUN_CONFIG).write_text(dump_toml(self.config), encoding="utf-8")
             folders.commit(working, iteration, {**sums, **strategy.sums})
             folders.prune(root, iteration, self.config.checkpoint.keep_last_n)
 
@@ -173,21 +182,24 @@ class Checkpointer:
         ``None`` when there is none yet. With ``finetune``, weights only, and ``None`` too.
 
         Raises:
-            CheckpointError: missing pieces, or a checkpoint of another model.
+            CheckpointError: missing pieces, or a checkpoint of another stage or model.
         """
         folder = self._find(Path(root))
         if folder is None:
             return None
         settings = self.config.checkpoint
-        state = self._restore(folder, with_optimizer=not (settings.finetune or settings.no_load_optim))
+        state = TrainerState.read(folder)
         if settings.finetune:
+            self._restore(folder, state, with_optimizer=False)
             self.began_from = folder
             return None
+        self._check_stage(folder, state.stage)
+        self._restore(folder, state, with_optimizer=not settings.no_load_optim)
         self.loaded_folder = folder
         if not settings.no_load_rng:
-            same = state["layout"] == layout_of(self.config, self.session.world_size)
+            same = state.layout == layout_of(self.config, self.session.world_size)
             load_rng(folder, self.session, same)
-        return state["trainer"]
+        return state.trainer
 
     def load_weights(self, root: str | Path) -> None:
         """Load the weights alone of the latest checkpoint under ``root`` (or ``root`` itself).
@@ -196,18 +208,21 @@ class Checkpointer:
             CheckpointError: there is none, pieces are missing, or it is of another model.
         """
         folder = Path(root)
-        if not (folder / folders.TRAINER_STATE).exists():
+        if not (folder / TRAINER_STATE).exists():
             folder = folders.latest(folder) if folder.is_dir() else None
         if folder is None:
             raise CheckpointError(f"{root}: holds no checkpoint; name a folder that a run saved to")
-        self._restore(folder, with_optimizer=False)
+        self._restore(folder, TrainerState.read(folder), with_optimizer=False)
         self.began_from = folder
 
-    def _restore(self, folder: Path, *, with_optimizer: bool) -> dict[str, Any]:
-        """Put a checkpoint's tensors in place; its trainer state comes back."""
-        state = folders.read_trainer_state(folder)
-        self._check_model(folder, state["model"])
-        index = folders.check_contents(folder)
+    def _restore(self, folder: Path, state: TrainerState, *, with_optimizer: bool) -> None:
+        """Load a checkpoint's tensors into the engine."""
+        if state.stage == folders.CRITIC != self.stage:
+            raise CheckpointError(
+                f"{folder}: holds a critic, not a language model; name its policy's checkpoint"
+            )
+        self._check_model(folder, state.model)
+        index = check_contents(folder)
         check_common(folder)
         if self.config.checkpoint.verify_checkpoint_integrity:
             self._verify(folder)
@@ -219,19 +234,30 @@ class Checkpointer:
         for index, chunk in enumerate(self.engine.models):
             load_tensors(chunk, model[f"model{index}"], loaded[f"model{index}"])
         if with_optimizer:
-            load_optimizer(self.engine, loaded, state["optimizer_steps"])
+            load_optimizer(self.engine, loaded, state.optimizer_steps)
         else:
             self.engine.optimizer.reload_model_params()
-        return state
 
     def _find(self, root: Path) -> Path | None:
-        if (root / folders.TRAINER_STATE).exists():
+        if (root / TRAINER_STATE).exists():
             return root
         if not root.is_dir():
             if self.config.checkpoint.load == self.config.checkpoint.save:
                 return None
             raise CheckpointError(f"--load {root}: no such folder; name one that a run saved to")
         return folders.latest(root)
+
+    def _check_stage(self, folder: Path, saved: str | None) -> None:
+        """Refuse to resume from what another stage saved. Checkpoints without a recorded stage pass."""
+        if saved in (None, self.stage):
+            return
+        origin = (
+            "converted from Hugging Face weights" if saved == CONVERTED else f"saved by stage {shown(saved)}"
+        )
+        raise CheckpointError(
+            f"{folder}: {origin}, which --load cannot resume in stage {self.stage!r}; start from its weights alone "
+            "with --pretrained-checkpoint (or --load and --finetune), and give --save a folder of its own"
+        )
 
     def _check_model(self, folder: Path, saved: dict[str, Any]) -> None:
         wanted = _shape_of(self.config.model)

@@ -1,4 +1,4 @@
-"""Checkpoint folders: names, the pointer to the latest, pruning, and the checks before anything is read.
+"""Checkpoint folders: their names, making and committing one, the pointer to the latest, pruning.
 
 A save writes into ``iter_0000010.incomplete`` and is renamed when every byte is durable; only then does
 ``latest_checkpointed_iteration.txt`` (Megatron's name) move. A killed save leaves the pointer where it was.
@@ -12,11 +12,8 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from megatron_ring.checkpoint.checksums import Summed, write_sums
-from megatron_ring.checkpoint.index import CheckpointIndex, read_index
-from megatron_ring.checkpoint.plain_files import is_count, read_json, shown
 from megatron_ring.checkpoint.run_lock import must_be_mine
 from megatron_ring.durable import fsync, write_durably
 from megatron_ring.errors import CheckpointError
@@ -25,17 +22,11 @@ from megatron_ring.plain import read_plain
 log = logging.getLogger("megatron_ring")
 
 TRACKER = "latest_checkpointed_iteration.txt"
-TRAINER_STATE = "trainer_state.json"
-RUN_CONFIG = "config.toml"
 CRITIC = "critic"
-"""Folder beside the steps of a policy that holds its critic's steps."""
-_STATE_KEYS = {"iteration": int, "optimizer_steps": int, "layout": dict, "model": dict, "trainer": dict}
-_FORMAT = {"sharded_backend": "torch_dist", "common_backend": "torch"}
-_FORMAT_VERSIONS = ("sharded_backend_version", "common_backend_version")
+"""Folder beside the steps of a policy that holds its critic's steps; also the stage that those record."""
 _INCOMPLETE, _REPLACED = ".incomplete", ".replaced"
 _NAME = re.compile(r"iter_([0-9]{7,18})")
 _ITERATION = re.compile(r"[0-9]{1,18}")
-_MAX_ATTACHMENT_BYTES = 1 << 40
 
 
 def folder_of(root: Path, iteration: int) -> Path:
@@ -185,63 +176,3 @@ def _only_one(root: Path) -> Path | None:
         return None
     log.info("%s: is not there; the one checkpoint beside it is taken, step %d", root / TRACKER, there[0])
     return folder_of(root, there[0])
-
-
-def read_trainer_state(folder: Path) -> dict[str, Any]:
-    """The trainer's JSON state of one checkpoint.
-
-    Raises:
-        CheckpointError: the folder is no complete checkpoint of this project.
-    """
-    path, remedy = folder / TRAINER_STATE, "load a complete checkpoint folder (iter_NNNNNNN)"
-    state = read_json(path, remedy)
-    for key, kind in _STATE_KEYS.items():
-        if key not in state:
-            raise CheckpointError(f"{path}: lacks {key}; {remedy}")
-        value = state[key]
-        if not (is_count(value) if kind is int else isinstance(value, kind)):
-            wanted = "a count" if kind is int else "an object"
-            raise CheckpointError(f"{path}: holds {shown(value)} for {key}, which is {wanted}; {remedy}")
-    return state
-
-
-def check_contents(folder: Path) -> CheckpointIndex:
-    """The index of a checkpoint that may come from outside and that Megatron may be given; see
-    :mod:`megatron_ring.checkpoint.megatron_io`.
-
-    Raises:
-        CheckpointError: it lacks files, is of another format, or has an object where a tensor should be: objects
-            are let stand only where Megatron puts its ``_extra_state``, and are never read.
-    """
-    index = read_index(folder)
-    for key in index.objects:
-        if "_extra_state" not in key:
-            raise CheckpointError(
-                f"{folder / '.metadata'}: cannot be read safely ({key[:100]} is a pickled object, not a tensor); "
-                "load a checkpoint that Megatron wrote"
-            )
-    path = folder / "metadata.json"
-    form = read_json(path, "load a complete checkpoint folder")
-    versions = {name: form.get(name, 1) for name in _FORMAT_VERSIONS}
-    known = {name: form.get(name, value) for name, value in _FORMAT.items()} == _FORMAT
-    if (
-        not known
-        or any(value != 1 for value in versions.values())
-        or form.keys() - _FORMAT.keys() - versions.keys()
-    ):
-        raise CheckpointError(f"{path}: describes another format than torch_dist; load another checkpoint")
-    return index
-
-
-def read_attachment(folder: Path, name: str) -> bytes:
-    """A file that a rank's own saving put beside a checkpoint.
-
-    Raises:
-        CheckpointError: it is not there.
-    """
-    try:
-        return read_plain(folder / name, _MAX_ATTACHMENT_BYTES)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder / name}: {error.strerror}; load a checkpoint that this stage saved"
-        ) from None

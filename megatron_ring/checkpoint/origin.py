@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ring.checkpoint.checksums import MANIFEST, SUMS, sum_file
-from megatron_ring.checkpoint.folder import read_trainer_state
+from megatron_ring.checkpoint.format import TrainerState
 from megatron_ring.checkpoint.plain_files import read_json, shown
 from megatron_ring.errors import CheckpointError
 
@@ -25,7 +25,7 @@ def origin_of(folder: Path | None, seed: int) -> dict[str, Any]:
     if folder is None:
         return {"seed": seed}
     path = folder / SUMS if (folder / SUMS).exists() else folder / ".metadata"
-    step = read_trainer_state(folder)["iteration"]
+    step = TrainerState.read(folder).iteration
     found = {"folder": str(folder.absolute()), "step": step, "crc32": sum_file(path).crc32}
     if (folder / MANIFEST).exists():
         # a reshard holds the numbers of the checkpoint that it was made of

@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from megatron_ring.checkpoint.checkpointer import Checkpointer
-from megatron_ring.checkpoint.folder import CRITIC, TRAINER_STATE, critic_of, folder_of, read_attachment
+from megatron_ring.checkpoint.folder import CRITIC, critic_of, folder_of
+from megatron_ring.checkpoint.format import TRAINER_STATE, read_attachment
 from megatron_ring.checkpoint.origin import must_be_same, origin_of
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.stage_rules import Stage
@@ -312,7 +313,7 @@ class RlRun(StageRun):
         Raises:
             CheckpointError: there is none: a critic that begins anew would judge a policy that does not.
         """
-        checkpointer = Checkpointer(critic.config, critic.engine, self.session)
+        checkpointer = Checkpointer(critic.config, critic.engine, self.session, stage=CRITIC)
         if self.resumed is not None:
             policy = Path(self.checkpointer.loaded_folder or "")
             folder = critic_of(policy, self.step) or folder_of(policy.parent / CRITIC, self.step)

@@ -80,7 +80,7 @@ class StageRun:
     def open_engine(self) -> None:
         """Build the model; then go on from the run's checkpoint, or start from the weights it is told to."""
         self.engine = Engine(self.config, self.session)
-        self.checkpointer = Checkpointer(self.config, self.engine, self.session)
+        self.checkpointer = Checkpointer(self.config, self.engine, self.session, stage=self.stage)
         settings = self.config.checkpoint
         if settings.pretrained_checkpoint and not settings.finetune:
             self.checkpointer.load_weights(settings.pretrained_checkpoint)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import shutil
 import subprocess
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_ring.checkpoint import checkpointer as module
 from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint.checkpointer import Checkpointer
+from megatron_ring.checkpoint.format import CONVERTED, TRAINER_STATE, TrainerState, check_contents
 from megatron_ring.errors import CheckpointError
 from megatron_ring.train.objective import NextTokenObjective
 from tests.helpers.checkpoint.checkpoints import NAME, TRAINER, checkpointer, state_of
@@ -160,6 +164,42 @@ def test_a_checkpoint_of_another_model_names_the_difference(root, name, value):
     load_fails(root, *parts, **settings)
 
 
+def record_stage(folder: Path, stage: str | None) -> None:
+    folder.joinpath(TRAINER_STATE).write_text(
+        json.dumps(asdict(replace(TrainerState.read(folder), stage=stage)))
+    )
+
+
+@pytest.mark.parametrize(
+    ("recorded", "said"),
+    [("pretrain", "saved by stage 'pretrain'"), (CONVERTED, "converted from Hugging Face weights")],
+)
+def test_only_the_weights_of_another_stage_can_be_loaded(root, recorded, said):
+    record_stage(root / NAME, recorded)
+    rest = "cannot resume in stage 'sft'; start from its weights alone with --pretrained-checkpoint"
+    load_fails(root, f"{root / NAME}: {said}", rest, stage="sft")
+    with checkpointer(seed=2, stage="sft", load=str(root), finetune=True, **SAME) as reader:
+        assert reader.load(root) is None
+        by_finetune = weights(reader.engine)
+    with checkpointer(seed=2, stage="sft", **SAME) as reader:
+        reader.load_weights(root)
+        assert all(map(torch.equal, weights(reader.engine).values(), by_finetune.values()))
+
+
+def test_a_checkpoint_from_before_stages_were_recorded_is_resumed(root):
+    path = root / NAME / TRAINER_STATE
+    state = json.loads(path.read_text())
+    assert state.pop("stage") == "pretrain"
+    path.write_text(json.dumps(state))
+    with checkpointer(seed=2, stage="sft", load=str(root), **SAME) as reader:
+        assert reader.load(root) == TRAINER
+
+
+def test_a_critics_weights_are_not_taken_for_a_policys(root):
+    record_stage(root / NAME, folders.CRITIC)
+    load_fails(root, "holds a critic, not a language model; name its policy's", finetune=True)
+
+
 @pytest.mark.parametrize(
     "name",
     [".metadata", "__0_0.distcp", "common.pt", "metadata.json", "trainer_state.json", "rng.safetensors"],
@@ -250,16 +290,14 @@ def test_a_class_changed_by_the_pickle_hides_no_object(root, tmp_path):
 
 @pytest.mark.parametrize("way", ["harmless", "evil"])
 def test_metadata_exchanged_after_the_check_is_not_read(root, tmp_path, saved, monkeypatch, way):
-    check = folders.check_contents
-
     def then_exchanged(folder: Path) -> object:
-        index = check(folder)
+        index = check_contents(folder)
         if way == "evil":
             (folder / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
             torch.save(Evil(tmp_path / "ran"), folder / "common.pt")
         return index
 
-    monkeypatch.setattr(folders, "check_contents", then_exchanged)
+    monkeypatch.setattr(module, "check_contents", then_exchanged)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     with checkpointer(seed=2, load=str(root), **SAME) as reader:
         assert reader.load(root) == TRAINER

@@ -15,6 +15,7 @@ import torch
 from megatron_ring.checkpoint import checksums
 from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint.convert.convert import hf_to_megatron, megatron_to_hf
+from megatron_ring.checkpoint.format import RUN_CONFIG
 from megatron_ring.errors import CheckpointError
 from tests.helpers.checkpoint.checkpoints import NAME, SMALL, TRAINER, checkpointer, state_of
 from tests.helpers.checkpoint.convert_cases import ROOT, Silent
@@ -176,9 +177,9 @@ def test_a_policys_critic_is_summed_with_it(root, tmp_path):
 
 def test_a_critic_that_is_gone_is_missed(root):
     """Its policy alone is a run that cannot go on."""
-    text = (root / NAME / folders.RUN_CONFIG).read_text()
+    text = (root / NAME / RUN_CONFIG).read_text()
     assert "\ncritic = false\n" in text
-    (root / NAME / folders.RUN_CONFIG).write_text(text.replace("\ncritic = false\n", "\ncritic = true\n"))
+    (root / NAME / RUN_CONFIG).write_text(text.replace("\ncritic = false\n", "\ncritic = true\n"))
     checksums.write_sums(root / NAME, {})
     done = verify(root)
     gone = root / folders.CRITIC / NAME

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_ring.checkpoint import checksums, run_lock
 from megatron_ring.checkpoint import folder as folders
+from megatron_ring.checkpoint.format import TRAINER_STATE, TrainerState, read_attachment
 from megatron_ring.checkpoint.index import read_index
 from megatron_ring.checkpoint.megatron_io import check_common
 from megatron_ring.errors import CheckpointError
@@ -183,16 +184,23 @@ WHOLE = {"iteration": 3, "optimizer_steps": 3, "layout": {}, "model": {}, "train
             (json.dumps({**WHOLE, "iteration": value}), "for iteration")
             for value in (None, True, -1, 1.5, "3")
         ),
+        *((json.dumps({**WHOLE, "stage": value}), "for stage") for value in (3, [], True)),
         *((json.dumps({**WHOLE, "layout": value}), "for layout") for value in (None, [])),
         (json.dumps({k: v for k, v in WHOLE.items() if k != "trainer"}), "lacks trainer"),
     ],
 )
 def test_trainer_state_that_is_none_is_refused(tmp_path, text, reason):
     if text is not None:
-        (tmp_path / folders.TRAINER_STATE).write_bytes(text if isinstance(text, bytes) else text.encode())
+        (tmp_path / TRAINER_STATE).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(CheckpointError) as caught:
-        folders.read_trainer_state(tmp_path)
-    one_line(caught, folders.TRAINER_STATE, reason, "load a complete checkpoint folder")
+        TrainerState.read(tmp_path)
+    one_line(caught, TRAINER_STATE, reason, "load a complete checkpoint folder")
+
+
+def test_trainer_state_comes_back_as_it_was_written(tmp_path):
+    state = TrainerState(**WHOLE, stage="sft")
+    state.write(tmp_path)
+    assert TrainerState.read(tmp_path) == state
 
 
 def as_pipe(path: Path) -> None:
@@ -210,9 +218,9 @@ def as_device(path: Path) -> None:
 @pytest.mark.parametrize("make", [as_pipe, as_loop, as_device, Path.mkdir])
 def test_what_is_no_file_is_refused_without_waiting(tmp_path, make):
     for name, read in (
-        (folders.TRAINER_STATE, lambda: folders.read_trainer_state(tmp_path)),
+        (TRAINER_STATE, lambda: TrainerState.read(tmp_path)),
         (folders.TRACKER, lambda: folders.latest(tmp_path)),
-        ("own.bin", lambda: folders.read_attachment(tmp_path, "own.bin")),
+        ("own.bin", lambda: read_attachment(tmp_path, "own.bin")),
         (".metadata", lambda: read_index(tmp_path)),
         (checksums.SUMS, lambda: checksums.read_sums(tmp_path)),
         ("common.pt", lambda: check_common(tmp_path)),
@@ -230,4 +238,4 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path, make):
 def test_a_ranks_own_file_comes_back_whole(tmp_path):
     """The limit on its size is no memory that reading it takes."""
     (tmp_path / "own.bin").write_bytes(b"x" * 100_000)
-    assert folders.read_attachment(tmp_path, "own.bin") == b"x" * 100_000
+    assert read_attachment(tmp_path, "own.bin") == b"x" * 100_000

@@ -26,7 +26,7 @@ TRAINER = {"step": 2}
 def checkpointer(seed: int = 1, **settings) -> Iterator[Checkpointer]:
     config = configure(seed=seed, **settings)
     with open_session(config.parallel, seed=seed) as session:
-        yield Checkpointer(config, Engine(config, session), session)
+        yield Checkpointer(config, Engine(config, session), session, stage="pretrain")
 
 
 @pytest.fixture(scope="module")

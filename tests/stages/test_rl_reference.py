@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from megatron_ring.checkpoint import folder as folders
+from megatron_ring.checkpoint.format import TRAINER_STATE
 from megatron_ring.checkpoint.origin import must_be_same
 from megatron_ring.errors import CheckpointError
 from megatron_ring.stages.rl import train_rl
@@ -27,10 +28,8 @@ def test_a_resume_that_names_other_first_weights_is_refused(configure, tmp_path,
     assert f"step 1 of {first}, but this command names random weights of seed " in line and "\n" not in line
     assert f"name them with --pretrained-checkpoint {name}, or set --kl-loss-coef 0" in line
     shutil.copytree(name, first / "iter_0000007")
-    state = (first / "iter_0000007" / folders.TRAINER_STATE).read_text()
-    (first / "iter_0000007" / folders.TRAINER_STATE).write_text(
-        state.replace('"iteration": 1', '"iteration": 7')
-    )
+    state = (first / "iter_0000007" / TRAINER_STATE).read_text()
+    (first / "iter_0000007" / TRAINER_STATE).write_text(state.replace('"iteration": 1', '"iteration": 7'))
     (first / folders.TRACKER).write_text("7\n")
     with pytest.raises(
         CheckpointError, match=f"step 1 of {first}, but this command names step 7 of {first};"

@@ -168,7 +168,7 @@ def test_the_runs_own_checkpoint_wins_over_the_pretrained_one(configure, tmp_pat
         run = SftRun(config, session)
         loaded = weights(run.engine)
         assert run.step == 0 and run.stream.state_dict()["drawn"] == 0
-        Checkpointer(config, run.engine, session).load_weights(first)
+        Checkpointer(config, run.engine, session, stage="sft").load_weights(first)
         assert all(map(torch.equal, weights(run.engine).values(), loaded.values()))
     with open_session(config.parallel, config.train.seed) as session:
         fresh = SftRun(configure(**settings | {"pretrained_checkpoint": None}), session)

@@ -42,6 +42,7 @@ from megatron_ring.checkpoint.convert.stream import BUFFER_BYTES, Job, Written
 from megatron_ring.checkpoint.convert.tensor_map import Box, Copy
 from megatron_ring.checkpoint.convert.torch_dist_io import TorchDistFolder, write_metadata
 from megatron_ring.checkpoint.convert.verify import compare, padding_is_zero
+from megatron_ring.checkpoint.format import CONVERTED, RUN_CONFIG, TrainerState
 from megatron_ring.config.dump import dump_toml, flat
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.model import ModelConfig
@@ -142,13 +143,15 @@ def hf_to_megatron(
     with stream.working_folder(working):
         notes = _run(job, working, options, reporter)
         _write_metadata(job, working, notes)
-        state = {
-            "iteration": 0,
-            "optimizer_steps": 0,
-            "layout": _single_layout(),
-            "model": asdict(model),
-            "trainer": {},
-        }
+        state = TrainerState(
+            iteration=0,
+            optimizer_steps=0,
+            # the layout of no run, so that none looks for random-number states
+            layout={"world_size": 0},
+            model=asdict(model),
+            stage=CONVERTED,
+            trainer={},
+        )
         _finish_step(working, state, config)
         write_manifest(
             working, notes, source=str(source_folder), source_format="safetensors", family=model.family
@@ -279,7 +282,7 @@ def _reshard(
         reporter.say(
             f"{len(source.objects)} _extra_state objects dropped: only Transformer Engine or apex would know them"
         )
-    state = folders.read_trainer_state(folder)
+    state = TrainerState.read(folder)
     job = Job(
         source=folder,
         source_format="torch_dist",
@@ -288,7 +291,7 @@ def _reshard(
         tensors=infos,
         files=torch_dist_files(infos, options.max_file_bytes),
     )
-    iteration = state["iteration"]
+    iteration = state.iteration
     working = folders.folder_of(target, iteration)
     working = working.with_name(working.name + ".incomplete")
     with stream.working_folder(working):
@@ -360,14 +363,9 @@ def _finish_hf(job: Job, working: Path, config: dict[str, Any]) -> None:
     write_index(working, contents, sum(info.num_bytes for info in job.tensors.values()))
 
 
-def _finish_step(working: Path, state: dict[str, Any], config: RunConfig) -> None:
-    (working / folders.TRAINER_STATE).write_text(json.dumps(state), encoding="utf-8")
-    (working / folders.RUN_CONFIG).write_text(dump_toml(config), encoding="utf-8")
-
-
-def _single_layout() -> dict[str, int]:
-    """The layout of a checkpoint without random-number states: any run's differs or has none to restore."""
-    return {"world_size": 0}
+def _finish_step(working: Path, state: TrainerState, config: RunConfig) -> None:
+    state.write(working)
+    (working / RUN_CONFIG).write_text(dump_toml(config), encoding="utf-8")
 
 
 def _common_dtype(infos: dict[str, TensorInfo]) -> str:

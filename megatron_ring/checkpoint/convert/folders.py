@@ -11,6 +11,7 @@ from megatron_ring import __version__
 from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint.checksums import MANIFEST, SUMS, compare, read_sums, write_sums
 from megatron_ring.checkpoint.convert.stream import Written
+from megatron_ring.checkpoint.format import RUN_CONFIG
 from megatron_ring.checkpoint.run_lock import must_be_mine
 from megatron_ring.config.load import config_from_mapping, read_toml
 from megatron_ring.config.run import DataConfig, RunConfig
@@ -129,7 +130,7 @@ def run_config_of(folder: Path, config_file: Path | None) -> RunConfig:
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    path = config_file or folder / folders.RUN_CONFIG
+    path = config_file or folder / RUN_CONFIG
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; name the model's configuration with --config FILE.toml")
     try:

@@ -30,17 +30,12 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_ring.checkpoint.convert.archive import Window, locate
 from megatron_ring.checkpoint.convert.files import MappedFile, SummedFile, TensorInfo
 from megatron_ring.checkpoint.convert.tensor_map import Box
+from megatron_ring.checkpoint.format import FORMAT
 from megatron_ring.checkpoint.index import CheckpointIndex, IndexedChunk, read_index
 from megatron_ring.errors import CheckpointError
 
 EXTRA_STATE = "._extra_state/shard_0_1"
 """What follows a linear layer's key where Megatron keeps an object beside its weight."""
-_FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 
 
 class TorchDistFolder:
@@ -172,7 +167,7 @@ def write_metadata(
     metadata = Metadata({**entries, **objects}, storage_data=storage, storage_meta=StorageMeta())
     with open(folder / ".metadata", "wb") as file:
         pickle.dump(metadata, file)
-    (folder / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
+    (folder / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
     # torch.save hides what a disk says; in memory it is a few hundred bytes
     data = io.BytesIO()
     torch.save(common, data)

@@ -40,7 +40,7 @@ def gathered(_: Microbatch, logits: Logits) -> tuple[torch.Tensor, list[torch.Te
 
 def run_case(model: str, world: int, layout: dict[str, int], session: Session, folder: Path, config) -> None:
     engine = Engine(config, session)
-    checkpointer = Checkpointer(config, engine, session)
+    checkpointer = Checkpointer(config, engine, session, stage="pretrain")
     checkpointer.load(folder / model / "megatron")
     out = folder / layout_name(model, world, layout)
     out.mkdir(exist_ok=True)

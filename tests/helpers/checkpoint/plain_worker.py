@@ -29,7 +29,7 @@ def main() -> None:
                 config = configure(bf16=bf16, load=str(load), save=save and str(save), **LAYOUTS[layout])
                 with open_session(config.parallel, seed=5) as session:
                     engine = Engine(config, session)
-                    checkpointer = Checkpointer(config, engine, session)
+                    checkpointer = Checkpointer(config, engine, session, stage="pretrain")
                     assert checkpointer.load(load) == {"step": 2}
                     if save:
                         held = state_of(engine)

@@ -45,7 +45,7 @@ def engine_at_start(
     )
     validate(config, session.world_size)
     engine = Engine(config, session)
-    checkpointer = Checkpointer(config, engine, session)
+    checkpointer = Checkpointer(config, engine, session, stage="pretrain")
     if is_reference:
         randomise(engine)
         checkpointer.save(0, {"step": 0})

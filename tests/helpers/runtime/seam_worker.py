@@ -48,7 +48,7 @@ def main() -> None:
             report = engine.step(own, NextTokenObjective(mtp_loss_scaling_factor=0.1), 1e-3)
             assert report.finite
             if config.checkpoint.save:
-                Checkpointer(config, engine, session).save(1, {"step": 1})
+                Checkpointer(config, engine, session, stage="pretrain").save(1, {"step": 1})
     (folder / f"hits.{world}.{rank_from_env()}.json").write_text(json.dumps(sorted(megatron_cpu.hits())))
 
 
