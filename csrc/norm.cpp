@@ -1,7 +1,10 @@
 // RMSNorm over the last dimension: y = x * r * weight, r = 1 / sqrt(mean(x^2) + eps). T rows, D width.
+#include <torch/library.h>
+
 #include "tensors.h"
 
 namespace megatron_ring {
+namespace {
 
 // partial sums of the weight's gradient: a fixed number, so that it does not depend on the number of threads
 constexpr int64_t kParts = 16;
@@ -60,4 +63,15 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_in, const Tensor& 
   return {dx, dweight.sum(0).to(weight_in.scalar_type())};
 }
 
+}  // namespace
 }  // namespace megatron_ring
+
+TORCH_LIBRARY_FRAGMENT(megatron_ring, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor r) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(megatron_ring, CPU, m) {
+  m.impl("rms_norm", megatron_ring::rms_norm);
+  m.impl("rms_norm_backward", megatron_ring::rms_norm_backward);
+}

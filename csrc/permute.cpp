@@ -1,11 +1,14 @@
 // permute and combine: rows into expert order and back. T tokens, D width, K experts per token, N sorted rows.
+#include <torch/library.h>
+
 #include <vector>
 
 #include "tensors.h"
 
 namespace megatron_ring {
+namespace {
 
-static int64_t rows_in_use(const Tensor& offsets) {
+int64_t rows_in_use(const Tensor& offsets) {
   TORCH_CHECK(offsets.scalar_type() == at::kInt && offsets.dim() == 1 && offsets.device().is_cpu(),
               "offsets must be a one-dimensional int32 CPU tensor");
   return offsets.numel() ? offsets.data_ptr<int>()[offsets.numel() - 1] : 0;
@@ -36,7 +39,7 @@ Tensor permute_rows(const Tensor& x_in, const Tensor& gather, const Tensor& offs
   return out;
 }
 
-static void check_position(const Tensor& position, const OptionalTensor& weights, const char* op) {
+void check_position(const Tensor& position, const OptionalTensor& weights, const char* op) {
   check_int64(position, 2, op, "position");
   TORCH_CHECK(!weights.has_value() || !weights->defined() || weights->sizes() == position.sizes(), op,
               ": weights must have the shape of position");
@@ -120,4 +123,19 @@ std::tuple<Tensor, Tensor> combine_rows_backward(const Tensor& dout_in, const Te
   return {dy, dw};
 }
 
+}  // namespace
 }  // namespace megatron_ring
+
+TORCH_LIBRARY_FRAGMENT(megatron_ring, m) {
+  m.def("permute_rows(Tensor x, Tensor gather, Tensor offsets) -> Tensor");
+  m.def("combine_rows(Tensor y, Tensor position, Tensor? weights) -> Tensor");
+  m.def(
+      "combine_rows_backward(Tensor dout, Tensor position, Tensor offsets, Tensor? weights, Tensor? y, int num_rows) "
+      "-> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(megatron_ring, CPU, m) {
+  m.impl("permute_rows", megatron_ring::permute_rows);
+  m.impl("combine_rows", megatron_ring::combine_rows);
+  m.impl("combine_rows_backward", megatron_ring::combine_rows_backward);
+}

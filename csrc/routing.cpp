@@ -1,10 +1,13 @@
 // route, its backward, and the sorted order. T tokens, E experts, K experts per token, N = T * K slots.
+#include <torch/library.h>
+
 #include <algorithm>
 #include <vector>
 
 #include "tensors.h"
 
 namespace megatron_ring {
+namespace {
 
 // Megatron's guard against a row of sigmoid scores that are all 0
 constexpr double kSumEpsilon = 1e-20;
@@ -13,7 +16,7 @@ constexpr int64_t kTokens = 64;
 
 // the k largest of n, best first, of equals the lowest index; only[i / group] false leaves i out
 template <class A>
-static void top_k(const A* score, int64_t n, int64_t k, const char* only, int64_t group, int64_t* best) {
+void top_k(const A* score, int64_t n, int64_t k, const char* only, int64_t group, int64_t* best) {
   int64_t count = 0;
   A least = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -64,8 +67,8 @@ struct Select {
 
 // weights of the chosen experts of one token; chosen[k] == experts means dropped
 template <class A>
-static void weigh(const A* logit, const A* score, const int64_t* chosen, int64_t topk, int64_t experts, bool sigmoid,
-                  A scaling, A* weight) {
+void weigh(const A* logit, const A* score, const int64_t* chosen, int64_t topk, int64_t experts, bool sigmoid,
+           A scaling, A* weight) {
   if (topk == 1) {
     // divided by their sum it would be 1 whatever the logits are
     *weight = *chosen < experts ? score[*chosen] * scaling : A(0);
@@ -91,20 +94,20 @@ static void weigh(const A* logit, const A* score, const int64_t* chosen, int64_t
 
 // adds to d, for one chosen expert, the gradient of the logits (softmax) or of the scores (sigmoid)
 template <class A>
-static void weigh_one_backward(const A* score, int64_t chosen, int64_t experts, bool sigmoid, A dweight, A* d) {
+void weigh_one_backward(const A* score, int64_t chosen, int64_t experts, bool sigmoid, A dweight, A* d) {
   if (chosen >= experts) return;
   d[chosen] += sigmoid ? dweight : dweight * score[chosen];
   for (int64_t e = 0; !sigmoid && e < experts; ++e) d[e] -= dweight * score[chosen] * score[e];
 }
 
-static const bool* flags(const OptionalTensor& valid, int64_t tokens, Tensor& keep) {
+const bool* flags(const OptionalTensor& valid, int64_t tokens, Tensor& keep) {
   if (!valid.has_value() || !valid->defined()) return nullptr;
   TORCH_CHECK(valid->scalar_type() == at::kBool && valid->numel() == tokens, "valid must be a bool per token");
   keep = valid->contiguous();
   return data<bool>(keep);
 }
 
-static void check_logits(const Tensor& logits, const char* op) {
+void check_logits(const Tensor& logits, const char* op) {
   check_cpu(logits, 2, op, "logits");
   TORCH_CHECK(logits.scalar_type() == at::kFloat || logits.scalar_type() == at::kDouble, op,
               ": logits must be fp32 or fp64, got ", logits.scalar_type());
@@ -296,4 +299,21 @@ std::tuple<Tensor, Tensor, Tensor> route_index(const Tensor& experts_in, int64_t
   return {offsets, gather, position};
 }
 
+}  // namespace
 }  // namespace megatron_ring
+
+TORCH_LIBRARY_FRAGMENT(megatron_ring, m) {
+  m.def(
+      "route(Tensor logits, int topk, bool sigmoid, Tensor? bias, int num_groups, int group_topk, float scaling, "
+      "Tensor? valid, Tensor? replay) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "route_backward(Tensor logits, Tensor experts, bool sigmoid, float scaling, Tensor? valid, Tensor? dprobs, "
+      "Tensor? dprob_sum, Tensor? dz_sum) -> Tensor");
+  m.def("route_index(Tensor experts, int num_experts) -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(megatron_ring, CPU, m) {
+  m.impl("route", megatron_ring::route);
+  m.impl("route_backward", megatron_ring::route_backward);
+  m.impl("route_index", megatron_ring::route_index);
+}

@@ -1,7 +1,10 @@
 // token_logprob: per-shard partial sums and the gradient. T tokens, V columns of this shard.
+#include <torch/library.h>
+
 #include "tensors.h"
 
 namespace megatron_ring {
+namespace {
 
 // [T, 4]: max logit, sum exp(z), sum z exp(z), logit of the target (+inf if not here), z = (logit - max) / temperature.
 // local: column of the target, -1 if elsewhere, -2 to skip the row.
@@ -83,4 +86,17 @@ void token_logprob_gradient(const Tensor& logits, const Tensor& local, int64_t c
   });
 }
 
+}  // namespace
 }  // namespace megatron_ring
+
+TORCH_LIBRARY_FRAGMENT(megatron_ring, m) {
+  m.def("token_logprob_partials(Tensor logits, Tensor local, int columns, float temperature) -> Tensor");
+  m.def(
+      "token_logprob_gradient(Tensor logits, Tensor local, int columns, float temperature, Tensor max, "
+      "Tensor log_sum, Tensor entropy, Tensor dlogp, Tensor? dentropy, Tensor(a!) out) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(megatron_ring, CPU, m) {
+  m.impl("token_logprob_partials", megatron_ring::token_logprob_partials);
+  m.impl("token_logprob_gradient", megatron_ring::token_logprob_gradient);
+}
