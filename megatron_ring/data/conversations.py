@@ -9,7 +9,6 @@ many microbatches of which epoch it has drawn.
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import math
 import multiprocessing
@@ -23,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ring.data.batch.bins import best_fit
 from megatron_ring.data.batch.microbatch import Microbatch, pack_microbatch
 from megatron_ring.data.corpus.documents import Record, read_records
 from megatron_ring.data.json_text import count_in, parse_json
@@ -135,36 +135,6 @@ def load_conversations(
     )
 
 
-def pack_epoch(slots: Sequence[int], capacity: int, order: Sequence[int]) -> list[list[int]]:
-    """Indices of conversations that share a microbatch, for each microbatch of one epoch.
-
-    Online best fit: in ``order``, each goes where the least room is left over; where it fits nowhere, a new
-    microbatch is opened. Invariants: every index occurs once; no microbatch exceeds ``capacity``.
-
-    Example: ``pack_epoch([3, 4, 2, 1], 5, [0, 1, 2, 3]) == [[0, 2], [1, 3]]``.
-    """
-    closed: list[list[int]] = []
-    # (room left, number of the microbatch, its conversations), the fullest first
-    open_: list[tuple[int, int, list[int]]] = []
-    opened = 0
-    for index in order:
-        size = slots[index]
-        place = bisect.bisect_left(open_, size, key=lambda entry: entry[0])
-        if place < len(open_):
-            room, number, members = open_.pop(place)
-        else:
-            if len(open_) == MAX_OPEN:
-                closed.append(open_.pop(0)[2])
-            room, number, members = capacity, opened, []
-            opened += 1
-        members.append(index)
-        if room == size:
-            closed.append(members)
-        else:
-            bisect.insort(open_, (room - size, number, members), key=lambda entry: entry[:2])
-    return closed + [members for _, _, members in sorted(open_, key=lambda entry: entry[1])]
-
-
 class SftStream:
     """Microbatches of packed conversations, epoch after epoch.
 
@@ -255,7 +225,7 @@ class SftStream:
     def _plan(self, epoch: int) -> list[tuple[int, ...]]:
         count = len(self._slots)
         order = Shuffle(count, self._seed, "sft", epoch).many(np.arange(count)).tolist()
-        return [tuple(group) for group in pack_epoch(self._slots, self.capacity, order)]
+        return [tuple(group) for group in best_fit(self._slots, self.capacity, order, MAX_OPEN)]
 
 
 _Part = tuple[np.ndarray, np.ndarray, np.ndarray, int]

@@ -69,13 +69,13 @@ class Shuffle:
         low, high = value & ((1 << low_bits) - 1), value >> low_bits
         # halves of unequal width trade places each round, and their widths with them
         for key in self._round_keys:
-            low, high = high ^ (_mix(low + key) & ((1 << high_bits) - 1)), low
+            low, high = high ^ (mix64(low + key) & ((1 << high_bits) - 1)), low
             low_bits, high_bits = high_bits, low_bits
         return (high << low_bits) | low
 
 
-def _mix(value: _Word) -> _Word:
-    """The finaliser of splitmix64, in 64-bit arithmetic: every output bit depends on every input bit."""
+def mix64(value: _Word) -> _Word:
+    """SplitMix64's output function, modulo 2**64 (Steele, Lea, Flood 2014): each output bit depends on every input bit."""
     value = value & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK

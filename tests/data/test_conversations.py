@@ -7,16 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from megatron_ring.data.batch.microbatch import IGNORE
 from megatron_ring.data.conversations import (
-    MAX_OPEN,
     Conversations,
     SftStream,
     load_conversations,
-    pack_epoch,
 )
 from megatron_ring.errors import DataError
 
@@ -46,29 +42,6 @@ def made(lengths: list[int]) -> Conversations:
     learned = np.concatenate([np.arange(n) >= max(n // 3, 1) for n in lengths])
     starts = np.concatenate([[0], np.cumsum(lengths)])
     return Conversations(tokens=tokens.astype(np.int32), learned=learned, starts=starts, num_too_long=0)
-
-
-def test_the_docstrings_example():
-    assert pack_epoch([3, 4, 2, 1], 5, [0, 1, 2, 3]) == [[0, 2], [1, 3]]
-
-
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=300), st.randoms())
-def test_every_conversation_has_one_place_and_no_microbatch_overflows(slots: list[int], chance):
-    order = list(range(len(slots)))
-    chance.shuffle(order)
-    groups = pack_epoch(slots, 20, order)
-    assert sorted(index for group in groups for index in group) == list(range(len(slots)))
-    assert all(0 < sum(slots[i] for i in group) <= 20 for group in groups)
-
-
-def test_packing_is_dense_also_when_many_microbatches_are_open():
-    chance = np.random.default_rng(1)
-    slots = chance.integers(30, 100, 5000).tolist()
-    groups = pack_epoch(slots, 128, range(5000))
-    assert len(groups) > 10 * MAX_OPEN
-    assert sum(slots) / (128 * len(groups)) > 0.9
-    short = pack_epoch([40] * 5000, 4096, range(5000))
-    assert len(short) == -(-5000 // (4096 // 40))
 
 
 def test_only_answers_are_learned_and_what_follows_the_last_one_is_cut(

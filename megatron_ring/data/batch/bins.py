@@ -8,7 +8,7 @@ needs (at most 11/9 of the fewest possible, and 6/9).
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 Bin = list[int]
 """Indices of the items in a bin."""
@@ -48,20 +48,46 @@ def fill_bins(sizes: Sequence[int], capacity: int) -> list[Bin]:
     return _repack(sizes, capacity, bins, fewest)
 
 
-def best_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[Bin]:
-    """Largest item first, each into the fullest bin that has room for it; O(n log n) comparisons."""
+def best_fit(
+    sizes: Sequence[int], capacity: int, order: Iterable[int], max_open: int | None = None
+) -> list[Bin]:
+    """In ``order``, put each item into the fullest open bin that has room for it, else into a new one.
+
+    A bin is closed when it is full. With ``max_open``, the fullest bin is closed before one more than that many
+    would be open. Bins are returned in the order in which they were closed; those still open come last, oldest first.
+
+    Example: ``best_fit([3, 4, 2, 1], 5, order=[0, 1, 2, 3])`` is ``[[0, 2], [1, 3]]``.
+    """
     bins: list[Bin] = []
-    gaps: list[tuple[int, int]] = []
-    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        at = bisect_left(gaps, (sizes[item], -1))
-        if at < len(gaps):
-            free, where = gaps.pop(at)
+    closed: list[int] = []
+    # (free capacity, index of the bin), the fullest first
+    open_: list[tuple[int, int]] = []
+    for item in order:
+        size = sizes[item]
+        at = bisect_left(open_, (size, -1))
+        if at < len(open_):
+            free, where = open_.pop(at)
         else:
+            if len(open_) == max_open:
+                closed.append(open_.pop(0)[1])
             free, where = capacity, len(bins)
             bins.append([])
         bins[where].append(item)
-        insort(gaps, (free - sizes[item], where))
-    return bins
+        if free == size:
+            closed.append(where)
+        else:
+            insort(open_, (free - size, where))
+    return [bins[where] for where in closed + sorted(where for _, where in open_)]
+
+
+def best_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[Bin]:
+    """Best fit, largest item first; bins in the order in which they were opened. O(n log n) comparisons."""
+
+    def rank(item: int) -> tuple[int, int]:
+        return -sizes[item], item
+
+    bins = best_fit(sizes, capacity, sorted(range(len(sizes)), key=rank))
+    return sorted(bins, key=lambda bin: rank(bin[0]))
 
 
 def _fill_gaps(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from megatron_ring.data.blend import parse_blend
 from megatron_ring.data.corpus.indexed import IndexedCorpus, open_indexed
 from megatron_ring.data.text.tokenizer import Tokenizer
 from megatron_ring.errors import DataError
@@ -91,8 +92,9 @@ def open_corpus(data_path: Sequence[str], split: str, *, tokenizer: Tokenizer | 
     """
     names = ("train", "valid", "test")
     shares_of_split = parse_split(split)
-    blend = parse_blend(data_path)
-    corpora = [open_indexed(prefix) for prefix, _ in blend]
+    blend = parse_blend(data_path, "data_path")
+    total = sum((weight for weight, _ in blend), Fraction(0))
+    corpora = [open_indexed(prefix) for _, prefix in blend]
     for corpus in corpora:
         if not corpus.num_tokens:
             raise DataError(f"{corpus.prefix}.bin holds no tokens; preprocess at least one document into it")
@@ -111,7 +113,7 @@ def open_corpus(data_path: Sequence[str], split: str, *, tokenizer: Tokenizer | 
                 )
                 for corpus in corpora
             ),
-            weights=tuple(weight for _, weight in blend),
+            weights=tuple(weight / total for weight, _ in blend),
         )
     return CorpusSplits(**splits)
 
@@ -131,45 +133,6 @@ def parse_split(split: str) -> tuple[float, float, float]:
         raise DataError(f"split={split!r} is not a split; {rule}")
     train, valid, test = (part / sum(parts) for part in (*parts, 0.0, 0.0)[:3])
     return train, valid, test
-
-
-def parse_blend(data_path: Sequence[str]) -> list[tuple[str, Fraction]]:
-    """Prefixes and their normalised weights. Weights are read as decimal fractions, exactly.
-
-    Example: ``("3", "a", "1", "b")`` is ``[("a", 3/4), ("b", 1/4)]``; ``("a",)`` is ``[("a", 1)]``.
-
-    Raises:
-        DataError: nothing is named, or the words are not weight, prefix, weight, prefix with positive
-            weights.
-    """
-    words = [str(word) for word in data_path]
-    if not words:
-        raise DataError(
-            "data_path is empty; name the prefix of a .bin/.idx pair from tools/preprocess_data.py"
-        )
-    if len(words) == 1:
-        return [(words[0], Fraction(1))]
-    shown = " ".join(words)
-    if len(words) % 2:
-        raise DataError(
-            f"data_path={shown} has {len(words)} words; a blend is weight prefix weight prefix ..."
-        )
-    weights: list[Fraction] = []
-    for word in words[::2]:
-        try:
-            weight = Fraction(word)
-        except (ValueError, ZeroDivisionError):
-            raise DataError(
-                f"data_path={shown}: {word!r} is no weight; a blend is weight prefix weight prefix ..., "
-                f"e.g. 0.5 {words[0]} 0.5 {words[1]}"
-            ) from None
-        if weight <= 0:
-            raise DataError(
-                f"data_path={shown}: weight {word} must be positive; leave out what is not to be read"
-            )
-        weights.append(weight)
-    total = sum(weights, Fraction(0))
-    return [(prefix, weight / total) for prefix, weight in zip(words[1::2], weights, strict=True)]
 
 
 def _require_tokenizer(corpus: IndexedCorpus, tokenizer: Tokenizer) -> None:

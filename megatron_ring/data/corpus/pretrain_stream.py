@@ -56,7 +56,6 @@ class PretrainStream:
         seq_length: int,
         seed: int,
         reset_at_document: bool = True,
-        eod_id: int | None = None,
         vocab_size: int | None = None,
         num_workers: int = 0,
     ) -> None:
@@ -66,7 +65,6 @@ class PretrainStream:
             seq_length: tokens per sample.
             seed: of the order; the same at every rank.
             reset_at_document: attention ends, and no label is learned, where a document does.
-            eod_id: this token ends a document too (for files that hold several documents in one).
             vocab_size: of the model; a token that is not below it is an error.
             num_workers: threads that read ahead (see :meth:`prefetch`).
 
@@ -75,7 +73,6 @@ class PretrainStream:
         """
         self.seq_length = seq_length
         self._reset_at_document = reset_at_document
-        self._eod_id = eod_id
         self._vocab_size = vocab_size
         self._split = split
         self._blend = Blend(split.weights)
@@ -102,8 +99,6 @@ class PretrainStream:
         loss_mask = np.ones(self.seq_length, np.float32)
         segment_lengths: tuple[int, ...] = (self.seq_length,)
         if self._reset_at_document:
-            if self._eod_id is not None:
-                ends = np.union1d(ends, np.flatnonzero(tokens == self._eod_id) + 1)
             ends = ends[ends <= self.seq_length]
             loss_mask[ends - 1] = 0
             lengths = np.diff(ends, prepend=0, append=self.seq_length)
@@ -119,10 +114,6 @@ class PretrainStream:
             future = self._ahead.pop(index, None)
             found.append(future.result() if future else self.sample(index))
         return found
-
-    def batch(self, consumed_samples: int, num_samples: int) -> list[PretrainSample]:
-        """The ``num_samples`` samples after the first ``consumed_samples``: what validation reads."""
-        return self.samples(range(consumed_samples, consumed_samples + num_samples))
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Have the reader threads read these samples, in place of any that an earlier call asked for in

@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from megatron_ring.config.rl import RolloutConfig
-from megatron_ring.data.blend import Blend
+from megatron_ring.data.blend import Blend, parse_blend
 from megatron_ring.data.json_text import count_in, counts_in
 from megatron_ring.data.prompts.problem_lines import Problem
 from megatron_ring.data.prompts.same_problem import Asked, asked, is_among
@@ -63,20 +63,8 @@ def open_prompts(
     Raises:
         DataError: a source cannot be read or holds no problem.
     """
-    if not words:
-        raise DataError(
-            "prompt_data is empty, there is nothing to ask; name a JSONL file or reasoning_gym:NAME"
-        )
-    pairs = [("1", words[0])] if len(words) == 1 else list(zip(words[::2], words[1::2], strict=True))
-    sources = [
-        (
-            Fraction(weight),
-            open_source(
-                source, solve_rate_min=settings.solve_rate_min, solve_rate_max=settings.solve_rate_max
-            ),
-        )
-        for weight, source in pairs
-    ]
+    rates = {"solve_rate_min": settings.solve_rate_min, "solve_rate_max": settings.solve_rate_max}
+    sources = [(weight, open_source(source, **rates)) for weight, source in parse_blend(words, "prompt_data")]
     return PromptStream(
         sources,
         tokenizer,

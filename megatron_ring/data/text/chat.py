@@ -10,44 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_ring.data.text.chat_template import Text
 from megatron_ring.data.text.control_text import free_mark
 from megatron_ring.data.text.messages import REASONING, Conversation, Message
+from megatron_ring.data.text.tokenizer import Tokenizer
 from megatron_ring.data.text.tool_calls import fit_arguments
 from megatron_ring.errors import DataError
-
-if TYPE_CHECKING:
-    from megatron_ring.data.text.tokenizer import Tokenizer
-
-CHAT_SYMBOLS = (
-    "<role>SYSTEM</role>",
-    "<role>HUMAN</role>",
-    "<role>ASSISTANT</role>",
-    "<role>",
-    "</role>",
-    "<think>",
-    "</think>",
-)
-"""Symbols that our tokenizers hold as single tokens; the longest that fits is taken."""
-
-BAILING_TEMPLATE = """\
-{%- for message in messages -%}
-{%- set role = message['role'] | lower -%}
-{%- if role not in ('system', 'user', 'assistant') -%}
-{{- raise_exception('role ' ~ message['role'] ~ ' is unknown; use system, user or assistant') -}}
-{%- endif -%}
-{%- if message['content'] is not string -%}
-{{- raise_exception('content of a message must be a string') -}}
-{%- endif -%}
-{{- '<role>' ~ ('HUMAN' if role == 'user' else role | upper) ~ '</role>' ~ message['content'] -}}
-{%- if role == 'assistant' -%}{{- eos_token -}}{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<role>ASSISTANT</role>' -}}{%- endif -%}
-"""
-"""Ling's and Ring's turns, ``<role>HUMAN</role>...<role>ASSISTANT</role>...``, each answer ended."""
-
 
 _OF_RESULTS = ("name", "tool_call_id")
 """Keys of a tool's result that say again what the call before it said."""
@@ -129,7 +99,9 @@ class _Rendered:
     @classmethod
     def of(cls, tokenizer: Tokenizer, conversation: Conversation) -> _Rendered:
         _must_be_read(tokenizer, conversation)
-        called = fit_arguments(conversation.messages, conversation.tools, tokenizer.template)
+        called = fit_arguments(
+            conversation.messages, conversation.tools, lambda: tokenizer.template.argument_forms
+        )
         conversation = replace(conversation, messages=called)
         messages, tools, names, mark = _guarded(tokenizer, conversation)
         answers = [i for i, message in enumerate(messages) if str(message.get("role")).lower() == "assistant"]

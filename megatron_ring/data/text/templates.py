@@ -13,6 +13,33 @@ from megatron_ring.data.text.template_process import TemplateProcess, failed
 from megatron_ring.data.text.tool_calls import argument_forms
 from megatron_ring.errors import DataError
 
+CHAT_SYMBOLS = (
+    "<role>SYSTEM</role>",
+    "<role>HUMAN</role>",
+    "<role>ASSISTANT</role>",
+    "<role>",
+    "</role>",
+    "<think>",
+    "</think>",
+)
+"""Symbols that our tokenizers hold as single tokens; the longest that fits is taken."""
+
+BAILING_TEMPLATE = """\
+{%- for message in messages -%}
+{%- set role = message['role'] | lower -%}
+{%- if role not in ('system', 'user', 'assistant') -%}
+{{- raise_exception('role ' ~ message['role'] ~ ' is unknown; use system, user or assistant') -}}
+{%- endif -%}
+{%- if message['content'] is not string -%}
+{{- raise_exception('content of a message must be a string') -}}
+{%- endif -%}
+{{- '<role>' ~ ('HUMAN' if role == 'user' else role | upper) ~ '</role>' ~ message['content'] -}}
+{%- if role == 'assistant' -%}{{- eos_token -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<role>ASSISTANT</role>' -}}{%- endif -%}
+"""
+"""Ling's and Ring's turns, ``<role>HUMAN</role>...<role>ASSISTANT</role>...``, each answer ended."""
+
 
 class ChatTemplate:
     """Example: ``ChatTemplate("{{ messages[0].content }}", {}).render(messages, [(1, True)])``.
@@ -49,7 +76,7 @@ class ChatTemplate:
     @cached_property
     def argument_forms(self) -> tuple[bool, bool]:
         """Does it take a call's arguments as a text, and as an object? See :mod:`megatron_ring.data.text.tool_calls`."""
-        return argument_forms(self)
+        return argument_forms(self.render)
 
     def use(self, names: Mapping[str, Any]) -> None:
         """Give the template these names with every conversation. Raises DataError for one that it does not read."""

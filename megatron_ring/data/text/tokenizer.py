@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from megatron_ring.data.text.chat import BAILING_TEMPLATE, CHAT_SYMBOLS
 from megatron_ring.data.text.chat_template import Text
 from megatron_ring.data.text.control_text import ControlText, free_mark, without_marks
 from megatron_ring.data.text.messages import Message
-from megatron_ring.data.text.templates import ChatTemplate
+from megatron_ring.data.text.templates import BAILING_TEMPLATE, CHAT_SYMBOLS, ChatTemplate
 from megatron_ring.data.text.tokenizer_files import further_stops, read_bytes, read_settings
 from megatron_ring.errors import DataError
 

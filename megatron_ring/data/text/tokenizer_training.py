@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_ring.data.files import written_whole
-from megatron_ring.data.text.chat import CHAT_SYMBOLS
+from megatron_ring.data.text.templates import CHAT_SYMBOLS
 from megatron_ring.errors import DataError
 
 EOS_PIECE = "<|endoftext|>"
@@ -31,7 +31,7 @@ def train_tokenizer(
 
     Text survives encoding and decoding unchanged: no normalisation, all whitespace kept, unseen characters as
         bytes.
-    Reserved: the end of sequence and the chat symbols of :data:`~megatron_ring.data.text.chat.CHAT_SYMBOLS`.
+    Reserved: the end of sequence and the chat symbols of :data:`~megatron_ring.data.text.templates.CHAT_SYMBOLS`.
 
     Args:
         documents: text; read once, but all of it is held in memory.

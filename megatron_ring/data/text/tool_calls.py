@@ -9,15 +9,14 @@ none: in a tool's description and among a call's arguments such keys are left ou
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from megatron_ring.data.json_text import parse_json
 from megatron_ring.errors import DataError
 
-if TYPE_CHECKING:
-    from megatron_ring.data.text.templates import ChatTemplate
-
+ArgumentForms = tuple[bool, bool]
+"""Whether a template writes a call's arguments correctly when they are a string, and when they are an object."""
 _PROBE = {"probed_name": "probed_value"}
 _MAY_BE_NULL = ("default", "const", "example")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
@@ -26,20 +25,22 @@ _VALUES = ("enum", "examples", *_MAY_BE_NULL)
 """Keywords of a schema that hold values of the parameter, null among them."""
 
 
-def argument_forms(template: ChatTemplate) -> tuple[bool, bool]:
+def argument_forms(render: Callable[..., list[str]]) -> ArgumentForms:
     """Does the template write a call's arguments as they are meant where they are a text, and where they are an object?
 
     Example: ``(False, True)`` for ``{{ call.arguments | tojson }}``, which would quote a text again.
     """
     text = json.dumps(_PROBE)
-    as_text = _rendered(template, text)
-    as_object = _rendered(template, _PROBE)
+    as_text = _rendered(render, text)
+    as_object = _rendered(render, _PROBE)
     shows = all(word in as_object for word in (*_PROBE, *_PROBE.values()))
     return text in as_text, shows and str(_PROBE) not in as_object
 
 
 def fit_arguments(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, template: ChatTemplate
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None,
+    forms: Callable[[], ArgumentForms],
 ) -> tuple[Mapping[str, Any], ...]:
     """``messages`` with their calls' arguments in a form that the template takes.
 
@@ -57,7 +58,7 @@ def fit_arguments(
         if not isinstance(call, Mapping) or "arguments" not in call:
             return call
         given = _without_fillers(call["arguments"], declared.get(str(call.get("name"))))
-        return {**call, "arguments": _in_form(given, template.argument_forms, where)}
+        return {**call, "arguments": _in_form(given, forms(), where)}
 
     found: list[Mapping[str, Any]] = []
     for number, message in enumerate(messages):
@@ -86,7 +87,7 @@ def without_nulls(tool: Any, *, named: bool = False) -> Any:
     }
 
 
-def _in_form(given: Any, forms: tuple[bool, bool], where: str) -> Any:
+def _in_form(given: Any, forms: ArgumentForms, where: str) -> Any:
     if isinstance(given, str) and forms == (False, True):
         value = (
             parse_json(given, f"{where}: arguments of a tool call", "write an object", unique=True)
@@ -103,11 +104,11 @@ def _in_form(given: Any, forms: tuple[bool, bool], where: str) -> Any:
     return given
 
 
-def _rendered(template: ChatTemplate, arguments: Any) -> str:
+def _rendered(render: Callable[..., list[str]], arguments: Any) -> str:
     call = {"id": "call00000", "type": "function", "function": {"name": "probed", "arguments": arguments}}
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     try:
-        return template.render(messages, [(2, False)])[0]
+        return render(messages, [(2, False)])[0]
     except DataError:
         return ""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_ring.checkpoint.folder import CRITIC
 from megatron_ring.config.run import RunConfig
+from megatron_ring.data.batch.bins import best_fit
 from megatron_ring.data.batch.microbatch import Microbatch, pack_microbatch
 from megatron_ring.model.value import ValueModel, Values
 from megatron_ring.rl.batch.microbatch import RLMicrobatch
@@ -101,12 +102,11 @@ class Critic:
 
         Collective over the world; each data-parallel rank gives its own rollouts.
         """
-        groups = _fill(rollouts, self.config.budget.microbatch_capacity)
-        microbatches = [_whole(rollouts, group, self.config.budget.microbatch_capacity) for group in groups]
-        microbatches += [
-            _whole(rollouts, [], self.config.budget.microbatch_capacity)
-            for _ in range(self._most(len(groups)) - len(groups))
-        ]
+        capacity = self.config.budget.microbatch_capacity
+        slots = [rollout.num_tokens - 1 for rollout in rollouts]
+        groups = best_fit(slots, capacity, range(len(slots)), max_open=1)
+        padding: list[list[int]] = [[]] * (self._most(len(groups)) - len(groups))
+        microbatches = [_whole(rollouts, group, capacity) for group in groups + padding]
         rows = self._scored(microbatches)
         out: dict[int, np.ndarray] = {}
         # one copy, whatever the number of microbatches; every one has as many slots
@@ -148,20 +148,6 @@ class Critic:
 
 def _read(microbatch: Microbatch, answer: Values) -> tuple[Tensor, Tensor]:
     return answer.values_T.sum(), answer.values_T.detach()
-
-
-def _fill(rollouts: Sequence[Rollout], capacity: int) -> list[list[int]]:
-    """Indices by microbatch, in order, each as full as the next one lets it be."""
-    groups: list[list[int]] = []
-    used = capacity
-    for index, rollout in enumerate(rollouts):
-        slots = rollout.num_tokens - 1
-        if used + slots > capacity:
-            groups.append([])
-            used = 0
-        groups[-1].append(index)
-        used += slots
-    return groups
 
 
 def _whole(rollouts: Sequence[Rollout], group: Sequence[int], capacity: int) -> Microbatch:

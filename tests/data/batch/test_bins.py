@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ring.data.batch.bins import best_fit_decreasing, fill_bins
+from megatron_ring.data.batch.bins import best_fit, best_fit_decreasing, fill_bins
+from megatron_ring.data.conversations import MAX_OPEN
 
 CAPACITY = 100
 SIZES = st.one_of(
@@ -67,3 +68,36 @@ def test_impossible_sizes_are_refused(sizes: list[int]):
 
 def test_nothing_needs_no_bins():
     assert fill_bins([], 100) == []
+
+
+def test_best_fits_docstring_example():
+    assert best_fit([3, 4, 2, 1], 5, order=[0, 1, 2, 3]) == [[0, 2], [1, 3]]
+
+
+@given(st.lists(st.integers(1, 20), max_size=60))
+def test_one_open_bin_is_next_fit_in_the_given_order(sizes: list[int]):
+    bins: list[list[int]] = []
+    for item, size in enumerate(sizes):
+        if not bins or sum(sizes[i] for i in bins[-1]) + size > 20:
+            bins.append([])
+        bins[-1].append(item)
+    assert best_fit(sizes, 20, range(len(sizes)), max_open=1) == bins
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=300), st.randoms())
+def test_every_conversation_has_one_place_and_no_microbatch_overflows(slots: list[int], chance):
+    order = list(range(len(slots)))
+    chance.shuffle(order)
+    groups = best_fit(slots, 20, order, MAX_OPEN)
+    assert sorted(index for group in groups for index in group) == list(range(len(slots)))
+    assert all(0 < sum(slots[i] for i in group) <= 20 for group in groups)
+
+
+def test_packing_is_dense_also_when_many_microbatches_are_open():
+    chance = np.random.default_rng(1)
+    slots = chance.integers(30, 100, 5000).tolist()
+    groups = best_fit(slots, 128, range(5000), MAX_OPEN)
+    assert len(groups) > 10 * MAX_OPEN
+    assert sum(slots) / (128 * len(groups)) > 0.9
+    short = best_fit([40] * 5000, 4096, range(5000), MAX_OPEN)
+    assert len(short) == -(-5000 // (4096 // 40))

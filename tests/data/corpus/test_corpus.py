@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ring.data.corpus.corpus import open_corpus, parse_blend, parse_split
+from megatron_ring.data.corpus.corpus import open_corpus, parse_split
 from megatron_ring.data.text.tokenizer import SentencePieceTokenizer
 from megatron_ring.errors import DataError
 from tests.helpers.data.memory import share_of, split_of
@@ -24,25 +24,10 @@ def test_a_split_that_is_none_is_refused(split: str):
         parse_split(split)
 
 
-def test_blend_weights_are_exact():
-    assert parse_blend(["0.1", "a", "0.2", "b"]) == [("a", Fraction(1, 3)), ("b", Fraction(2, 3))]
-    assert parse_blend(["a"]) == [("a", 1)]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "data_path is empty; name the prefix"),
-        (["1", "a", "2"], "has 3 words; a blend is weight prefix"),
-        (["a", "b"], "'a' is no weight; a blend is weight prefix weight prefix"),
-        (["1/0", "b"], "'1/0' is no weight"),
-        (["1", "a", "-2", "b"], "weight -2 must be positive"),
-        (["nan", "a", "2", "b"], "'nan' is no weight"),
-    ],
-)
-def test_a_blend_that_is_none_is_refused(words: list[str], message: str):
-    with pytest.raises(DataError, match=message):
-        parse_blend(words)
+def test_weights_of_a_split_are_exact_and_sum_to_one(write_documents: Callable[..., str]):
+    first, second = write_documents([[5, 1]], name="first"), write_documents([[6, 1]], name="second")
+    train = open_corpus(["0.1", first, "0.2", second], "1").train
+    assert train.weights == (Fraction(1, 3), Fraction(2, 3))
 
 
 def test_splits_are_disjoint_and_leave_nothing_out(write_documents: Callable[..., str]):

@@ -7,7 +7,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from megatron_ring.data.corpus.builtin import builtin_documents
-from megatron_ring.data.text.chat import CHAT_SYMBOLS
+from megatron_ring.data.text.templates import CHAT_SYMBOLS
 from megatron_ring.data.text.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
