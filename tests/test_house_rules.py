@@ -9,7 +9,8 @@ import importlib.util
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -268,3 +269,134 @@ def _has(module: str, name: str) -> bool:
 def test_a_name_that_is_gone_is_noticed():
     assert _has("megatron_ring.rl.reward", "code") and _has("megatron_ring.errors", "RingError")
     assert not _has("megatron_ring.rl.reward", "nothing") and not _has("megatron_ring.errors", "Nothing")
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(name: str, tree: ast.AST, known: set[str], is_package: bool = False) -> set[str]:
+    """Which of the ``known`` modules module ``name`` imports anywhere, under TYPE_CHECKING and in functions too."""
+    inside = tuple(name.split(".") if is_package else name.split(".")[:-1])
+    found: set[str] = set()
+    for target, _ in imports(tree, inside):
+        # the imported name is a module itself, or a name in the module before it
+        module = target if target in known else target.rpartition(".")[0]
+        found |= {module} & known
+    return found - {name}
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """The modules of an import circle, the first of them again at its end; empty where there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    known = {module_name(path) for path in MODULES}
+    graph = {
+        module_name(path): imported_modules(
+            module_name(path), parse(path), known, is_package=path.name == "__init__.py"
+        )
+        for path in MODULES
+    }
+    assert circle(graph) == []
+
+
+def test_a_circle_is_seen_through_type_checking_and_functions():
+    known = {"p.a", "p.b", "p.c"}
+    sources = {
+        "p.a": "from p import b",
+        "p.b": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.c import name",
+        "p.c": "def f():\n    from .a import other",
+    }
+    graph = {name: imported_modules(name, ast.parse(code), known) for name, code in sources.items()}
+    assert graph == {"p.a": {"p.b"}, "p.b": {"p.c"}, "p.c": {"p.a"}}
+    assert len(circle(graph)) == 4 and circle(graph | {"p.c": set()}) == []
+
+
+GUIDES = ("README.md", ".github/CONTRIBUTING.md")
+
+
+def tracked_files() -> list[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+
+
+def missing_paths(text: str, files: list[str]) -> list[str]:
+    """Files that ``text`` names and that are not there: paths from the root (or from the package), and bare names of
+    tests that belong to no file or to several.
+    """
+    known = {*files, *(name.removeprefix("megatron_ring/") for name in files)}
+    found: list[str] = []
+    for name in re.findall(r"(?<![\w/.*<])[\w.*-]+(?:/[\w.*-]+)*\.(?:py|sh|sbatch|toml)\b", text):
+        path = Path(name)
+        if "/" in name:
+            there = any(Path(file).match(name) for file in known) if "*" in name else name in known
+        elif name.startswith("test_"):
+            there = sum(Path(file).name == name for file in files) == 1
+        else:
+            there = any(Path(file).name == path.name for file in files)
+        found += [] if there else [name]
+    return found
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_file_that_a_guide_names_exists(guide: str):
+    assert missing_paths((ROOT / guide).read_text(encoding="utf-8"), tracked_files()) == []
+
+
+def test_a_file_that_is_gone_is_noticed():
+    files = [
+        "megatron_ring/data/blend.py",
+        "tests/a/test_x.py",
+        "tests/b/test_x.py",
+        "tests/test_y.py",
+        "tools/z.sh",
+    ]
+    text = "`megatron_ring/data/blend.py`, data/blend.py `test_y.py` blend.py tests/a/test_x.py tests/*/test_x.py z.sh"
+    assert missing_paths(text, files) == []
+    assert missing_paths(
+        "`data/blends.py`, test_x.py, tests/b/test_y.py, tests/c*/test_x.py, w.sh", files
+    ) == [
+        "data/blends.py",
+        "test_x.py",
+        "tests/b/test_y.py",
+        "tests/c*/test_x.py",
+        "w.sh",
+    ]
+
+
+def missing_documents(text: str, files: list[str]) -> list[str]:
+    """Markdown documents that ``text`` names and that are not in the repository."""
+    names = {Path(file).name for file in files}
+    return [name for name in re.findall(r"\b[A-Z][A-Z_]+\.md\b", text) if name not in names]
+
+
+def test_no_file_names_a_document_that_is_not_in_the_repository():
+    files = tracked_files()
+    found: list[str] = []
+    for name in files:
+        if (
+            name.endswith((".py", ".md", ".toml", ".sh", ".cpp", ".h", ".yml", ".txt"))
+            and name != NAMES_A_DOCUMENT
+        ):
+            text = (ROOT / name).read_text(encoding="utf-8")
+            found += [f"{name} names {document}" for document in missing_documents(text, files)]
+    assert found == []
+
+
+NAMES_A_DOCUMENT = "tests/test_house_rules.py"
+
+
+def test_a_document_that_is_not_there_is_noticed():
+    assert missing_documents("see PLAN.md, 3.3 and README.md", ["README.md"]) == ["PLAN.md"]

@@ -422,7 +422,7 @@ def test_one_expert_per_token_goes_there_and_back_and_computes_what_the_publishe
 
 
 def test_a_published_config_is_read():
-    """The published Ring-lite settings (PAPER.md 1), and nothing else in the file."""
+    """The settings that Ring-lite's config.json publishes, and nothing else in the file."""
     published = {
         "architectures": ["BailingMoeForCausalLM"], "model_type": "bailing_moe", "hidden_size": 2048,
         "num_hidden_layers": 28, "vocab_size": 126464, "num_attention_heads": 16, "num_key_value_heads": 4,

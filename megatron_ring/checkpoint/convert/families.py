@@ -1,5 +1,4 @@
-"""The map of each model family, from its configuration (names: PAPER.md 1 restates the published
-checkpoints).
+"""The map of each model family, from its configuration; names are those of the published checkpoints.
 
 Legend: D model width, F expert width, E experts, V vocabulary. Megatron keys are those of ``model_state``
 with layers one by one; with Transformer Engine the norm before a linear is that linear's

@@ -63,8 +63,11 @@ def open_prompts(
     Raises:
         DataError: a source cannot be read or holds no problem.
     """
-    rates = {"solve_rate_min": settings.solve_rate_min, "solve_rate_max": settings.solve_rate_max}
-    sources = [(weight, open_source(source, **rates)) for weight, source in parse_blend(words, "prompt_data")]
+    low, high = settings.solve_rate_min, settings.solve_rate_max
+    sources = [
+        (weight, open_source(source, solve_rate_min=low, solve_rate_max=high))
+        for weight, source in parse_blend(words, "prompt_data")
+    ]
     return PromptStream(
         sources,
         tokenizer,

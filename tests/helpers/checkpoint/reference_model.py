@@ -1,6 +1,6 @@
 """Log p and logits of a Hugging Face folder's tensors, in plain PyTorch, one sequence, fp32.
 
-Written from PAPER.md 1 and from nothing in the package, so that a mistake in the maps or in the model shows.
+Written from the papers and from nothing in the package, so that a mistake in the maps or in the model shows.
 Legend: T tokens, D model width, H query heads, G key/value heads, C channels per head, E experts, K experts
 per token, V vocabulary.
 """

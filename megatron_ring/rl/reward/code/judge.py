@@ -1,4 +1,4 @@
-"""Code: 1 only if every test passes in the sandbox (PAPER.md, 3.3).
+"""Code: 1 only if every test passes in the sandbox (Ring-lite, arXiv 2506.14731).
 
 What a problem's reference may hold is said in ``job``, what equal outputs are in ``compare``, which block of
 a response counts in ``blocks``. Where the verdict comes from:

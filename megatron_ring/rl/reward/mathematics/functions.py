@@ -7,17 +7,35 @@ import operator
 from collections.abc import Callable
 from fractions import Fraction
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from mpmath import mp
 
-from megatron_ring.rl.reward.mathematics.numbers import MAX_EXACT_FACTORIAL, Number, Undefined, bits, is_real
+from megatron_ring.rl.reward.mathematics.numbers import (
+    MAX_EXACT_FACTORIAL,
+    Budget,
+    Number,
+    Undefined,
+    bits,
+    is_real,
+)
 
-if TYPE_CHECKING:
-    from megatron_ring.rl.reward.mathematics.value import Evaluator
+
+class Arithmetic(Protocol):
+    """What a function needs of the evaluator that calls it (``value.Evaluator``)."""
+
+    budget: Budget
+
+    def gamma(self, value: Number) -> Number: ...
+    def inexact(self, value: Number) -> Number: ...
+    def integer(self, value: Number, rounding: Callable[[Number], Number]) -> Fraction: ...
+    def plus(self, a: Number, b: Number) -> Number: ...
+    def power(self, base: Number, exponent: Number) -> Number: ...
+    def real_function(self, name: str, value: Number) -> Number: ...
+    def times(self, a: Number, b: Number) -> Number: ...
 
 
-def _binomial(at: Evaluator, n: Number, k: Number) -> Number:
+def _binomial(at: Arithmetic, n: Number, k: Number) -> Number:
     if isinstance(k, Fraction) and k.denominator == 1 and 0 <= k <= 300:
         top = reduce(at.times, (at.plus(n, Fraction(-j)) for j in range(int(k))), Fraction(1))
         return at.times(top, 1 / Fraction(math.factorial(int(k))))
@@ -30,7 +48,7 @@ def _binomial(at: Evaluator, n: Number, k: Number) -> Number:
     return at.times(at.gamma(n), 1 / bottom)
 
 
-def _log(at: Evaluator, value: Number, base: Number | None = None) -> Number:
+def _log(at: Arithmetic, value: Number, base: Number | None = None) -> Number:
     if value == 0:
         raise Undefined("a logarithm of zero")
     if base is None:
@@ -39,7 +57,7 @@ def _log(at: Evaluator, value: Number, base: Number | None = None) -> Number:
 
 
 def _integers(combine: Callable[[int, int], int]) -> Callable[..., Number]:
-    def function(at: Evaluator, *values: Number) -> Number:
+    def function(at: Arithmetic, *values: Number) -> Number:
         if not all(isinstance(value, Fraction) and value.denominator == 1 for value in values):
             raise Undefined("only integers have it")
         at.budget.charge(sum((bits(value) / 500) ** 2 for value in values))
@@ -49,7 +67,7 @@ def _integers(combine: Callable[[int, int], int]) -> Callable[..., Number]:
 
 
 def _largest(pick: Callable[..., Number]) -> Callable[..., Number]:
-    def function(at: Evaluator, *values: Number) -> Number:
+    def function(at: Arithmetic, *values: Number) -> Number:
         if not all(map(is_real, values)):
             raise Undefined("not real")
         return pick(values, key=at.inexact)
@@ -57,19 +75,19 @@ def _largest(pick: Callable[..., Number]) -> Callable[..., Number]:
     return function
 
 
-def _double_factorial(at: Evaluator, value: Number) -> Number:
+def _double_factorial(at: Arithmetic, value: Number) -> Number:
     if not isinstance(value, Fraction) or value.denominator != 1 or not 0 <= value <= MAX_EXACT_FACTORIAL:
         raise Undefined("no double factorial")
     return Fraction(reduce(operator.mul, range(int(value), 1, -2), 1))
 
 
-def _modulo(at: Evaluator, value: Number, by: Number) -> Number:
+def _modulo(at: Arithmetic, value: Number, by: Number) -> Number:
     if not (isinstance(value, Fraction) and isinstance(by, Fraction)):
         raise Undefined("no remainder")
     return value % by
 
 
-def _sign_of(at: Evaluator, value: Number) -> Number:
+def _sign_of(at: Arithmetic, value: Number) -> Number:
     if not is_real(value):
         raise Undefined("not real")
     return Fraction((value > 0) - (value < 0))
@@ -91,7 +109,7 @@ def _elementary(name: str) -> Callable[..., Number]:
     return lambda at, value: at.real_function(name, value)
 
 
-def _angle(at: Evaluator, value: Number) -> Number:
+def _angle(at: Arithmetic, value: Number) -> Number:
     if value == 0:
         raise Undefined("zero has no angle")
     return mp.arg(at.inexact(value))

@@ -1,4 +1,4 @@
-"""Mathematics and science: the answer in the last box against the reference, by value (PAPER.md, 3.3).
+"""Mathematics and science: the answer in the last box against the reference, by value (Ring-lite, arXiv 2506.14731).
 
 No text of a model is ever evaluated: an answer is read by a grammar of ours into a tree (``text``, ``tokens``,
 ``reader``), and trees are compared (``compare``) by arithmetic whose cost is known before it is done
