@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 
 from megatron_ring.data.prompts.sources import GymSource
-from megatron_ring.data.worked_examples import SLIPS, WorkedExamplesConfig, running_sum, worked_examples
 from megatron_ring.errors import DataError
+from tools.make_worked_examples import SLIPS, WorkedExamplesConfig, running_sum, worked_examples
 
 
 def steps(answer: str) -> list[tuple[int, str, int, int]]:
