@@ -20,7 +20,9 @@ SMALL = Options(max_file_bytes=20_000, verify=True)
 
 
 @contextmanager
-def checkpointer(seed: int = 1, model: str = "v2", **settings) -> Iterator[Checkpointer]:
+def checkpointer(
+    seed: int = 1, model: str = "v2", stage: str = "pretrain", **settings
+) -> Iterator[Checkpointer]:
     config = config_of(model, seed=seed, **settings)
     with open_session(config.parallel, seed=seed) as session:
         yield Checkpointer(config, Engine(config, session), session, stage=stage)
