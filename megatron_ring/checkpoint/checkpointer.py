@@ -236,7 +236,7 @@ class Checkpointer:
         if with_optimizer:
             load_optimizer(self.engine, loaded, state.optimizer_steps)
         else:
-            self.engine.optimizer.reload_model_params()
+            self.engine.on_weights_changed()
 
     def _find(self, root: Path) -> Path | None:
         if (root / TRAINER_STATE).exists():

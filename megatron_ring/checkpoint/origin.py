@@ -1,4 +1,4 @@
-"""Which weights a run began from: a resumed run that makes its reference anew has to find the same ones.
+"""Which weights belong to a run: what it began from, so that a resume makes the same reference, and its critic.
 
 Nothing here needs torch.
 """
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ring.checkpoint.checksums import MANIFEST, SUMS, sum_file
-from megatron_ring.checkpoint.format import TrainerState
+from megatron_ring.checkpoint.folder import CRITIC, critic_of, folder_of
+from megatron_ring.checkpoint.format import TRAINER_STATE, TrainerState
 from megatron_ring.checkpoint.plain_files import read_json, shown
 from megatron_ring.errors import CheckpointError
 
@@ -64,6 +65,21 @@ def must_be_same(saved: Any, now: dict[str, Any], loaded: Path | None) -> None:
             _said(saved),
             now["folder"],
         )
+
+
+def critic_folder(policy: Path, iteration: int) -> Path:
+    """The critic's checkpoint that belongs to the policy's checkpoint ``policy`` of step ``iteration``.
+
+    Raises:
+        CheckpointError: there is none: a critic that begins anew would judge a policy that does not.
+    """
+    folder = critic_of(policy, iteration) or folder_of(policy.parent / CRITIC, iteration)
+    if not (folder / TRAINER_STATE).exists():
+        raise CheckpointError(
+            f"{folder}: holds no critic for the policy of step {iteration}; drop --critic, or start from the policy's "
+            "weights with --pretrained-checkpoint and another --save"
+        )
+    return folder
 
 
 def _said(origin: dict[str, Any]) -> str:

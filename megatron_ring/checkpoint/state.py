@@ -36,6 +36,10 @@ class Trained(Protocol):
         """Have whole weights in place on every data-parallel rank."""
         ...
 
+    def on_weights_changed(self) -> None:
+        """Take note that the models' weights were written."""
+        ...
+
 
 def model_state(engine: Trained) -> dict[str, Any]:
     """Sharded weights and persistent buffers of every chunk of this rank. Collective over data-parallel

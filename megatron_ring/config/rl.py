@@ -41,6 +41,8 @@ class RolloutConfig:
     """Sample from this many most likely tokens; 0 for all."""
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end a response, beside the tokenizer's end of sequence and those of generation_config.json."""
+    rollout_engine: Literal["inprocess"] = "inprocess"
+    """What generates responses. inprocess: the trainer's own modules over a key-value cache, on the training weights."""
     rollout_slots: int = 256
     """Sequences that one data-parallel process decodes at the same time; with C3PO++, rollout_concurrency."""
     rollout_token_budget: int = 0

@@ -25,14 +25,18 @@ REMEDIES = {
 
 
 class Alarms:
-    """Says each trouble in the step in which it shows. Example: ``Alarms(session, 0.1).check(step, values, rollouts)``."""
+    """Warns of each trouble in the step in which it shows."""
 
     def __init__(self, session: Session, mismatch_alarm: float):
         self._session, self._mismatch_alarm = session, mismatch_alarm
         self._said: dict[str, int] = {}
 
-    def check(self, step: int, values: Mapping[str, float], rollouts: Sequence[Rollout]) -> None:
-        """Collective over the data-parallel group: ``values`` are the step's, ``rollouts`` this rank's."""
+    def check(
+        self, step: int, values: Mapping[str, float], shortfall: int, rollouts: Sequence[Rollout]
+    ) -> None:
+        """Collective over the data-parallel group: ``values`` and ``shortfall`` (tokens) are the step's, ``rollouts`` this
+        rank's.
+        """
         self._unjudged(step, values, rollouts)
         if not self._session.is_writer:
             return
@@ -43,11 +47,11 @@ class Alarms:
                 values["mismatch"],
                 self._mismatch_alarm,
             )
-        if values.get("c3po/shortfall", 0) > 0:
+        if shortfall:
             log.warning(
                 "step %d: %d of the token budget were missing; the loss is still divided by all of it",
                 step,
-                values["c3po/shortfall"],
+                shortfall,
             )
 
     def _unjudged(self, step: int, values: Mapping[str, float], rollouts: Sequence[Rollout]) -> None:

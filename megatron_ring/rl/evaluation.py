@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_ring.data.prompts.stream import Prompt
-from megatron_ring.rl.collect.collector import RolloutSampler
+from megatron_ring.rl.collect.sampler import RolloutSampler
 from megatron_ring.rl.rollout.protocol import Request, SamplingParams
 from megatron_ring.rl.rollout_metrics import add_up, rollout_metrics, rollout_sums
 from megatron_ring.runtime.session import Session

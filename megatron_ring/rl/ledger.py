@@ -80,7 +80,7 @@ class Update(NamedTuple):
     @property
     def tokens(self) -> int:
         """Loss tokens of the minibatch, over the whole job, as counted in its loss masks."""
-        return round(self.report.means["tokens"] * self.report.weight)
+        return round(self.report.means["tokens"] * self.report.denominator)
 
 
 def account(

@@ -103,9 +103,11 @@ def router_metrics(reports: Sequence[StepReport]) -> dict[str, float]:
 
 def value_metrics(reports: Sequence[StepReport]) -> dict[str, float]:
     """Means of what the critic's updates say, over their loss tokens; nothing without updates."""
-    tokens = sum(report.weight for report in reports)
+    tokens = sum(report.denominator for report in reports)
     names = ("value_loss", "value_error", "value_mean", "return_mean") if tokens else ()
-    return {name: sum(report.means[name] * report.weight for report in reports) / tokens for name in names}
+    return {
+        name: sum(report.means[name] * report.denominator for report in reports) / tokens for name in names
+    }
 
 
 def best_and_worst(rollouts: Sequence[Rollout], count: int = 2) -> list[Rollout]:

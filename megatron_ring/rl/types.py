@@ -77,8 +77,8 @@ class Response:
 class Rollout:
     """A response with its prompt, its reward and, once assigned, the advantage of each of its tokens.
 
-    ``arrival`` says when it ended, in words that no layout changes: policy version, round of that step, and tokens
-    that it was given in that round. ``advantages_R`` is float32[R]: the same number everywhere for group-relative
+    ``arrival`` is when it ended, the same at every layout: policy version, round of that step, and tokens that it
+    gained in that round. ``advantages_R`` is float32[R]: the same number everywhere for group-relative
     estimators. ``values_R`` and ``returns_R`` (float32[R], with a critic) are what the advantages were made of and
     what the critic learns: fixed then, also for tokens that are trained on in a later step.
     """
@@ -97,8 +97,51 @@ class Rollout:
         return len(self.prompt.tokens) + self.response.length
 
 
+class CarryOver(NamedTuple):
+    """A rollout whose tokens from ``start`` on open the next step, offered for the ``steps``-th time."""
+
+    rollout: Rollout
+    start: int
+    steps: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Response tokens that are left."""
+        return self.rollout.response.length - self.start
+
+
+class RolloutMeta(NamedTuple):
+    """What every rank knows of every rollout on offer; its index in the job's list is what a :class:`Pick` names.
+
+    ``uid`` (of the prompt) and ``sample`` are the response's key: no two share one. ``length`` counts response
+    tokens; ``arrival`` orders finished responses. The tokens before ``start`` were trained on in an earlier step;
+    ``carried`` counts the steps since the response was first on offer. ``version`` is that of its oldest token.
+    ``rank`` has the rollout, at ``local_index`` of its own list.
+
+    Example: ``RolloutMeta(uid=17, sample=3, length=118, arrival=5)``.
+    """
+
+    uid: int
+    sample: int
+    length: int
+    arrival: int | tuple[int, int, int]
+    zero_advantage: bool = False
+    start: int = 0
+    carried: int = 0
+    prompt_tokens: int = 1
+    score: float = 0.0
+    version: int = 0
+    rank: int = 0
+    local_index: int = 0
+
+    @property
+    def unused(self) -> int:
+        """Response tokens that no step has trained on."""
+        return self.length - self.start
+
+
 class Pick(NamedTuple):
-    """Response tokens ``start`` to ``stop`` (exclusive) of rollout ``index`` carry loss in a minibatch.
+    """Response tokens ``start`` to ``stop`` (exclusive) of rollout ``index`` of the job carry loss in a minibatch.
 
     The tokens before ``start`` are context only. Example: ``Pick(index=4, start=0, stop=118)``.
     """

@@ -34,13 +34,19 @@ def broadcast_json(value: Any, source: int, group: dist.ProcessGroup, device: to
     """Collective over ``group``: what its rank number ``source`` says."""
     if group.size() == 1:
         return value
+    return json.loads(broadcast_bytes(json.dumps(value).encode(), source, group, device))
+
+
+def broadcast_bytes(data: bytes, source: int, group: dist.ProcessGroup, device: torch.device) -> bytes:
+    """Collective over ``group``: the ``data`` of its rank number ``source``."""
+    if group.size() == 1:
+        return data
     is_source = group.rank() == source
-    data = json.dumps(value).encode() if is_source else b""
-    length = torch.tensor([len(data)], device=device)
+    length = torch.tensor([len(data) if is_source else 0], device=device)
     dist.broadcast(length, group=group, group_src=source)
     row = to_tensor(data, device) if is_source else torch.empty(int(length), dtype=torch.uint8, device=device)
     dist.broadcast(row, group=group, group_src=source)
-    return json.loads(row.cpu().numpy().tobytes())
+    return row.cpu().numpy().tobytes()
 
 
 def to_tensor(data: bytes, device: torch.device) -> Tensor:

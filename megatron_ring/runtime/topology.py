@@ -41,10 +41,12 @@ class Topology:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 
-    @property
-    def is_loss_rank(self) -> bool:
-        """True on the ranks that hold the loss: last pipeline stage, any tensor and data rank."""
-        return self.is_last_stage
+    def owns(self, index: int) -> bool:
+        """Does this data-parallel rank have item ``index`` of those that are numbered over the whole job?
+
+        Items are dealt out one by one: prompt ``uid`` belongs to rank ``uid % dp_size``.
+        """
+        return index % self.dp_size == self.dp_rank
 
 
 def open_topology(parallel: ParallelConfig) -> Topology:

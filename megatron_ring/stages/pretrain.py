@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from megatron_ring.config.run import RunConfig
@@ -17,7 +18,6 @@ from megatron_ring.data.batch.microbatch import Microbatch, pack_microbatch
 from megatron_ring.data.corpus.corpus import open_corpus
 from megatron_ring.data.corpus.pretrain_stream import Draw, PretrainSample, PretrainStream, SampleCursor
 from megatron_ring.observe.metrics import MetricsLogger
-from megatron_ring.runtime.session import Session
 from megatron_ring.stages.run import StageRun, open_stage
 from megatron_ring.train.engine import StepReport
 from megatron_ring.train.objective import NextTokenObjective
@@ -35,7 +35,7 @@ def pretrain(config: RunConfig) -> None:
         RingError: bad input (one line says what to do), or a loss that is not finite several steps running.
     """
     with open_stage(config) as session:
-        PretrainRun(config, session).train()
+        PretrainRun(config, session).run()
 
 
 class PretrainRun(StageRun):
@@ -43,9 +43,8 @@ class PretrainRun(StageRun):
 
     stage = "pretrain"
 
-    def __init__(self, config: RunConfig, session: Session):
-        super().__init__(config, session)
-        train = config.train
+    def build(self, resources: ExitStack) -> None:
+        config, train = self.config, self.config.train
         splits = open_corpus(config.data.data_path, config.data.split, tokenizer=self.tokenizer)
         self.stream = self._stream(splits.train)
         self.valid = self._stream(splits.valid) if train.eval_interval else None
@@ -56,7 +55,7 @@ class PretrainRun(StageRun):
             retry_lr_factor=train.loss_spike_retry_lr_factor,
         )
         self.objective = NextTokenObjective(mtp_loss_scaling_factor=config.model.mtp_loss_scaling_factor)
-        self.open_engine()
+        super().build(resources)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "cursor": self.cursor.state_dict(), "spikes": self.spikes.state_dict()}
@@ -75,26 +74,31 @@ class PretrainRun(StageRun):
             self.stream.prefetch(self._own_indices(self.cursor.peek(batch_size)))
         with metrics.phase("forward_backward"):
             report = self.engine.accumulate(microbatches, self.objective, self._routing_warmup())
-        lr = learning_rate(self.step, self.config.train) * self._judge(report, draw)
+        multiplier = self._rate_multiplier(report, draw)
+        lr = learning_rate(self.step, self.config.train) * (multiplier or 0.0)
         with metrics.phase("optimizer"):
-            if lr > 0 or (report.finite and not self._was_skipped):
-                self.engine.update(report, lr)
-            else:
+            if multiplier is None:
                 self.engine.discard()
+            else:
+                self.engine.update(report, lr)
         self.step += 1
         seconds = time.perf_counter() - begun
         tokens = batch_size * self.config.train.seq_length
-        metrics.log(self.step, self._values(report, lr, batch_size), tokens=tokens, seconds=seconds)
+        values = self.step_values(report, lr) | {
+            "skipped": float(multiplier is None),
+            "global_batch_size": float(batch_size),
+            "consumed_samples": float(self.cursor.consumed_samples),
+        }
+        metrics.log(self.step, values, tokens=tokens, seconds=seconds)
 
-    def _judge(self, report: StepReport, draw: Draw) -> float:
-        """Multiplier for the learning rate; 0 with ``_was_skipped`` set leaves the weights alone.
+    def _rate_multiplier(self, report: StepReport, draw: Draw) -> float | None:
+        """Multiplier for the learning rate; None for a step that must leave the weights alone.
 
         Raises:
             RingError: several steps running were not finite.
         """
-        self._was_skipped = True
-        if self.refuses(report):
-            return 0.0
+        if self.skip_non_finite(report):
+            return None
         multiplier = self.spikes.judge(report.loss, retried=any(draw.is_retry))
         if multiplier == 0.0:
             log.warning(
@@ -103,16 +107,8 @@ class PretrainRun(StageRun):
                 report.loss,
             )
             self.cursor.requeue(draw.indices, within=self.config.train.loss_spike_window * len(draw.indices))
-            return 0.0
-        self._was_skipped = False
+            return None
         return multiplier
-
-    def _values(self, report: StepReport, lr: float, batch_size: int) -> dict[str, float]:
-        return self.step_values(report, lr) | {
-            "skipped": float(self._was_skipped),
-            "global_batch_size": float(batch_size),
-            "consumed_samples": float(self.cursor.consumed_samples),
-        }
 
     def validate(self) -> dict[str, float]:
         """Loss over the same ``eval_iters`` global batches of the validation split every time."""

@@ -8,32 +8,32 @@ then accounts for every token.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
 from megatron_ring.checkpoint.checkpointer import Checkpointer
-from megatron_ring.checkpoint.folder import CRITIC, critic_of, folder_of
-from megatron_ring.checkpoint.format import TRAINER_STATE, read_attachment
-from megatron_ring.checkpoint.origin import must_be_same, origin_of
+from megatron_ring.checkpoint.folder import CRITIC
+from megatron_ring.checkpoint.format import read_attachment
+from megatron_ring.checkpoint.origin import critic_folder, must_be_same, origin_of
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.stage_rules import Stage
-from megatron_ring.data.json_text import count_in
-from megatron_ring.data.prompts.stream import open_prompts
-from megatron_ring.errors import CheckpointError
+from megatron_ring.data.prompts.stream import Prompt, PromptStream, open_prompts
 from megatron_ring.observe.metrics import MetricsLogger
 from megatron_ring.observe.responses import ResponseLog
 from megatron_ring.rl.alarms import Alarms, say_held_out
 from megatron_ring.rl.batch.microbatch import RLMicrobatch, with_column, with_routes
-from megatron_ring.rl.batch.planner import CarryOver, MinibatchPlanner, Plan, must_fit
-from megatron_ring.rl.collect.collector import Collector, RolloutSampler, StepRollouts, is_reward_rank
+from megatron_ring.rl.batch.planner import MinibatchPlanner, Plan
+from megatron_ring.rl.collect.collector import Collector, StepRollouts
+from megatron_ring.rl.collect.sampler import RolloutSampler, is_reward_rank
+from megatron_ring.rl.collect.state import RolloutState
 from megatron_ring.rl.evaluation import evaluate
 from megatron_ring.rl.learn.advantage import assign, is_masked, moments, whiten
 from megatron_ring.rl.learn.critic import Critic
@@ -45,9 +45,8 @@ from megatron_ring.rl.ledger import Ledger, Update, account
 from megatron_ring.rl.reward.references import check_sources
 from megatron_ring.rl.reward.registry import parse_reward_functions
 from megatron_ring.rl.reward.workers.pool import RewardPool
-from megatron_ring.rl.rollout.inprocess import InProcessEngine
+from megatron_ring.rl.rollout.engines import open_rollout_engine
 from megatron_ring.rl.rollout.protocol import SamplingParams
-from megatron_ring.rl.rollout_io import rollouts_from_bytes, rollouts_to_bytes
 from megatron_ring.rl.rollout_metrics import (
     add_up,
     response_rows,
@@ -73,8 +72,8 @@ def train_rl(config: RunConfig) -> None:
         RingError: bad input (one line says what to do), nothing to learn from, or a loss that is not finite
             several steps running.
     """
-    with open_stage(config) as session, contextlib.ExitStack() as stack:
-        RlRun(config, session, stack).train()
+    with open_stage(config) as session:
+        RlRun(config, session).run()
 
 
 class RlRun(StageRun):
@@ -84,43 +83,13 @@ class RlRun(StageRun):
     shown: ClassVar[tuple[str, ...]] = ("reward", "response_length", "entropy", "grad_norm")
     validates_at_start: ClassVar[bool] = True
 
-    def __init__(self, config: RunConfig, session: Session, stack: contextlib.ExitStack):
-        """``stack`` closes verifiers and engine when the run ends."""
-        config = replace(config, model=config.model.with_still_bias())
-        super().__init__(config, session)
-        assert self.tokenizer is not None
-        rollout, seed = config.rollout, config.train.seed
-        own_domains = parse_reward_functions(config.reward.reward_functions)
-        self.held_out, domains = [], frozenset[str]()
-        if rollout.eval_prompt_data:
-            held_out = open_prompts(rollout.eval_prompt_data, self.tokenizer, rollout, seed=0)
-            check_sources(held_out.sources, own_domains)
-            self.held_out, domains = held_out.each_once(rollout.eval_prompts), held_out.domains
-            if len(self.held_out) < rollout.eval_prompts:
-                said = "eval_prompts=%d, but eval_prompt_data has %d that may come: each is asked once"
-                log.info(said, rollout.eval_prompts, len(self.held_out))
-        self.prompts = open_prompts(
-            rollout.prompt_data,
-            self.tokenizer,
-            rollout,
-            seed=seed,
-            excluded={prompt.asked for prompt in self.held_out},
-        )
-        check_sources(self.prompts.sources, own_domains)
-        rewards = None
-        if is_reward_rank(session):
-            # before the model, so that verifiers load their libraries meanwhile
-            pool = RewardPool.open(config.reward, self.prompts.domains | domains, speaks=session.is_main)
-            rewards = stack.enter_context(pool)
-        self.sampling = SamplingParams(
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_response_length=rollout.max_response_length,
-            stop_ids=self.tokenizer.stop_ids,
-            seed=seed,
-            record_routes=config.objective.routing_replay == "R3",
-        )
+    def __init__(self, config: RunConfig, session: Session):
+        super().__init__(replace(config, model=config.model.with_still_bias()), session)
+
+    def build(self, resources: ExitStack) -> None:
+        config, session, rollout = self.config, self.session, self.config.rollout
+        prompts, rewards = self._open_problems(resources)
+        self.rollouts = RolloutState(prompts, rollout.group_size)
         self.planner = MinibatchPlanner(config, session)
         self.objective = PolicyObjective(
             config=config.objective,
@@ -131,27 +100,77 @@ class RlRun(StageRun):
             ),
             temperature=rollout.temperature,
         )
-        self.alarms = Alarms(session, config.objective.mismatch_alarm)
-        self.carried: list[CarryOver] = []
-        self.tokens_left: int | None = None
-        """What the last step's ledger left for this one; None in a run's first step."""
-        self.resumed: dict[str, Any] | None = None
-        self.open_engine()
-        self.critic = Critic(config, session, self.engine) if config.objective.critic else None
-        self.critic_checkpointer = self._open_critic(self.critic) if self.critic else None
-        self.rollout = InProcessEngine(self.engine, slots=rollout.rollout_slots)
-        stack.callback(self.rollout.close)
-        self.rollout.load_weights(self.step)
-        self.answer = RolloutSampler(session, engine=self.rollout, rewards=rewards, tokenizer=self.tokenizer)
-        self.collector = Collector(
-            rollout, session, prompts=self.prompts, answer=self.answer, sampling=self.sampling
+        super().build(resources)
+        self.reference: ReferencePolicy | None = None
+        self.began_from: Any = None
+        self.critic = Critic(config, session) if config.objective.critic else None
+        if self.critic is not None:
+            self.critic_checkpointer = Checkpointer(
+                self.critic.config, self.critic.engine, session, stage=CRITIC
+            )
+        self.rollout_engine = open_rollout_engine(config, self.engine)
+        resources.callback(self.rollout_engine.close)
+        self.sampling = SamplingParams(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_response_length=rollout.max_response_length,
+            stop_ids=self.tokenizer.stop_ids,
+            seed=config.train.seed,
+            record_routes=config.objective.routing_replay == "R3",
         )
-        if self.resumed is not None:
-            with self.foreign_state():
-                self._restore_rollouts(self.resumed)
-        every = config.logging.log_interval
-        folder = self.run_dir() if session.is_writer else None
-        self.samples = ResponseLog(folder, resume_step=self.step, every=every)
+        self.sampler = RolloutSampler(
+            session, engine=self.rollout_engine, rewards=rewards, tokenizer=self.tokenizer
+        )
+        self.collector = Collector(
+            rollout, session, state=self.rollouts, sampler=self.sampler, sampling=self.sampling
+        )
+        self.alarms = Alarms(session, config.objective.mismatch_alarm)
+
+    def _open_problems(self, resources: ExitStack) -> tuple[PromptStream, RewardPool | None]:
+        """The stream of problems and, on the rank that has them, the verifiers; ``held_out`` is set."""
+        rollout, tokenizer = self.config.rollout, self.tokenizer
+        assert tokenizer is not None
+        own_domains = parse_reward_functions(self.config.reward.reward_functions)
+        self.held_out: list[Prompt] = []
+        domains = frozenset[str]()
+        if rollout.eval_prompt_data:
+            held_out = open_prompts(rollout.eval_prompt_data, tokenizer, rollout, seed=0)
+            check_sources(held_out.sources, own_domains)
+            self.held_out, domains = held_out.each_once(rollout.eval_prompts), held_out.domains
+            if len(self.held_out) < rollout.eval_prompts:
+                log.info(
+                    "eval_prompts=%d, but eval_prompt_data has %d that may come: each is asked once",
+                    rollout.eval_prompts,
+                    len(self.held_out),
+                )
+        prompts = open_prompts(
+            rollout.prompt_data,
+            tokenizer,
+            rollout,
+            seed=self.config.train.seed,
+            excluded={prompt.asked for prompt in self.held_out},
+        )
+        check_sources(prompts.sources, own_domains)
+        if not is_reward_rank(self.session):
+            return prompts, None
+        # before the model, so that verifiers load their libraries meanwhile
+        pool = RewardPool.open(self.config.reward, prompts.domains | domains, speaks=self.session.is_main)
+        return prompts, resources.enter_context(pool)
+
+    def on_initial_weights(self) -> None:
+        """The reference and the critic's layers are those that the run begins with; a resumed run has the same."""
+        self.began_from = origin_of(self.checkpointer.began_from, self.config.train.seed)
+        if self.config.objective.kl_loss_coef > 0:
+            self.reference = ReferencePolicy(self.engine)
+        if self.critic is not None:
+            self.critic.start_from(self.engine)
+
+    def restore(self) -> None:
+        super().restore()
+        self.rollout_engine.publish(self.step)
+        folder = self.run_dir() if self.session.is_writer else None
+        self.responses = ResponseLog(folder, resume_step=self.step, every=self.config.logging.log_interval)
 
     def train_step(self, metrics: MetricsLogger) -> None:
         """Prompts, responses and rewards; the budget and its grid; old and reference log p; the updates."""
@@ -160,28 +179,28 @@ class RlRun(StageRun):
             collected = self._collect()
         with metrics.phase("budget"):
             rollouts = self._with_advantages(collected.rollouts)
-            before = self._carried_tokens()
-            plan = self.planner.plan(rollouts, self.carried, step=self.step)
-            self.carried = plan.carried
+            carried_before = self.rollouts.carried_tokens
+            plan = self.planner.plan(rollouts, self.rollouts.carried, step=self.step)
+            self.rollouts.carried = plan.carried
         with metrics.phase("score"):
             grids = [self._score(grid) for grid in plan.grids]
         with metrics.phase("update"):
             lr = learning_rate(self.step, self.config.train)
             updates = [self._update(grid, lr) for grid in grids]
             value_reports = self._update_critic(plan.grids, updates)
-        ledger = self._account(collected, rollouts, plan, updates, before)
+        ledger = self._account(collected, rollouts, plan, updates, carried_before)
         self.step += 1
         with metrics.phase("publish"):
-            self.rollout.load_weights(self.step)
+            self.rollout_engine.publish(self.step)
         reports = [update.report for update in updates]
         values = self._values(collected, plan, reports, ledger) | value_metrics(value_reports) | {"lr": lr}
         metrics.log(self.step, values, tokens=ledger.generated, seconds=time.perf_counter() - begun)
-        self.alarms.check(self.step, values, collected.rollouts)
-        if self.samples.is_due(self.step):
-            self.samples.write(self.step, response_rows(collected.rollouts, self.tokenizer))
+        self.alarms.check(self.step, values, plan.shortfall, collected.rollouts)
+        if self.responses.is_due(self.step):
+            self.responses.write(self.step, response_rows(collected.rollouts, self.tokenizer))
 
     def _collect(self) -> StepRollouts:
-        """Judged groups; more prompts are drawn where tokens are missing and refilling is asked for."""
+        """The step's groups; more prompts are drawn where tokens are missing and refilling is asked for."""
         rollout = self.config.rollout
         collected = self.collector.collect(self.step)
         if self.config.budget.budget_shortfall != "refill":
@@ -203,12 +222,9 @@ class RlRun(StageRun):
             # group-relative advantages, which need no critic
             rollouts = [r for r in self._with_advantages(rollouts) if np.any(r.advantages_R)]
         own = sum(r.response.length for r in rollouts if not is_masked(r, objective))
-        group, device = self.session.topology.groups.dp, self.session.device
-        return sum(gather_json(own + self._carried_tokens(), group, device))
-
-    def _carried_tokens(self) -> int:
-        """This rank's response tokens that the last step's budget left."""
-        return sum(c.rollout.response.length - c.start for c in self.carried)
+        own += self.rollouts.carried_tokens
+        (total,) = self.session.summed(own, group=self.session.topology.groups.dp)
+        return int(total)
 
     def _with_advantages(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """Those that may be trained on, each with its advantages. Collective over the world with a critic."""
@@ -239,7 +255,7 @@ class RlRun(StageRun):
     def _update(self, grid: list[RLMicrobatch], lr: float) -> Update:
         report = self.engine.accumulate(grid, self.objective)
         # without a token momentum alone would move the weights
-        made = not self.refuses(report) and report.means["tokens"] > 0
+        made = not self.skip_non_finite(report) and report.means["tokens"] > 0
         if made:
             self.engine.update(report, lr)
         else:
@@ -269,8 +285,8 @@ class RlRun(StageRun):
         """The step's ledger, checked. ``before``: this rank's carried tokens at its start."""
         masked = collected.num_tokens - sum(rollout.response.length for rollout in offered)
         ledger = account(collected, plan, updates, carried=before, masked=masked, session=self.session)
-        ledger.check(self.step + 1, self.tokens_left)
-        self.tokens_left = ledger.carried
+        ledger.check(self.step + 1, self.rollouts.tokens_left)
+        self.rollouts.tokens_left = ledger.carried
         return ledger
 
     def _values(
@@ -300,91 +316,40 @@ class RlRun(StageRun):
     def validate(self) -> dict[str, float]:
         """Mean reward and accuracy on held-out problems, sampled as in training. Collective over the world."""
         samples = self.config.rollout.eval_samples
-        return evaluate(self.held_out, self.answer, self.sampling, self.session, samples=samples)
-
-    def at_start_weights(self) -> None:
-        """The reference is what the run starts from, so that a resumed run has the same."""
-        self.reference = ReferencePolicy(self.engine) if self.config.objective.kl_loss_coef > 0 else None
-        self.began_from: Any = origin_of(self.checkpointer.began_from, self.config.train.seed)
-
-    def _open_critic(self, critic: Critic) -> Checkpointer:
-        """The critic's own checkpoints; on a resume, the one of the policy's step.
-
-        Raises:
-            CheckpointError: there is none: a critic that begins anew would judge a policy that does not.
-        """
-        checkpointer = Checkpointer(critic.config, critic.engine, self.session, stage=CRITIC)
-        if self.resumed is not None:
-            policy = Path(self.checkpointer.loaded_folder or "")
-            folder = critic_of(policy, self.step) or folder_of(policy.parent / CRITIC, self.step)
-            if not (folder / TRAINER_STATE).exists():
-                raise CheckpointError(
-                    f"{folder}: holds no critic for the policy of step {self.step}; drop --critic, or start from the "
-                    "policy's weights with --pretrained-checkpoint and another --save"
-                )
-            checkpointer.load(folder)
-        return checkpointer
+        return evaluate(self.held_out, self.sampler, self.sampling, self.session, samples=samples)
 
     def save_checkpoint(self) -> None:
         # the policy's pointer moves last: a step that it names has its critic
-        if self.critic_checkpointer is not None:
+        if self.critic is not None:
             self.critic_checkpointer.save(self.step, {"step": self.step})
             self.critic_checkpointer.finish()
         super().save_checkpoint()
 
     def state_dict(self) -> dict[str, Any]:
-        """Collective over the data-parallel group: one list entry per rank for what ranks hold by themselves."""
-        group, device = self.session.topology.groups.dp, self.session.device
         return {
             "step": self.step,
             "began_from": self.began_from,
-            "prompts": self.prompts.state_dict(),
-            "open": gather_json(self.collector.state_dict(), group, device),
-            "carried": gather_json([[c.start, c.steps] for c in self.carried], group, device),
-            "tokens_left": self.tokens_left,
+            "rollouts": self.rollouts.state_dict(self.session.topology.dp_size),
         }
 
     def attachments(self) -> dict[str, bytes]:
         if not is_reward_rank(self.session):
             return {}
-        files = {
-            **self.collector.state_bytes(),
-            "carried": rollouts_to_bytes([c.rollout for c in self.carried]),
-        }
-        return {_file(name, self.session.topology.dp_rank): data for name, data in files.items()}
+        return self.rollouts.files(self.session.topology.dp_rank)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        folder = self.checkpointer.loaded_folder
+        assert folder is not None
         if self.reference is not None:
-            must_be_same(state.get("began_from"), self.began_from, self.checkpointer.loaded_folder)
+            must_be_same(state.get("began_from"), self.began_from, folder)
         self.began_from = state.get("began_from")
         self.step = state["step"]
-        self.prompts.load_state_dict(state["prompts"])
-        self.tokens_left = count_in(state, "tokens_left")
-        self.resumed = state
-
-    def _restore_rollouts(self, state: dict[str, Any]) -> None:
-        """Take this rank's share of the open groups and carried responses that all ranks had."""
-        folder, topology = self.checkpointer.loaded_folder, self.session.topology
-        assert folder is not None
-        ranks = range(len(state["open"]))
-
-        def read(name: str, rank: int) -> bytes:
-            return read_attachment(folder, _file(name, rank))
-
-        files = [{name: read(name, rank) for name in ("finished", "unfinished")} for rank in ranks]
-        self.collector.restore(state["open"], files)
-        self.carried = [
-            CarryOver(rollout, start, steps)
-            for rank in ranks
-            for rollout, (start, steps) in zip(
-                rollouts_from_bytes(read("carried", rank)), state["carried"][rank], strict=True
-            )
-            if rollout.prompt.uid % topology.dp_size == topology.dp_rank
-        ]
-        must_fit(self.config, self.collector.book, self.carried)
-        begun = [group.prompt for group in self.collector.book.open.values()]
-        say_held_out([*begun, *(c.rollout.prompt for c in self.carried)], self.held_out)
-
-
-def _file(name: str, dp_rank: int) -> str:
-    return f"rollouts-{name}-{dp_rank}.safetensors"
+        self.rollouts.load_state_dict(
+            state["rollouts"], partial(read_attachment, folder), self.session.topology
+        )
+        self.rollouts.require_fit(
+            self.config.budget.microbatch_capacity, self.config.rollout.max_response_length
+        )
+        say_held_out(self.rollouts.waiting_prompts(), self.held_out)
+        if self.critic is not None:
+            self.critic_checkpointer.load(critic_folder(folder, self.step))

@@ -1,6 +1,6 @@
-"""The loop that training stages share: steps until the end or a signal, then saving, measuring and leaving.
+"""What the training stages share: one order of construction, and the loop.
 
-A stage subclasses :class:`StageRun`, builds its data and then calls :meth:`StageRun.open_engine`.
+A run is built, restored and looped, in that order (:meth:`StageRun.run`). A stage is a subclass that fills in the parts.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.checkpoint.run_lock import hold_run_folder
@@ -25,6 +25,7 @@ from megatron_ring.errors import CheckpointError, ConfigError, RingError
 from megatron_ring.model.spec import require_backend
 from megatron_ring.observe.metrics import MetricsLogger
 from megatron_ring.observe.profile import StepProfiler
+from megatron_ring.rl.rollout.inprocess import continue_tokens
 from megatron_ring.runtime.session import (
     Session,
     is_writer,
@@ -33,7 +34,6 @@ from megatron_ring.runtime.session import (
     world_size_from_env,
 )
 from megatron_ring.train.engine import Engine, StepReport
-from megatron_ring.train.sampling import sample_tokens
 
 log = logging.getLogger("megatron_ring")
 
@@ -45,7 +45,7 @@ SAMPLE_TOKENS = 120
 def open_stage(config: RunConfig) -> Iterator[Session]:
     """This process's session, with our messages shown from ``log_level`` on, Megatron-Core's from warnings on.
 
-    What is no warning is said by the writer alone. Holds the run's folder: nobody else writes there meanwhile.
+    Messages below WARNING are logged on the writer rank only. Holds the run's folder: nobody else writes there meanwhile.
     """
     logging.basicConfig(level=config.logging.log_level.upper(), format="%(message)s")
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
@@ -70,6 +70,9 @@ class StageRun:
     validates_at_start: ClassVar[bool] = False
     """Is step 0, before any update, worth a validation?"""
 
+    engine: Engine
+    checkpointer: Checkpointer
+
     def __init__(self, config: RunConfig, session: Session):
         self.config, self.session = config, session
         self.tokenizer = _tokenizer(config)
@@ -77,30 +80,41 @@ class StageRun:
         self.non_finite = 0
         self.started = time.monotonic()
 
-    def open_engine(self) -> None:
-        """Build the model; then go on from the run's checkpoint, or start from the weights it is told to."""
-        self.engine = Engine(self.config, self.session)
-        self.checkpointer = Checkpointer(self.config, self.engine, self.session, stage=self.stage)
-        settings = self.config.checkpoint
-        if settings.pretrained_checkpoint and not settings.finetune:
-            self.checkpointer.load_weights(settings.pretrained_checkpoint)
-        if not settings.finetune:
-            self.at_start_weights()
-        state = self.checkpointer.load(settings.load) if settings.load else None
-        if settings.finetune:
-            self.at_start_weights()
-        if state is not None:
-            self._go_on(state)
-
-    def _go_on(self, state: dict[str, Any]) -> None:
-        """Take up the trainer's state of a checkpoint."""
-        with self.foreign_state():
-            self.load_state_dict(state)
-            if type(self.step) is not int or self.step < 0:
-                raise ValueError(f"says step {str(self.step)[:40]!r}")
+    def run(self) -> None:
+        """The whole run: build, restore, loop."""
+        with self.opened():
+            self.loop()
 
     @contextmanager
-    def foreign_state(self) -> Iterator[None]:
+    def opened(self) -> Iterator[Self]:
+        """The run, ready for its next step. What it has opened is closed behind the block."""
+        with ExitStack() as resources:
+            self.build(resources)
+            self.restore()
+            yield self
+
+    def build(self, resources: ExitStack) -> None:
+        """Make every part of the run, the model with random weights. Whatever needs closing goes into ``resources``."""
+        self.engine = Engine(self.config, self.session)
+        self.checkpointer = Checkpointer(self.config, self.engine, self.session, stage=self.stage)
+
+    def restore(self) -> None:
+        """Load the weights that the run begins with; then go on from its own checkpoint if there is one."""
+        settings = self.config.checkpoint
+        if settings.finetune and settings.load:
+            self.checkpointer.load(settings.load)
+        elif settings.pretrained_checkpoint:
+            self.checkpointer.load_weights(settings.pretrained_checkpoint)
+        self.on_initial_weights()
+        saved = self.checkpointer.load(settings.load) if settings.load and not settings.finetune else None
+        if saved is not None:
+            with self._foreign_state():
+                self.load_state_dict(saved)
+                if type(self.step) is not int or self.step < 0:
+                    raise ValueError(f"says step {str(self.step)[:40]!r}")
+
+    @contextmanager
+    def _foreign_state(self) -> Iterator[None]:
         """What is read here may be another stage's state, or somebody's edit: what it lacks is one line."""
         try:
             yield
@@ -111,8 +125,8 @@ class StageRun:
                 "its weights alone with --finetune or --pretrained-checkpoint"
             ) from None
 
-    def at_start_weights(self) -> None:
-        """Called once while the model holds what the run starts, or started, from; for stages that keep it."""
+    def on_initial_weights(self) -> None:
+        """Called while the model holds what the run begins with, or began with where it is resumed."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside weights, optimizer and random states (JSON-able)."""
@@ -134,7 +148,7 @@ class StageRun:
         """Token ids to continue for ``sample.txt`` at the end of the run; empty writes none."""
         return ()
 
-    def train(self) -> None:
+    def loop(self) -> None:
         """Steps until ``train_iters``, a signal, or an exit setting; then the last checkpoint."""
         train = self.config.train
         self._announce()
@@ -161,7 +175,7 @@ class StageRun:
             validation = self.validate()
         metrics.log_eval(self.step, validation)
 
-    def refuses(self, report: StepReport) -> bool:
+    def skip_non_finite(self, report: StepReport) -> bool:
         """Is this step's loss or gradient not finite, so that its update must not be made?
 
         Raises:
@@ -285,14 +299,8 @@ class StageRun:
         prompt = list(self.sample_prompt())
         if not prompt:
             return
-        new = sample_tokens(
-            self.engine,
-            prompt,
-            max_new_tokens=SAMPLE_TOKENS,
-            num_slots=self.config.train.seq_length,
-            seed=self.config.train.seed,
-            stop_ids=self.tokenizer.stop_ids,
-        )
+        limit = min(SAMPLE_TOKENS, self.config.train.seq_length - len(prompt))
+        new = continue_tokens(self.engine, prompt, limit, self.config.train.seed, self.tokenizer.stop_ids)
         if self.session.is_writer:
             sample = run_dir / "sample.txt"
             try:

@@ -11,14 +11,14 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.validate import schedule_problems
 from megatron_ring.data.batch.microbatch import Microbatch
 from megatron_ring.data.conversations import SftStream, load_conversations
 from megatron_ring.data.text.messages import parse_template_kwargs
-from megatron_ring.errors import ConfigError, DataError
+from megatron_ring.errors import ConfigError
 from megatron_ring.observe.metrics import MetricsLogger
 from megatron_ring.runtime.session import Session
 from megatron_ring.stages.run import StageRun, open_stage
@@ -35,7 +35,7 @@ def train_sft(config: RunConfig) -> None:
         RingError: bad input (one line says what to do), or a loss that is not finite several steps running.
     """
     with open_stage(config) as session:
-        SftRun(config, session).train()
+        SftRun.of(config, session).run()
 
 
 class SftRun(StageRun):
@@ -43,27 +43,22 @@ class SftRun(StageRun):
 
     stage = "sft"
 
-    def __init__(self, config: RunConfig, session: Session):
+    @classmethod
+    def of(cls, config: RunConfig, session: Session) -> SftRun:
+        """The run of ``config``'s conversations, as many steps as they make where the config does not say."""
+        streams = open_streams(config, session)
+        return cls(with_derived_steps(config, streams.steps), session, streams)
+
+    def __init__(self, config: RunConfig, session: Session, streams: Streams):
         super().__init__(config, session)
-        train = config.train
-        self.per_step = train.global_batch_size // train.micro_batch_size
-        self.stream = self._stream(config.sft.sft_data)
-        self.valid = self._stream(config.sft.sft_eval_data) if train.eval_interval else None
-        steps = max(round(self.stream.microbatches_in(config.sft.sft_epochs) / self.per_step), 1)
-        self.config = with_derived_steps(config, steps)
+        self.stream, self.valid, self.per_step = streams.train, streams.valid, streams.per_step
         self.objective = NextTokenObjective(mtp_loss_scaling_factor=config.model.mtp_loss_scaling_factor)
         self.epoch_ended = False
-        self.open_engine()
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "stream": self.stream.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "stream" not in state:
-            raise DataError(
-                f"load={self.config.checkpoint.load} is a checkpoint of another stage; start from its weights with "
-                "--pretrained-checkpoint, and give --save a folder of its own"
-            )
         self.step = state["step"]
         self.stream.load_state_dict(state["stream"])
 
@@ -77,7 +72,7 @@ class SftRun(StageRun):
         with metrics.phase("forward_backward"):
             report = self.engine.accumulate(microbatches, self.objective)
         lr = learning_rate(self.step, self.config.train)
-        skipped = self.refuses(report)
+        skipped = self.skip_non_finite(report)
         with metrics.phase("optimizer"):
             if skipped:
                 self.engine.discard()
@@ -89,7 +84,7 @@ class SftRun(StageRun):
             "skipped": float(skipped),
             "epoch": float(epoch),
             "conversations": float(sum(map(len, groups))),
-            "loss_tokens": report.weight,
+            "loss_tokens": report.denominator,
             "packing": tokens / (len(groups) * self.stream.capacity),
         }
         metrics.log(self.step, values, tokens=tokens, seconds=time.perf_counter() - begun)
@@ -116,34 +111,56 @@ class SftRun(StageRun):
         rank = self.session.topology.dp_rank
         return [stream.microbatch(group) for group in groups[rank * share : (rank + 1) * share]]
 
-    def _stream(self, paths: Sequence[str]) -> SftStream:
-        data, train = self.config.data, self.config.train
-        assert data.tokenizer_model is not None
-        conversations = load_conversations(
-            paths,
-            tokenizer_type=data.tokenizer_type,
-            tokenizer_model=data.tokenizer_model,
-            longest=train.seq_length,
-            workers=data.num_workers,
-            chat_template_kwargs=parse_template_kwargs(data.chat_template_kwargs),
+
+class Streams(NamedTuple):
+    """The conversations of a run. ``per_step`` are microbatches of one step, over all ranks; ``steps`` is how many the
+    epochs make.
+    """
+
+    train: SftStream
+    valid: SftStream | None
+    per_step: int
+    steps: int
+
+
+def open_streams(config: RunConfig, session: Session) -> Streams:
+    """Read the run's conversations."""
+    train = config.train
+    per_step = train.global_batch_size // train.micro_batch_size
+    stream = _open_stream(config.sft.sft_data, config, session)
+    valid = _open_stream(config.sft.sft_eval_data, config, session) if train.eval_interval else None
+    steps = max(round(stream.microbatches_in(config.sft.sft_epochs) / per_step), 1)
+    return Streams(stream, valid, per_step, steps)
+
+
+def _open_stream(paths: Sequence[str], config: RunConfig, session: Session) -> SftStream:
+    data, train = config.data, config.train
+    assert data.tokenizer_model is not None
+    conversations = load_conversations(
+        paths,
+        tokenizer_type=data.tokenizer_type,
+        tokenizer_model=data.tokenizer_model,
+        longest=train.seq_length,
+        workers=data.num_workers,
+        chat_template_kwargs=parse_template_kwargs(data.chat_template_kwargs),
+    )
+    if session.is_writer:
+        log.info(
+            "%s: %s conversations, %s tokens, %s of them learned; %s longer than seq_length=%d left out",
+            ", ".join(paths),
+            f"{len(conversations):,}",
+            f"{len(conversations.tokens):,}",
+            f"{int(conversations.learned.sum()):,}",
+            f"{conversations.num_too_long:,}",
+            train.seq_length,
         )
-        if self.session.is_writer:
+        if conversations.num_split:
             log.info(
-                "%s: %s conversations, %s tokens, %s of them learned; %s longer than seq_length=%d left out",
-                ", ".join(paths),
-                f"{len(conversations):,}",
-                f"{len(conversations.tokens):,}",
-                f"{int(conversations.learned.sum()):,}",
-                f"{conversations.num_too_long:,}",
-                train.seq_length,
+                "the chat template writes earlier turns anew: %s conversations are read once per answer, each as the "
+                "last turn",
+                f"{conversations.num_split:,}",
             )
-            if conversations.num_split:
-                log.info(
-                    "the chat template writes earlier turns anew: %s conversations are read once per answer, each as the "
-                    "last turn",
-                    f"{conversations.num_split:,}",
-                )
-        return SftStream(conversations, capacity=train.micro_batch_size * train.seq_length, seed=train.seed)
+    return SftStream(conversations, capacity=train.micro_batch_size * train.seq_length, seed=train.seed)
 
 
 def with_derived_steps(config: RunConfig, steps: int) -> RunConfig:

@@ -112,7 +112,7 @@ def test_one_expert_per_token_is_trained_and_so_are_its_routers(configure, tmp_p
     still = {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": 0.0, "weight_decay": 0.0}
     config = configure(model, moe_router_topk=1, train_iters=12, **still)
     with open_session(config.parallel, seed=config.train.seed) as session:
-        Watched(config, session).train()
+        Watched(config, session).run()
     routers = [name for name in engines[0] if name.endswith("router.weight")]
     assert len(routers) == config.model.num_moe_layers
     assert not any(torch.equal(engines[0][name], engines[1][name]) for name in routers)
@@ -148,7 +148,7 @@ def test_a_spike_leaves_the_weights_alone_and_its_samples_come_again(configure, 
     settings = {"loss_spike_factor": 2.0, "loss_spike_window": 3, "train_iters": 16}
     spoil(monkeypatch, [1, 1, 1, 1, 50.0])
     taken, before_after = [], []
-    take, judge = PretrainRun._own_indices, PretrainRun._judge
+    take, judge = PretrainRun._own_indices, PretrainRun._rate_multiplier
 
     def note_draw(self, draw):
         if not taken or taken[-1] is not draw:
@@ -160,11 +160,11 @@ def test_a_spike_leaves_the_weights_alone_and_its_samples_come_again(configure, 
         before_after.append((draw, multiplier, weights(self.engine)))
         return multiplier
 
-    monkeypatch.setattr(PretrainRun, "_judge", note_judgement)
+    monkeypatch.setattr(PretrainRun, "_rate_multiplier", note_judgement)
     pretrain(configure(**settings))
     monkeypatch.undo()
     multipliers = [multiplier for _, multiplier, _ in before_after]
-    assert multipliers[:6] == [1, 1, 1, 1, 0, 1]
+    assert multipliers[:6] == [1, 1, 1, 1, None, 1]
     spiked, later = before_after[4], before_after[5]
     assert all(map(torch.equal, spiked[2].values(), later[2].values())), "the skipped update changed nothing"
     assert not torch.equal(before_after[3][2]["output_layer.weight"], spiked[2]["output_layer.weight"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import runpy
 import shutil
 from pathlib import Path
@@ -98,8 +97,8 @@ def test_a_step_in_which_nobody_finishes_trains_on_nothing(configure, tmp_path, 
 
 def run_with(stage: type[RlRun], config) -> None:
     """:func:`train_rl` with a stage that is watched."""
-    with open_session(config.parallel, config.train.seed) as session, contextlib.ExitStack() as stack:
-        stage(config, session, stack).train()
+    with open_session(config.parallel, config.train.seed) as session:
+        stage(config, session).run()
 
 
 def test_a_run_with_a_critic_is_resumed_with_its_critic(configure, tmp_path):
@@ -213,7 +212,7 @@ def test_every_sampled_token_is_accounted_for(configure, tmp_path, settings, mov
 
 
 def test_a_refused_update_trained_on_nothing(configure, tmp_path, monkeypatch):
-    monkeypatch.setattr(RlRun, "refuses", lambda self, report: self.step == 0)
+    monkeypatch.setattr(RlRun, "skip_non_finite", lambda self, report: self.step == 0)
     train_rl(configure())
     first, second = records(tmp_path)
     assert first["c3po/trained"] == first["loss_tokens"] == 0 and first["c3po/utilisation"] == 0

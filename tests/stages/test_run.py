@@ -58,7 +58,7 @@ def test_a_sample_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     run.config = config_from_mapping({"save": str(tmp_path)})
     run.session, run.engine = SimpleNamespace(is_writer=True), None
     run.tokenizer = SimpleNamespace(stop_ids=(), decode=str)
-    monkeypatch.setattr(stage_run, "sample_tokens", lambda *_, **__: [])
+    monkeypatch.setattr(stage_run, "continue_tokens", lambda *_, **__: [])
     monkeypatch.setattr(run, "sample_prompt", lambda: [1])
     with pytest.raises(
         ConfigError, match=r"sample\.txt: Is a directory; see that .* the checkpoint is saved"

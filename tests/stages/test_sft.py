@@ -103,8 +103,10 @@ def test_warm_up_and_steps_are_derived_where_they_are_not_given(configure):
 @pytest.mark.parametrize("model", ["v1", "v2_mtp"])
 def test_a_conversation_alone_has_the_loss_that_it_has_packed(configure, model):
     config = configure(model)
-    with open_session(config.parallel, config.train.seed) as session:
-        run = SftRun(config, session)
+    with (
+        open_session(config.parallel, config.train.seed) as session,
+        SftRun.of(config, session).opened() as run,
+    ):
         randomise(run.engine)
         group = max(run.stream.take(4), key=len)
         assert len(group) > 3
@@ -122,8 +124,10 @@ def test_a_conversation_alone_has_the_loss_that_it_has_packed(configure, model):
 def test_questions_have_no_gradient_of_their_own(configure):
     """The loss weighs answers alone: other labels in the questions change nothing."""
     config = configure()
-    with open_session(config.parallel, config.train.seed) as session:
-        run = SftRun(config, session)
+    with (
+        open_session(config.parallel, config.train.seed) as session,
+        SftRun.of(config, session).opened() as run,
+    ):
         (group,) = run.stream.take(1)
         microbatch = run.stream.microbatch(group)
         learned = int(run.stream.conversations.learned.sum())
@@ -147,14 +151,19 @@ def test_a_resumed_run_is_the_run_that_never_stopped(configure, tmp_path):
             leaves = {"exit_interval": 2} if stop < stops - 1 else {}
             config = configure(**settings, **leaves)
             with open_session(config.parallel, config.train.seed) as session:
-                run = SftRun(config, session)
-                run.train()
+                run = SftRun.of(config, session)
+                run.run()
                 final[name] = weights(run.engine)
         losses[name] = [
             (record["step"], record["loss"], record["grad_norm"], record["lr"]) for record in records(where)
         ]
     assert losses["straight"] == losses["stopped"] and len(losses["straight"]) > 4
     assert all(map(torch.equal, final["straight"].values(), final["stopped"].values()))
+
+
+def opened(config, session) -> SftRun:
+    with SftRun.of(config, session).opened() as run:
+        return run
 
 
 def test_the_runs_own_checkpoint_wins_over_the_pretrained_one(configure, tmp_path):
@@ -165,17 +174,17 @@ def test_the_runs_own_checkpoint_wins_over_the_pretrained_one(configure, tmp_pat
     with open_session(config.parallel, config.train.seed) as session:
         from megatron_ring.checkpoint.checkpointer import Checkpointer
 
-        run = SftRun(config, session)
+        run = opened(config, session)
         loaded = weights(run.engine)
         assert run.step == 0 and run.stream.state_dict()["drawn"] == 0
         Checkpointer(config, run.engine, session, stage="sft").load_weights(first)
         assert all(map(torch.equal, weights(run.engine).values(), loaded.values()))
     with open_session(config.parallel, config.train.seed) as session:
-        fresh = SftRun(configure(**settings | {"pretrained_checkpoint": None}), session)
+        fresh = opened(configure(**settings | {"pretrained_checkpoint": None}), session)
         assert not torch.equal(weights(fresh.engine)["output_layer.weight"], loaded["output_layer.weight"])
     train_sft(configure(**settings, exit_interval=2))
     with open_session(config.parallel, config.train.seed) as session:
-        resumed = SftRun(config, session)
+        resumed = opened(config, session)
         assert resumed.step == 2
         assert not torch.equal(weights(resumed.engine)["output_layer.weight"], loaded["output_layer.weight"])
 

@@ -167,7 +167,7 @@ def test_evaluation_and_scores_are_those_of_the_step_and_leave_no_trace():
             total -= (logp_T * microbatch.loss_mask_T).sum().item()
             assert (logp_T[microbatch.labels_T < 0] == 0).all()
             assert (entropy_T >= 0).all()
-        assert total / report.weight == pytest.approx(report.means["lm_loss"], rel=1e-5)
+        assert total / report.denominator == pytest.approx(report.means["lm_loss"], rel=1e-5)
         assert all(
             torch.equal(old, new) for old, new in zip(before.values(), weights(engine).values(), strict=True)
         )

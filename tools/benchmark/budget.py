@@ -20,7 +20,8 @@ import numpy as np
 
 from megatron_ring.data.batch.bins import best_fit_decreasing
 from megatron_ring.data.batch.packing import pack
-from megatron_ring.rl.batch import Candidate, select
+from megatron_ring.rl.batch.select import select
+from megatron_ring.rl.types import RolloutMeta
 
 SIGMA, LONGEST, PROMPTS = 0.45, 24_576, (80, 400)
 
@@ -34,7 +35,7 @@ def sample(args: argparse.Namespace, step: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def ours(args: argparse.Namespace, responses: np.ndarray, prompts: np.ndarray, phi: int) -> dict[str, float]:
-    candidates = [Candidate(i // 16, i % 16, length, i) for i, length in enumerate(responses.tolist())]
+    candidates = [RolloutMeta(i // 16, i % 16, length, i) for i, length in enumerate(responses.tolist())]
     started = time.process_time()
     selection = select(candidates, phi)
     selected = time.process_time()
@@ -142,7 +143,7 @@ def ratios() -> None:
 
 
 def trained(answers: np.ndarray, prompts: np.ndarray, phi: int, capacity: int) -> str:
-    selection = select([Candidate(i, 0, length, i) for i, length in enumerate(answers.tolist())], phi)
+    selection = select([RolloutMeta(i, 0, length, i) for i, length in enumerate(answers.tolist())], phi)
     picks = selection.minibatches[0]
     grid = pack([int(prompts[p.index]) + p.stop - 1 for p in picks], capacity=capacity, dp_size=1)
     placed = sum(picks[i].num_tokens for bin in grid.placements[0] for i in bin)

@@ -58,7 +58,7 @@ def ours(a: argparse.Namespace) -> Iterator[tuple[Callable[[int], int], int]]:
     from megatron_ring.config.load import config_from_mapping
     from megatron_ring.config.validate import validate
     from megatron_ring.data.prompts.stream import Prompt
-    from megatron_ring.rl.rollout import InProcessEngine, Request, SamplingParams
+    from megatron_ring.rl.rollout.inprocess import InProcessEngine, Request, SamplingParams
     from megatron_ring.runtime.session import open_session
     from megatron_ring.train.engine import Engine
 

@@ -89,7 +89,7 @@ def ours(a: argparse.Namespace, folder: Path) -> None:
     }  # fmt: skip
     config = config_from_mapping(values)
     with open_session(config.parallel, 0) as session, contextlib.ExitStack() as stack:
-        run = RlRun(config, session, stack)
+        run = stack.enter_context(RlRun(config, session).opened())
         # no token ends a response: every one is of the same length
         run.collector.sampling = forced(run.sampling)
         count = sum(p.numel() for model in run.engine.models for p in model.parameters())

@@ -167,7 +167,7 @@ def open_rl(size: Size, **settings: Any) -> Iterator[RlRun]:
         session = stack.enter_context(
             open_session(config.parallel, 0, deterministic=config.train.deterministic)
         )
-        run = RlRun(config, session, stack)
+        run = stack.enter_context(RlRun(config, session).opened())
         run.collector.sampling = replace(run.sampling, stop_ids=())
         yield run
 

@@ -5,13 +5,45 @@ rank hold the same rollouts, so each exchanges with its peers in the data-parall
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from megatron_ring.rl.rollout_io import rollouts_from_bytes, rollouts_to_bytes
-from megatron_ring.rl.types import Rollout
+from megatron_ring.rl.types import Rollout, RolloutMeta
 from megatron_ring.runtime.collectives import to_tensor
+
+
+def exchange_rollouts(
+    own: Sequence[Rollout],
+    metas: Sequence[RolloutMeta],
+    wanted: Sequence[Sequence[int]],
+    rank: int,
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> dict[int, Rollout]:
+    """Collective over ``group``: the rollouts that this rank trains on, by their index in ``metas``.
+
+    Args:
+        own: this rank's rollouts, which ``local_index`` of its metas names.
+        wanted: per rank, the indices that it trains on; the same on every rank.
+    """
+    parcels = [
+        [_for_training(own[metas[index].local_index]) for index in of_rank if metas[index].rank == rank]
+        for of_rank in wanted
+    ]
+    found: dict[int, Rollout] = {}
+    for source, rollouts in enumerate(send_rollouts(parcels, group, device)):
+        # every sender goes through the same list in the same order
+        indices = [index for index in wanted[rank] if metas[index].rank == source]
+        found.update(zip(indices, rollouts, strict=True))
+    return found
+
+
+def _for_training(rollout: Rollout) -> Rollout:
+    """Without what only verifiers need: the tests of a problem in code can be larger than its responses."""
+    return replace(rollout, prompt=replace(rollout.prompt, text="", reference={}))
 
 
 def send_rollouts(

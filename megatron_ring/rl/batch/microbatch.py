@@ -7,7 +7,7 @@ is predicted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,12 +23,12 @@ from megatron_ring.rl.types import Pick, Rollout
 class RLMicrobatch(Microbatch):
     """One microbatch of picked responses; every column is fp32 [T] and 0 where no loss is.
 
-    ``old_logp_T`` (the denominator of the ratio) and ``ref_logp_T`` are 0 until they are scored, see
-    :func:`with_column`. ``weights_T`` is 1/|y|, |y| the response's tokens in this minibatch; objectives that
-    average over responses multiply by it. ``fresh_T`` is 1 where the token was sampled by the policy that this step
-    updates, 0 where by an older one; ``weights_moved`` says that an earlier minibatch of the step has updated it
-    since. ``values_T`` and ``returns_T`` are there with a critic. ``routes_LTK`` (int16) replays expert choices,
-    ``NO_ROUTE`` where they are unknown.
+    ``old_logp_T`` (the denominator of the ratio) and ``ref_logp_T`` are None until they are scored, and stay so on
+    stages without a loss (:func:`with_column`). ``weights_T`` is 1/|y|, |y| the response's tokens in this minibatch;
+    objectives that average over responses multiply by it. ``fresh_T`` is 1 where the token was sampled by the policy
+    that this step updates, 0 where by an older one; ``weights_moved`` is set if an earlier minibatch of the step has
+    updated it since. ``values_T`` and ``returns_T`` are there with a critic. ``routes_LTK`` (int16) replays expert
+    choices, ``NO_ROUTE`` where they are unknown.
 
     Example: prompt (5, 6), response (7, 8, 2) of which tokens 1 and 2 carry loss, in T = 6 slots::
 
@@ -39,13 +39,13 @@ class RLMicrobatch(Microbatch):
     """
 
     advantages_T: Tensor
-    old_logp_T: Tensor
     rollout_logp_T: Tensor
-    ref_logp_T: Tensor
     weights_T: Tensor
     fresh_T: Tensor
     num_responses: int
     weights_moved: bool = False
+    old_logp_T: Tensor | None = None
+    ref_logp_T: Tensor | None = None
     values_T: Tensor | None = None
     returns_T: Tensor | None = None
     routes_LTK: Tensor | None = None
@@ -61,7 +61,7 @@ def sequence_slots(rollout: Rollout, pick: Pick) -> int:
 
 
 def build_microbatch(
-    rollouts: Sequence[Rollout],
+    rollouts: Mapping[int, Rollout] | Sequence[Rollout],
     picks: Sequence[Pick],
     num_slots: int,
     *,
@@ -74,7 +74,7 @@ def build_microbatch(
     """Pack the picked responses, whole, one attention segment each; no picks give a microbatch of padding.
 
     Args:
-        rollouts: what the picks index; their advantages are assigned.
+        rollouts: by the index that picks name; their advantages are assigned.
         version: of the policy that this step updates.
         weights_moved: this is not the step's first minibatch.
         with_values: a critic learns from the microbatch; the rollouts have values and returns.
@@ -105,9 +105,7 @@ def build_microbatch(
     return RLMicrobatch(
         **vars(packed),
         advantages_T=column("advantages"),
-        old_logp_T=torch.zeros(num_slots),
         rollout_logp_T=column("rollout_logp"),
-        ref_logp_T=torch.zeros(num_slots),
         weights_T=column("weights"),
         fresh_T=column("fresh"),
         num_responses=len(picks),
@@ -145,7 +143,11 @@ def _columns(rollout: Rollout, pick: Pick, version: int) -> dict[str, np.ndarray
 
 
 def _routes(
-    rollouts: Sequence[Rollout], picks: Sequence[Pick], num_slots: int, num_layers: int, topk: int
+    rollouts: Mapping[int, Rollout] | Sequence[Rollout],
+    picks: Sequence[Pick],
+    num_slots: int,
+    num_layers: int,
+    topk: int,
 ) -> Tensor:
     """int16 [L, T, K]: the rollout engine's choices, ``NO_ROUTE`` for padding and where it gave none."""
     routes_TLK = np.full((num_slots, num_layers, topk), NO_ROUTE, dtype=np.int16)

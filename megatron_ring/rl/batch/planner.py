@@ -1,68 +1,31 @@
-"""From every rank's rollouts to this rank's microbatches: the budget, the grid, and who trains on what.
+"""From every rank's rollouts to this rank's microbatches, in five steps.
 
-Lines 5 and 6 of an RL step. Lengths and rewards of all rollouts are known to every rank, so that each makes
-the same choice by itself; tokens move once, from the rank that sampled them to the rank that trains on them.
+Gather metadata, select, pack, exchange, build. Lengths and rewards of all rollouts are known to every rank, so that
+each makes the same choice by itself; tokens move once, from the rank that sampled them to the rank that trains on
+them. A rollout has one index throughout: its place in the job's list of :class:`~megatron_ring.rl.types.RolloutMeta`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from megatron_ring.config.rl import BudgetConfig, global_token_budget
 from megatron_ring.config.run import RunConfig
 from megatron_ring.data.batch.packing import Grid, pack
 from megatron_ring.data.shuffle import Shuffle
-from megatron_ring.errors import CheckpointError
-from megatron_ring.rl.batch import Candidate, Selection, audit, select
-from megatron_ring.rl.batch.exchange import send_rollouts
+from megatron_ring.rl.batch.exchange import exchange_rollouts
 from megatron_ring.rl.batch.microbatch import RLMicrobatch, build_microbatch
-from megatron_ring.rl.collect.pending import PendingGroups
-from megatron_ring.rl.types import Pick, Rollout
+from megatron_ring.rl.batch.select import select
+from megatron_ring.rl.batch.selection import Selection
+from megatron_ring.rl.batch.selection_stats import selection_stats
+from megatron_ring.rl.types import CarryOver, Pick, Rollout, RolloutMeta
 from megatron_ring.runtime.collectives import gather_json
 from megatron_ring.runtime.session import Session
-
-
-class CarryOver(NamedTuple):
-    """A rollout whose tokens from ``start`` on open the next step, offered for the ``steps``-th time."""
-
-    rollout: Rollout
-    start: int
-    steps: int
-
-
-def must_fit(config: RunConfig, book: PendingGroups, carried: Sequence[CarryOver]) -> None:
-    """Raise CheckpointError where a response of an earlier run, as it is or may become, exceeds a microbatch."""
-    capacity, longest = config.budget.microbatch_capacity, config.rollout.max_response_length
-    slots = [carry.rollout.num_tokens - 1 for carry in carried]
-    for group in book.open.values():
-        lengths = [r.response.length for r in group.finished.values()] + [longest] * bool(group.waiting)
-        slots += [len(group.prompt.tokens) + max(lengths, default=1) - 1]
-    if max(slots, default=0) > capacity:
-        raise CheckpointError(
-            f"microbatch_capacity={capacity} is less than the {max(slots)} tokens of a prompt and response that the "
-            f"checkpoint goes on with; set --microbatch-capacity {max(slots)} or more"
-        )
-
-
-class _Row(NamedTuple):
-    """What every rank knows of one rollout: who has it, and a :class:`Candidate` in the making."""
-
-    rank: int
-    place: int
-    uid: int
-    sample: int
-    arrival: tuple[int, int, int]
-    prompt_tokens: int
-    length: int
-    zero_advantage: bool
-    score: float
-    start: int
-    carried: int
-    version: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,56 +49,124 @@ class Plan:
 
 
 class MinibatchPlanner:
-    """Fills the budget and the grid. Collective over the data-parallel group."""
+    """The five steps with a run's settings. Collective over the data-parallel group."""
 
     def __init__(self, config: RunConfig, session: Session):
-        self.config, self.session = config, session
         budget, topology = config.budget, session.topology
-        self.dp_size = topology.dp_size
+        self.budget, self.max_staleness = budget, config.rollout.rollout_max_staleness
+        self.group, self.device = topology.groups.dp, session.device
+        self.dp_rank, self.dp_size = topology.dp_rank, topology.dp_size
         self.token_budget = (
-            global_token_budget(budget, self.dp_size, session.world_size) if budget.token_budget else 0
+            global_token_budget(budget, topology.dp_size, session.world_size) if budget.token_budget else 0
         )
-        self._multiple_of = topology.pp_size if topology.vpp_size > 1 else 1
+        # the interleaved schedule takes as many microbatches as it has stages, or a multiple
+        self.multiple_of = topology.pp_size if topology.vpp_size > 1 else 1
+        self.with_values = config.objective.critic
+        replays = config.objective.routing_replay == "R3"
+        self.replay_layers = (config.model.num_moe_layers, config.model.moe_router_topk) if replays else None
         n, longest = budget.minibatches_per_step, config.rollout.max_response_length
         between = 0 if budget.budget_overshoot == "carry" else (n - 1) * (longest - 1)
         self.tokens_wanted = n * self.token_budget + between
         """Response tokens that are sure to fill a step's minibatches, whatever is lost at a cut between two."""
 
     def plan(self, rollouts: Sequence[Rollout], carried: Sequence[CarryOver], step: int) -> Plan:
-        """Choose this step's tokens from what this rank has, and all others have, and pack them.
+        """Choose this step's tokens from what all ranks have, and build this rank's microbatches.
 
         Args:
             rollouts: this rank's new ones, advantages assigned, in any order. One without any token has nothing
                 to train on and is left out.
-            carried: what :attr:`Plan.carried` said last time.
+            carried: what :attr:`Plan.carried` was last time.
             step: of the run: it seeds the order, and it is the version of the policy that is now updated.
         """
-        rollouts = [rollout for rollout in rollouts if rollout.response.length]
-        own = [c.rollout for c in carried] + rollouts
-        rows = self._everyones_rows(rollouts, carried)
-        candidates = _candidates(rows)
-        selection = self._select(candidates, step)
-        minibatches, counts = selection.minibatches, selection.counts
-        metrics = counts.metrics() if self.token_budget else {}
-        # the next step's policy is one version on; an interrupted response was old before it was carried
-        oldest = step + 1 - self.config.rollout.rollout_max_staleness
-        fresh = [p for p in selection.carried if rows[p.index].version >= oldest]
-        if self.token_budget:
-            metrics["c3po/responses_carried"] = float(len(fresh))
-        if any(minibatches):
-            metrics |= audit(candidates, [row.score for row in rows], minibatches).metrics()
-        grids = [self._grid(rows, picks) for picks in minibatches]
-        metrics |= _packing_metrics(grids)
-        microbatches = self._exchange(own, rows, minibatches, grids, step)
-        kept = [
-            CarryOver(own[rows[p.index].place], p.start, rows[p.index].carried + 1)
-            for p in fresh
-            if rows[p.index].rank == self.session.topology.dp_rank
+        offers = [*carried, *(CarryOver(rollout, 0, 0) for rollout in rollouts if rollout.response.length)]
+        metas = gather_metadata(offers, self.group, self.device)
+        selection = self._select(metas, step)
+        grids = [self._pack(metas, picks) for picks in selection.minibatches]
+        wanted = wanted_by_rank(selection.minibatches, grids, self.dp_size)
+        mine = self._exchange([offer.rollout for offer in offers], metas, wanted)
+        microbatches = [
+            self._build(mine, picks, grid, step, weights_moved=number > 0)
+            for number, (picks, grid) in enumerate(zip(selection.minibatches, grids, strict=True))
         ]
-        carried_tokens = sum(p.num_tokens for p in fresh)
+        return self._plan_of(selection, metas, grids, microbatches, offers, step)
+
+    def _select(self, metas: Sequence[RolloutMeta], step: int) -> Selection:
+        budget = self.budget
+        if not self.token_budget:
+            return select_all(metas, budget, step)
+        return select(
+            metas,
+            self.token_budget,
+            num_minibatches=budget.minibatches_per_step,
+            order=budget.budget_order,
+            overshoot=budget.budget_overshoot,
+            zero_advantage=budget.zero_advantage,
+            seed=step,
+        )
+
+    def _pack(self, metas: Sequence[RolloutMeta], picks: Sequence[Pick]) -> Grid:
+        """Which rank and microbatch each pick goes to, in as many microbatches as it takes."""
+        return pack(
+            [metas[pick.index].prompt_tokens + pick.stop - 1 for pick in picks],
+            capacity=self.budget.microbatch_capacity,
+            dp_size=self.dp_size,
+            multiple_of=self.multiple_of,
+        )
+
+    def _exchange(
+        self, own: Sequence[Rollout], metas: Sequence[RolloutMeta], wanted: Sequence[Sequence[int]]
+    ) -> Mapping[int, Rollout]:
+        return exchange_rollouts(own, metas, wanted, self.dp_rank, self.group, self.device)
+
+    def _build(
+        self,
+        rollouts: Mapping[int, Rollout],
+        picks: Sequence[Pick],
+        grid: Grid,
+        step: int,
+        *,
+        weights_moved: bool,
+    ) -> list[RLMicrobatch]:
+        """This rank's microbatches of one optimizer step."""
+        return [
+            build_microbatch(
+                rollouts,
+                [picks[i] for i in items],
+                self.budget.microbatch_capacity,
+                version=step,
+                weights_moved=weights_moved,
+                with_values=self.with_values,
+                replay_layers=self.replay_layers,
+            )
+            for items in grid.placements[self.dp_rank]
+        ]
+
+    def _plan_of(
+        self,
+        selection: Selection,
+        metas: Sequence[RolloutMeta],
+        grids: Sequence[Grid],
+        microbatches: list[list[RLMicrobatch]],
+        offers: Sequence[CarryOver],
+        step: int,
+    ) -> Plan:
+        counts = selection.counts
+        # the next step's policy is one version on; an interrupted response was old before it was carried
+        oldest = step + 1 - self.max_staleness
+        kept = [pick for pick in selection.carried if metas[pick.index].version >= oldest]
+        carried_tokens = sum(pick.num_tokens for pick in kept)
+        metrics = _packing_metrics(grids)
+        if self.token_budget:
+            metrics |= counts.metrics() | {"c3po/responses_carried": float(len(kept))}
+        if any(selection.minibatches):
+            metrics |= selection_stats(metas, selection.minibatches).metrics()
         return Plan(
             grids=microbatches,
-            carried=kept,
+            carried=[
+                CarryOver(offers[metas[p.index].local_index].rollout, p.start, metas[p.index].carried + 1)
+                for p in kept
+                if metas[p.index].rank == self.dp_rank
+            ],
             metrics=metrics,
             shortfall=counts.shortfall,
             cut=counts.cut,
@@ -145,136 +176,54 @@ class MinibatchPlanner:
             stale=counts.carried - carried_tokens,
         )
 
-    def _everyones_rows(self, rollouts: Sequence[Rollout], carried: Sequence[CarryOver]) -> list[_Row]:
-        entries: list[tuple[Rollout, int, int]] = [
-            *carried,
-            *((rollout, 0, 0) for rollout in rollouts),
+
+def gather_metadata(
+    offers: Sequence[CarryOver], group: dist.ProcessGroup, device: torch.device
+) -> list[RolloutMeta]:
+    """Collective over ``group``: every rank's offers, in the order of ranks, the same list on all of them."""
+    own = [
+        [
+            rollout.prompt.uid,
+            rollout.response.sample,
+            rollout.response.length,
+            rollout.arrival,
+            not np.any(rollout.advantages_R),
+            start,
+            steps,
+            len(rollout.prompt.tokens),
+            rollout.reward.score,
+            int(rollout.response.versions_R.min()),
         ]
-        own: list[Any] = [
-            [
-                rollout.prompt.uid,
-                rollout.response.sample,
-                list(rollout.arrival),
-                len(rollout.prompt.tokens),
-                rollout.response.length,
-                not np.any(rollout.advantages_R),
-                rollout.reward.score,
-                start,
-                steps,
-                int(rollout.response.versions_R.min()),
-            ]
-            for rollout, start, steps in entries
-        ]
-        everyone = gather_json(own, self.session.topology.groups.dp, self.session.device)
-        return [
-            _Row(rank, place, *values)
-            for rank, of_rank in enumerate(everyone)
-            for place, values in enumerate(of_rank)
-        ]
-
-    def _select(self, candidates: Sequence[Candidate], step: int) -> Selection:
-        budget = self.config.budget
-        if not self.token_budget:
-            return _everything(candidates, budget, step)
-        return select(
-            candidates,
-            self.token_budget,
-            num_minibatches=budget.minibatches_per_step,
-            order=budget.budget_order,
-            overshoot=budget.budget_overshoot,
-            zero_advantage=budget.zero_advantage,
-            seed=step,
-        )
-
-    def _grid(self, rows: Sequence[_Row], picks: Sequence[Pick]) -> Grid:
-        """Where each pick goes, in as many microbatches as it takes."""
-        return pack(
-            [rows[pick.index].prompt_tokens + pick.stop - 1 for pick in picks],
-            capacity=self.config.budget.microbatch_capacity,
-            dp_size=self.dp_size,
-            multiple_of=self._multiple_of,
-        )
-
-    def _exchange(
-        self,
-        own: Sequence[Rollout],
-        rows: Sequence[_Row],
-        minibatches: Sequence[Sequence[Pick]],
-        grids: Sequence[Grid],
-        step: int,
-    ) -> list[list[RLMicrobatch]]:
-        """Move rollouts to the ranks that train on them and build this rank's microbatches."""
-        topology = self.session.topology
-        wanted: list[dict[int, None]] = [{} for _ in range(self.dp_size)]
-        for picks, grid in zip(minibatches, grids, strict=True):
-            for rank, slots in enumerate(grid.placements):
-                wanted[rank].update((picks[i].index, None) for items in slots for i in items)
-        parcels = [
-            [_bare(own[rows[index].place]) for index in of_rank if rows[index].rank == topology.dp_rank]
-            for of_rank in wanted
-        ]
-        arrived = send_rollouts(parcels, topology.groups.dp, self.session.device)
-        mine = {rollout.response.key: rollout for parcel in arrived for rollout in parcel}
-
-        def microbatch(number: int, picks: Sequence[Pick], items: Sequence[int]) -> RLMicrobatch:
-            chosen = [picks[i] for i in items]
-            rollouts = [mine[rows[pick.index].uid, rows[pick.index].sample] for pick in chosen]
-            local = [Pick(place, pick.start, pick.stop) for place, pick in enumerate(chosen)]
-            return build_microbatch(
-                rollouts,
-                local,
-                self.config.budget.microbatch_capacity,
-                version=step,
-                weights_moved=number > 0,
-                with_values=self.config.objective.critic,
-                replay_layers=self._replay_layers(),
-            )
-
-        return [
-            [microbatch(number, picks, items) for items in grid.placements[topology.dp_rank]]
-            for number, (picks, grid) in enumerate(zip(minibatches, grids, strict=True))
-        ]
-
-    def _replay_layers(self) -> tuple[int, int] | None:
-        model = self.config.model
-        if self.config.objective.routing_replay != "R3":
-            return None
-        return model.num_moe_layers, model.moe_router_topk
-
-
-def _candidates(rows: Sequence[_Row]) -> list[Candidate]:
-    """What the budget is told. ``arrival`` is a place in an order that no layout changes."""
-    order = sorted(range(len(rows)), key=lambda i: (rows[i].arrival, rows[i].uid, rows[i].sample))
-    place = {index: at for at, index in enumerate(order)}
+        for rollout, start, steps in offers
+    ]
     return [
-        Candidate(
-            group=row.uid,
-            sample=row.sample,
-            length=row.length,
-            arrival=place[index],
-            zero_advantage=row.zero_advantage,
-            start=row.start,
-            carried=row.carried,
-        )
-        for index, row in enumerate(rows)
+        RolloutMeta(*values, rank=rank, local_index=index)
+        for rank, of_rank in enumerate(gather_json(own, group, device))
+        for index, values in enumerate(of_rank)
     ]
 
 
-def _everything(candidates: Sequence[Candidate], budget: BudgetConfig, seed: int) -> Selection:
+def select_all(metas: Sequence[RolloutMeta], budget: BudgetConfig, seed: int) -> Selection:
     """Every response, in minibatches of equally many: the recipe without a token budget."""
-    aside = budget.zero_advantage == "aside"
-    used = [i for i, candidate in enumerate(candidates) if not (aside and candidate.zero_advantage)]
-    order = sorted(used, key=lambda i: (candidates[i].group, candidates[i].sample))
+    exclude = budget.zero_advantage == "aside"
+    used = [i for i, meta in enumerate(metas) if not (exclude and meta.zero_advantage)]
+    order = sorted(used, key=lambda i: (metas[i].uid, metas[i].sample))
     if order:
         shuffle = Shuffle(len(order), "minibatches", seed)
         order = [order[i] for i in shuffle.many(np.arange(len(order))).tolist()]
     parts = np.array_split(np.array(order, dtype=np.int64), budget.minibatches_per_step)
-    return Selection.of_all(candidates, [part.tolist() for part in parts])
+    return Selection.of_all(metas, [part.tolist() for part in parts])
 
 
-def _bare(rollout: Rollout) -> Rollout:
-    """Without what only verifiers need: the tests of a problem in code can be larger than its answers."""
-    return replace(rollout, prompt=replace(rollout.prompt, text="", reference={}))
+def wanted_by_rank(
+    minibatches: Sequence[Sequence[Pick]], grids: Sequence[Grid], dp_size: int
+) -> list[list[int]]:
+    """Indices of the rollouts that each rank trains on, each once, in the order in which it comes to them."""
+    wanted: list[dict[int, None]] = [{} for _ in range(dp_size)]
+    for picks, grid in zip(minibatches, grids, strict=True):
+        for rank, slots in enumerate(grid.placements):
+            wanted[rank].update((picks[i].index, None) for items in slots for i in items)
+    return [list(of_rank) for of_rank in wanted]
 
 
 def _packing_metrics(grids: Sequence[Grid]) -> dict[str, float]:

@@ -1,15 +1,30 @@
-"""Choosing Psi: candidates in order, cut where a minibatch is full."""
+"""C3PO's token budget: which sampled tokens an optimizer step trains on (paper, 3.2, eq. 3 and figure 3).
+
+Pure: whole numbers in, whole numbers out; every process that is given the same responses chooses the same.
+It runs after rewards and advantages are known and before the backward pass.
+
+Invariants (one test each), counted in response tokens summed over data-parallel ranks:
+
+- a minibatch holds exactly Phi tokens, or all that there are: what is missing is counted as the shortfall,
+  and the caller still divides by Phi (``overshoot="response"`` may hold more: up to one response);
+- no token is in two minibatches, nor in two steps when its rest is carried over;
+- every token on offer is accounted for: sampled = selected + cut + carried + wasted + excluded;
+- the choice depends on the seed, never on the order in which responses are listed, and an order other than
+  arrival never on who finished first;
+- what was carried into this step comes before anything new, oldest first.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
 from megatron_ring.data.shuffle import Shuffle
-from megatron_ring.rl.batch.selection import BudgetCounts, Candidate, Selection
-from megatron_ring.rl.types import Pick
+from megatron_ring.rl.batch.selection import BudgetCounts, Selection
+from megatron_ring.rl.types import Pick, RolloutMeta
 
 Order = Literal["shuffled", "arrival", "groups"]
 Overshoot = Literal["token", "response", "carry"]
@@ -17,7 +32,7 @@ ZeroAdvantage = Literal["count", "aside"]
 
 
 def select(
-    candidates: Sequence[Candidate],
+    metas: Sequence[RolloutMeta],
     token_budget: int,
     *,
     num_minibatches: int = 1,
@@ -29,7 +44,7 @@ def select(
     """Fill each minibatch with responses, in order, until it holds Phi tokens.
 
     Args:
-        candidates: every response on offer, in any order; picks index into it.
+        metas: every response on offer, in any order; picks index into it.
         token_budget: Phi, response tokens of one minibatch, summed over the whole job.
         num_minibatches: optimizer steps fed, one after the other, from the same order.
         order: ``shuffled`` by ``seed``; by ``arrival``, which favours short responses; or ``groups``: the
@@ -41,16 +56,16 @@ def select(
         seed: a new one for every step, the same on every process.
 
     Raises:
-        ValueError: a number is not positive, two candidates share a key, or one has no unused token.
+        ValueError: a number is not positive, two responses share a key, or one has no unused token.
     """
     if token_budget < 1 or num_minibatches < 1:
         raise ValueError(f"{token_budget=} and {num_minibatches=} must be positive")
-    table = np.array(candidates, dtype=np.int64).reshape(-1, len(Candidate._fields)).T
-    group, sample, length, arrival, zero, start, carried = table
+    rows = [(m.length, m.start, m.carried, m.zero_advantage) for m in metas]
+    length, start, carried, zero = np.array(rows, dtype=np.int64).reshape(-1, 4).T
     if ((start < 0) | (start >= length)).any():
-        raise ValueError("a candidate has no unused token: leave it out")
+        raise ValueError("a response has no unused token: leave it out")
     left = length - start
-    taken = _in_order(group, sample, arrival, start, carried, order, seed)
+    taken = _in_order(metas, start, carried, order, seed)
     aside = zero[taken].astype(bool) & (zero_advantage == "aside")
     excluded, taken = taken[aside], taken[~aside]
 
@@ -74,7 +89,7 @@ def select(
         excluded=int(left[excluded].sum()),
         shortfall=sum(max(token_budget - size, 0) for size in sizes),
         overshoot=sum(max(size - token_budget, 0) for size in sizes),
-        responses_sampled=len(candidates),
+        responses_sampled=len(metas),
         responses_used=len(np.unique(np.concatenate([places for places, _, _ in parts]))),
         responses_cut=len(cut),
         responses_carried=len(rest) if keeps else 0,
@@ -89,26 +104,20 @@ def select(
 
 
 def _in_order(
-    group: np.ndarray,
-    sample: np.ndarray,
-    arrival: np.ndarray,
-    start: np.ndarray,
-    carried: np.ndarray,
-    order: Order,
-    seed: int,
+    metas: Sequence[RolloutMeta], start: np.ndarray, carried: np.ndarray, order: Order, seed: int
 ) -> np.ndarray:
-    """Indices of the candidates in the order in which they fill the budget."""
-    # the last key of lexsort is the first to decide
-    by_key = np.lexsort((sample, group))
-    if ((np.diff(group[by_key]) == 0) & (np.diff(sample[by_key]) == 0)).any():
-        raise ValueError("two candidates share group and sample")
-    place = np.empty(len(group), dtype=np.int64)
-    place[by_key] = np.arange(len(group))
-    if order == "shuffled" and len(group):
-        place = Shuffle(len(group), "token budget", seed).many(place)
-    keys = (place, arrival) if order == "arrival" else (place,)
-    # of those carried as long, the response that has been cut goes first
-    return np.lexsort((*keys, start == 0, -carried))
+    """Indices of the responses in the order in which they fill the budget."""
+    by_key = sorted(range(len(metas)), key=lambda i: (metas[i].uid, metas[i].sample))
+    if any(metas[a][:2] == metas[b][:2] for a, b in pairwise(by_key)):
+        raise ValueError("two responses share prompt and sample")
+    if order == "arrival":
+        by_key.sort(key=lambda i: metas[i].arrival)
+    place = np.empty(len(metas), dtype=np.int64)
+    place[by_key] = np.arange(len(metas))
+    if order == "shuffled" and len(metas):
+        place = Shuffle(len(metas), "token budget", seed).many(place)
+    # the last key of lexsort is the first to decide; of those carried as long, the response that has been cut goes first
+    return np.lexsort((place, start == 0, -carried))
 
 
 _Part = tuple[np.ndarray, np.ndarray, np.ndarray]

@@ -1,31 +1,11 @@
-"""What the token budget is told of a response, and what it answers."""
+"""Input and output types of :func:`~megatron_ring.rl.batch.select.select`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
-from megatron_ring.rl.types import Pick
-
-
-class Candidate(NamedTuple):
-    """What the budget has to know of a response.
-
-    ``group`` and ``sample`` are the response's key: no two candidates share one. ``arrival`` is its place among
-    finished responses. The tokens before ``start`` were trained on in an earlier step; ``carried`` counts the
-    steps since the response was first on offer.
-
-    Example: ``Candidate(group=17, sample=3, length=118, arrival=5)``.
-    """
-
-    group: int
-    sample: int
-    length: int
-    arrival: int
-    zero_advantage: bool = False
-    start: int = 0
-    carried: int = 0
+from megatron_ring.rl.types import Pick, RolloutMeta
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,21 +59,20 @@ class Selection:
     counts: BudgetCounts
 
     @classmethod
-    def of_all(cls, candidates: Sequence[Candidate], parts: Sequence[Sequence[int]]) -> Selection:
-        """Every token of every candidate of a part, in one minibatch; the others are excluded. No budget."""
-        left = [candidate.length - candidate.start for candidate in candidates]
+    def of_all(cls, metas: Sequence[RolloutMeta], parts: Sequence[Sequence[int]]) -> Selection:
+        """Every unused token of every response of a part, one minibatch per part; the others are excluded. No budget."""
         used = [index for part in parts for index in part]
-        selected = sum(left[index] for index in used)
+        sampled, selected = sum(meta.unused for meta in metas), sum(metas[index].unused for index in used)
         counts = BudgetCounts(
             token_budget=0,
             minibatches=len(parts),
-            sampled=sum(left),
-            carried_in=sum(n for n, candidate in zip(left, candidates, strict=True) if candidate.carried),
+            sampled=sampled,
+            carried_in=sum(meta.unused for meta in metas if meta.carried),
             selected=selected,
-            excluded=sum(left) - selected,
-            responses_sampled=len(candidates),
+            excluded=sampled - selected,
+            responses_sampled=len(metas),
             responses_used=len(used),
-            responses_excluded=len(candidates) - len(used),
+            responses_excluded=len(metas) - len(used),
         )
-        picks = (tuple(Pick(i, candidates[i].start, candidates[i].length) for i in part) for part in parts)
+        picks = (tuple(Pick(i, metas[i].start, metas[i].length) for i in part) for part in parts)
         return cls(minibatches=tuple(picks), carried=(), counts=counts)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ring.rl.batch.selection import Candidate
-from megatron_ring.rl.types import Pick
+from megatron_ring.rl.types import Pick, RolloutMeta
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,21 +38,17 @@ class SelectionStats:
         return named
 
 
-def audit(
-    candidates: Sequence[Candidate], rewards: Sequence[float], minibatches: Sequence[Sequence[Pick]]
-) -> SelectionStats:
-    """Compare the responses that carry loss (each once, however many picks it has) with all candidates.
+def selection_stats(metas: Sequence[RolloutMeta], minibatches: Sequence[Sequence[Pick]]) -> SelectionStats:
+    """Compare the responses that carry loss (each once, however many picks it has) with all on offer.
 
     Raises:
-        ValueError: there are no candidates or no picks, or not one reward per candidate.
+        ValueError: nothing is on offer, or nothing was picked.
     """
-    length = np.array([candidate.length for candidate in candidates], dtype=np.float64)
-    reward = np.array(rewards, dtype=np.float64)
+    length = np.array([meta.length for meta in metas], dtype=np.float64)
+    reward = np.array([meta.score for meta in metas], dtype=np.float64)
     used = np.unique([pick.index for picks in minibatches for pick in picks])
-    if len(length) != len(reward) or not len(used):
-        raise ValueError(
-            f"{len(length)} candidates, {len(reward)} rewards, {len(used)} used: nothing to compare"
-        )
+    if not len(used):
+        raise ValueError(f"{len(length)} responses on offer, none used: nothing to compare")
     return SelectionStats(
         sampled_length=_lengths(length),
         selected_length=_lengths(length[used]),

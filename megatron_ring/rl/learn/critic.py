@@ -66,10 +66,7 @@ class Critic:
     save it: in a folder ``critic`` inside the policy's.
     """
 
-    def __init__(self, config: RunConfig, session: Session, policy: Engine):
-        """Copies the policy's layers; the head starts at 0, so that the first values are 0. Collective over the
-        world.
-        """
+    def __init__(self, config: RunConfig, session: Session):
         self.session = session
         save = config.checkpoint.save
         self.config = replace(
@@ -82,10 +79,10 @@ class Critic:
         )
         self.engine = Engine(self.config, session, ValueModel)
         self.objective = ValueObjective()
-        self._start_from(policy)
 
     @torch.no_grad()
-    def _start_from(self, policy: Engine) -> None:
+    def start_from(self, policy: Engine) -> None:
+        """Copy the policy's layers; the head starts at 0, so that the first values are 0. Collective over the world."""
         policy.gather_parameters()
         for own, theirs in zip(self.engine.models, policy.models, strict=True):
             source = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
@@ -94,7 +91,7 @@ class Critic:
                     value.zero_()
                 else:
                     value.copy_(source[name])
-        self.engine.optimizer.reload_model_params()
+        self.engine.on_weights_changed()
         self.engine.discard()
 
     def values(self, rollouts: Sequence[Rollout]) -> list[np.ndarray]:

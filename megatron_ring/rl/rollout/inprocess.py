@@ -7,16 +7,18 @@ from contextlib import ExitStack
 
 import numpy as np
 
+from megatron_ring.config.rl import RolloutConfig
+from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.errors import RolloutError
 from megatron_ring.model.head import NormHead
 from megatron_ring.model.kv_cache import KvCache, cache_shape
 from megatron_ring.rl.rollout.model_runner import ModelRunner
-from megatron_ring.rl.rollout.protocol import Request, SamplingParams
+from megatron_ring.rl.rollout.protocol import Guarantees, Request, SamplingParams
 from megatron_ring.rl.rollout.rounds import RoundScheduler, in_queue_order, queue_places
 from megatron_ring.rl.rollout.scheduler import Scheduler
 from megatron_ring.rl.types import Response
 from megatron_ring.runtime.collectives import gather_json
-from megatron_ring.train.engine import Engine
+from megatron_ring.train.inference import InferenceEngine
 
 
 class InProcessEngine:
@@ -35,12 +37,15 @@ class InProcessEngine:
     Example::
 
         rollout = InProcessEngine(engine, slots=256)
-        rollout.load_weights(version=5)
+        rollout.publish(version=5)
         for response in rollout.generate(requests, SamplingParams(max_response_length=512, stop_ids=(2,))):
             ...
     """
 
-    def __init__(self, engine: Engine, *, slots: int, prefill_tokens: int = 8192):
+    guarantees = Guarantees(exact_seeds=True, logprobs=True, routes=True, token_budget=True)
+    on_every_rank = True
+
+    def __init__(self, engine: InferenceEngine, *, slots: int, prefill_tokens: int = 8192):
         self.engine, self.slots, self.prefill_tokens = engine, slots, prefill_tokens
         self.version = 0
         layers = [layer for model in engine.models for layer in model.decoder.layers]
@@ -48,7 +53,12 @@ class InProcessEngine:
         self.cache = KvCache(cache_shape(layers), dtype, session.device)
         self.runner = ModelRunner(engine.models, engine.config.model, session, self.cache)
 
-    def load_weights(self, version: int) -> None:
+    @classmethod
+    def open(cls, trainer: InferenceEngine, config: RolloutConfig) -> InProcessEngine:
+        """The engine of a run's settings."""
+        return cls(trainer, slots=config.rollout_slots)
+
+    def publish(self, version: int) -> None:
         """Sample from the present weights from here on. Collective over data-parallel ranks."""
         self.engine.gather_parameters()
         self.version = version
@@ -187,3 +197,20 @@ class InProcessEngine:
     def close(self) -> None:
         """Give the cache's memory back; a later call allocates it again."""
         self.cache.release()
+
+
+def continue_tokens(
+    trainer: InferenceEngine, tokens: Sequence[int], limit: int, seed: int, stop_ids: Sequence[int]
+) -> list[int]:
+    """Up to ``limit`` tokens behind ``tokens``, sampled at temperature 0.8, without a stop token; for a look at what the
+    model says. Collective over the world.
+    """
+    if limit < 1:
+        return []
+    prompt = Prompt(uid=0, domain="", text="", tokens=tuple(tokens), reference={})
+    sampling = SamplingParams(temperature=0.8, max_response_length=limit, stop_ids=tuple(stop_ids), seed=seed)
+    engine = InProcessEngine(trainer, slots=1)
+    engine.publish(version=0)
+    (response,) = engine.generate([Request(prompt=prompt, sample=0)], sampling)
+    engine.close()
+    return [token for token in response.tokens_R.tolist() if token not in stop_ids]

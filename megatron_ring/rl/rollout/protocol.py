@@ -1,4 +1,4 @@
-"""What a generation engine is asked and what it answers, in this process or behind a server."""
+"""The rollout engine's interface: requests, sampling parameters, guarantees; in this process or behind a server."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatron_ring.rl.types import Response
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How answers are drawn, for all requests of one call.
+    """How responses are sampled, for all requests of one call.
 
     ``temperature`` 0 takes the most likely token. ``max_response_length`` counts tokens, the stop token and a
     resumed prefix included. ``stop_ids`` end a response, which keeps the one it met.
 
-    A token's random number follows from ``seed``, its prompt's uid, its sample and its place alone, whatever else
-    is decoded with it. Its logits change with that by rounding, since the sums of a batch of another size are taken
-    in another order: in float32 the same tokens come out up to ties at rounding; in bfloat16 1 of 24 responses was
-    seen to change with the number of slots.
+    With an engine of exact seeds (:class:`Guarantees`) a token's random number follows from ``seed``, its prompt's uid,
+    its sample and its position alone, whatever else is decoded with it. Its logits still change with that by rounding,
+    since a batch of another size is summed in another order: in float32 the same tokens come out up to ties at
+    rounding; in bfloat16 1 of 24 responses was seen to change with the number of slots.
 
     Example: ``SamplingParams(temperature=1.0, max_response_length=512, stop_ids=(2,), seed=7)``.
 
@@ -61,13 +61,37 @@ class Request:
     prefix: Response | None = None
 
 
-class RolloutEngine(Protocol):
-    """Turns requests into responses under the policy version that it was last given."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Guarantees:
+    """What an engine's responses come with; a setting that needs more is refused before the first step.
 
+    ``exact_seeds``: the same seed gives the same responses at every layout and after every resume. ``logprobs``: log p
+    of each sampled token under the policy that sampled it. ``routes``: the experts of each token, where asked for.
+    ``token_budget``: a call stops at a number of new tokens, and goes on from prefixes.
+    """
+
+    exact_seeds: bool
+    logprobs: bool
+    routes: bool
+    token_budget: bool
+
+
+class RolloutEngine(Protocol):
+    """Turns requests into responses under the policy version that was published last.
+
+    Every rank opens one, publishes to it and closes it. ``generate`` is called on every rank where ``on_every_rank`` is
+    set: the ranks of a model-parallel group decode together. Else it is called on the first rank of each such group
+    alone, and the others are given what that one heard (:class:`~megatron_ring.rl.rollout.relay.Relay`).
+    """
+
+    guarantees: Guarantees
+    on_every_rank: bool
     version: int
 
-    def load_weights(self, version: int) -> None:
-        """Sample from the trainer's present weights, and call them ``version``."""
+    def publish(self, version: int) -> None:
+        """Sample from the trainer's present weights from here on, and mark tokens with ``version``. Collective over the
+        world.
+        """
         ...
 
     def generate(

@@ -89,7 +89,8 @@ def run(folder: Path, name: str, line: str | None) -> None:
     from megatron_ring.config.load import config_from_mapping
     from megatron_ring.config.validate import validate
     from megatron_ring.rl.batch import planner
-    from megatron_ring.rl.collect.collector import Collector, RolloutSampler
+    from megatron_ring.rl.collect.collector import Collector
+    from megatron_ring.rl.collect.sampler import RolloutSampler
     from megatron_ring.rl.rollout.inprocess import InProcessEngine
     from megatron_ring.stages import rl
     from megatron_ring.train.engine import Engine
@@ -110,7 +111,7 @@ def run(folder: Path, name: str, line: str | None) -> None:
     trap.wrap(Engine, "score", "score", after=True)
     trap.wrap(Engine, "update", "step", after=True)
     trap.wrap(folders, "commit", "save")
-    trap.wrap(InProcessEngine, "load_weights", "publish")
+    trap.wrap(InProcessEngine, "publish", "publish")
     original = rl.RlRun.train_step
 
     def train_step(self, metrics):

@@ -97,7 +97,8 @@ def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) 
 
 def critic_step(engine: Engine, own, out: Path) -> dict[str, float]:
     """Loss of a value model with a head that is not 0; its gradients go to disk."""
-    critic = Critic(engine.config, engine.session, engine)
+    critic = Critic(engine.config, engine.session)
+    critic.start_from(engine)
     reduce_whole_gradients(critic.engine)
     last = critic.engine.models[-1]
     if last.post_process:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ring.rl.rollout import InProcessEngine
+from megatron_ring.rl.rollout.inprocess import InProcessEngine
 from megatron_ring.rl.types import Response
 from megatron_ring.runtime.session import Session
 from tests.helpers.parallel.cases import Case
@@ -52,7 +52,7 @@ def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) 
     own = asked[cuts[dp_rank] : cuts[dp_rank + 1]]
     # passes of few tokens: a round of one rank takes more of them than the round of another
     rollout = InProcessEngine(engine, slots=5, prefill_tokens=20)
-    rollout.load_weights(1)
+    rollout.publish(1)
     whole = list(rollout.generate(own, PARAMS))
     parts = list(rollout.generate(own, PARAMS, **BUDGETED))
     rest = {r.key: r for r in parts if r.stop == "unfinished"}

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from megatron_ring.data.batch.microbatch import Microbatch, pack_microbatch
+from megatron_ring.rl.rollout.inprocess import continue_tokens
 from megatron_ring.runtime import megatron_cpu
 from megatron_ring.runtime.session import Session
 from megatron_ring.train.objective import NextTokenObjective
-from megatron_ring.train.sampling import sample_tokens
 from tests.helpers.parallel.cases import CASES, LR, NUM_MICROBATCHES, NUM_SLOTS, REFERENCES, STEPS, Case
 from tests.helpers.parallel.collect import local_shards
 from tests.helpers.parallel.running import engine_at_start, reduce_whole_gradients, run_cases
@@ -65,7 +65,7 @@ def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) 
             violation=first.max_violation,
         )
     summary_eval = engine.evaluate(own, objective)
-    sample = sample_tokens(engine, [5, 3, 7], max_new_tokens=3, num_slots=NUM_SLOTS)
+    sample = continue_tokens(engine, [5, 3, 7], limit=3, seed=0, stop_ids=())
     if session.is_main:
         summary |= {"evaluation": summary_eval, "sample": sample}
         (out / "summary.json").write_text(json.dumps(summary))

@@ -10,7 +10,7 @@ import torch
 
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.errors import RolloutError
-from megatron_ring.rl.rollout import InProcessEngine
+from megatron_ring.rl.rollout.inprocess import InProcessEngine
 from megatron_ring.runtime.session import open_session
 from megatron_ring.train.engine import Engine
 from tests.helpers.parallel.cases import Case
@@ -24,7 +24,7 @@ def said(case: Case, token_budget: int | None) -> str:
     with open_session(config.parallel, seed=5) as session:
         engine = Engine(config, session)
         rollout = InProcessEngine(engine, slots=5)
-        rollout.load_weights(7)
+        rollout.publish(7)
         if session.rank == session.world_size - 1:
             with torch.no_grad():
                 for parameter in engine.models[-1].output_layer.parameters():

@@ -13,7 +13,9 @@ import torch
 from megatron_ring.config.rl import RolloutConfig
 from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.errors import RolloutError
-from megatron_ring.rl.collect.collector import Collector, RolloutSampler
+from megatron_ring.rl.collect.collector import Collector
+from megatron_ring.rl.collect.sampler import RolloutSampler
+from megatron_ring.rl.collect.state import RolloutState
 from megatron_ring.rl.rollout.protocol import Request, SamplingParams
 from megatron_ring.rl.types import Response, RewardResult
 
@@ -31,9 +33,21 @@ class Alone:
 def session(dp_size: int = 1, dp_rank: int = 0) -> SimpleNamespace:
     groups = SimpleNamespace(dp=Alone(), mp=Alone())
     topology = SimpleNamespace(
-        dp_size=dp_size, dp_rank=dp_rank, pp_size=1, vpp_size=1, is_last_stage=True, groups=groups
+        dp_size=dp_size,
+        dp_rank=dp_rank,
+        pp_size=1,
+        vpp_size=1,
+        is_last_stage=True,
+        groups=groups,
+        owns=lambda index: index % dp_size == dp_rank,
     )
-    return SimpleNamespace(topology=topology, device=torch.device("cpu"), world_size=1, rank=0)
+    return SimpleNamespace(
+        topology=topology,
+        device=torch.device("cpu"),
+        world_size=1,
+        rank=0,
+        summed=lambda *numbers, group=None: list(numbers),
+    )
 
 
 def prompt(uid: int) -> Prompt:
@@ -52,6 +66,12 @@ class Stream:
         self.drawn += count
         return [prompt(uid) for uid in range(self.drawn - count, self.drawn)]
 
+    def state_dict(self) -> dict[str, int]:
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.drawn = state["drawn"]
+
 
 def wanted_length(uid: int, sample: int) -> int:
     """How long a response will be when nothing interrupts it: 2 to 9 tokens."""
@@ -69,7 +89,7 @@ class ScriptedEngine:
         self.log: list[str] = []
         self.fails_after: int | None = None
 
-    def load_weights(self, version: int) -> None:
+    def publish(self, version: int) -> None:
         self.version = version
 
     def close(self) -> None: ...
@@ -166,15 +186,24 @@ def collector(
     where = where or session()
     verifiers = Verifiers(score, engine.log)
     settings = {"prompts_per_step": 4, "group_size": 3, "max_response_length": 16} | settings
-    answer = RolloutSampler(where, engine=engine, rewards=verifiers, tokenizer=Places())
+    sampler = RolloutSampler(where, engine=engine, rewards=verifiers, tokenizer=Places())
+    config = RolloutConfig(**settings)
     return Collector(
-        RolloutConfig(**settings),
+        config,
         where,
-        prompts=Stream(),
-        answer=answer,
+        state=RolloutState(Stream(), config.group_size),
+        sampler=sampler,
         sampling=SamplingParams(max_response_length=16),
     )
 
 
 def keys(groups) -> list[list[tuple[int, int]]]:
     return [[rollout.response.key for rollout in group] for group in groups]
+
+
+def saved(collectors: Sequence[Collector]) -> tuple[dict, Callable[[str], bytes]]:
+    """What a checkpoint of ``collectors``, one per data-parallel rank, holds: the shared state and its files by name."""
+    files: dict[str, bytes] = {}
+    for rank, each in enumerate(collectors):
+        files |= each.state.files(rank)
+    return collectors[0].state.state_dict(len(collectors)), files.__getitem__

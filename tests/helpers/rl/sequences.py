@@ -8,7 +8,7 @@ import numpy as np
 
 from megatron_ring.data.batch.microbatch import pack_microbatch
 from megatron_ring.data.prompts.stream import Prompt
-from megatron_ring.rl.rollout import Request, SamplingParams
+from megatron_ring.rl.rollout.protocol import Request, SamplingParams
 from megatron_ring.rl.types import Response
 
 PROMPT_LENGTHS = (5, 1, 17, 9, 17, 30, 2, 11)

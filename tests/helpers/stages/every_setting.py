@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,12 +162,12 @@ def configure(stage: Stage, inputs: dict[str, Any], run_dir: Path, chosen: dict[
 def outcome(stage: Stage, config: RunConfig) -> dict[str, Any]:
     """Run ``stage`` to its end: its figures without the clock's, its final weights, the files it left."""
     run_dir = Path(config.logging.metrics_file or "").parent
-    with open_stage(config) as session, contextlib.ExitStack() as stack:
+    with open_stage(config) as session:
         if stage == "pretrain":
             run = PretrainRun(config, session)
         else:
-            run = SftRun(config, session) if stage == "sft" else RlRun(config, session, stack)
-        run.train()
+            run = SftRun.of(config, session) if stage == "sft" else RlRun(config, session)
+        run.run()
         final = {name: value.double().sum().item() for name, value in weights(run.engine).items()}
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     figures = [

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.run import RunConfig
-from megatron_ring.rl.batch.microbatch import build_microbatch
-from megatron_ring.rl.batch.planner import CarryOver, MinibatchPlanner, Plan
-from megatron_ring.rl.types import Response, Rollout
+from megatron_ring.rl.batch.planner import MinibatchPlanner, Plan
+from megatron_ring.rl.types import CarryOver, Response, Rollout
 from tests.helpers.rl.collecting import session
 from tests.helpers.rl.rollouts import rollout, step_of
 
@@ -184,26 +183,17 @@ def plan_on_all_ranks(settings: RunConfig, made: list[Rollout], dp_size: int, st
     planner = MinibatchPlanner(settings, where)
     # what every rank is told is the same wherever a rollout lies; here all of them lie on this one
     planner.dp_size = dp_size
-    of_ranks = []
+    of_ranks = [[] for _ in range(dp_size)]
+    build = planner._build
 
-    def exchange(own, rows, minibatches, grids, step):
-        for rank in range(dp_size):
-            of_ranks.append(
-                [
-                    [
-                        build_microbatch(
-                            [own[rows[picks[i].index].place] for i in items],
-                            [picks[i]._replace(index=place) for place, i in enumerate(items)],
-                            settings.budget.microbatch_capacity,
-                        )
-                        for items in grid.placements[rank]
-                    ]
-                    for picks, grid in zip(minibatches, grids, strict=True)
-                ]
-            )
-        return of_ranks[0]
+    def build_on_all_ranks(rollouts, picks, grid, step, *, weights_moved):
+        for planner.dp_rank, of_rank in enumerate(of_ranks):
+            of_rank.append(build(rollouts, picks, grid, step, weights_moved=weights_moved))
+        planner.dp_rank = 0
+        return of_ranks[0][-1]
 
-    planner._exchange = exchange
+    planner._exchange = lambda own, metas, _wanted: {i: own[m.local_index] for i, m in enumerate(metas)}
+    planner._build = build_on_all_ranks
     return planner.plan(made, [], 0), of_ranks
 
 

@@ -9,15 +9,17 @@ from hypothesis import strategies as st
 
 from megatron_ring.config.rl import BudgetConfig, global_token_budget
 from megatron_ring.errors import ConfigError
-from megatron_ring.rl.batch import Candidate, Selection, audit, select
-from megatron_ring.rl.types import Pick
+from megatron_ring.rl.batch.select import select
+from megatron_ring.rl.batch.selection import Selection
+from megatron_ring.rl.batch.selection_stats import selection_stats
+from megatron_ring.rl.types import Pick, RolloutMeta
 
 ORDERS = st.sampled_from(["shuffled", "arrival", "groups"])
 OVERSHOOTS = st.sampled_from(["token", "response", "carry"])
 
 
 @st.composite
-def offers(draw: st.DrawFn, max_size: int = 30) -> list[Candidate]:
+def offers(draw: st.DrawFn, max_size: int = 30) -> list[RolloutMeta]:
     """New and carried candidates, in groups of up to 4, listed in any order."""
     lengths = draw(st.lists(st.integers(1, 40), max_size=max_size))
     arrivals = draw(st.permutations(range(len(lengths))))
@@ -26,7 +28,7 @@ def offers(draw: st.DrawFn, max_size: int = 30) -> list[Candidate]:
         carried = draw(st.integers(0, 2))
         start = draw(st.integers(0, length - 1)) if carried else 0
         found.append(
-            Candidate(i // 4, i % 4, length, arrivals[i], draw(st.booleans()), start=start, carried=carried)
+            RolloutMeta(i // 4, i % 4, length, arrivals[i], draw(st.booleans()), start=start, carried=carried)
         )
     return draw(st.permutations(found))
 
@@ -43,7 +45,7 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
-def tokens_of(candidates: list[Candidate], picks: tuple[Pick, ...]) -> list[tuple[int, int, int]]:
+def tokens_of(candidates: list[RolloutMeta], picks: tuple[Pick, ...]) -> list[tuple[int, int, int]]:
     """Every token as (group, sample, position)."""
     return [(*candidates[p.index][:2], t) for p in picks for t in range(p.start, p.stop)]
 
@@ -53,7 +55,7 @@ def sizes(selection: Selection) -> list[int]:
 
 
 @given(candidates=offers(), settings=SETTINGS)
-def test_each_minibatch_holds_exactly_phi_or_all_there_is(candidates: list[Candidate], settings: dict):
+def test_each_minibatch_holds_exactly_phi_or_all_there_is(candidates: list[RolloutMeta], settings: dict):
     phi, exact = settings["token_budget"], settings["overshoot"] != "response"
     found = select(candidates, **settings)
     assert len(found.minibatches) == settings["num_minibatches"]
@@ -68,7 +70,7 @@ def test_each_minibatch_holds_exactly_phi_or_all_there_is(candidates: list[Candi
 
 
 @given(candidates=offers(), settings=SETTINGS)
-def test_a_response_kept_whole_passes_phi_by_less_than_itself(candidates: list[Candidate], settings: dict):
+def test_a_response_kept_whole_passes_phi_by_less_than_itself(candidates: list[RolloutMeta], settings: dict):
     found = select(candidates, **settings | {"overshoot": "response"})
     for picks, size in zip(found.minibatches, sizes(found), strict=True):
         assert all(pick.stop == candidates[pick.index].length for pick in picks)
@@ -76,7 +78,7 @@ def test_a_response_kept_whole_passes_phi_by_less_than_itself(candidates: list[C
 
 
 @given(candidates=offers(), settings=SETTINGS)
-def test_no_token_is_taken_twice_or_before_its_start(candidates: list[Candidate], settings: dict):
+def test_no_token_is_taken_twice_or_before_its_start(candidates: list[RolloutMeta], settings: dict):
     found = select(candidates, **settings)
     picks = (*(pick for minibatch in found.minibatches for pick in minibatch), *found.carried)
     taken = tokens_of(candidates, picks)
@@ -87,7 +89,7 @@ def test_no_token_is_taken_twice_or_before_its_start(candidates: list[Candidate]
 
 
 @given(candidates=offers(), settings=SETTINGS)
-def test_every_token_on_offer_is_accounted_for(candidates: list[Candidate], settings: dict):
+def test_every_token_on_offer_is_accounted_for(candidates: list[RolloutMeta], settings: dict):
     found = select(candidates, **settings)
     counts = found.counts
     assert counts.sampled == sum(c.length - c.start for c in candidates)
@@ -111,7 +113,7 @@ def test_every_token_on_offer_is_accounted_for(candidates: list[Candidate], sett
 
 @given(candidates=offers(), settings=SETTINGS, data=st.data())
 def test_the_choice_does_not_depend_on_how_candidates_are_listed(
-    candidates: list[Candidate], settings: dict, data: st.DataObject
+    candidates: list[RolloutMeta], settings: dict, data: st.DataObject
 ):
     again = data.draw(st.permutations(candidates))
     one, other = select(candidates, **settings), select(again, **settings)
@@ -124,7 +126,7 @@ def test_the_choice_does_not_depend_on_how_candidates_are_listed(
 
 @given(candidates=offers(), settings=SETTINGS, order=st.sampled_from(["shuffled", "groups"]), data=st.data())
 def test_who_finished_first_decides_only_in_order_of_arrival(
-    candidates: list[Candidate], settings: dict, order: str, data: st.DataObject
+    candidates: list[RolloutMeta], settings: dict, order: str, data: st.DataObject
 ):
     arrivals = data.draw(st.permutations(range(len(candidates))))
     moved = [c._replace(arrival=a) for c, a in zip(candidates, arrivals, strict=True)]
@@ -132,7 +134,7 @@ def test_who_finished_first_decides_only_in_order_of_arrival(
 
 
 @given(candidates=offers(), settings=SETTINGS)
-def test_what_was_carried_comes_first_and_oldest_first(candidates: list[Candidate], settings: dict):
+def test_what_was_carried_comes_first_and_oldest_first(candidates: list[RolloutMeta], settings: dict):
     found = select(candidates, **settings)
     row = [candidates[pick.index] for picks in (*found.minibatches, found.carried) for pick in picks]
     assert all(a.carried >= b.carried for a, b in pairwise(row))
@@ -148,13 +150,13 @@ def test_what_was_carried_comes_first_and_oldest_first(candidates: list[Candidat
     steps=st.lists(offers(max_size=8).map(lambda c: [x._replace(start=0, carried=0) for x in c]), max_size=5),
     settings=SETTINGS,
 )
-def test_over_steps_a_carried_token_carries_loss_exactly_once(steps: list[list[Candidate]], settings: dict):
+def test_over_steps_a_carried_token_carries_loss_exactly_once(steps: list[list[RolloutMeta]], settings: dict):
     settings = settings | {"overshoot": "carry", "zero_advantage": "count"}
     trained: Counter[tuple[int, int, int]] = Counter()
     offered: set[tuple[int, int, int]] = set()
-    left: list[Candidate] = []
+    left: list[RolloutMeta] = []
     for step, new in enumerate(steps):
-        new = [c._replace(group=100 * step + c.group) for c in new]
+        new = [c._replace(uid=100 * step + c.uid) for c in new]
         offered |= {(*c[:2], t) for c in new for t in range(c.length)}
         candidates = left + new
         found = select(candidates, **settings | {"seed": step})
@@ -169,7 +171,7 @@ def test_over_steps_a_carried_token_carries_loss_exactly_once(steps: list[list[C
 
 
 def test_orders_and_overshoots_by_hand():
-    row = [Candidate(0, 0, 5, 2), Candidate(0, 1, 4, 0), Candidate(1, 0, 3, 1)]
+    row = [RolloutMeta(0, 0, 5, 2), RolloutMeta(0, 1, 4, 0), RolloutMeta(1, 0, 3, 1)]
     cases = {
         ("groups", "token"): (((0, 0, 5), (1, 0, 2)), ()),
         ("groups", "response"): (((0, 0, 5), (1, 0, 4)), ()),
@@ -187,14 +189,14 @@ def test_orders_and_overshoots_by_hand():
 
 
 def test_seeds_shuffle_and_every_response_gets_its_chance():
-    row = [Candidate(0, i, 1, i) for i in range(8)]
+    row = [RolloutMeta(0, i, 1, i) for i in range(8)]
     used = Counter(pick.index for seed in range(2000) for pick in select(row, 2, seed=seed).minibatches[0])
     # binomial: mean 500, standard deviation 19
     assert len(used) == 8 and all(abs(count - 500) < 100 for count in used.values())
 
 
 def test_metrics_carry_every_count():
-    metrics = select([Candidate(0, 0, 5, 0), Candidate(0, 1, 4, 1)], 10).counts.metrics()
+    metrics = select([RolloutMeta(0, 0, 5, 0), RolloutMeta(0, 1, 4, 1)], 10).counts.metrics()
     assert metrics["c3po/selected"] == 9
     assert metrics["c3po/shortfall"] == 1 and metrics["c3po/responses_used"] == 2
     assert all(name.startswith("c3po/") for name in metrics)
@@ -214,27 +216,27 @@ def test_the_scope_says_what_the_budget_counts():
 
 def test_an_order_of_arrival_is_seen_to_favour_short_responses():
     lengths = list(range(1, 101))
-    row = [Candidate(i, 0, length, arrival=i) for i, length in enumerate(lengths)]
-    rewards = [float(length <= 50) for length in lengths]
-    found = audit(row, rewards, select(row, 1275, order="arrival").minibatches)
+    row = [RolloutMeta(i, 0, length, arrival=i) for i, length in enumerate(lengths)]
+    row = [meta._replace(score=float(meta.length <= 50)) for meta in row]
+    found = selection_stats(row, select(row, 1275, order="arrival").minibatches)
     assert found.sampled_length == pytest.approx((50.5, 10.9, 50.5, 90.1))
     assert found.selected_length == pytest.approx((25.5, 5.9, 25.5, 45.1))
     assert (found.sampled_reward, found.selected_reward) == (0.5, 1.0)
     assert found.metrics()["c3po/selected_length_p50"] == 25.5
-    whole = audit(row, rewards, select(row, 5050).minibatches)
+    whole = selection_stats(row, select(row, 5050).minibatches)
     assert whole.selected_length == whole.sampled_length
 
 
 @pytest.mark.parametrize(
     ("row", "phi", "message"),
     [
-        ([Candidate(0, 0, 5, 0), Candidate(0, 0, 4, 1)], 7, "share group and sample"),
-        ([Candidate(0, 0, 5, 0, start=5)], 7, "no unused token"),
-        ([Candidate(0, 0, 0, 0)], 7, "no unused token"),
+        ([RolloutMeta(0, 0, 5, 0), RolloutMeta(0, 0, 4, 1)], 7, "share prompt and sample"),
+        ([RolloutMeta(0, 0, 5, 0, start=5)], 7, "no unused token"),
+        ([RolloutMeta(0, 0, 0, 0)], 7, "no unused token"),
         ([], 0, "must be positive"),
     ],
 )
-def test_impossible_candidates_are_refused(row: list[Candidate], phi: int, message: str):
+def test_impossible_candidates_are_refused(row: list[RolloutMeta], phi: int, message: str):
     with pytest.raises(ValueError, match=message):
         select(row, phi)
 

@@ -13,7 +13,7 @@ from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RolloutError
 from megatron_ring.rl.collect.collector import StepRollouts
 from megatron_ring.rl.reward.workers.pool import RewardPool
-from tests.helpers.rl.collecting import ScriptedEngine, collector, keys, prompt, session, wanted_length
+from tests.helpers.rl.collecting import ScriptedEngine, collector, keys, prompt, saved, session, wanted_length
 
 
 def test_every_prompt_is_answered_group_size_times():
@@ -51,12 +51,12 @@ def test_what_was_interrupted_goes_on_and_new_prompts_fill_the_rest():
     source = collector(engine, rollout_token_budget=20)
     generated, groups = 0, []
     for version in range(8):
-        engine.load_weights(version)
-        open_before = {g.prompt.uid: dict(g.unfinished) for g in source.book.open.values()}
-        finished_before = {g.prompt.uid: set(g.finished) for g in source.book.open.values()}
-        drawn = source.prompts.drawn
+        engine.publish(version)
+        open_before = {g.prompt.uid: dict(g.unfinished) for g in source.state.pending.open.values()}
+        finished_before = {g.prompt.uid: set(g.finished) for g in source.state.pending.open.values()}
+        drawn = source.state.prompts.drawn
         found = source.collect(version)
-        assert source.prompts.drawn - drawn == 4 - len(open_before)
+        assert source.state.prompts.drawn - drawn == 4 - len(open_before)
         asked = {(r.prompt.uid, r.sample): r.prefix for r in engine.calls[-1]}
         for uid, prefixes in open_before.items():
             assert {s for u, s in asked if u == uid} == set(range(3)) - finished_before[uid]
@@ -66,7 +66,7 @@ def test_what_was_interrupted_goes_on_and_new_prompts_fill_the_rest():
         assert 20 <= found.generated_tokens < 20 + engine.slots
         generated += found.generated_tokens
         groups += keys(found.groups)
-    held = source.book.num_tokens
+    held = source.state.pending.num_tokens
     assert held == found.open_after
     left = sum(wanted_length(uid, sample) for group in groups for uid, sample in group)
     assert generated == left + held, "a token was counted twice or never"
@@ -89,7 +89,7 @@ def test_a_continued_response_remembers_who_sampled_what():
     source = collector(engine, rollout_token_budget=4, prompts_per_step=1, group_size=2)
     found = StepRollouts(version=0)
     for version in range(3):
-        engine.load_weights(version)
+        engine.publish(version)
         found = source.collect(version)
     (group,) = found.groups
     assert [r.response.versions_R.tolist() for r in group] == [[0, 0, 0, 0, 1, 1], [1, 1, 2, 2, 2, 2]]
@@ -103,10 +103,10 @@ def test_what_is_too_old_is_dropped_and_counted():
     source = collector(engine, rollout_token_budget=8, prompts_per_step=1, rollout_max_staleness=1)
     first = source.collect(0)
     assert not first.groups and first.stale_responses == 0
-    engine.load_weights(1)
+    engine.publish(1)
     second = source.collect(1)
     assert second.stale_responses == 0 and not second.groups
-    engine.load_weights(2)
+    engine.publish(2)
     third = source.collect(2)
     assert third.stale_responses == 1
     assert keys(third.groups) == [[(0, 1), (0, 2)]], "the others are compared without it"
@@ -122,7 +122,7 @@ def test_a_member_that_is_left_alone_is_counted_with_the_stale():
         engine, rollout_token_budget=8, prompts_per_step=1, group_size=2, rollout_max_staleness=0
     )
     first = source.collect(0)
-    engine.load_weights(1)
+    engine.publish(1)
     second = source.collect(1)
     assert not first.groups and not second.groups and second.stale_responses == 1
     generated = first.generated_tokens + second.generated_tokens
@@ -158,7 +158,7 @@ def test_refilling_gives_up_in_one_line():
         source.collect(version=0)
     line = str(refused.value)
     assert "found 0 of prompts_per_step=4" in line and "3 rounds" in line and "\n" not in line
-    assert source.prompts.drawn == 12
+    assert source.state.prompts.drawn == 12
 
 
 def test_dynamic_sampling_keeps_to_the_tokens_of_a_step():
@@ -173,7 +173,9 @@ def test_dynamic_sampling_keeps_to_the_tokens_of_a_step():
     engine = ScriptedEngine(lambda uid, sample: 3)
     source = collector(engine, lambda *_: 1.0, dynamic_sampling=True, rollout_token_budget=36)
     assert source.collect(version=0).groups == []
-    assert engine.budgets == [36] and source.prompts.drawn == 4, "without a token left nothing more is drawn"
+    assert engine.budgets == [36] and source.state.prompts.drawn == 4, (
+        "without a token left nothing more is drawn"
+    )
 
 
 def test_steps_that_end_by_their_tokens_and_teach_nothing_end_the_run():
@@ -188,10 +190,10 @@ def test_steps_that_end_by_their_tokens_and_teach_nothing_end_the_run():
         assert source.collect(version).uninformative_groups == 4
     # the count survives a checkpoint, and one group with different rewards starts it anew
     again = collector(ScriptedEngine(lambda uid, sample: 2 + sample), score, **options)
-    again.restore([source.state_dict()], [source.state_bytes()])
-    assert again.steps_without_signal == 2
+    again.state.load_state_dict(*saved([source]), session().topology)
+    assert again.state.steps_without_signal == 2
     uninformative = False
-    assert again.collect(2).groups and again.steps_without_signal == 0
+    assert again.collect(2).groups and again.state.steps_without_signal == 0
     uninformative = True
     with pytest.raises(RolloutError, match=r"found 0 of prompts_per_step=4 .* in each of 3 steps"):
         source.collect(2)
@@ -212,21 +214,21 @@ def test_a_refill_of_an_interrupted_step_draws_no_more_than_is_missing():
     engine = ScriptedEngine(lambda uid, sample: 9)
     source = collector(engine, rollout_token_budget=12)
     found = source.collect(version=0)
-    waiting = len(source.book.open)
+    waiting = len(source.state.pending.open)
     for _ in range(3):
         source.refill(found, 4)
-    assert waiting == 4 and source.prompts.drawn <= 4 + len(found.groups), (
+    assert waiting == 4 and source.state.prompts.drawn <= 4 + len(found.groups), (
         "the groups in the making are enough"
     )
 
 
 def test_what_a_refill_finds_is_no_barren_step():
     source = collector(ScriptedEngine(), dynamic_sampling=True, rollout_token_budget=36)
-    source.steps_without_signal = 2
+    source.state.steps_without_signal = 2
     found = source.collect(version=0)
-    source.steps_without_signal = 2
+    source.state.steps_without_signal = 2
     source.refill(found, 4)
-    assert found.groups and source.steps_without_signal == 0
+    assert found.groups and source.state.steps_without_signal == 0
 
 
 def test_one_response_to_a_prompt_is_a_group_where_a_critic_judges():
@@ -249,7 +251,7 @@ def test_an_engine_that_fails_ends_the_step_and_the_pool_is_closed():
     toy = replace(prompt(0), domain="toy")
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(RewardPool.open(config, {"toy"}))
-        source.answer.rewards = SimpleNamespace(submit=lambda _, text: pool.submit(toy, text))
+        source.sampler.rewards = SimpleNamespace(submit=lambda _, text: pool.submit(toy, text))
         with pytest.raises(RolloutError, match="went away"), stack:
             source.collect(version=0)
     assert engine.log == ["yield"] * 5
@@ -262,13 +264,13 @@ def test_open_groups_survive_a_checkpoint_at_another_number_of_ranks():
     engine = ScriptedEngine()
     source = collector(engine, rollout_token_budget=20)
     source.collect(version=0)
-    states, files = [source.state_dict()], [source.state_bytes()]
+    state, read = saved([source])
     resumed = []
     for rank in range(2):
         other = collector(engine, where=session(dp_size=2, dp_rank=rank), rollout_token_budget=20)
-        other.restore(states, files)
-        assert all(uid % 2 == rank for uid in other.book.open)
-        resumed += other.book.wanted()
+        other.state.load_state_dict(state, read, session(2, rank).topology)
+        assert all(uid % 2 == rank for uid in other.state.pending.open)
+        resumed += other.state.pending.wanted()
 
     def told(entries) -> list:
         return sorted(
@@ -276,4 +278,4 @@ def test_open_groups_survive_a_checkpoint_at_another_number_of_ranks():
             for p, sample, prefix in entries
         )
 
-    assert told(resumed) == told(source.book.wanted()) and any(prefix for *_, prefix in resumed)
+    assert told(resumed) == told(source.state.pending.wanted()) and any(prefix for *_, prefix in resumed)

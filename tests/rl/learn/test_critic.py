@@ -30,7 +30,9 @@ def randomise_head(critic: Critic) -> None:
 
 def new_critic(engine) -> Critic:
     config = replace(engine.config, budget=replace(engine.config.budget, microbatch_capacity=48))
-    return Critic(config, engine.session, engine)
+    critic = Critic(config, engine.session)
+    critic.start_from(engine)
+    return critic
 
 
 def test_it_starts_from_the_policys_layers_and_says_0():

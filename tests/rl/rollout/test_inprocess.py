@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_ring.errors import RolloutError
-from megatron_ring.rl.rollout import InProcessEngine, Request
+from megatron_ring.rl.rollout.inprocess import InProcessEngine
+from megatron_ring.rl.rollout.protocol import Request
 from tests.helpers.model.small import small_engine
 from tests.helpers.rl.sequences import assert_same, by_key, requests, sampling, scored
 
@@ -23,7 +24,7 @@ def small_rollout(
     torch.set_num_threads(1)
     with small_engine(model, **(model_settings or {})) as engine:
         rollout = InProcessEngine(engine, slots=slots, **settings)
-        rollout.load_weights(5)
+        rollout.publish(5)
         yield rollout
         rollout.close()
 
@@ -127,7 +128,7 @@ def test_going_on_from_a_prefix_is_an_uninterrupted_run(temperature):
         states = [response.stop for response in parts.values()]
         assert states == sorted(states, key=lambda stop: stop == "unfinished") and "length" in states
         assert any(r.length == 0 for r in parts.values())
-        rollout.load_weights(6)
+        rollout.publish(6)
         again = [
             Request(prompt=r.prompt, sample=r.sample, prefix=parts[r.prompt.uid, r.sample]) for r in asked
         ]
@@ -176,7 +177,7 @@ def test_new_weights_change_what_is_said():
         with torch.no_grad():
             for parameter in rollout.engine.models[0].output_layer.parameters():
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-        rollout.load_weights(6)
+        rollout.publish(6)
         after = run(rollout, requests(), sampling(temperature=0))
         for request in requests():
             response = after[request.prompt.uid, 0]
@@ -237,7 +238,7 @@ def test_weights_that_are_not_finite_end_in_one_line(bad, settings):
     with small_rollout("dense") as rollout:
         with torch.no_grad():
             next(rollout.engine.models[0].output_layer.parameters())[3].fill_(bad)
-        rollout.load_weights(7)
+        rollout.publish(7)
         answers = rollout.generate(requests((4, 6, 5)), sampling(**settings))
         with pytest.raises(
             RolloutError, match=r"^logits of 3 sequences are not finite at policy version 7.*--lr$"

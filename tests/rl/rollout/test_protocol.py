@@ -7,8 +7,8 @@ import pytest
 
 from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.errors import RolloutError
-from megatron_ring.rl.rollout import Request, SamplingParams
 from megatron_ring.rl.rollout.counter_rng import stream, uniforms
+from megatron_ring.rl.rollout.protocol import Request, SamplingParams
 from megatron_ring.rl.rollout.scheduler import Scheduler
 
 

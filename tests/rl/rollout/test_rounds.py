@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ring.config.rl import RolloutConfig, rollout_concurrency
-from megatron_ring.rl.rollout import Request, SamplingParams
+from megatron_ring.rl.rollout.protocol import Request, SamplingParams
 from megatron_ring.rl.rollout.rounds import RoundScheduler, in_queue_order, queue_places
 from megatron_ring.rl.types import Response
 from tests.helpers.rl.sequences import by_key, prompt

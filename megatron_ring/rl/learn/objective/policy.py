@@ -83,7 +83,7 @@ class PolicyObjective:
         total_T = policy_T
         kl_T = torch.zeros_like(policy_T)
         if c.kl_loss_coef > 0:
-            kl_T = ESTIMATORS[c.kl_loss_type](logp_T, microbatch.ref_logp_T)
+            kl_T = ESTIMATORS[c.kl_loss_type](logp_T, _scored(microbatch.ref_logp_T))
             if c.kl_loss_type == "k3":
                 clamped_T = clamped_T | (kl_T.detach() >= K3_LIMIT)
             total_T = total_T + c.kl_loss_coef * kl_T
@@ -116,7 +116,8 @@ class PolicyObjective:
         """log p under the old policy, and the trainer's log p that the rollout engine's is compared with."""
         match self.config.old_logprobs:
             case "recompute":
-                return microbatch.old_logp_T, microbatch.old_logp_T
+                old_T = _scored(microbatch.old_logp_T)
+                return old_T, old_T
             case "rollout":
                 return microbatch.rollout_logp_T, current_T
             case "current":
@@ -130,6 +131,12 @@ class PolicyObjective:
         """
         moved = self.config.old_logprobs != "recompute" and microbatch.weights_moved
         return torch.zeros_like(microbatch.fresh_T) if moved else microbatch.fresh_T
+
+
+def _scored(column_T: Tensor | None) -> Tensor:
+    if column_T is None:
+        raise ValueError("the microbatch lacks log p: score it first")
+    return column_T
 
 
 def metrics(reports: Sequence[StepReport]) -> dict[str, float]:
@@ -146,15 +153,15 @@ def metrics(reports: Sequence[StepReport]) -> dict[str, float]:
         return {"loss": 0.0, "loss_tokens": 0.0}
 
     def total(name: str) -> float:
-        return sum(report.means[name] * report.weight for report in made)
+        return sum(report.means[name] * report.denominator for report in made)
 
     weight, tokens, compared = (
-        sum(report.weight for report in made),
+        sum(report.denominator for report in made),
         total("tokens"),
         total("mismatch_tokens"),
     )
     found = {
-        "loss": sum(report.loss * report.weight for report in made) / weight,
+        "loss": sum(report.loss * report.denominator for report in made) / weight,
         "policy_loss": total("policy_loss") / weight,
         "loss_tokens": tokens,
         **{name: total(name) / tokens for name in _PER_TOKEN},

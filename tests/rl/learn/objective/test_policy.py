@@ -281,7 +281,7 @@ def report(tokens: float, **values: float) -> StepReport:
     return StepReport(
         loss=values.get("loss", 0.0),
         means=means,
-        weight=weight,
+        denominator=weight,
         valid=tokens,
         grad_norm=1.0,
         balance_loss=1.0,

@@ -1,0 +1,53 @@
+"""Rollout engines by name: ``--rollout-engine``."""
+
+from __future__ import annotations
+
+import logging
+
+from megatron_ring.config.run import RunConfig
+from megatron_ring.errors import ConfigError
+from megatron_ring.rl.rollout.inprocess import InProcessEngine
+from megatron_ring.rl.rollout.protocol import Guarantees, RolloutEngine
+from megatron_ring.rl.rollout.relay import Relay
+from megatron_ring.train.engine import Engine
+
+log = logging.getLogger("megatron_ring")
+
+ENGINES = {"inprocess": InProcessEngine}
+"""A class per name, with ``open(trainer, config)``, ``guarantees`` and ``on_every_rank``."""
+
+
+def open_rollout_engine(config: RunConfig, trainer: Engine) -> RolloutEngine:
+    """The engine that ``rollout_engine`` names, for a run that trains ``trainer``. Collective over the world.
+
+    Raises:
+        ConfigError: a setting needs what the engine does not guarantee.
+    """
+    name, session = config.rollout.rollout_engine, trainer.session
+    kind = ENGINES[name]
+    require_guarantees(kind.guarantees, config)
+    if not kind.guarantees.exact_seeds and session.is_writer:
+        log.info("rollout_engine=%s: a resumed run samples other responses, its seeds are not exact", name)
+    engine = kind.open(trainer, config.rollout)
+    return engine if kind.on_every_rank else Relay(engine, session)
+
+
+def require_guarantees(given: Guarantees, config: RunConfig) -> None:
+    """Raise ConfigError where a setting needs what the engine of ``config`` does not guarantee."""
+    objective, rollout = config.objective, config.rollout
+    needs = [
+        (given.routes, objective.routing_replay == "R3", "routing_replay=R3", "expert ids"),
+        (given.logprobs, objective.old_logprobs == "rollout", "old_logprobs=rollout", "log p of its tokens"),
+        (
+            given.token_budget,
+            rollout.rollout_token_budget > 0,
+            f"rollout_token_budget={rollout.rollout_token_budget}",
+            "a stop at a number of tokens",
+        ),
+    ]
+    for has, wanted, setting, what in needs:
+        if wanted and not has:
+            raise ConfigError(
+                f"{setting} needs {what}, which rollout_engine={rollout.rollout_engine} does not give; "
+                "choose another engine or drop it"
+            )
