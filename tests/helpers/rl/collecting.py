@@ -16,7 +16,7 @@ from megatron_ring.errors import RolloutError
 from megatron_ring.rl.collect.collector import Collector
 from megatron_ring.rl.collect.sampler import RolloutSampler
 from megatron_ring.rl.collect.state import RolloutState
-from megatron_ring.rl.rollout.protocol import Request, SamplingParams
+from megatron_ring.rl.rollout.protocol import Guarantees, Request, SamplingParams
 from megatron_ring.rl.types import Response, RewardResult
 
 
@@ -80,6 +80,9 @@ def wanted_length(uid: int, sample: int) -> int:
 
 class ScriptedEngine:
     """Decodes two responses at a time, a token each in turn; a response's tokens are its places."""
+
+    guarantees = Guarantees(exact_seeds=True, logprobs=True, routes=False, token_budget=True)
+    on_every_rank = False
 
     def __init__(self, length: Callable[[int, int], int] = wanted_length, slots: int = 2):
         self.length, self.slots, self.version = length, slots, 0

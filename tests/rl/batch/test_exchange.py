@@ -37,3 +37,10 @@ def test_rollouts_arrive_where_they_were_sent(found):
             assert heard["rollouts"][source] == [as_json(rollout) for rollout in parcel(source, rank)]
         assert heard["empty"] == [0, 0]
     assert found[0]["routes"] == [2] and found[1]["routes"] == []
+
+
+def test_one_rank_speaks_to_an_engine_and_the_others_hear_the_same(found):
+    first, second = (heard["relayed"] for heard in found)
+    assert first == second and {row[-1] for row in first} == {"eos", "unfinished"}
+    assert all(version == 4 for row in first for version in row[4])
+    assert {heard["relayed_error"] for heard in found} == {"the server went away; start it again"}

@@ -1,0 +1,49 @@
+"""A rollout engine is opened by its name, and a setting that needs more than it guarantees is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_ring.config.load import config_from_mapping
+from megatron_ring.errors import ConfigError
+from megatron_ring.rl.rollout import engines
+from megatron_ring.rl.rollout.engines import open_rollout_engine, require_guarantees
+from megatron_ring.rl.rollout.protocol import Guarantees
+from megatron_ring.rl.rollout.relay import Relay
+from tests.helpers.rl.collecting import ScriptedEngine
+
+ALL = {"exact_seeds": True, "logprobs": True, "routes": True, "token_budget": True}
+
+
+@pytest.mark.parametrize(
+    ("missing", "settings"),
+    [
+        ("routes", {"routing_replay": "R3"}),
+        ("logprobs", {"old_logprobs": "rollout"}),
+        ("token_budget", {"rollout_token_budget": 100}),
+    ],
+)
+def test_what_an_engine_does_not_guarantee_is_refused(missing, settings):
+    config = config_from_mapping(settings)
+    require_guarantees(Guarantees(**ALL), config)
+    require_guarantees(Guarantees(**ALL | {missing: False}), config_from_mapping({}))
+    (name, value) = next(iter(settings.items()))
+    with pytest.raises(ConfigError, match=f"^{name}={value} needs .* rollout_engine=inprocess does not give"):
+        require_guarantees(Guarantees(**ALL | {missing: False}), config)
+
+
+def test_an_engine_that_one_rank_speaks_to_is_relayed(monkeypatch):
+    class Server(ScriptedEngine):
+        @classmethod
+        def open(cls, trainer, config):
+            assert config.rollout_slots == 7
+            return cls(slots=config.rollout_slots)
+
+    monkeypatch.setitem(engines.ENGINES, "inprocess", Server)
+    trainer = SimpleNamespace(session=SimpleNamespace(is_writer=False))
+    engine = open_rollout_engine(config_from_mapping({"rollout_slots": 7}), trainer)
+    assert isinstance(engine, Relay) and engine.guarantees is Server.guarantees
+    engine.publish(3)
+    assert engine.version == engine.engine.version == 3
