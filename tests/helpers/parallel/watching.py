@@ -14,9 +14,13 @@ from pathlib import Path
 import psutil
 
 PATIENCE = 900
-"""Seconds that one run may take on a busy machine."""
+"""Seconds that one run may take on a busy machine; one that hangs is ended long before, by what follows."""
 STANDSTILL = 120
-"""Seconds without a second of CPU time after which a run hangs; only a busy machine's clock runs on."""
+"""Seconds without work after which a run hangs: ranks that wait for one another use no CPU time, those that a busy
+machine keeps waiting use some.
+"""
+_NO_WORK = 0.25
+"""CPU seconds of the main threads. Threads that watch peers and launcher go on for ever: a hundredth of a core each."""
 HUNG = 124
 
 
@@ -75,7 +79,7 @@ def _wait(
         # a launcher looks after its processes for ever
         used = _cpu_seconds(tree[1:] if has_launcher and len(tree) > 1 else tree)
         # less of it: a process has ended
-        mark, still = (mark, still + 1) if abs(used - mark) < 1.0 else (used, 0)
+        mark, still = (mark, still + 1) if abs(used - mark) < _NO_WORK else (used, 0)
         if still >= standstill:
             return None
     return None
@@ -91,11 +95,11 @@ def _tree(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def _cpu_seconds(processes: Sequence[psutil.Process]) -> float:
+    """Of their main threads."""
     total = 0.0
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            times = process.cpu_times()
-            total += times.user + times.system
+            total += sum(t.user_time + t.system_time for t in process.threads() if t.id == process.pid)
     return total
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.parallel.cases import Case
 from tests.helpers.parallel.collect import largest_gap, whole_tensors
-from tests.helpers.parallel.rl_worker import CASES
+from tests.helpers.parallel.policy_worker import CASES
 from tests.helpers.parallel.spawning import layouts, several_worlds, single_process, world_runner
 
 pytestmark = several_worlds
@@ -20,7 +20,7 @@ pytestmark = several_worlds
 
 @pytest.fixture(scope="module")
 def run_world(tmp_path_factory):
-    return world_runner("tests.helpers.parallel.rl_worker", tmp_path_factory.mktemp("rl-parity"))
+    return world_runner("tests.helpers.parallel.policy_worker", tmp_path_factory.mktemp("rl-parity"))
 
 
 @pytest.mark.parametrize("case", layouts(CASES, slow_from=4))

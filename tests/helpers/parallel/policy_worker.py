@@ -1,4 +1,4 @@
-"""One process of the proof that a policy step is the same at every layout: ``rl_worker.py WORLD FOLDER``.
+"""One process of the proof that a policy step is the same at every layout: ``policy_worker.py WORLD FOLDER``.
 
 The single process packs everything into one microbatch; every layout packs it into eight, one of them empty.
 """
