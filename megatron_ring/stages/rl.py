@@ -155,7 +155,7 @@ class RlRun(StageRun):
         if not is_reward_rank(self.session):
             return prompts, None
         # before the model, so that verifiers load their libraries meanwhile
-        pool = RewardPool.open(self.config.reward, prompts.domains | domains, speaks=self.session.is_main)
+        pool = RewardPool.open(self.config.reward, prompts.domains | domains, warns=self.session.is_main)
         return prompts, resources.enter_context(pool)
 
     def on_initial_weights(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.code.compare import same_output
-from megatron_ring.rl.reward.code.judge import CodeJob, CodeJudge
+from megatron_ring.rl.reward.code.verifier import CodeJob, CodeVerifier
 from tests.cases import FOLDER, Row, lines
 
 
@@ -18,14 +18,14 @@ def rows() -> Iterator[Row]:
         got = same_output(line["printed"], line["wanted"])
         given = f"{line['printed']} for {line['wanted']}"
         yield Row(case="code_numbers_as_text", given=given, expected=line["expected"], got=got)
-    judge = CodeJudge(RewardConfig(sandbox_timeout=60.0))
+    verifier = CodeVerifier(RewardConfig(sandbox_timeout=60.0))
     try:
-        judge.load()
+        verifier.load()
     except RewardError as error:
         raise unittest.SkipTest(f"no sandbox on this machine: {error}") from error
     for line in lines("code_leetcode_prelude"):
         reference = {key: line[key] for key in ("mode", "function", "tests") if key in line}
-        got = judge.judge(CodeJob.of(reference, line["source"])).score
+        got = verifier.verify(CodeJob.of(reference, line["source"])).score
         yield Row(case="code_leetcode_prelude", given=line["source"], expected=line["expected"], got=got)
     yield from _wall_clock()
     if shutil.which("javac") is None:
@@ -34,13 +34,13 @@ def rows() -> Iterator[Row]:
     for path in sorted((FOLDER / "code_java_main_class").glob("*.java")):
         job = CodeJob(source=path.read_text(encoding="utf-8"), tests=tests, language="java")
         yield Row(
-            case="code_java_main_class", given=path.name, expected="correct", got=judge.judge(job).status
+            case="code_java_main_class", given=path.name, expected="correct", got=verifier.verify(job).status
         )
 
 
 def _wall_clock() -> Iterator[Row]:
     """1 s of CPU under a limit of 3 s, whatever else the machine does."""
-    judge = CodeJudge(RewardConfig(sandbox_timeout=3.0))
+    verifier = CodeVerifier(RewardConfig(sandbox_timeout=3.0))
     source = (FOLDER / "code_wall_clock" / "solution.py").read_text(encoding="utf-8")
-    got = judge.judge(CodeJob(source=source, tests=({"input": "", "output": "2"},)))
+    got = verifier.verify(CodeJob(source=source, tests=({"input": "", "output": "2"},)))
     yield Row(case="code_wall_clock", given="solution.py", expected="correct", got=got.status)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_ring.data.prompts.stream import Prompt
-from megatron_ring.rl.reward.mathematics.judge import judge_math, judge_science
+from megatron_ring.rl.reward.mathematics.verifier import verify_math, verify_science
 from tests.cases import Row, lines
 
 _CASES = ("math_plain_text", "math_tiny_values", "math_interval_inequality", "math_box_without_braces")
@@ -15,7 +15,7 @@ def rows() -> Iterator[Row]:
     for case in _CASES:
         for line in lines(case):
             text = line.get("text", rf"\boxed{{{line.get('box')}}}")
-            for domain, judge in (("math", judge_math), ("science", judge_science)):
+            for domain, judge in (("math", verify_math), ("science", verify_science)):
                 prompt = Prompt(
                     uid=0, domain=domain, text="?", tokens=(), reference={"answer": line["reference"]}
                 )

@@ -310,7 +310,7 @@ def test_problems_that_nobody_can_judge(refused, reads, tmp_path):
     }
     words |= {"max-prompt-length": 16, "max-response-length": 16, "microbatch-capacity": 64}
     line = refused(RL, flags(words))
-    assert f"{tmp_path}/p.jsonl:2: " in line and "1 problem that nobody can judge" in line
+    assert f"{tmp_path}/p.jsonl:2: " in line and "1 problem that no verifier can check" in line
     (tmp_path / "e.jsonl").write_text('{"prompt": "A ", "domain": "math", "answer": "1"}\n')
     (tmp_path / "p.jsonl").write_text(PROBLEM)
     line = refused(RL, flags(words | {"eval-prompt-data": tmp_path / "e.jsonl"}))

@@ -121,8 +121,8 @@ def bwrap_each(argv: Sequence[str]):
 
 def python_runs(words: argparse.Namespace) -> None:
     from megatron_ring.rl.reward.sandbox.command import Limits, Program
-    from megatron_ring.rl.reward.sandbox.process import Zygote
     from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
+    from megatron_ring.rl.reward.sandbox.zygote_handle import ZygoteHandle
 
     started = time.perf_counter()
     sandbox = Sandbox.open()
@@ -133,7 +133,7 @@ def python_runs(words: argparse.Namespace) -> None:
     starts = []
     for _ in range(5):
         started = time.perf_counter()
-        Zygote.start(program.argv[0]).close()
+        ZygoteHandle.start(program.argv[0]).close()
         starts.append(1e3 * (time.perf_counter() - started))
     print(f"one more process that stands ready, started and ended: {statistics.median(starts):.0f} ms")
 
@@ -169,16 +169,16 @@ def python_runs(words: argparse.Namespace) -> None:
 def compiled_runs() -> None:
     from megatron_ring.config.rl import RewardConfig
     from megatron_ring.rl.reward.code.job import Language
-    from megatron_ring.rl.reward.code.judge import CodeJob, CodeJudge
+    from megatron_ring.rl.reward.code.verifier import CodeJob, CodeVerifier
 
-    judge = CodeJudge(RewardConfig(reward_timeout=120.0, sandbox_timeout=60.0))
+    verifier = CodeVerifier(RewardConfig(reward_timeout=120.0, sandbox_timeout=60.0))
     test = {"input": "1 2", "output": "3"}
     sources: tuple[tuple[Language, str], ...] = (("cpp", CPP), ("java", JAVA))
     for language, source in sources:
         seconds = []
         for tests in ((test,), (test,) * 21):
             started = time.perf_counter()
-            assert judge.judge(CodeJob(source=source, tests=tests, language=language)).score == 1.0
+            assert verifier.verify(CodeJob(source=source, tests=tests, language=language)).score == 1.0
             seconds.append(time.perf_counter() - started)
         each = (seconds[1] - seconds[0]) / 20
         print(f"{language}: compile {seconds[0] - each:.2f} s, then {1e3 * each:.0f} ms a test")
@@ -186,10 +186,10 @@ def compiled_runs() -> None:
 
 def answers() -> None:
     from megatron_ring.data.prompts.stream import Prompt
-    from megatron_ring.rl.reward.mathematics.judge import judge_math
+    from megatron_ring.rl.reward.mathematics.verifier import verify_math
 
     started = time.perf_counter()
-    judge_math(Prompt(uid=0, domain="math", text="", tokens=(), reference={"answer": "1/2"}), r"\boxed{0.5}")
+    verify_math(Prompt(uid=0, domain="math", text="", tokens=(), reference={"answer": "1/2"}), r"\boxed{0.5}")
     print(f"mathematics: first verdict {time.perf_counter() - started:.2f} s, imports included")
     for name, pairs in (("by value", PAIRS), ("integers", [("16", "17"), ("16", "16"), ("1000", "1,000")])):
         milliseconds = []
@@ -197,7 +197,7 @@ def answers() -> None:
             reference, answer = pairs[n % len(pairs)]
             prompt = Prompt(uid=n, domain="math", text="", tokens=(), reference={"answer": reference})
             started = time.perf_counter()
-            judge_math(prompt, rf"<think>{'x' * 40000}</think> \boxed{{{answer}}}")
+            verify_math(prompt, rf"<think>{'x' * 40000}</think> \boxed{{{answer}}}")
             milliseconds.append(1e3 * (time.perf_counter() - started))
         milliseconds.sort()
         print(f"  {name}: median {statistics.median(milliseconds):.2f} ms, slowest {milliseconds[-1]:.1f} ms")

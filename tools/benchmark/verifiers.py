@@ -51,10 +51,10 @@ def _arguments() -> argparse.Namespace:
 
 def _ours(reference: str, answer: str) -> bool:
     from megatron_ring.data.prompts.stream import Prompt
-    from megatron_ring.rl.reward.mathematics.judge import judge_math
+    from megatron_ring.rl.reward.mathematics.verifier import verify_math
 
     prompt = Prompt(uid=0, domain="math", text="", tokens=(), reference={"answer": reference})
-    return judge_math(prompt, rf"\boxed{{{answer}}}").score == 1.0
+    return verify_math(prompt, rf"\boxed{{{answer}}}").score == 1.0
 
 
 def _math_verify(reference: str, answer: str) -> bool:

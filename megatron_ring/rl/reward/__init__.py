@@ -1,1 +1,5 @@
-"""Rewards: who judges which domain, and what may be judged. One room per kind of verifier, and one for its processes."""
+"""Rewards: which verifier scores which domain, and which problems a verifier can check.
+
+One folder per kind of verifier (``mathematics``, ``gym``, ``code``), one for programs that a model wrote (``sandbox``), one
+for the processes in which verifiers run (``workers``).
+"""

@@ -1,4 +1,4 @@
-"""Problems that nobody can judge: every answer to them would be wrong, so they are refused before the first one."""
+"""Refuse problems that no verifier can check: every response to them would score 0."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from typing import Any
 from megatron_ring.data.prompts.problem_lines import Problem
 from megatron_ring.data.prompts.sources import GYM_DOMAIN, JsonlSource, PromptSource
 from megatron_ring.errors import DataError
-from megatron_ring.rl.reward.code import judge as code
-from megatron_ring.rl.reward.gym import judge as gym
-from megatron_ring.rl.reward.mathematics import judge as mathematics
+from megatron_ring.rl.reward.code import verifier as code
+from megatron_ring.rl.reward.gym import verifier as gym
+from megatron_ring.rl.reward.mathematics import verifier as mathematics
 
 SHOWN = 5
-"""Problems that the line names."""
+"""Problems that the error line names."""
 
 
 def check_sources(sources: Iterable[PromptSource], own_domains: Collection[str] = ()) -> None:
-    """Look at every problem that was written, not generated, and has a built-in judge.
+    """Check every problem that comes from a file and has a built-in verifier.
 
     Args:
-        sources: of problems.
-        own_domains: those with a reward function of the user's, whose references are the function's affair.
+        sources: the sources of problems.
+        own_domains: domains with a user's reward function; their references are not checked.
 
     Raises:
-        DataError: some cannot be judged; the first ones are named by file and line.
+        DataError: some problems cannot be verified; the first ones are named by file and line.
     """
     found = [
         f"{source[index].origin}: {reason}"
         for source in sources
         if isinstance(source, JsonlSource)
         for index in range(len(source))
-        if source[index].domain not in own_domains and (reason := unjudgeable(source[index])) is not None
+        if source[index].domain not in own_domains and (reason := unverifiable(source[index])) is not None
     ]
     if found:
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         count = f"{len(found)} problem{'s' * (len(found) > 1)}"
         raise DataError(
-            f"{'; '.join(found[:SHOWN])}{more}: {count} that nobody can judge; correct or remove the lines"
+            f"{'; '.join(found[:SHOWN])}{more}: {count} that no verifier can check; correct or remove the lines"
         )
 
 
-def unjudgeable(problem: Problem) -> str | None:
-    """Why no answer to the problem could be right, or None. Other domains than the built-in ones have no rule here.
+def unverifiable(problem: Problem) -> str | None:
+    """Why no answer to the problem could be right, or None. Domains that are not built in have no rule here.
 
     Example: for ``Problem(domain="code", ..., reference={"tests": []})`` that is "tests is empty".
     """

@@ -1,8 +1,8 @@
-"""Which function judges which domain, and where: the built-in four, and any other by import path.
+"""The verifier of each domain: four built-in ones, and any other reward function by import path.
 
-A reward function takes a prompt and the text of a response and returns a RewardResult. It runs alone in a worker
-process, in its main thread; it may hang or die there. An exception that it raises is that response's
-``verifier_error``.
+A reward function takes a prompt and the text of a response and returns a RewardResult. It runs in the main thread of a
+worker process, one call at a time. It may hang or die there: only its own response loses its score. An exception that
+it raises gives the response the status ``verifier_error``.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any, Literal
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward.code.judge import CodeJudge
-from megatron_ring.rl.reward.gym import judge as gym
-from megatron_ring.rl.reward.mathematics import judge as mathematics
+from megatron_ring.rl.reward.code.verifier import CodeVerifier
+from megatron_ring.rl.reward.gym import verifier as gym
+from megatron_ring.rl.reward.mathematics import verifier as mathematics
 from megatron_ring.rl.types import RewardResult, RewardStatus
 
 RewardFunction = Callable[[Prompt, str], RewardResult]
 
 BUILT_IN = ("math", "science", "code", "reasoning_gym")
-_INSIDE = frozenset({"math", "science", "reasoning_gym"})
-Place = Literal["inside", "outside"]
-"""Of the walls around verifiers."""
+_ISOLATED = frozenset({"math", "science", "reasoning_gym"})
+WorkerKind = Literal["isolated", "trusted"]
+"""Whether a worker's verifiers run in isolation (:mod:`~megatron_ring.rl.reward.workers.isolation`) or as this user."""
 _STATUSES = frozenset(typing.get_args(RewardStatus))
 _FORM = "write domain=module:function"
 HOSTILE_TEXTS = (
@@ -44,27 +44,30 @@ HOSTILE_TEXTS = (
     "\\boxed{" + "9" * 5000 + "}",
     "x" * 100_000,
 )
-"""Responses that every reward function must survive."""
+"""Responses for which every reward function must return a result."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Judge:
-    """A domain's function, and what has to be done once in a process before its first call.
+class Verifier:
+    """A domain's reward function, and what loads its libraries.
 
-    Example: ``Judge(function=judge_math, load=mathematics.load)``.
+    Example: ``Verifier(function=verify_math, load=mathematics.load)``.
     """
 
     function: RewardFunction
     load: Callable[[], None]
-    seconds: Callable[[Mapping[str, Any]], float] | None = None
-    """Of a reference: wall clock after which judging by it is ended; None for ``reward_timeout``."""
+    """Called once per process, before the first call of ``function``."""
+    timeout: Callable[[Mapping[str, Any]], float] | None = None
+    """Seconds of wall clock that a call may take, given the problem's reference; None for ``reward_timeout``."""
 
 
 def parse_reward_functions(words: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """{domain: (module, function)} of ``RewardConfig.reward_functions``; nothing is imported but parent packages.
+    """{domain: (module, function)} of ``RewardConfig.reward_functions``. Imports nothing but parent packages.
 
     Example: ``parse_reward_functions(["poem=my_rewards:rhymes"]) == {"poem": ("my_rewards", "rhymes")}``.
-    Raises RewardError for words of another form, a domain given twice, or a module that cannot be found.
+
+    Raises:
+        RewardError: an entry has another form, names a domain twice, or its module cannot be found.
     """
     paths: dict[str, tuple[str, str]] = {}
     for word in words:
@@ -84,33 +87,34 @@ def parse_reward_functions(words: Iterable[str]) -> dict[str, tuple[str, str]]:
     return paths
 
 
-def place_of(domain: str, own: Container[str]) -> Place:
-    """Where a domain's judge lives: libraries that read answers inside the walls, all else outside.
+def worker_kind(domain: str, own: Container[str]) -> WorkerKind:
+    """The kind of worker in which a domain's verifier runs. ``own`` are the domains with a user's reward function.
 
-    The code judge reads nothing but what programs printed, and gives each a sandbox of its own; users' ``own``
-    functions may need their files, their network or a GPU.
+    Libraries that parse answers run isolated. Two verifiers do not: the code verifier, which reads only what programs
+    printed and runs each in a sandbox; and users' functions, which may need files, the network or a GPU.
     """
-    return "inside" if domain in _INSIDE and domain not in own else "outside"
+    return "isolated" if domain in _ISOLATED and domain not in own else "trusted"
 
 
-def needs_walls(prompt: Prompt) -> bool:
-    """Whether the built-in verifier of this problem evaluates what a model wrote."""
-    return prompt.domain == "reasoning_gym" and gym.needs_walls(str(prompt.reference.get("dataset")))
+def needs_isolation(prompt: Prompt) -> bool:
+    """Does the built-in verifier of this problem evaluate the response, so that it may run in isolation only?"""
+    return prompt.domain == "reasoning_gym" and gym.needs_isolation(str(prompt.reference.get("dataset")))
 
 
-def load_judges(config: RewardConfig, place: Place) -> dict[str, Judge]:
-    """The judges of one place; what is given by path is imported, and takes the place of a built-in one.
+def load_verifiers(config: RewardConfig, kind: WorkerKind) -> dict[str, Verifier]:
+    """The verifiers of one kind of worker. Imports users' reward functions; one of a built-in domain replaces it.
 
-    Raises RewardError if a path cannot be imported or does not lead to a reward function.
+    Raises:
+        RewardError: an import path cannot be imported or does not name a reward function.
     """
-    if place == "inside":
+    if kind == "isolated":
         return {
-            "math": Judge(function=mathematics.judge_math, load=mathematics.load),
-            "science": Judge(function=mathematics.judge_science, load=mathematics.load),
-            "reasoning_gym": Judge(function=gym.judge_reasoning_gym, load=gym.load),
+            "math": Verifier(function=mathematics.verify_math, load=mathematics.load),
+            "science": Verifier(function=mathematics.verify_science, load=mathematics.load),
+            "reasoning_gym": Verifier(function=gym.verify_reasoning_gym, load=gym.load),
         }
-    code = CodeJudge(config)
-    judges = {"code": Judge(function=code, load=code.load, seconds=code.seconds)}
+    code = CodeVerifier(config)
+    verifiers = {"code": Verifier(function=code, load=code.load, timeout=code.timeout)}
     for domain, (module, name) in parse_reward_functions(config.reward_functions).items():
         where = f"reward_functions={domain}={module}:{name}"
         try:
@@ -123,17 +127,20 @@ def load_judges(config: RewardConfig, place: Place) -> dict[str, Judge]:
                 f"{where} cannot be imported ({why}); import {module} by hand to see why"
             ) from error
         check_reward_function(function)
-        judges[domain] = Judge(function=function, load=lambda: None)
-    return judges
+        verifiers[domain] = Verifier(function=function, load=lambda: None)
+    return verifiers
 
 
 def check_reward_function(
-    function: Callable, prompt: Prompt | None = None, texts: Iterable[str] = HOSTILE_TEXTS
+    function: Callable[..., object], prompt: Prompt | None = None, texts: Iterable[str] = HOSTILE_TEXTS
 ) -> None:
-    """Raise RewardError if ``function`` breaks the contract of a reward function.
+    """Check that ``function`` keeps the contract of a reward function.
 
-    It must take (prompt, text). With a ``prompt`` of its domain it is called too: on each of ``texts`` it must return
-    a RewardResult with a finite score and a known status, the same when asked again.
+    It must take (prompt, text). With a ``prompt`` of its domain it is also called twice on each of ``texts``: both calls
+    must return the same RewardResult, with a finite score and a known status.
+
+    Raises:
+        RewardError: it does not.
     """
     name = getattr(function, "__qualname__", type(function).__name__)
     if not callable(function):
@@ -157,12 +164,12 @@ def check_reward_function(
             raise RewardError(f"{name} {why} on {text[:20]!r}; return RewardResult(score=..., status=...)")
         if first != second:
             raise RewardError(
-                f"{name} judged {text[:20]!r} twice and differed; make it a function of its input"
+                f"{name} returned two different results for {text[:20]!r}; make it depend on its arguments alone"
             )
 
 
 def result_problem(result: object) -> str | None:
-    """What is wrong with what a reward function returned, or None."""
+    """What is wrong with the return value of a reward function, or None."""
     if not isinstance(result, RewardResult):
         return f"returned {type(result).__name__}, not RewardResult"
     if not isinstance(result.score, int | float) or not math.isfinite(result.score):

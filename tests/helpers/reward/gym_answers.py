@@ -12,9 +12,9 @@ from typing import Any
 
 from megatron_ring.data.prompts.sources import GymSource
 from megatron_ring.data.prompts.stream import Prompt
-from megatron_ring.rl.reward.gym.judge import judge_reasoning_gym
 from megatron_ring.rl.reward.gym.readers import rational
 from megatron_ring.rl.reward.gym.table import SCORERS
+from megatron_ring.rl.reward.gym.verifier import verify_reasoning_gym
 from tests.helpers.reward.judging import problem
 
 ADMITTED = sorted(set(SCORERS) - {"acre"})
@@ -233,7 +233,7 @@ def own_answer(prompt: Prompt) -> str:
 
 
 def score(prompt: Prompt, answer: str) -> float:
-    return judge_reasoning_gym(prompt, f"hm</think>\n{answer or EMPTY_BOX}").score
+    return verify_reasoning_gym(prompt, f"hm</think>\n{answer or EMPTY_BOX}").score
 
 
 @functools.cache

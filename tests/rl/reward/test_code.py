@@ -8,8 +8,8 @@ import pytest
 
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward.code.judge import CodeJob, CodeJudge
 from megatron_ring.rl.reward.code.programs import java_file_name
+from megatron_ring.rl.reward.code.verifier import CodeJob, CodeVerifier
 from megatron_ring.rl.reward.registry import check_reward_function
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 from megatron_ring.rl.types import RewardResult
@@ -31,17 +31,17 @@ JAVA_SUM = (
 
 
 @pytest.fixture(scope="module")
-def judge(sandbox: Sandbox) -> CodeJudge:
-    return CodeJudge(RewardConfig(sandbox_timeout=200.0, sandbox_memory_mb=256))
+def verifier(sandbox: Sandbox) -> CodeVerifier:
+    return CodeVerifier(RewardConfig(sandbox_timeout=200.0, sandbox_memory_mb=256))
 
 
 @pytest.fixture(scope="module")
-def impatient(sandbox: Sandbox) -> CodeJudge:
-    return CodeJudge(RewardConfig(sandbox_timeout=2.0))
+def impatient(sandbox: Sandbox) -> CodeVerifier:
+    return CodeVerifier(RewardConfig(sandbox_timeout=2.0))
 
 
-def verdict(judge: CodeJudge, source: str, **job) -> RewardResult:
-    result = judge.judge(CodeJob(source=source, **{"tests": SUMS, **job}))
+def result_of(verifier: CodeVerifier, source: str, **job) -> RewardResult:
+    result = verifier.verify(CodeJob(source=source, **{"tests": SUMS, **job}))
     assert result.score == float(result.status == "correct")
     assert "\n" not in result.detail
     return result
@@ -88,8 +88,8 @@ def verdict(judge: CodeJudge, source: str, **job) -> RewardResult:
         ),
     ],
 )
-def test_python_from_stdin(judge: CodeJudge, source: str, status: str):
-    result = verdict(judge, source)
+def test_python_from_stdin(verifier: CodeVerifier, source: str, status: str):
+    result = result_of(verifier, source)
     assert result.status == status, result.detail
 
 
@@ -114,8 +114,8 @@ def test_python_from_stdin(judge: CodeJudge, source: str, status: str):
         ("def arrange(x): return [n == 1 or n for n in sorted(x)]", "wrong"),
     ],
 )  # fmt: skip
-def test_python_functions(judge: CodeJudge, source: str, status: str):
-    assert verdict(judge, source, mode="function", function="arrange", tests=SORTS).status == status
+def test_python_functions(verifier: CodeVerifier, source: str, status: str):
+    assert result_of(verifier, source, mode="function", function="arrange", tests=SORTS).status == status
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_python_functions(judge: CodeJudge, source: str, status: str):
         ("def other(): pass", "crashed", "test 1 of 3"),
     ],
 )
-def test_python_unit_tests(judge: CodeJudge, source: str, status: str, test: str):
-    result = verdict(judge, source, mode="unit_test", tests=UNITS)
+def test_python_unit_tests(verifier: CodeVerifier, source: str, status: str, test: str):
+    result = result_of(verifier, source, mode="unit_test", tests=UNITS)
     assert (result.status, result.detail[: len(test)]) == (status, test)
 
 
@@ -159,27 +159,27 @@ def test_python_unit_tests(judge: CodeJudge, source: str, status: str, test: str
         ("#include <vector>\nint main() { return std::vector<char>(10ull << 30, 1)[5]; }", "memory"),
     ],
 )
-def test_cpp(judge: CodeJudge, source: str, status: str):
-    result = verdict(judge, source, language="cpp")
+def test_cpp(verifier: CodeVerifier, source: str, status: str):
+    result = result_of(verifier, source, language="cpp")
     assert result.status == status, result.detail
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
-def test_a_program_is_told_that_this_is_a_judge(judge: CodeJudge):
+def test_a_program_is_told_that_this_is_a_judge(verifier: CodeVerifier):
     """Without the word that contest judges define, many read input.txt instead."""
     source = f'#ifndef ONLINE_JUDGE\n#error "would call freopen"\n#endif\n{CPP_SUM}'
-    assert verdict(judge, source, language="cpp").status == "correct"
+    assert result_of(verifier, source, language="cpp").status == "correct"
 
 
 @pytest.mark.skipif(shutil.which("javac") is None, reason="no javac on this machine")
-def test_java_has_all_its_memory_but_what_the_machine_itself_needs(impatient: CodeJudge):
-    """Of 512 MB an array of 200 MB and the word of a judge."""
+def test_java_has_all_its_memory_but_what_the_machine_itself_needs(impatient: CodeVerifier):
+    """Of 512 MB an array of 200 MB and the define of a judge."""
     source = (
         "class Main { public static void main(String[] w) { int[] held = new int[50_000_000]; held[7] = 7;\n"
         'System.out.println(held[7] + System.getProperty("ONLINE_JUDGE")); } }'
     )
     job = CodeJob(source=source, language="java", tests=({"input": "", "output": "7true"},))
-    assert impatient.judge(job).status == "correct"
+    assert impatient.verify(job).status == "correct"
 
 
 @pytest.mark.parametrize(
@@ -225,8 +225,8 @@ def test_the_public_type_is_found_in_one_pass(junk: str):
          " for (int i = 0; i < 999; i++) x[i] = new long[9999999]; } }", "memory"),
     ],
 )  # fmt: skip
-def test_java(judge: CodeJudge, source: str, status: str):
-    result = verdict(judge, source, language="java")
+def test_java(verifier: CodeVerifier, source: str, status: str):
+    result = result_of(verifier, source, language="java")
     assert result.status == status, result.detail
 
 
@@ -234,48 +234,48 @@ def test_java(judge: CodeJudge, source: str, status: str):
     ("language", "source"),
     [("python", "input()\nwhile True: pass"), ("cpp", "int main() { for (volatile int i = 0;; i = 1); }")],
 )
-def test_endless_solutions_time_out(impatient: CodeJudge, language: str, source: str):
-    assert verdict(impatient, source, language=language).status == "timeout"
+def test_endless_solutions_time_out(impatient: CodeVerifier, language: str, source: str):
+    assert result_of(impatient, source, language=language).status == "timeout"
 
 
 def test_every_test_has_its_own_limit(sandbox: Sandbox):
-    judge = CodeJudge(RewardConfig(sandbox_timeout=60.0, reward_timeout=0.5))
+    verifier = CodeVerifier(RewardConfig(sandbox_timeout=60.0, reward_timeout=0.5))
     source = "import time\ntime.sleep(0.2)\nprint(1)"
-    assert verdict(judge, source, tests=({"input": "", "output": "1"},) * 5).status == "correct"
+    assert result_of(verifier, source, tests=({"input": "", "output": "1"},) * 5).status == "correct"
 
 
-def test_a_batch_keeps_its_order(judge: CodeJudge):
+def test_a_batch_keeps_its_order(verifier: CodeVerifier):
     jobs = [
         CodeJob(source=f"import time; time.sleep({0.2 if n == 0 else 0}); print({n})",
                 tests=({"input": "", "output": str(n - n % 2)},))
         for n in range(8)
     ]  # fmt: skip
-    assert [r.status for r in judge.run_batch(jobs, workers=2)] == ["correct", "wrong"] * 4
+    assert [r.status for r in verifier.run_batch(jobs, workers=2)] == ["correct", "wrong"] * 4
 
 
-def test_the_block_that_is_the_solution_is_judged(judge: CodeJudge):
+def test_the_block_that_is_the_solution_is_judged(verifier: CodeVerifier):
     prompt = problem("code", language="python", mode="stdin", tests=list(SUMS))
     good, bad = "```python\nprint(sum(map(int, input().split())))\n```\n", "```python\nprint(0)\n```\n"
-    assert judge(prompt, bad + "Or:\n" + good).status == "correct"
-    assert judge(prompt, good + bad).status == "wrong"
-    assert judge(prompt, good + "Output:\n```\n3\n```\n").status == "correct"
-    assert judge(prompt, "1. So:\n   " + good.replace("\n", "\n   ")).status == "correct"
-    assert judge(prompt, "print(3)").status == "parse_error"
-    assert judge(problem("code", tests=[]), good).status == "verifier_error"
-    check_reward_function(judge, prompt)
+    assert verifier(prompt, bad + "Or:\n" + good).status == "correct"
+    assert verifier(prompt, good + bad).status == "wrong"
+    assert verifier(prompt, good + "Output:\n```\n3\n```\n").status == "correct"
+    assert verifier(prompt, "1. So:\n   " + good.replace("\n", "\n   ")).status == "correct"
+    assert verifier(prompt, "print(3)").status == "parse_error"
+    assert verifier(problem("code", tests=[]), good).status == "verifier_error"
+    check_reward_function(verifier, prompt)
 
 
-def test_the_block_of_a_unit_test_defines_what_it_uses(judge: CodeJudge):
+def test_the_block_of_a_unit_test_defines_what_it_uses(verifier: CodeVerifier):
     prompt = problem("code", mode="unit_test", tests=list(UNITS))
     good = "```python\ndef add(a, b): return a + b\n```\n"
-    assert judge(prompt, good + "Use:\n```python\nprint(add(1, 2))\n```").status == "correct"
+    assert verifier(prompt, good + "Use:\n```python\nprint(add(1, 2))\n```").status == "correct"
 
 
-def test_what_cannot_be_judged_is_an_error_in_one_line(judge: CodeJudge):
+def test_what_cannot_be_judged_is_an_error_in_one_line(verifier: CodeVerifier):
     for language, mode in [("rust", "stdin"), ("cpp", "function"), ("python", "essay")]:
         with pytest.raises(
-            RewardError, match=f"language={language}, mode={mode} cannot be judged; python takes"
+            RewardError, match=f"language={language}, mode={mode} cannot be verified; python takes"
         ):
-            judge.judge(CodeJob(source="x", tests=SUMS, language=language, mode=mode))
+            verifier.verify(CodeJob(source="x", tests=SUMS, language=language, mode=mode))
     with pytest.raises(ValueError, match="without tests"):
         CodeJob.of({"tests": []}, "print(1)")

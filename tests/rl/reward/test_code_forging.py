@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_ring.config.rl import RewardConfig
-from megatron_ring.rl.reward.code.judge import CodeJob, CodeJudge
+from megatron_ring.rl.reward.code.verifier import CodeJob, CodeVerifier
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 
 ANYTHING = """
@@ -64,7 +64,7 @@ for name in list(vars(main)):
 """,
     "harness taken over": """
 import sys
-for module in ('harness_tester', 'harness_remote', 'harness_values'):
+for module in ('harness_test', 'harness_proxies', 'harness_wire'):
     for name in list(vars(sys.modules[module])):
         if not name.startswith('__'): setattr(sys.modules[module], name, lambda *w, **k: True)
 """,
@@ -282,26 +282,26 @@ for x, y in [(9, 81), (2, 4)]:
 
 
 @pytest.fixture(scope="module")
-def judge(sandbox: Sandbox) -> CodeJudge:
-    return CodeJudge(RewardConfig(sandbox_timeout=60.0))
+def verifier(sandbox: Sandbox) -> CodeVerifier:
+    return CodeVerifier(RewardConfig(sandbox_timeout=60.0))
 
 
-def verdict(judge: CodeJudge, source: str, test: str):
-    return judge.judge(CodeJob(source=source, tests=(test,), mode="unit_test", function="square"))
+def result_of(verifier: CodeVerifier, source: str, test: str):
+    return verifier.verify(CodeJob(source=source, tests=(test,), mode="unit_test", function="square"))
 
 
 @pytest.mark.parametrize("name", FORGERIES)
 @pytest.mark.parametrize("test", TESTS[:1] + TESTS[13:15], ids=["assert", "unittest", "check"])
-def test_a_forged_pass_is_none(judge: CodeJudge, name: str, test: str):
-    assert verdict(judge, FORGERIES[name], test).score == 0.0
+def test_a_forged_pass_is_none(verifier: CodeVerifier, name: str, test: str):
+    assert result_of(verifier, FORGERIES[name], test).score == 0.0
 
 
 @pytest.mark.parametrize("test", TESTS)
-def test_an_object_that_equals_everything_passes_no_test_of_a_value(judge: CodeJudge, test: str):
+def test_an_object_that_equals_everything_passes_no_test_of_a_value(verifier: CodeVerifier, test: str):
     source = FORGERIES["equal to everything"]
-    result = verdict(judge, source, test)
+    result = result_of(verifier, source, test)
     assert result.score == 0.0, result
-    assert verdict(judge, "def square(x): return x * x", test).status == "correct"
+    assert result_of(verifier, "def square(x): return x * x", test).status == "correct"
 
 
 SWALLOWS = """
@@ -343,6 +343,6 @@ def run_not(function): pass
         "def inside(): assert 1 == 2\nrun_not(inside)",
     ],
 )
-def test_a_solution_neither_swallows_nor_skips_an_assertion(judge: CodeJudge, test: str):
-    result = judge.judge(CodeJob(source=SWALLOWS, tests=(test,), mode="unit_test"))
+def test_a_solution_neither_swallows_nor_skips_an_assertion(verifier: CodeVerifier, test: str):
+    result = verifier.verify(CodeJob(source=SWALLOWS, tests=(test,), mode="unit_test"))
     assert result.score == 0.0, result

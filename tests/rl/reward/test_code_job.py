@@ -7,7 +7,7 @@ import json
 import pytest
 
 from megatron_ring.config.rl import RewardConfig
-from megatron_ring.rl.reward.code.judge import CODE_KEYS, CodeJob, CodeJudge, check_reference
+from megatron_ring.rl.reward.code.verifier import CODE_KEYS, CodeJob, CodeVerifier, check_reference
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 from tests.helpers.reward.judging import problem
 
@@ -47,16 +47,16 @@ FORMS = {
 
 
 @pytest.fixture(scope="module")
-def judge(sandbox: Sandbox) -> CodeJudge:
-    return CodeJudge(RewardConfig(sandbox_timeout=60.0))
+def verifier(sandbox: Sandbox) -> CodeVerifier:
+    return CodeVerifier(RewardConfig(sandbox_timeout=60.0))
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_public_forms_are_read_and_judged(judge: CodeJudge, form: str):
+def test_public_forms_are_read_and_judged(verifier: CodeVerifier, form: str):
     reference, source = FORMS[form]
     assert check_reference(reference) is None
-    good = judge(problem("code", **reference), f"```python\n{source}\n```")
-    bad = judge(
+    good = verifier(problem("code", **reference), f"```python\n{source}\n```")
+    bad = verifier(
         problem("code", **reference),
         f"```python\n{source.replace('+', '-').replace('sum(map', 'max(map')}\n```",
     )
@@ -87,9 +87,9 @@ def test_public_forms_are_read_and_judged(judge: CodeJudge, form: str):
         ({"mode": "function", "function": "f", "tests": [{"input": "x", "output": "1"}]}, "test 1: Expecting value"),
         ({"mode": "function", "function": 3, "tests": [{"input": [1], "output": 1}]}, "function is int, not text"),
         ({"function": "f", "tests": [{"input": "1", "output": "1"}]}, "give mode function or unit_test"),
-        ({"mode": "essay", "tests": [{"input": "1", "output": "1"}]}, "mode=essay cannot be judged"),
+        ({"mode": "essay", "tests": [{"input": "1", "output": "1"}]}, "mode=essay cannot be verified"),
         ({"mode": "stdin", "tests": {"fn_name": "f", "inputs": [[1]], "outputs": [1]}}, "its tests are of mode function"),
-        ({"language": "rust", "tests": [{"input": "1", "output": "1"}]}, "language=rust cannot be judged"),
+        ({"language": "rust", "tests": [{"input": "1", "output": "1"}]}, "language=rust cannot be verified"),
         ({"language": "cpp", "mode": "function", "function": "f", "tests": [{"input": [1], "output": 1}]},
          "mode=function is for python; cpp takes stdin"),
         ({"language": "java", "mode": "unit_test", "tests": ["assert f()"]}, "mode=unit_test is for python"),
@@ -123,14 +123,14 @@ def test_what_cannot_be_judged_is_said_in_one_line(reference: dict, why: str):
 
 
 def test_a_judgement_may_take_its_limits_and_no_more():
-    judge = CodeJudge(RewardConfig(sandbox_timeout=4.0))
+    verifier = CodeVerifier(RewardConfig(sandbox_timeout=4.0))
     tests = [{"input": "1", "output": "1"}] * 50
-    one = judge.seconds({"tests": tests[:1]})
+    one = verifier.timeout({"tests": tests[:1]})
     assert one > 5 * 4.0
-    assert judge.seconds({"tests": tests}) == pytest.approx(50 * one)
-    assert judge.seconds({"tests": tests, "time_limit": 8.0}) > 50 * 5 * 8.0
-    assert judge.seconds({"tests": tests, "language": "cpp"}) > judge.seconds({"tests": tests}) + 5 * 30
-    assert 0 < judge.seconds({"tests": []}) < one
+    assert verifier.timeout({"tests": tests}) == pytest.approx(50 * one)
+    assert verifier.timeout({"tests": tests, "time_limit": 8.0}) > 50 * 5 * 8.0
+    assert verifier.timeout({"tests": tests, "language": "cpp"}) > verifier.timeout({"tests": tests}) + 5 * 30
+    assert 0 < verifier.timeout({"tests": []}) < one
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,9 @@ def test_a_judgement_may_take_its_limits_and_no_more():
     ],
 )
 def test_a_problems_own_limits_are_kept_within_bounds(limits: dict, seconds: float, memory_mb: int):
-    judge = CodeJudge(RewardConfig(sandbox_timeout=5.0, sandbox_memory_mb=512))
+    verifier = CodeVerifier(RewardConfig(sandbox_timeout=5.0, sandbox_memory_mb=512))
     job = CodeJob.of({"tests": [{"input": "1", "output": "1"}], **limits}, "")
-    found = judge.limits_of(job)
+    found = verifier.limits_of(job)
     assert (found.seconds, found.memory_mb) == (seconds, memory_mb)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.rl.reward.code.job import check_reference
-from megatron_ring.rl.reward.code.judge import CodeJob, CodeJudge
+from megatron_ring.rl.reward.code.verifier import CodeJob, CodeVerifier
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 
 SHAPES = """
@@ -282,14 +282,14 @@ assert Counter(same('aab')) == {'a': 2, 'b': 1} and math.isclose(divide(1, 3), 0
 
 
 @pytest.fixture(scope="module")
-def judge(sandbox: Sandbox) -> CodeJudge:
-    return CodeJudge(RewardConfig(sandbox_timeout=60.0))
+def verifier(sandbox: Sandbox) -> CodeVerifier:
+    return CodeVerifier(RewardConfig(sandbox_timeout=60.0))
 
 
 @pytest.mark.parametrize("name", TESTS)
-def test_what_tests_do_passes(judge: CodeJudge, name: str):
+def test_what_tests_do_passes(verifier: CodeVerifier, name: str):
     assert check_reference({"mode": "unit_test", "tests": [TESTS[name]]}) is None
-    result = judge.judge(CodeJob(source=SHAPES, tests=(TESTS[name],), mode="unit_test"))
+    result = verifier.verify(CodeJob(source=SHAPES, tests=(TESTS[name],), mode="unit_test"))
     assert result.status == "correct", result
 
 
@@ -309,7 +309,7 @@ def unparsed(): json.loads('{')
 """
 
 
-def test_what_python_knows_of_an_exception_comes_with_it(judge: CodeJudge):
+def test_what_python_knows_of_an_exception_comes_with_it(verifier: CodeVerifier):
     test = """
 import errno, json, pytest
 with pytest.raises(ValueError) as caught: first()
@@ -328,5 +328,5 @@ assert (caught.value.start, caught.value.object) == (1, b'a\\xff')
 with pytest.raises(json.JSONDecodeError) as caught: unparsed()
 assert caught.value.pos == 1
 """
-    result = judge.judge(CodeJob(source=RAISES, mode="unit_test", tests=(test,)))
+    result = verifier.verify(CodeJob(source=RAISES, mode="unit_test", tests=(test,)))
     assert result.status == "correct", result.detail

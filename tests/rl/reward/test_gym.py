@@ -8,8 +8,8 @@ import pytest
 import reasoning_gym
 
 from megatron_ring.data.prompts.sources import UNSUITABLE
-from megatron_ring.rl.reward.gym.judge import check_reference, judge_reasoning_gym, needs_walls
 from megatron_ring.rl.reward.gym.table import SCORERS
+from megatron_ring.rl.reward.gym.verifier import check_reference, needs_isolation, verify_reasoning_gym
 from megatron_ring.rl.reward.registry import check_reward_function
 from tests.helpers.reward.gym_answers import ADMITTED, code, problems
 from tests.helpers.reward.judging import problem
@@ -37,12 +37,12 @@ def test_its_own_answer_is_correct_boxed_or_after_the_thought(name: str):
     entry = entry_of(name)
     prompt = problem("reasoning_gym", dataset=name, entry=entry)
     for text in (rf"<think>hm</think> \boxed{{{entry['answer']}}}", f"hm</think>\n{entry['answer']}\n"):
-        assert judge_reasoning_gym(prompt, text).status == "correct"
+        assert verify_reasoning_gym(prompt, text).status == "correct"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_another_answer_is_wrong(name: str):
-    result = judge_reasoning_gym(
+    result = verify_reasoning_gym(
         problem("reasoning_gym", dataset=name, entry=entry_of(name)), r"\boxed{zebra}"
     )
     assert (result.score, result.status) == (0.0, "wrong")
@@ -59,7 +59,7 @@ def test_what_only_sets_an_answer_changes_no_verdict(name: str, mark: str):
     entry = entry_of(name)
     prompt = problem("reasoning_gym", dataset=name, entry=entry)
     for answer, right in ((entry["answer"], 1.0), (entry["answer"] + " zebra", 0.0)):
-        assert judge_reasoning_gym(prompt, rf"\boxed{{{mark % answer}}}").score == right
+        assert verify_reasoning_gym(prompt, rf"\boxed{{{mark % answer}}}").score == right
 
 
 def test_an_answer_that_ends_with_a_full_stop_keeps_it():
@@ -71,13 +71,13 @@ def test_an_answer_that_ends_with_a_full_stop_keeps_it():
         ("Ends here", 0.0),
         ("here.", 0.0),
     ):
-        assert judge_reasoning_gym(prompt, rf"\boxed{{{answer}}}").score == right
+        assert verify_reasoning_gym(prompt, rf"\boxed{{{answer}}}").score == right
 
 
 def test_whole_numbers_may_be_grouped():
     prompt = problem("reasoning_gym", dataset="lcm", entry={"answer": "1800", "metadata": {}})
     for answer, right in (("1,800", 1.0), ("1800", 1.0), ("1,80", 0.0), ("1,801", 0.0), ("18,00", 0.0)):
-        assert judge_reasoning_gym(prompt, rf"\boxed{{{answer}}}").score == right
+        assert verify_reasoning_gym(prompt, rf"\boxed{{{answer}}}").score == right
 
 
 def test_part_of_the_score_is_none():
@@ -85,16 +85,16 @@ def test_part_of_the_score_is_none():
     prompt = problem("reasoning_gym", dataset="chain_sum", entry=entry)
     talk = f"it is {entry['answer']}, I think"
     assert 0 < reasoning_gym.create_dataset("chain_sum", size=1).score_answer(talk, entry) < 1
-    assert judge_reasoning_gym(prompt, talk).score == 0.0
+    assert verify_reasoning_gym(prompt, talk).score == 0.0
 
 
 def test_no_answer_is_a_parse_error_and_an_unknown_set_an_exception():
     entry = entry_of("chain_sum")
     prompt = problem("reasoning_gym", dataset="chain_sum", entry=entry)
-    assert judge_reasoning_gym(prompt, "thought</think>  ").status == "parse_error"
-    assert judge_reasoning_gym(prompt, r"\boxed{}").status == "parse_error"
+    assert verify_reasoning_gym(prompt, "thought</think>  ").status == "parse_error"
+    assert verify_reasoning_gym(prompt, r"\boxed{}").status == "parse_error"
     with pytest.raises(ValueError, match="no_such_set"):
-        judge_reasoning_gym(problem("reasoning_gym", dataset="no_such_set", entry=entry), "1")
+        verify_reasoning_gym(problem("reasoning_gym", dataset="no_such_set", entry=entry), "1")
 
 
 NOTATIONS = [
@@ -277,7 +277,7 @@ NOTATIONS = [
 def test_other_notations_pay_and_other_answers_do_not(dataset, own, metadata, right, wrong):
     prompt = problem("reasoning_gym", dataset=dataset, entry={"answer": own, "metadata": metadata})
     verdicts = {
-        answer: judge_reasoning_gym(prompt, rf"\boxed{{{answer}}}").score for answer in (*right, *wrong)
+        answer: verify_reasoning_gym(prompt, rf"\boxed{{{answer}}}").score for answer in (*right, *wrong)
     }
     assert verdicts == dict.fromkeys(right, 1.0) | dict.fromkeys(wrong, 0.0)
 
@@ -314,7 +314,7 @@ def test_a_broken_problem_runs_nothing_and_is_named_in_one_line(dataset: str, tm
             assert why is None or (("\n" not in why and dataset in why) or "entry.answer" in why), why
             prompt = problem("reasoning_gym", dataset=dataset, entry=entry)
             with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, StopIteration):
-                judge_reasoning_gym(prompt, r"\boxed{zebra}")
+                verify_reasoning_gym(prompt, r"\boxed{zebra}")
         entry = json.loads(json.dumps(reference["entry"]))
         del (entry if key == "answer" else entry["metadata"])[key]
         assert key in (check_reference({"dataset": dataset, "entry": entry}) or "")
@@ -355,11 +355,11 @@ def test_a_reference_that_is_no_problem_is_named(reference, said: str):
 def test_judging_a_known_data_set_needs_no_walls_and_an_unknown_one_does():
     from reasoning_gym.factory import DATASETS
 
-    assert {name for name in DATASETS if needs_walls(name)} == set(UNSUITABLE) - {"acre"}
-    assert needs_walls("a_newer_set")
+    assert {name for name in DATASETS if needs_isolation(name)} == set(UNSUITABLE) - {"acre"}
+    assert needs_isolation("a_newer_set")
 
 
 def test_it_keeps_the_contract_of_reward_functions():
     check_reward_function(
-        judge_reasoning_gym, problem("reasoning_gym", dataset="chain_sum", entry=entry_of("chain_sum"))
+        verify_reasoning_gym, problem("reasoning_gym", dataset="chain_sum", entry=entry_of("chain_sum"))
     )

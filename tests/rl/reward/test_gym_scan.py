@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from megatron_ring.rl.reward.gym import judge as gym
+from megatron_ring.rl.reward.gym import verifier as gym
 from tests.helpers.reward.gym_answers import (
     ADMITTED,
     CONSTANTS,

@@ -1,4 +1,4 @@
-"""HumanEval: its right programs pass our judge, and programs that are wrong by plain Python fail."""
+"""HumanEval: its right programs pass our verifier, and programs that are wrong by plain Python fail."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.rl.reward.code.blocks import solution_block
-from megatron_ring.rl.reward.code.judge import CodeJob, CodeJudge, check_reference
+from megatron_ring.rl.reward.code.verifier import CodeJob, CodeVerifier, check_reference
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 from tests.helpers.reward.human_eval import PER_PROBLEM, mutants, mutated, problems, right_program
 
@@ -18,7 +18,7 @@ EVERY = 8
 
 def check(judged: list[dict[str, Any]]) -> None:
     """Right programs pass and mutants fail by their values, all of ``judged``."""
-    judge = CodeJudge(RewardConfig(sandbox_timeout=60.0))
+    verifier = CodeVerifier(RewardConfig(sandbox_timeout=60.0))
     programs: list[tuple[str, str, bool]] = []
     jobs: list[CodeJob] = []
     changes: dict[str, list[dict[str, Any]]] = {}
@@ -37,11 +37,11 @@ def check(judged: list[dict[str, Any]]) -> None:
             assert block is not None
             jobs.append(CodeJob.of(reference, block))
             programs.append((problem["task_id"], source, passes))
-    verdicts = judge.run_batch(jobs, workers=2)
+    results = verifier.run_batch(jobs, workers=2)
     differing = [
-        f"{task}: {verdict.status}, {verdict.detail}\n{source}"
-        for (task, source, passes), verdict in zip(programs, verdicts, strict=True)
-        if verdict.status != ("correct" if passes else "wrong")
+        f"{task}: {result.status}, {result.detail}\n{source}"
+        for (task, source, passes), result in zip(programs, results, strict=True)
+        if result.status != ("correct" if passes else "wrong")
     ]
     assert not differing, "\n\n".join(differing)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ring.rl.reward.mathematics.judge import (
+from megatron_ring.rl.reward.mathematics.verifier import (
     check_reference,
     check_science_reference,
-    judge_math,
-    judge_science,
+    verify_math,
+    verify_science,
 )
 from megatron_ring.rl.reward.registry import check_reward_function
 from tests.helpers.reward.judging import problem
@@ -76,27 +76,27 @@ UNREADABLE = [
 
 @pytest.mark.parametrize(("reference", "answer"), RIGHT)
 def test_equal_values_are_correct(reference: object, answer: str):
-    result = judge_math(problem("math", answer=reference), rf"Thus \boxed{{{answer}}}.")
+    result = verify_math(problem("math", answer=reference), rf"Thus \boxed{{{answer}}}.")
     assert (result.score, result.status) == (1.0, "correct"), result.detail
 
 
 @pytest.mark.parametrize(("reference", "answer"), WRONG)
 def test_other_values_are_wrong(reference: str, answer: str):
-    result = judge_math(problem("math", answer=reference), rf"Thus \boxed{{{answer}}}.")
+    result = verify_math(problem("math", answer=reference), rf"Thus \boxed{{{answer}}}.")
     assert (result.score, result.status) == (0.0, "wrong")
 
 
 @pytest.mark.parametrize("text", UNREADABLE)
 def test_what_cannot_be_read_is_told_apart_from_what_is_wrong(text: str):
-    result = judge_math(problem("math", answer="16"), text)
+    result = verify_math(problem("math", answer="16"), text)
     assert (result.score, result.status) == (0.0, "parse_error")
 
 
 def test_only_the_last_box_of_the_answer_part_counts():
     prompt = problem("math", answer="2")
-    assert judge_math(prompt, r"\boxed{1}, and so \boxed{2}").score == 1.0
-    assert judge_math(prompt, r"\boxed{2}, and so \boxed{1}").score == 0.0
-    assert judge_math(prompt, r"<think>\boxed{1}</think>\boxed{2}").score == 1.0
+    assert verify_math(prompt, r"\boxed{1}, and so \boxed{2}").score == 1.0
+    assert verify_math(prompt, r"\boxed{2}, and so \boxed{1}").score == 0.0
+    assert verify_math(prompt, r"<think>\boxed{1}</think>\boxed{2}").score == 1.0
 
 
 def test_boxes_that_only_a_word_joins_are_one_answer():
@@ -111,13 +111,13 @@ def test_boxes_that_only_a_word_joins_are_one_answer():
         r"$\boxed{1}$ or else $\boxed{2}$",
         r"$\boxed{1}$ / $\boxed{2}$",
     ):
-        assert judge_math(problem("math", answer="1,2"), text).score == 1.0, text
-        assert judge_math(problem("math", answer="2"), text).score == 0.0, text
-        assert judge_math(problem("math", answer="1"), text).score == 0.0, text
+        assert verify_math(problem("math", answer="1,2"), text).score == 1.0, text
+        assert verify_math(problem("math", answer="2"), text).score == 0.0, text
+        assert verify_math(problem("math", answer="1"), text).score == 0.0, text
 
 
 def test_what_most_answers_are_is_decided_without_reading_mathematics(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("megatron_ring.rl.reward.mathematics.judge._by_value", None)
+    monkeypatch.setattr("megatron_ring.rl.reward.mathematics.verifier._by_value", None)
     for reference, answer in [
         ("16", "16"),
         ("16", "17"),
@@ -127,9 +127,9 @@ def test_what_most_answers_are_is_decided_without_reading_mathematics(monkeypatc
         ("Yes", "no"),
         (r"\frac{1}{2}", r" \frac{1}{2} "),
     ]:
-        judge_math(problem("math", answer=reference), rf"\boxed{{{answer}}}")
+        verify_math(problem("math", answer=reference), rf"\boxed{{{answer}}}")
     with pytest.raises(TypeError):
-        judge_math(problem("math", answer="1/2"), r"\boxed{\sqrt{2}}")
+        verify_math(problem("math", answer="1/2"), r"\boxed{\sqrt{2}}")
 
 
 @pytest.mark.parametrize(
@@ -174,13 +174,13 @@ def test_what_most_answers_are_is_decided_without_reading_mathematics(monkeypatc
 )
 def test_a_choice_in_science_is_its_letter(answer: str, status: str):
     for reference in ("B", "(B)"):
-        result = judge_science(problem("science", answer=reference), rf"\boxed{{{answer}}}")
+        result = verify_science(problem("science", answer=reference), rf"\boxed{{{answer}}}")
         assert (result.status, result.score) == (status, float(status == "correct"))
 
 
 def test_science_that_is_no_choice_is_judged_by_value():
-    assert judge_science(problem("science", answer=r"3.2\times 10^{4}"), r"\boxed{32000}").score == 1.0
-    assert judge_science(problem("science", answer="9.81"), r"\boxed{9.8}").status == "wrong"
+    assert verify_science(problem("science", answer=r"3.2\times 10^{4}"), r"\boxed{32000}").score == 1.0
+    assert verify_science(problem("science", answer="9.81"), r"\boxed{9.8}").status == "wrong"
 
 
 USABLE = [
@@ -226,8 +226,8 @@ UNUSABLE = [
 def test_a_reference_that_can_be_judged_is_not_refused(answer: str):
     assert check_reference(answer) is None
     assert check_science_reference(answer) is None
-    assert judge_math(problem("math", answer=answer), rf"\boxed{{{answer}}}").score == 1.0
-    assert judge_math(problem("math", answer=answer), r"\boxed{-271828}").score == 0.0
+    assert verify_math(problem("math", answer=answer), rf"\boxed{{{answer}}}").score == 1.0
+    assert verify_math(problem("math", answer=answer), r"\boxed{-271828}").score == 0.0
 
 
 @pytest.mark.parametrize("answer", UNUSABLE)
@@ -246,7 +246,7 @@ def test_a_choice_in_lower_case_is_one_in_science_only():
 def test_usual_references_are_checked_without_importing_what_comparing_needs():
     code = """
 import sys
-from megatron_ring.rl.reward.mathematics.judge import check_reference
+from megatron_ring.rl.reward.mathematics.verifier import check_reference
 assert [check_reference(answer) for answer in ("16", "-1/2", "0.5", r"\\\\frac{1}{2}", "yes", "B", "1,000")] == [None] * 7
 assert not {"sympy", "mpmath", "math_verify"} & set(sys.modules)
 check_reference(r"\\\\sqrt{2}")
@@ -258,15 +258,15 @@ assert not {"sympy", "math_verify"} & set(sys.modules)
 @pytest.mark.parametrize("answer", ["", r"\boxed{}", r"\frac{", "甲"])
 def test_a_reference_that_cannot_be_read_is_not_the_responses_fault(answer: str):
     with pytest.raises(ValueError, match="reference answer"):
-        judge_math(problem("math", answer=answer), r"\boxed{1/2}")
+        verify_math(problem("math", answer=answer), r"\boxed{1/2}")
 
 
 def test_a_chain_of_equations_in_a_list_is_an_answer_like_any_other():
     for reference in ("[0,1)", "1,2", "(1,2)"):
-        result = judge_math(problem("math", answer=reference), r"\boxed{\infty=1\pmod{i\pmod{0}},n}")
+        result = verify_math(problem("math", answer=reference), r"\boxed{\infty=1\pmod{i\pmod{0}},n}")
         assert result.score == 0.0
 
 
 def test_both_keep_the_contract_of_reward_functions():
-    check_reward_function(judge_math, problem("math", answer="1/2"))
-    check_reward_function(judge_science, problem("science", answer="B"))
+    check_reward_function(verify_math, problem("math", answer="1/2"))
+    check_reward_function(verify_science, problem("science", answer="B"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ring.rl.reward.mathematics.judge import check_reference, judge_math, judge_science
+from megatron_ring.rl.reward.mathematics.verifier import check_reference, verify_math, verify_science
 from tests.helpers.reward.judging import problem
 
 
@@ -114,7 +114,7 @@ KILLERS = {
 def test_nothing_hangs_and_nothing_is_raised(kind: str):
     for answer in KILLERS[kind]:
         for reference in ("5", "x+1", r"\sqrt{2}", "(1,2)", "x<3", "1,2,3"):
-            result = judge_math(problem("math", answer=reference), rf"\boxed{{{answer}}}")
+            result = verify_math(problem("math", answer=reference), rf"\boxed{{{answer}}}")
             assert result.score == 0.0, (answer[:60], reference)
             assert result.status in ("wrong", "parse_error")
 
@@ -124,12 +124,12 @@ def test_nothing_hangs_and_nothing_is_raised(kind: str):
 def test_a_killer_as_a_reference_is_refused_or_judged(kind: str):
     for answer in KILLERS[kind]:
         if check_reference(answer) is None:
-            assert judge_math(problem("math", answer=answer), r"\boxed{-271828}").score == 0.0, answer[:60]
+            assert verify_math(problem("math", answer=answer), r"\boxed{-271828}").score == 0.0, answer[:60]
 
 
 def test_what_is_too_expensive_says_so():
     for answer in ("9^{9^{9^9}}", r"\sum_{i=1}^{10^9} i", r"\sin(10^{10^{100}})"):
-        result = judge_math(problem("math", answer="5"), rf"\boxed{{{answer}}}")
+        result = verify_math(problem("math", answer="5"), rf"\boxed{{{answer}}}")
         assert (result.score, result.status) == (0.0, "wrong")
         assert ": " in result.detail, result.detail
 
@@ -157,13 +157,13 @@ CODE = [
 def test_no_answer_is_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     canary = tmp_path / "canary"
     answer = code.format(canary=canary)
-    judge_math(problem("math", answer=r"\sqrt{2}"), r"\boxed{1}")  # whatever has to be imported is
+    verify_math(problem("math", answer=r"\sqrt{2}"), r"\boxed{1}")  # whatever has to be imported is
     with monkeypatch.context() as patched:
         for name in ("eval", "exec", "compile"):
             patched.setattr(builtins, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
         patched.setattr(os, "system", lambda *_: pytest.fail("a program was started"))
         for reference in ("5", r"\sqrt{2}", "x", "(1,2)"):
-            assert judge_math(problem("math", answer=reference), rf"\boxed{{{answer}}}").score == 0.0
-            assert judge_science(problem("science", answer=reference), rf"\boxed{{{answer}}}").score == 0.0
+            assert verify_math(problem("math", answer=reference), rf"\boxed{{{answer}}}").score == 0.0
+            assert verify_science(problem("science", answer=reference), rf"\boxed{{{answer}}}").score == 0.0
         check_reference(answer)
     assert not canary.exists()

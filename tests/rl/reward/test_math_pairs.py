@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ring.rl.reward.mathematics.judge import check_reference, judge_math
 from megatron_ring.rl.reward.mathematics.text import Unreadable, plain
+from megatron_ring.rl.reward.mathematics.verifier import check_reference, verify_math
 from tests.helpers.reward.judging import problem
 
 PAIRS = [
@@ -20,7 +20,7 @@ PAIRS = [
 
 
 def _score(reference: str, answer: str) -> float:
-    return judge_math(problem("math", answer=reference), rf"Thus \boxed{{{answer}}}.").score
+    return verify_math(problem("math", answer=reference), rf"Thus \boxed{{{answer}}}.").score
 
 
 def test_the_table_has_right_and_wrong_pairs_enough():
@@ -78,7 +78,7 @@ def test_normalising_twice_is_normalising_once(text: str):
 @given(st.lists(st.sampled_from(ALPHABET), min_size=1, max_size=24).map("".join))
 @settings(max_examples=500, deadline=None, derandomize=True)
 def test_every_text_has_a_verdict_and_nothing_is_raised(text: str):
-    result = judge_math(problem("math", answer=r"\sqrt{2}x"), rf"\boxed{{{text}}}")
+    result = verify_math(problem("math", answer=r"\sqrt{2}x"), rf"\boxed{{{text}}}")
     assert result.status in ("correct", "wrong", "parse_error")
 
 

@@ -30,7 +30,7 @@ def pid_in(file: Path) -> int:
     return int(file.read_text())
 
 
-def test_every_response_gets_its_own_verdict_whatever_order_they_end_in(plugin: str, tmp_path: Path):
+def test_every_response_gets_its_own_result_whatever_order_they_end_in(plugin: str, tmp_path: Path):
     gate = tmp_path / "gate"
     with RewardPool.open(config(plugin, reward_workers=2), domains={"math"}) as pool:
         slow = pool.submit(problem("wait"), str(gate))
@@ -120,7 +120,7 @@ def test_exceptions_and_other_results_are_values(plugin: str):
 
 
 def test_a_process_that_ignores_its_childrens_ends_is_told_so(plugin: str):
-    """It waited for a minute for each of the walls that it tried, and went on without."""
+    """It waited for a minute for each method of isolation, and went on without."""
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
         with (
@@ -134,7 +134,7 @@ def test_a_process_that_ignores_its_childrens_ends_is_told_so(plugin: str):
 
 @pytest.mark.parametrize("text", ["returns", "raises"])
 def test_a_copy_that_comes_back_from_a_function_answers_for_no_response(plugin: str, text: str):
-    """Its word would be a second verdict, and that of the next response."""
+    """Its word would be a second result, and that of the next response."""
     with RewardPool.open(config(plugin)) as pool:
         first, second = pool.submit(problem("comes_back"), text), pool.submit(problem("right"), "second")
         assert (first.result().status, first.result().detail.split()[1]) == ("correct", text)
@@ -158,7 +158,7 @@ def test_a_function_that_kills_its_group_ends_itself_alone(plugin: str):
         assert pool.submit(problem("right"), "x").result().score == 1.0
 
 
-def test_a_verdict_counts_however_much_it_says(plugin: str):
+def test_a_result_counts_however_long_its_detail_is(plugin: str):
     with RewardPool.open(config(plugin)) as pool:
         result = pool.submit(problem("says_much"), "").result()
         assert (result.status, set(result.detail)) == ("correct", {"x"})
@@ -248,7 +248,7 @@ def test_a_killed_verifier_takes_its_sandbox_along(plugin: str, sandbox):
     assert becomes(lambda: sandbox_processes() == [] and len(zygotes()) == ready)
 
 
-def test_code_is_judged_in_the_sandbox(plugin: str, sandbox):
+def test_code_is_verified_in_the_sandbox(plugin: str, sandbox):
     with RewardPool.open(config(plugin, reward_workers=2), domains={"code"}) as pool:
         prompt = problem("code", tests=[{"input": "2", "output": "4"}])
         futures = [pool.submit(prompt, f"```python\nprint(int(input()) * {n})\n```") for n in (2, 3)]
@@ -273,7 +273,7 @@ def test_a_domain_without_a_function_is_refused_at_once(plugin: str):
         ({"reward_functions": ("p=ring_test_rewards:nothing",)}, "module ring_test_rewards has no nothing"),
     ],
 )
-def test_wrong_settings_are_refused_before_anything_is_judged(plugin: str, words: dict, line: str):
+def test_wrong_settings_are_refused_before_anything_is_verified(plugin: str, words: dict, line: str):
     with pytest.raises(RewardError, match=line), RewardPool.open(RewardConfig(**words)):
         pass
 

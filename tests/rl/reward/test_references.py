@@ -1,4 +1,4 @@
-"""Problems that nobody can judge are refused before the first response, by file and line."""
+"""Problems that no verifier can check are refused before the first response, by file and line."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from megatron_ring.data.prompts.sources import GymSource, JsonlSource
 from megatron_ring.errors import DataError
 from megatron_ring.rl.reward.code.job import CodeJob
-from megatron_ring.rl.reward.references import check_sources, unjudgeable
+from megatron_ring.rl.reward.references import check_sources, unverifiable
 
 GOOD = {"prompt": "1+1", "domain": "math", "answer": "2"}
 
@@ -49,10 +49,10 @@ def source(path: Path, *lines: dict) -> JsonlSource:
         {"domain": "reasoning_gym", "reference": {"dataset": "chain_sum", "entry": 5}},
     ],
 )
-def test_a_problem_without_a_judge_is_named(tmp_path: Path, fields: dict):
+def test_a_problem_that_no_verifier_can_check_is_named(tmp_path: Path, fields: dict):
     problems = source(tmp_path / "p.jsonl", GOOD, {"prompt": "f", **fields})
-    assert unjudgeable(problems[0]) is None and unjudgeable(problems[1])
-    with pytest.raises(DataError, match=r"p.jsonl:2: .*: 1 problem that nobody can judge") as caught:
+    assert unverifiable(problems[0]) is None and unverifiable(problems[1])
+    with pytest.raises(DataError, match=r"p.jsonl:2: .*: 1 problem that no verifier can check") as caught:
         check_sources([problems])
     assert "\n" not in str(caught.value)
     check_sources([problems], own_domains=[fields["domain"]])
@@ -81,7 +81,7 @@ def test_a_problem_without_a_judge_is_named(tmp_path: Path, fields: dict):
         {"domain": "code", "tests": {"inputs": [["1", "2"]], "outputs": [["3"]]}},
     ],
 )
-def test_a_problem_with_a_judge_passes(tmp_path: Path, fields: dict):
+def test_a_problem_that_a_verifier_can_check_passes(tmp_path: Path, fields: dict):
     check_sources([source(tmp_path / "p.jsonl", {"prompt": "f", **fields})])
 
 
@@ -122,7 +122,7 @@ def test_five_are_named_and_all_are_counted(tmp_path: Path):
         check_sources([source(tmp_path / "p.jsonl", GOOD, *bad), source(tmp_path / "q.jsonl", GOOD)])
     line = str(caught.value)
     assert line.count("p.jsonl:") == 5 and "p.jsonl:6" in line and "p.jsonl:7" not in line
-    assert "and 4 more: 9 problems that nobody can judge" in line
+    assert "and 4 more: 9 problems that no verifier can check" in line
 
 
 def test_generated_problems_need_no_look(tmp_path: Path):

@@ -6,9 +6,9 @@ from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.registry import (
     check_reward_function,
-    load_judges,
+    load_verifiers,
     parse_reward_functions,
-    place_of,
+    worker_kind,
 )
 from megatron_ring.rl.types import RewardResult
 from tests.helpers.reward.judging import problem
@@ -57,21 +57,22 @@ def test_words_that_lead_nowhere(words: list[str], line: str):
 )
 def test_functions_that_are_none(plugin: str, function: str, line: str):
     with pytest.raises(RewardError) as caught:
-        load_judges(RewardConfig(reward_functions=(f"poem={plugin}:{function}",)), "outside")
+        load_verifiers(RewardConfig(reward_functions=(f"poem={plugin}:{function}",)), "trusted")
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_path_adds_a_domain_or_replaces_a_built_in_one(plugin: str):
     config = RewardConfig(reward_functions=(f"poem={plugin}:right", f"math={plugin}:number"))
-    judges = load_judges(config, "outside")
-    assert set(judges) == {"math", "code", "poem"}
-    assert set(load_judges(config, "inside")) == {"math", "science", "reasoning_gym"}
-    places = [
-        place_of(domain, {"poem", "math"}) for domain in ("math", "science", "reasoning_gym", "code", "poem")
+    verifiers = load_verifiers(config, "trusted")
+    assert set(verifiers) == {"math", "code", "poem"}
+    assert set(load_verifiers(config, "isolated")) == {"math", "science", "reasoning_gym"}
+    kinds = [
+        worker_kind(domain, {"poem", "math"})
+        for domain in ("math", "science", "reasoning_gym", "code", "poem")
     ]
-    assert places == ["outside", "inside", "inside", "outside", "outside"]
-    assert judges["poem"].function(problem("poem"), "x").status == "correct"
-    assert judges["math"].function(problem("math"), "x") == 1.0
+    assert kinds == ["trusted", "isolated", "isolated", "trusted", "trusted"]
+    assert verifiers["poem"].function(problem("poem"), "x").status == "correct"
+    assert verifiers["math"].function(problem("math"), "x") == 1.0
 
 
 def right(prompt, text):
@@ -106,7 +107,7 @@ def changes_its_mind(prompt, text, asked=[]):  # noqa: B006
         (returns_a_number, "returned float, not RewardResult on ''"),
         (returns_no_number, "returned score nan, which is not a finite number"),
         (returns_another_status, "returned status boring, which is none of"),
-        (changes_its_mind, "judged '' twice and differed"),
+        (changes_its_mind, "returned two different results for ''"),
         (lambda text: None, "takes (prompt, text) by position"),
     ],
 )

@@ -19,8 +19,8 @@ import pytest
 
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.sandbox import command as sandbox_command
-from megatron_ring.rl.reward.sandbox import process as sandbox_process
 from megatron_ring.rl.reward.sandbox import sandbox as sandbox_module
+from megatron_ring.rl.reward.sandbox import zygote_handle as sandbox_process
 from megatron_ring.rl.reward.sandbox.command import Limits
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 from tests.helpers.reward.judging import PATIENCE, becomes, own_processes, sandbox_processes

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.code.job import CodeJob
-from megatron_ring.rl.reward.sandbox import process as sandbox_process
+from megatron_ring.rl.reward.sandbox import zygote_handle as sandbox_process
 from megatron_ring.rl.reward.sandbox.command import Limits
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 from tests.helpers.reward.judging import sandbox_processes, zygotes

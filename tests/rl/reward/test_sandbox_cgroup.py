@@ -17,8 +17,8 @@ from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.code.job import CodeJob
 from megatron_ring.rl.reward.sandbox import cgroup as sandbox_cgroup
 from megatron_ring.rl.reward.sandbox import command as sandbox_command
-from megatron_ring.rl.reward.sandbox import process as sandbox_process
 from megatron_ring.rl.reward.sandbox import run as sandbox_run
+from megatron_ring.rl.reward.sandbox import zygote_handle as sandbox_process
 from megatron_ring.rl.reward.sandbox.cgroup import Group, MemoryCgroup
 from megatron_ring.rl.reward.sandbox.command import Limits, Program
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
@@ -52,7 +52,7 @@ def unguarded(grouped: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
     monkeypatch.setattr(sandbox_command, "_SHARED_ANONYMOUS", impossible)
     filter_bytes = sandbox_command.seccomp_program.__wrapped__()
     monkeypatch.setattr(sandbox_process, "seccomp_program", lambda: filter_bytes)
-    monkeypatch.setattr(sandbox_run, "_look", lambda watched: 1)
+    monkeypatch.setattr(sandbox_run, "_poll_usage", lambda watched: 1)
     # those that stand ready have the whole filter
     grouped.close()
     return grouped
@@ -252,7 +252,7 @@ def test_a_start_that_fails_leaves_nothing(grouped: Sandbox, monkeypatch: pytest
 
     monkeypatch.setattr(Group, "take", refused)
     ready = len(zygotes())
-    with pytest.raises(RewardError, match=r"tried at the start works no longer: .*not now"):
+    with pytest.raises(RewardError, match=r"worked at the start and no longer does: .*not now"):
         grouped.run(grouped.python("print(3)"), PATIENT)
     assert groups() == [] and len(zygotes()) == ready
 
@@ -374,9 +374,9 @@ def test_version_2_says_what_was_killed_for_its_own_limit(tmp_path: Path):
     group.begin(1 << 30)
     assert (tmp_path / "memory.max").read_text() == f"{1 << 30}"
     assert (tmp_path / "memory.swap.max").read_text() == "0"
-    assert not group.struck()
+    assert not group.oom_killed()
     for counts, struck in ((9, 1, 1), False), ((9, 1, 2), False), ((9, 2, 1), False), ((9, 2, 2), True):
         events.write_text(text.format(*counts))
-        assert group.struck() == struck, counts
+        assert group.oom_killed() == struck, counts
     group.begin(1 << 30)
-    assert not group.struck()
+    assert not group.oom_killed()

@@ -162,7 +162,7 @@ def test_exit_codes_are_those_of_a_shell(sandbox: Sandbox):
 
 def test_a_run_that_ends_by_itself_is_hardly_looked_at(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch):
     looks = []
-    look = sandbox_run._look
-    monkeypatch.setattr(sandbox_run, "_look", lambda watched: looks.append(1) or look(watched))
+    look = sandbox_run._poll_usage
+    monkeypatch.setattr(sandbox_run, "_poll_usage", lambda watched: looks.append(1) or look(watched))
     result = sandbox.run(sandbox.python("import time; time.sleep(1)"), PATIENT)
     assert len(looks) <= 8 + result.seconds / 0.1

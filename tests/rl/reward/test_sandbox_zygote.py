@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward.sandbox import process as sandbox_process
 from megatron_ring.rl.reward.sandbox import run as sandbox_run
+from megatron_ring.rl.reward.sandbox import zygote_handle as sandbox_process
 from megatron_ring.rl.reward.sandbox.command import Limits, Program
-from megatron_ring.rl.reward.sandbox.process import Zygote
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
+from megatron_ring.rl.reward.sandbox.zygote_handle import ZygoteHandle
 from tests.helpers.reward.judging import becomes, own_processes, sandbox_processes, zygotes
 
 PATIENT = Limits(seconds=100.0, wall_seconds=200.0, memory_mb=256)
@@ -159,11 +159,11 @@ def test_any_number_that_stood_ready_may_be_killed_together(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ):
     crowd = Sandbox(sandbox._python)
-    crowd._idle += [Zygote.start(sandbox._python) for _ in range(4)]
+    crowd._idle += [ZygoteHandle.start(sandbox._python) for _ in range(4)]
     for zygote in crowd._idle:
         signal.pidfd_send_signal(zygote.pidfd, signal.SIGKILL)
     # they were looked at before they were killed
-    monkeypatch.setattr(Zygote, "idle", lambda self: True)
+    monkeypatch.setattr(ZygoteHandle, "is_idle", lambda self: True)
     assert crowd.run(crowd.python("print(1)"), PATIENT).stdout == b"1\n"
     crowd.close()
 
@@ -226,7 +226,7 @@ def test_one_that_is_killed_during_a_run_is_an_error_in_one_line(sandbox: Sandbo
     process.kill()
     thread.join()
     assert errors == [
-        "the sandbox was killed during a run (it said nothing); free memory, or see who did"
+        "the sandbox was killed during a run (it said nothing); free memory, or find out who killed it"
     ] and becomes(lambda: sandbox_processes() == [])
     assert sandbox.run(sandbox.python("print(3)"), PATIENT).stdout == b"3\n"
     sandbox.close()
@@ -294,7 +294,7 @@ def test_a_start_cut_at_any_moment_leaves_nothing(sandbox: Sandbox, monkeypatch:
     for number in range(30):
         monkeypatch.setattr(sandbox_process, "START_SECONDS", number / 1000)
         try:
-            Zygote.start(sandbox._python).close()
+            ZygoteHandle.start(sandbox._python).close()
         except RewardError as error:
             assert "did not start the sandbox" in str(error)
             cut += 1
@@ -318,7 +318,7 @@ def test_a_start_whose_bwrap_is_killed_leaves_nothing(sandbox: Sandbox, monkeypa
 
         monkeypatch.setattr(sandbox_process.subprocess, "Popen", killed)
         try:
-            Zygote.start(sandbox._python).close()
+            ZygoteHandle.start(sandbox._python).close()
         except RewardError as error:
             assert "did not start the sandbox" in str(error)
             cut += 1

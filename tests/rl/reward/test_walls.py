@@ -1,4 +1,4 @@
-"""Whatever a library does with a model's text inside the walls, the machine and other verdicts are untouched."""
+"""Whatever a library does with a model's text in isolation, the machine and other results are untouched."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import pytest
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.workers import pool as pool_module
-from megatron_ring.rl.reward.workers import verifier as verifier_module
-from megatron_ring.rl.reward.workers.confine import judge_filter
+from megatron_ring.rl.reward.workers import worker_handle as verifier_module
+from megatron_ring.rl.reward.workers.confine import seccomp_filter
+from megatron_ring.rl.reward.workers.isolation import Isolation, _probe, find_isolation
 from megatron_ring.rl.reward.workers.pool import RewardPool, _result
-from megatron_ring.rl.reward.workers.walls import Walls, _try, raise_walls
 from tests.helpers.reward.judging import becomes, own_processes, problem
 
 _ATTEMPTS = """
@@ -46,7 +46,7 @@ attempts = {
     "posix_spawn": lambda: os.posix_spawn("/usr/bin/true", ["true"], {}),
     "socket": lambda: __import__("socket").socket(),
     "pair": lambda: __import__("socket").socketpair(),
-    "kill the keeper": lambda: os.kill(os.getppid(), 0),
+    "kill the supervisor": lambda: os.kill(os.getppid(), 0),
     "kill all": lambda: os.kill(-1, 0),
     "signal a thread": lambda: call("tgkill", os.getpid(), os.getpid(), 0),
     "a pidfd": lambda: os.pidfd_open(os.getppid()),
@@ -74,25 +74,25 @@ print(json.dumps(done))
 
 
 @pytest.fixture
-def no_walls(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without bubblewrap."""
-    none = Walls(way="none", missing="bwrap is not installed", filter_bytes=judge_filter())
+    none = Isolation(method="none", missing="bwrap is not installed", filter_bytes=seccomp_filter())
     for module in (pool_module, verifier_module):
-        monkeypatch.setattr(module, "raise_walls", lambda: none)
+        monkeypatch.setattr(module, "find_isolation", lambda: none)
 
 
 @pytest.fixture
-def walls() -> Walls:
-    walls = raise_walls()
-    if walls.missing:
-        pytest.skip(f"no walls on this machine: {walls.missing}")
-    return walls
+def isolation() -> Isolation:
+    isolation = find_isolation()
+    if isolation.missing:
+        pytest.skip(f"no isolation on this machine: {isolation.missing}")
+    return isolation
 
 
 def test_a_confined_process_can_do_nothing_but_compute_and_answer(tmp_path: Path):
     mine = tmp_path / "mine"
     mine.write_text("kept")
-    words = [sys.executable, "-c", _ATTEMPTS, judge_filter().hex(), str(tmp_path / "new"), str(mine)]
+    words = [sys.executable, "-c", _ATTEMPTS, seccomp_filter().hex(), str(tmp_path / "new"), str(mine)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
     assert mine.read_text() == "kept" and list(tmp_path.iterdir()) == [mine]
@@ -110,7 +110,7 @@ def test_without_the_filter_the_attempts_succeed(tmp_path: Path):
     assert (tmp_path / "new").exists()
 
 
-def test_inside_the_walls_nothing_of_the_machine_is_seen(walls: Walls, tmp_path: Path):
+def test_an_isolated_process_sees_nothing_of_the_machine(isolation: Isolation, tmp_path: Path):
     (tmp_path / "secret").write_text("token")
     hidden = (str(tmp_path), "/etc/passwd", "/proc/1", str(Path.home() / ".ssh"))
     code = f"""
@@ -125,7 +125,7 @@ print(json.dumps([seen, os.getuid() == 0, dict(os.environ).get("SECRET")]))
     os.environ["SECRET"] = "token"
     try:
         with open(tmp_path / "log", "w+b") as log:
-            process = walls.start(("-c", code), pass_fds=(), log=log.fileno())
+            process = isolation.start(("-c", code), pass_fds=(), log=log.fileno())
             assert process.wait(60) == 0
             log.seek(0)
             assert json.loads(log.read()) == [[1], False, None]  # EPERM: no socket can even be made
@@ -134,16 +134,18 @@ print(json.dumps([seen, os.getuid() == 0, dict(os.environ).get("SECRET")]))
 
 
 @pytest.mark.parametrize("hole", ["os.getuid() == 0", "os.path.exists(sys.argv[1])"])
-def test_walls_with_a_hole_are_no_walls(walls: Walls, hole: str, monkeypatch: pytest.MonkeyPatch):
-    from megatron_ring.rl.reward.workers import walls as module
+def test_isolation_with_a_hole_counts_as_none(
+    isolation: Isolation, hole: str, monkeypatch: pytest.MonkeyPatch
+):
+    from megatron_ring.rl.reward.workers import isolation as module
 
     assert hole in module._PROBE
     monkeypatch.setattr(module, "_PROBE", module._PROBE.replace(hole, "True"))
-    assert "the walls have holes" in (_try(walls.way) or "")
+    assert "the isolation has holes" in (_probe(isolation.method) or "")
 
 
-def judges_modes() -> list[str]:
-    """What the kernel says of each process that judges."""
+def verifier_modes() -> list[str]:
+    """What the kernel says of each verifier process."""
     modes = []
     for process in own_processes():
         with contextlib.suppress(psutil.Error, OSError):
@@ -152,7 +154,7 @@ def judges_modes() -> list[str]:
     return modes
 
 
-def test_without_bubblewrap_verifiers_are_confined_and_this_is_said_once(no_walls, caplog):
+def test_without_bubblewrap_verifiers_are_confined_and_this_is_said_once(no_isolation, caplog):
     with RewardPool.open(RewardConfig(reward_workers=2), domains={"math", "reasoning_gym"}) as pool:
         assert pool.submit(problem("math", answer="1/2"), r"\boxed{0.5}").result().status == "correct"
         entry = {"question": "1 + 2 =", "answer": "3", "metadata": {}}
@@ -160,16 +162,16 @@ def test_without_bubblewrap_verifiers_are_confined_and_this_is_said_once(no_wall
         assert pool.submit(asked, r"\boxed{3}").result().status == "correct"
         # the one that has not been asked yet may still be starting
         deadline = time.monotonic() + 60
-        while not (modes := judges_modes()) or not all("Seccomp:\t2" in mode for mode in modes):
+        while not (modes := verifier_modes()) or not all("Seccomp:\t2" in mode for mode in modes):
             assert time.monotonic() < deadline, modes
             time.sleep(0.05)
-    with RewardPool.open(RewardConfig(reward_workers=2), domains={"math"}, speaks=False):
+    with RewardPool.open(RewardConfig(reward_workers=2), domains={"math"}, warns=False):
         pass
-    said = [record.message for record in caplog.records if "no walls around verifiers" in record.message]
+    said = [record.message for record in caplog.records if "no isolation for verifiers" in record.message]
     assert len(said) == 1 and "bwrap is not installed" in said[0]
 
 
-def test_without_bubblewrap_scorers_that_evaluate_are_refused(no_walls):
+def test_without_bubblewrap_scorers_that_evaluate_are_refused(no_isolation):
     with RewardPool.open(RewardConfig(), domains={"reasoning_gym"}) as pool:
         asked = problem("reasoning_gym", dataset="of_a_later_version", entry={"metadata": {}})
         with pytest.raises(RewardError, match=r"of_a_later_version evaluates .* bwrap is not installed"):
@@ -177,7 +179,7 @@ def test_without_bubblewrap_scorers_that_evaluate_are_refused(no_walls):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "message",
     [
         {},
         {"result": None},
@@ -190,8 +192,8 @@ def test_without_bubblewrap_scorers_that_evaluate_are_refused(no_walls):
         {"result": {"score": 1.0}},
     ],
 )
-def test_what_comes_from_inside_and_is_no_verdict_is_a_failure_of_the_verifier(words: dict):
-    result = _result(words, 1.0)
+def test_an_isolated_workers_message_without_a_result_is_a_verifier_error(message: dict):
+    result = _result(message, 1.0)
     assert (result.score, result.status) == (0.0, "verifier_error")
 
 
@@ -199,7 +201,7 @@ def _workers() -> list[psutil.Process]:
     return [p for p in own_processes() if "reward.worker" in " ".join(p.cmdline())]
 
 
-@pytest.mark.parametrize("which", ["keeper", "judge"])
+@pytest.mark.parametrize("which", ["supervisor", "verifier"])
 def test_a_stopped_idle_worker_costs_a_job_seconds_whatever_the_time_limit(
     which: str, plugin: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -207,15 +209,15 @@ def test_a_stopped_idle_worker_costs_a_job_seconds_whatever_the_time_limit(
     config = RewardConfig(reward_functions=(f"right={plugin}:right",), reward_workers=1, reward_timeout=600.0)
     with RewardPool.open(config) as pool:
         pool.submit(problem("right"), "x").result()
-        judge = int(pool.submit(problem("right"), "x").result().detail.split()[0])
-        keeper = psutil.Process(judge).ppid()
-        os.kill(judge if which == "judge" else keeper, signal.SIGSTOP)
+        verifier = int(pool.submit(problem("right"), "x").result().detail.split()[0])
+        supervisor = psutil.Process(verifier).ppid()
+        os.kill(verifier if which == "verifier" else supervisor, signal.SIGSTOP)
         # a worker may take two minutes to load, which is how long this took
         assert pool.submit(problem("right"), "x").result(90.0).score == 1.0
         assert pool.num_replaced == 0
 
 
-def test_a_worker_is_replaced_after_its_share_and_no_verdict_is_lost(plugin: str):
+def test_a_worker_is_replaced_after_its_share_and_no_result_is_lost(plugin: str):
     functions = (f"right={plugin}:right",)
     config = RewardConfig(reward_functions=functions, reward_workers=1, reward_worker_judgements=3)
     with RewardPool.open(config, domains={"math"}) as pool:

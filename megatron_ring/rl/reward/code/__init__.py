@@ -1,1 +1,1 @@
-"""Code: a problem's forms, the block that is the solution, programs, comparison; ``inside`` runs in the sandbox."""
+"""The verifier of code problems. The files in ``inside`` run in the sandbox."""

@@ -1,16 +1,16 @@
-"""Which part of a response is the program: pure functions on text.
+"""Find the program in a response: pure functions on text.
 
-Fences are CommonMark's (``` or ~~~, at any depth of a list), and two that people write besides: behind text with the
-language's name (``So:```python``), and the closing one behind the program's last line. One that is never closed runs
-to the end of the text: a program that was cut off fails its tests by itself. Among the blocks of the answer part
-(after the last ``</think>``):
+Fences are those of CommonMark (``` or ~~~, at any depth of a list), and two more that people write: an opening fence with
+the language's name after text on its line (``So:```python``), and a closing fence after the program's last line. A block
+that is never closed ends with the text; a program that was cut off then fails its tests. The solution is chosen among the
+blocks of the answer part (after the last ``</think>``):
 
-1. blocks marked with the problem's language; without one, blocks that are marked with nothing;
-2. of these, such as can be the solution: they define the names that are asked for, or, for a whole program, print
-   (Python) or have a main (C++, Java); a Python session (``>>>``) never is. Where no block can, all count;
-3. the last one: people correct themselves.
+1. blocks tagged with the problem's language; if there is none, blocks without a tag;
+2. of these, blocks that can be the solution: they define the required names or, for a whole program, print (Python) or
+   have a main (C++, Java). A Python session (``>>>``) never can. If no block can, all of them stay;
+3. the last of these: people correct themselves.
 
-Blocks marked as something else (output, text, bash, another language) are never taken.
+Blocks with another tag (output, text, bash, another language) are never taken.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TAGS = {
     "cpp": {"cpp", "c++", "cxx", "cc", "c", "cplusplus", "hpp", "h++", "g++"},
     "java": {"java", "openjdk", "jdk"},
 }
-"""Words behind the opening fence, in lower case and without a version, that mean a language."""
+"""Tags of a language: the word after the opening fence, in lower case and without a version."""
 
 _OPENING = re.compile(
     r"^(?P<indent>[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+|>[ \t]?)*)(?P<fence>`{3,}|~{3,})(?P<info>.*)$"
@@ -52,7 +52,7 @@ class Block:
 
 
 def code_blocks(text: str, deepest: int = _DEEPEST) -> list[Block]:
-    """The fenced blocks of ``text`` in their order; a markdown block counts as the blocks inside it, ``deepest`` deep.
+    """The fenced blocks of ``text`` in order. A markdown block is replaced by the blocks in it, ``deepest`` levels deep.
 
     Example: ``code_blocks("1. So:\\n   ```py\\n   print(1)\\n   ```") == [Block(tag="py", source="print(1)\\n")]``.
     """
@@ -110,7 +110,7 @@ def _is_of(tag: str, tags: Collection[str]) -> bool:
 
 
 def solution_block(text: str, language: str, names: Collection[str] = ()) -> str | None:
-    """The source of the block that is the solution by the rules above; None without one.
+    """The source of the block that is the solution by the rules above; None if there is none.
 
     Example: ``solution_block("```python\\ndef f(): ...\\n```\\n```\\n>>> f()\\n```", "python") == "def f(): ...\\n"``.
     """
@@ -133,11 +133,11 @@ def _can_be_solution(source: str, language: str, names: Collection[str]) -> bool
 
 
 def _gives(source: str, name: str) -> bool:
-    """Whether ``source`` defines, binds or imports ``name``, as far as its words tell."""
+    """Does ``source`` seem to define, bind or import ``name``? It is not parsed: it may not be valid Python."""
     name = re.escape(name)
     bound = rf"^[ \t]*+(?:async\s+)?(?:def|class)\s+{name}\b|^{name}\s*[:=]"
     if re.search(bound, source, re.MULTILINE):
         return True
-    # by line, and from the first import on: a pattern would look for the name anew behind each
+    # line by line, after the first import: one pattern would search for the name again after every import
     imports = (re.search(r"\bimport\b", line) for line in source.splitlines() if "import" in line)
     return any(word and re.search(rf"\b{name}\b", word.string[word.end() :]) for word in imports)

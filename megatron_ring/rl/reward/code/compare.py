@@ -1,17 +1,20 @@
-"""Whether what a program gave is what was expected: texts word by word, values deeply, numbers as decimals.
+"""Compare a program's output with the expected output: text word by word, values recursively, numbers as decimals.
 
-Numbers, wherever one is expected:
+The rules for numbers:
 
-- a whole expected number, however long, must be given exactly (``3.0`` for ``3`` is);
-- any other may differ by 1e-6 of its size; where six or more digits stand behind its point, by half of the last
-  (``0.000000`` takes ``4e-7``); and where six or more stand behind the given number's, by half of that last one and
-  1e-3 of its size (``0.083333`` for ``0.0833333333``). 0.0 takes what is below 1e-9. So 0 never equals a number that is
-  not 0;
-- two whole numbers below 2**53 are equal or not, also where they are written with a point.
+- An expected integer, however long, must be met exactly (``3.0`` for ``3`` is exact).
+- An expected zero accepts absolute values below 1e-9 or, if it is written with six or more decimal places, below half a
+  unit of the last (``4e-7`` for ``0.000000``). No other expected number accepts 0.
+- For any other expected number there are three tolerances; one of them must hold. The difference is at most 1e-6 of the
+  expected number. If the expected number has six or more decimal places, the difference is at most half a unit of the
+  last. If the given number has six or more decimal places, the difference is at most half a unit of its last and at most
+  1e-3 of the expected number (``0.083333`` for ``0.0833333333``).
+- Two integers below 2**53 must be equal, also if they are written with a point.
 
-In text a word is a number only if it is written with ASCII digits, and is compared as one only if it or the expected
-word has a point or an exponent: ``007`` is not ``7``. Everything else, upper and lower case, nan and inf included,
-is compared as it stands. Blanks between words and at line ends do not count, nor do blank lines at the end.
+In text, a word is a number only if it is written with ASCII digits, and it is compared as a number only if it or the
+expected word has a point or an exponent: ``007`` is not ``7``. Everything else is compared as it is written (case, nan and
+inf included). The amount of white space between words does not count, nor does white space at line ends or blank lines
+at the end.
 """
 
 from __future__ import annotations
@@ -30,12 +33,15 @@ _PLACES = 6
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _SHORT = 4000
-"""Digits of an integer that Python itself reads in any setting."""
+"""Digits of an integer that Python parses whatever its limit is set to."""
 _ROUGH = Context(prec=30, rounding=ROUND_HALF_EVEN, Emax=999999, Emin=-999999, traps=[])
 
 
 def same_output(output: str, expected: str) -> bool:
-    """Equal line by line and word by word. Example: ``same_output("0.3333333 \\n\\n", "0.33333333\\n")``."""
+    """Are two outputs equal, line by line and word by word?
+
+    Example: ``same_output("0.3333333 \\n\\n", "0.33333333\\n")`` is True.
+    """
     lines, wanted_lines = output.rstrip().split("\n"), expected.rstrip().split("\n")
     return len(lines) == len(wanted_lines) and all(
         _same_words(line.split(), wanted.split()) for line, wanted in zip(lines, wanted_lines, strict=True)
@@ -43,9 +49,9 @@ def same_output(output: str, expected: str) -> bool:
 
 
 def same_value(value: Any, expected: Any) -> bool:
-    """Equality of JSON values. True is not 1, a list and a tuple are alike, keys of mappings are text.
+    """Are two JSON values equal? True is not 1, a tuple equals a list, and keys of mappings are compared as text.
 
-    Example: ``same_value((1, 0.30000000000000004), [1, 0.3]) and not same_value(True, 1)``.
+    Example: ``same_value((1, 0.30000000000000004), [1, 0.3])`` is True, ``same_value(True, 1)`` is False.
     """
     if isinstance(expected, Mapping):
         return (
@@ -70,12 +76,12 @@ def same_value(value: Any, expected: Any) -> bool:
 
 
 def read_json(text: str) -> Any:
-    """JSON whose integers may have any number of digits; the long ones are read as Decimal, exactly."""
+    """Parse JSON whose integers may have any number of digits; long ones become Decimal, without loss."""
     return json.loads(text, parse_int=lambda word: int(word) if len(word) < _SHORT else Decimal(word))
 
 
 def write_json(value: Any) -> str:
-    """The JSON of what :func:`read_json` reads, or of Python's own integers of any length."""
+    """The JSON text of a value of :func:`read_json`, or of one with Python integers of any length."""
     try:
         return json.dumps(value)
     except (TypeError, ValueError):
@@ -91,9 +97,9 @@ def write_json(value: Any) -> str:
 
 
 def same_number(value: Decimal, expected: Decimal) -> bool:
-    """By the rule above; a number's written digits are its exponent's.
+    """Are two numbers equal by the rules above? The decimal places of a Decimal are those that were written.
 
-    Example: ``same_number(Decimal("1e-05"), Decimal("0.00001"))``.
+    Example: ``same_number(Decimal("1e-05"), Decimal("0.00001"))`` is True.
     """
     if value == expected:
         return True
@@ -111,7 +117,7 @@ def same_number(value: Decimal, expected: Decimal) -> bool:
 
 
 def _half_digit(number: Decimal) -> Decimal:
-    """Half of the last digit that is written behind the point; 0 where they are too few to mean a rounding."""
+    """Half a unit of the last decimal place; 0 if there are fewer than ``_PLACES``, which are not taken as rounded."""
     places = -int(number.as_tuple().exponent)
     return Decimal(5).scaleb(-places - 1, _ROUGH) if places >= _PLACES else Decimal(0)
 

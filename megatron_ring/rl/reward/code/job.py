@@ -1,4 +1,4 @@
-"""What a code problem's reference may be, its own form and those of public data, read into one.
+"""Read a code problem's reference, in our own form or in that of a public data set, into one :class:`CodeJob`.
 
 | form | keys | read as |
 |---|---|---|
@@ -9,12 +9,12 @@
 | HumanEval | ``test``, ``entry_point``, and ``prompt`` for the helpers it defines | unit_test |
 | MBPP | ``test_list``, ``test_setup_code``, ``test_imports`` | unit_test, one for each |
 
-Each of these may be JSON text. Lines of a list (APPS) are joined to one text; function arguments are a list, or one
-JSON value to a line, beside which the expected value is JSON as well. Where every ``outputs`` of a function is
-a list of one, as APPS and TACO write it, the one counts as well.
+Each of these may be JSON text. A list of lines (APPS) is joined to one text. Function arguments are a list, or text with
+one JSON value per line; then the expected value is JSON text as well. If every entry of ``outputs`` of a function is a
+list of one item, as in APPS and TACO, the item alone is accepted too.
 
-``time_limit`` (CPU seconds of one test) and ``memory_limit_mb`` take the place of sandbox_timeout and
-sandbox_memory_mb, from 1 s and 128 MB up to 4 times the setting.
+``time_limit`` (CPU seconds of one test) and ``memory_limit_mb`` replace sandbox_timeout and sandbox_memory_mb, clipped to
+at least 1 s and 128 MB and at most 4 times the setting.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _CODE_KEYS_WORDS = (
     "test_list test_setup_code test_imports"
 )
 CODE_KEYS = frozenset(_CODE_KEYS_WORDS.split())
-"""Keys that make a reference, beside ``prompt``, which in a line of problems is the question."""
+"""Keys of a reference. ``prompt`` may be one too; in a line of problems it is the question."""
 _SAID_WORDS = (
     "task_id question_id canonical_solution challenge_test_list code difficulty source starter_code text "
     "answer source_file"
 )
 _SAID = frozenset(_SAID_WORDS.split())
-"""Keys of public data that say nothing to a judge; any other key is a mistake."""
+"""Keys of public data sets that a verifier does not need; any other key is a mistake."""
 _LANGUAGES = {
     "python": "python",
     "python3": "python",
@@ -58,7 +58,7 @@ _TEST_KEYS = frozenset({"input", "output", "testtype", "metadata"})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodeJob:
-    """A solution and what it has to pass.
+    """A solution and the tests that it has to pass.
 
     Example: ``CodeJob(language="python", mode="stdin", source="print(int(input()) + 1)",
     tests=({"input": "1\\n", "output": "2\\n"},))``.
@@ -69,20 +69,24 @@ class CodeJob:
     language: Language = "python"
     mode: Mode = "stdin"
     function: str = ""
-    """Name of the function (mode function), or what a ``check(candidate)`` is called with (unit_test)."""
+    """Name of the function (mode function), or of the argument of ``check(candidate)`` (unit_test)."""
     prompt: str = ""
-    """Python that stands before the solution, such as HumanEval's prompt; a unit test's helpers come from it."""
+    """Python that runs before the solution, such as HumanEval's prompt; a unit test takes its helpers from it."""
     time_limit: float | None = None
     memory_limit_mb: int | None = None
 
     @classmethod
     def of(cls, reference: Mapping[str, Any], source: str) -> CodeJob:
-        """The job of a code problem's ``reference``. Raises ValueError: why it cannot be judged."""
+        """The job of a code problem's ``reference``. Raises ValueError with the reason why it cannot be verified."""
         return checked(cls(source=source, **read_reference(reference)))
 
 
 def checked(job: CodeJob) -> CodeJob:
-    """``job`` with its tests as they are run. Raises ValueError for what cannot be judged, or is passed by nothing."""
+    """``job`` with its tests in the form in which they run.
+
+    Raises:
+        ValueError: it cannot be verified, or a program that does nothing would pass.
+    """
     if job.language != "python" and job.mode != "stdin":
         raise ValueError(f"mode={job.mode} is for python; {job.language} takes stdin")
     if not job.tests:
@@ -102,7 +106,7 @@ def checked(job: CodeJob) -> CodeJob:
 
 
 def check_reference(reference: Mapping[str, Any]) -> str | None:
-    """Why a code problem's ``reference`` cannot be judged, in one line; None if it can.
+    """Why a code problem's ``reference`` cannot be verified, in one line; None if it can.
 
     Example: ``check_reference({"tests": []}) == "a code problem without tests"``.
     """
@@ -114,7 +118,7 @@ def check_reference(reference: Mapping[str, Any]) -> str | None:
 
 
 def read_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
-    """The words of a :class:`CodeJob` but its source, from any of the forms. Raises ValueError."""
+    """The fields of a :class:`CodeJob` but its source, from any of the forms. Raises ValueError."""
     unknown = sorted(set(reference) - CODE_KEYS - _SAID - {"prompt"})
     if unknown:
         raise ValueError(
@@ -125,7 +129,7 @@ def read_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{' and '.join(forms)} both hold tests; leave one")
     if not forms:
         raise ValueError("a code problem without tests")
-    words = _settings(reference)
+    settings = _settings(reference)
     if forms[0] == "test":
         tests, mode, function = [reference["test"]], "unit_test", _text(reference, "entry_point")
     elif forms[0] == "test_list":
@@ -134,13 +138,13 @@ def read_reference(reference: Mapping[str, Any]) -> dict[str, Any]:
         tests, mode, function = _tests(reference[forms[0]], reference)
     entry = _text(reference, "function") or _text(reference, "entry_point") or function
     mode = _one_mode(reference, mode, entry)
-    return {**words, "tests": tuple(tests), "mode": mode, "function": entry}
+    return {**settings, "tests": tuple(tests), "mode": mode, "function": entry}
 
 
 def _settings(reference: Mapping[str, Any]) -> dict[str, Any]:
     language = reference.get("language", "python")
     if not isinstance(language, str) or language.lower() not in _LANGUAGES:
-        raise ValueError(f"language={language} cannot be judged; python, cpp and java can")
+        raise ValueError(f"language={language} cannot be verified; python, cpp and java can")
     found: dict[str, Any] = {"language": _LANGUAGES[language.lower()]}
     if _text(reference, "entry_point"):
         found["prompt"] = _text(reference, "prompt")
@@ -165,7 +169,7 @@ def _text(reference: Mapping[str, Any], key: str) -> str:
 def _one_mode(reference: Mapping[str, Any], found: str, entry: str) -> Mode:
     mode = reference.get("mode")
     if mode is not None and mode not in _MODES:
-        raise ValueError(f"mode={mode} cannot be judged; {', '.join(_MODES)} can")
+        raise ValueError(f"mode={mode} cannot be verified; {', '.join(_MODES)} can")
     if mode is not None and found and mode != found:
         raise ValueError(f"mode={mode}, but its tests are of mode {found}")
     mode = mode or found or "stdin"
@@ -188,7 +192,7 @@ def _mbpp(reference: Mapping[str, Any]) -> list[str]:
 
 
 def _tests(tests: Any, reference: Mapping[str, Any]) -> tuple[list[Any], str, str]:
-    """Tests, the mode that their form says ("" if none), and the function that they name ("" if none)."""
+    """Tests, the mode that their form implies ("" if none), and the function that they name ("" if none)."""
     if isinstance(tests, str):
         if reference.get("mode") == "unit_test":
             return [tests], "unit_test", ""
@@ -266,7 +270,7 @@ def _check_stdin(number: int, test: Any, entry: str) -> Any:
 
 
 def _check_function(number: int, test: Any, entry: str) -> Any:
-    """Arguments as JSON lines for the sandbox to read, the expected value as a value."""
+    """The test with its arguments as JSON lines, which the sandbox reads, and the expected value parsed."""
     if isinstance(test, Mapping) and "lines" in test:
         return test
     given, wanted = _fields(number, test)["input"], test["output"]

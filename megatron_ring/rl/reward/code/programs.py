@@ -1,4 +1,4 @@
-"""From a solution's source to a program for the sandbox: Python as it is, C++ and Java compiled, inside too."""
+"""Build a program for the sandbox from a solution's source. C++ and Java are compiled in the sandbox, too."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ COMPILE = Limits(
     tmp_bytes=256 << 20,
     processes=64,
 )
-"""A compiled program leaves the sandbox as its standard output."""
+"""Limits of a compiler. The compiled program is its standard output."""
 
-# the assembler and the linker are found beside the compiler; messages go to stderr, the program to stdout
+# compiler messages go to stderr, the compiled program to stdout
 _CXX = "{cxx} -std=c++20 -O2 -pipe -DONLINE_JUDGE -o /tmp/program /code/main.cpp 1>&2 && cat /tmp/program"
 _CXX_RUN = "ulimit -S -s {stack_kb} && exec /code/program"
 _JAVAC = (
@@ -33,46 +33,46 @@ _JAVAC = (
     "&& {python} -I -S /code/pack.py /tmp/out /tmp/program.jar {name} 1>&2 && cat /tmp/program.jar"
 )
 _JVM_MB = 160
-"""What a JVM with little to do uses beside its heap, stacks included."""
-# comments, texts and characters: what looks like code inside them is none; one that is not closed ends somewhere too,
-# or every quotation mark would look for its end anew
+"""Memory that an idle JVM uses beside its heap, stacks included."""
+# comments, string and character literals, which may contain text that looks like code; an unclosed one ends as well, or
+# the search would start again at every quotation mark
 _JAVA_QUOTED = re.compile(
     r'//[^\n]*|/\*.*?(?:\*/|\Z)|"""(?:\\.|[^\\])*?(?:"""|\\?\Z)|"(?:\\.|[^"\\\n])*+"?|\'(?:\\.|[^\'\\\n])*+\'?',
     re.DOTALL,
 )
 _JAVA_WORD = re.compile(r"[^\W\d][\w$]*+|[{}();]")
 _JAVA_KINDS = frozenset({"class", "interface", "enum", "record"})
-_FILES = (
-    "harness_values",
-    "harness_solution",
-    "harness_remote",
-    "harness_link",
-    "harness_tester",
+_UNIT_TEST_FILES = (
+    "harness_wire",
+    "harness_server",
+    "harness_proxies",
+    "harness_client",
+    "harness_test",
     "harness_pytest",
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Built:
-    """A program that is ready to run, and the limits its language needs."""
+    """A program that is ready to run, and its limits, adapted to the language."""
 
     program: Program
     limits: Limits
 
 
 def check_language(language: str, mode: str) -> None:
-    """Raise RewardError for a language or mode that does not exist here."""
+    """Raises RewardError for a language or mode that is not supported."""
     if mode not in (("stdin", "function", "unit_test") if language == "python" else ("stdin",)) or (
         language not in ("python", "cpp", "java")
     ):
         raise RewardError(
-            f"code of language={language}, mode={mode} cannot be judged; python takes stdin, function and unit_test, "
+            f"code of language={language}, mode={mode} cannot be verified; python takes stdin, function and unit_test, "
             "cpp and java take stdin"
         )
 
 
 def build(sandbox: Sandbox, job: CodeJob, limits: Limits) -> Built | RewardResult:
-    """``Built``, or the RewardResult of a source that is too long or does not compile."""
+    """The program, or the RewardResult of a source that is too long or does not compile."""
     if len(job.source) > MAX_SOURCE_BYTES:
         return _compile_error(
             f"a source of {len(job.source)} characters; at most {MAX_SOURCE_BYTES} are taken"
@@ -83,8 +83,8 @@ def build(sandbox: Sandbox, job: CodeJob, limits: Limits) -> Built | RewardResul
     if job.prompt and job.mode != "stdin":
         files["/code/prompt.py"] = job.prompt.encode(errors="surrogateescape")
     if job.mode == "unit_test":
-        files |= {f"/code/{name}.py": _inside(name).encode() for name in _FILES}
-        # the test has a process of its own
+        files |= {f"/code/{name}.py": _inside(name).encode() for name in _UNIT_TEST_FILES}
+        # the test runs in a process of its own
         limits = dataclasses.replace(limits, processes=limits.processes + 1)
     return Built(program=sandbox.python(_inside("python_harness"), job.mode, files=files), limits=limits)
 
@@ -94,7 +94,7 @@ def _build_cpp(sandbox: Sandbox, source: str, limits: Limits) -> Built | RewardR
     binary = _compile(sandbox, _CXX.format(cxx=cxx), {"/code/main.cpp": source}, COMPILE)
     if isinstance(binary, RewardResult):
         return binary
-    # deep recursion takes half of the memory at most
+    # the stack may take half of the memory
     script = _CXX_RUN.format(stack_kb=limits.memory_mb << 9)
     argv = (find_tool("sh", "C++ solutions", "install a POSIX shell"), "-c", script)
     return Built(program=Program(argv=argv, files={"/code/program": binary}), limits=limits)
@@ -129,7 +129,7 @@ def _build_java(sandbox: Sandbox, source: str, limits: Limits) -> Built | Reward
 
 
 def java_file_name(source: str) -> str:
-    """The name that javac wants of the file: that of the public outermost type, or Main.
+    """The file name that javac requires: that of the public top-level type, or Main.
 
     Example: ``java_file_name("// class A\nfinal class B { public class C {} } public record D() {}") == "D"``.
     """
@@ -145,7 +145,7 @@ def java_file_name(source: str) -> str:
         elif depth == 0 and before in _JAVA_KINDS and is_public and word != ";":
             return word
         if depth == 0:
-            # what modifies a type stands between the end of the one before and its name
+            # modifiers of a type are between the end of the previous type and its own name
             is_public = word == "public" or (is_public and word not in "};")
         before = word
     return "Main"
@@ -169,5 +169,5 @@ def _compile_error(detail: str) -> RewardResult:
 
 @functools.cache
 def _inside(name: str) -> str:
-    """The source of what runs in the sandbox."""
+    """The source of a file of ``inside``."""
     return (Path(__file__).parent / "inside" / f"{name}.py").read_text(encoding="utf-8")

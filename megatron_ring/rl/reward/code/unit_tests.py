@@ -1,9 +1,9 @@
-"""What a unit test asks of the solution, read from its source; nothing is run.
+"""Read from a unit test's source which names of the solution it uses; nothing is run.
 
-The test is run in a process of its own, where the solution's names stand for what lives in another (see
-``harness_tester``). Which names those are is decided here, so that a solution cannot put itself in the place of
-``len`` or ``abs``: names that Python or its standard library gives to the test are the solution's only where the test
-uses no other name of it, or imports it from ``solution``.
+The test runs in a process of its own, where the solution's names are proxies of objects in the solution's process (see
+``harness_test``). The names are chosen here, so that a solution cannot replace ``len`` or ``abs``: a name that Python or
+its standard library offers counts as the solution's only if the test imports it from ``solution``, or if it uses no other
+name of the solution.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _GIVEN = frozenset(
 )
 """Names that a test has without the solution; see ``python_harness.provided``."""
 _HELPERS = frozenset({"pytest"})
-"""Modules that stand in the sandbox beside the standard library: the part of pytest in ``harness_pytest``."""
+"""Modules in the sandbox beside the standard library: the part of pytest in ``harness_pytest``."""
 _RUNS_TEXT = frozenset({"pickle", "marshal", "shelve"})
 _ENTRY = re.compile(r"[A-Za-z_]\w*(\(\)\.[A-Za-z_]\w*)?")
 _PRINTING = re.compile(
@@ -34,7 +34,7 @@ _PRINTING = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnitTest:
-    """A test as it is run.
+    """What the harness has to know of a test.
 
     Example: for ``"assert add(1, 2) == 3"``: names ("add",), calls_check False.
     """
@@ -42,12 +42,12 @@ class UnitTest:
     names: tuple[str, ...]
     """Names of the solution that the test uses."""
     calls_check: bool
-    """It defines ``check(candidate)`` and leaves the call to its reader."""
+    """It defines ``check(candidate)`` without calling it: the harness calls it."""
 
 
 @functools.lru_cache(maxsize=256)
 def read_unit_test(source: str, entry: str = "") -> UnitTest:
-    """What ``source`` asks for; ``entry`` is what ``check`` is called with. Raises ValueError: why it is no test."""
+    """Read a test's source; ``entry`` is the argument of ``check``. Raises ValueError with the reason if it is no test."""
     try:
         tree = ast.parse(source)
         table = symtable.symtable(source, "test.py", "exec")
@@ -57,7 +57,7 @@ def read_unit_test(source: str, entry: str = "") -> UnitTest:
         raise ValueError(
             f"is for {entry!r}, which is neither a function's name nor of the form Solution().name"
         )
-    if not any(map(_tells, ast.walk(tree))):
+    if not any(map(_can_fail, ast.walk(tree))):
         raise ValueError("has no assertion: whatever it is given passes")
     if not _has_assertion(tree):
         raise ValueError(
@@ -86,7 +86,7 @@ def read_unit_test(source: str, entry: str = "") -> UnitTest:
 
 
 def _check_it_is_run(tree: ast.Module) -> None:
-    """Raise ValueError if every assertion stands where nothing gets to, or a test function needs what nobody gives."""
+    """Raises ValueError if no assertion is ever reached, or if a test function has a parameter that nothing fills."""
     used = {
         node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
     }
@@ -111,12 +111,12 @@ def _check_it_is_run(tree: ast.Module) -> None:
 
 
 def _has_assertion(tree: ast.AST) -> bool:
-    """Whether an assertion of ``tree`` can fail the test."""
-    return any(map(_tells, _heard(tree)))
+    """Can an assertion in ``tree`` fail the test?"""
+    return any(map(_can_fail, _reached(tree)))
 
 
-def _heard(tree: ast.AST) -> Iterator[ast.AST]:
-    """``tree`` and what is in it, but for the lines whose assertions the test itself catches and forgets."""
+def _reached(tree: ast.AST) -> Iterator[ast.AST]:
+    """``tree`` and all nodes in it, without the lines whose assertions can fail no test."""
     waiting = [tree]
     while waiting:
         node = waiting.pop()
@@ -126,7 +126,7 @@ def _heard(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def _silent(node: ast.AST) -> Sequence[ast.AST]:
-    """The lines of ``node`` whose assertions fail no test: never run, or caught there and at most printed."""
+    """The lines of ``node`` whose assertions can fail no test: never executed, or caught and at most printed."""
     if isinstance(node, ast.If | ast.While):
         return node.body if isinstance(node.test, ast.Constant) and not node.test.value else ()
     if isinstance(node, ast.With | ast.AsyncWith):
@@ -137,12 +137,12 @@ def _silent(node: ast.AST) -> Sequence[ast.AST]:
         # whatever is raised ends there
         return [*node.body, *node.handlers, *node.orelse]
     handler = next(filter(_takes_assertions, node.handlers), None)
-    return node.body if handler is not None and all(map(_goes_on, handler.body)) else ()
+    return node.body if handler is not None and all(map(_continues, handler.body)) else ()
 
 
-def _goes_on(line: ast.stmt) -> bool:
+def _continues(line: ast.stmt) -> bool:
     if isinstance(line, ast.If):
-        return all(map(_goes_on, [*line.body, *line.orelse]))
+        return all(map(_continues, [*line.body, *line.orelse]))
     if isinstance(line, ast.Expr):
         return isinstance(line.value, ast.Constant) or _PRINTING.fullmatch(_called(line.value)) is not None
     return isinstance(line, ast.Pass | ast.Continue | ast.Break | ast.Return | ast.Import | ast.ImportFrom)
@@ -154,7 +154,7 @@ def _takes_assertions(handler: ast.ExceptHandler) -> bool:
 
 
 def _suppresses(manager: ast.expr) -> bool:
-    """Whether it is contextlib.suppress, by whatever name, of assertions: what expects one is ``raises``."""
+    """Does a context manager catch assertions, like contextlib.suppress under any name? ``raises`` expects them."""
     return (
         isinstance(manager, ast.Call)
         and not _called(manager).lower().endswith(("raises", "raisesregex"))
@@ -170,7 +170,7 @@ def _called(node: ast.expr) -> str:
     return getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
 
 
-def _tells(node: ast.AST) -> bool:
+def _can_fail(node: ast.AST) -> bool:
     if isinstance(node, ast.Assert):
         always = isinstance(node.test, ast.Constant) and bool(node.test.value)
         # (x == 1, "why") is a pair, which is true

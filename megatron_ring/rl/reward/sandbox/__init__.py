@@ -1,1 +1,1 @@
-"""Programs that a model wrote run here: walls, a process that stands ready, limits, a watcher."""
+"""The sandbox for programs that a model wrote: isolation, resource limits, and a process that starts runs quickly."""

@@ -1,12 +1,12 @@
-"""A memory cgroup around each process that stands ready, where this process may make one.
+"""A memory cgroup around each zygote, if this process may make one.
 
-The group holds a zygote and all its runs, one at a time; its limit is set for each run. It counts what no process
-shows: pages of /tmp, shared memory that was given back, page tables, tables of the kernel. Moving a process costs up to
-a grace period of the kernel (10 ms), so a zygote is moved once, before its first run, and no run ever is.
+The group holds a zygote and its runs, one run at a time; its limit is set before each run. It counts memory that no
+process shows: pages of /tmp, shared memory that was unmapped, page tables, kernel tables. Moving a process takes up to a
+grace period of the kernel (10 ms), so only the zygote is moved, once, before its first run.
 
-Version 1: a group is made below this process's own, so it stays within that one's limit. Version 2 gives no memory
-controller to children of a group that holds processes, so it is made beside this process's own, below a parent that
-was delegated to us; nobody is moved out of the way for it. Everything else counts as "there is none".
+Version 1: the group is made below this process's own, so it stays within that one's limit. Version 2 gives no memory
+controller to children of a group that holds processes, so the group is made beside this process's own, below a parent
+that was delegated to us; no process is moved for that. In any other case there is no group.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from pathlib import Path
 from megatron_ring.rl.reward.sandbox.command import Limits, Program, identity
 
 ALLOWANCE_BYTES = 32 << 20
-"""What a run may hold beyond its memory, its /tmp and its files: the tables of 24 processes and of 8192 files (about
-a kilobyte each), and what the process that stands ready was charged for."""
+"""Allowance beyond a run's memory, its /tmp and its files: kernel tables of 24 processes and of 8192 files (about a
+kilobyte each), and the zygote's own memory."""
 REMOVE_SECONDS, SWEEP_SECONDS = 20.0, 1.0
 _LARGEST_PAGES = 4 << 20
-"""What is refused at a limit may be as large as two huge pages, and leave so much of the limit unused."""
+"""An allocation that fails at the limit may be two huge pages large, so usage may end this far below the limit."""
 _NAME = re.compile(r"ring-sandbox-(\d+)-(\d+)-(\d+)-\d+")
 _FAULTS = OSError, ValueError, IndexError
-"""The kernel's refusals, and files of other contents than the kernel's, as stand-ins for it have them."""
+"""Refusals of the kernel, and files with other contents, as kernels that only imitate Linux have them."""
 _numbers = itertools.count()
 
 
 @dataclass(kw_only=True, slots=True)
 class Group:
-    """One memory group; ``begin`` before each run, ``struck`` whether the kernel has killed in it since, for its limit.
+    """One memory cgroup: ``begin`` before each run; ``oom_killed`` tells whether the run reached the limit.
 
     Example: ``group = MemoryCgroup.find().make(); group.take(pid); group.begin(640 << 20)``.
     """
@@ -50,31 +50,31 @@ class Group:
 
     def __post_init__(self) -> None:
         if self.version == 1:
-            # a group above may have it off, and then who meets the limit waits for ever
+            # a parent group may have the OOM killer disabled: a process at the limit would wait for ever
             _write(self.path / "memory.oom_control", 0)
-        # a run is not to be slowed down and then saved by swap: the limit is that of both together
+        # no swap: it would slow a run down and let it exceed the limit
         if self.version == 2 and (self.path / "memory.swap.max").exists():
             _write(self.path / "memory.swap.max", 0)
         elif self.version == 1 and not (self.path / "memory.memsw.limit_in_bytes").exists():
             _write(self.path / "memory.swappiness", 0)
-        # version 1 has a memory.failcnt, which stays 0 on some kernels; the most that was held tells as much
+        # memory.failcnt of version 1 stays 0 on some kernels; the maximum usage serves instead
         flags = {"memory.oom_control": os.O_RDONLY, "memory.max_usage_in_bytes": os.O_RDWR}
         for name, flag in (flags if self.version == 1 else {"memory.events": os.O_RDONLY}).items():
             self._fds.append(os.open(self.path / name, flag | os.O_CLOEXEC))
 
     def take(self, pid: int) -> None:
-        """Move a process in, and see that it is. Raises OSError."""
+        """Move a process into the group, and check that it is there. Raises OSError."""
         _write(self.path / "cgroup.procs", pid)
         if str(pid) not in (self.path / "cgroup.procs").read_text().split():
             raise OSError(f"{self.path} does not take processes")
 
     def begin(self, limit: int) -> None:
-        """Bound what it holds from now on. Raises OSError, also where that cannot be had."""
+        """Set the limit for the next run. Raises OSError, also if the kernel does not keep it."""
         if limit != self._limit:
             names = ["memory.max"]
             if self.version == 1:
                 names = ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes"]
-                # the second is never below the first
+                # the second limit must never be below the first
                 names = names if limit < (self._limit or 1 << 62) else names[::-1]
             for name in names:
                 if (self.path / name).exists():
@@ -86,15 +86,15 @@ class Group:
             os.pwrite(self._fds[1], b"0", 0)
         self._before = (self._counts()[0], 0) if self.version == 1 else self._counts()
 
-    def struck(self) -> bool:
-        """Whether something in it was killed since ``begin`` because its limit was reached.
+    def oom_killed(self) -> bool:
+        """Has the kernel killed a process in the group since ``begin`` because the group's limit was reached?
 
-        A kill for want of memory elsewhere, on the machine or in a group above, is not the run's.
+        A kill because the machine or a parent group is out of memory does not count.
         """
         return all(now > before for now, before in zip(self._counts(), self._before, strict=True))
 
     def remove(self) -> None:
-        """Remove it once its last process is gone, which the caller has ended."""
+        """Remove the group as soon as its last process, which the caller has killed, is gone."""
         while self._fds:
             os.close(self._fds.pop())
         deadline = time.monotonic() + REMOVE_SECONDS
@@ -102,7 +102,7 @@ class Group:
             time.sleep(0.001)
 
     def _counts(self) -> tuple[int, int]:
-        """How many were killed in it, and how often its limit was met (in version 1: whether)."""
+        """How many processes were killed in it, and how often its limit was reached (version 1: 0 or 1)."""
         texts = [os.pread(fd, 4096, 0) for fd in self._fds]
         killed = int(texts[0].partition(b"oom_kill ")[2].split()[0])
         if self.version == 1:
@@ -113,7 +113,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryCgroup:
-    """Where groups are made.
+    """A place where groups can be made.
 
     Example: ``MemoryCgroup(version=1, parent=Path("/sys/fs/cgroup/memory/job_7"))``.
     """
@@ -123,7 +123,7 @@ class MemoryCgroup:
 
     @classmethod
     def find(cls) -> MemoryCgroup | None:
-        """A place where one was just made, limited, entered and removed; None where there is none."""
+        """A place where making, limiting, entering and removing a group has just worked; None if there is none."""
         for place in _places_here():
             with contextlib.suppress(*_FAULTS):
                 place.sweep()
@@ -132,7 +132,7 @@ class MemoryCgroup:
         return None
 
     def make(self) -> Group:
-        """A group of this process's. Raises OSError."""
+        """A new group that belongs to this process. Raises OSError."""
         pid = os.getpid()
         words = (os.stat("/proc/self/ns/pid").st_ino, pid, _started(pid), next(_numbers))
         path = self.parent / "-".join(["ring-sandbox", *map(str, words)])
@@ -144,7 +144,7 @@ class MemoryCgroup:
             raise
 
     def sweep(self) -> bool:
-        """Remove what owners left that were killed: groups of processes that are no more. False if one is not empty."""
+        """Remove groups whose owner has ended. False if one of them is not empty."""
         own = str(os.stat("/proc/self/ns/pid").st_ino)
         names = [
             parts for parts in map(_NAME.fullmatch, os.listdir(self.parent)) if parts and parts[1] == own
@@ -165,14 +165,14 @@ class MemoryCgroup:
 
 
 def bytes_for(program: Program, limits: Limits) -> int:
-    """The limit of the group for one run: its memory, its /tmp, its files, and an allowance."""
-    # whole megabytes, so that runs that are alike have the same limit, and none is written
+    """The group's limit for one run: its memory, its /tmp, its files, and an allowance."""
+    # in whole megabytes: similar runs have the same limit, which then is not written again
     files_mb = -(-sum(map(len, program.files.values())) >> 20)
     return (limits.memory_mb + files_mb << 20) + limits.tmp_bytes + ALLOWANCE_BYTES
 
 
 def sweep() -> None:
-    """Remove the groups of sandboxes whose owners were just killed, as soon as their processes are gone."""
+    """Remove groups of sandboxes whose owners were just killed, as soon as their processes are gone."""
     deadline = time.monotonic() + SWEEP_SECONDS
     for place in _places_here():
         with contextlib.suppress(*_FAULTS):
@@ -182,7 +182,7 @@ def sweep() -> None:
 
 def _places_here() -> list[MemoryCgroup]:
     with contextlib.suppress(*_FAULTS):
-        # 2: the machine stops where a group meets its limit
+        # 2: the kernel panics when a group reaches its limit
         if Path("/proc/sys/vm/panic_on_oom").read_text().strip() == "2":
             return []
         return list(_places(*(Path("/proc/self", name).read_text() for name in ("cgroup", "mountinfo"))))
@@ -190,7 +190,7 @@ def _places_here() -> list[MemoryCgroup]:
 
 
 def _places(groups: str, mounts: str) -> Iterator[MemoryCgroup]:
-    """Where it may be tried, from this process's lines of /proc/self/cgroup and of mountinfo."""
+    """Places to try, from the contents of /proc/self/cgroup and /proc/self/mountinfo."""
     for line in mounts.splitlines():
         before, _, after = line.partition(" - ")
         root, point = (_unescaped(word) for word in before.split()[3:5])
@@ -202,7 +202,7 @@ def _places(groups: str, mounts: str) -> Iterator[MemoryCgroup]:
             _, controllers, path = group.split(":", 2)
             if (version == 1 and "memory" not in controllers.split(",")) or (version == 2 and controllers):
                 continue
-            # a mount may show a part of the tree only
+            # a mount may show only a part of the tree
             if ".." in path.split("/") or not f"{path}/".startswith(f"{root.rstrip('/')}/"):
                 continue
             own = Path(point, os.path.relpath(path, root))
@@ -213,15 +213,15 @@ def _places(groups: str, mounts: str) -> Iterator[MemoryCgroup]:
 
 
 def _nested(own: Path) -> bool:
-    """Whether groups below ``own`` stay within its limit."""
+    """Do groups below ``own`` stay within its limit?"""
     flag = own / "memory.use_hierarchy"
     return own.is_dir() and (not flag.exists() or flag.read_text().strip() == "1")
 
 
 def _delegated(parent: Path) -> bool:
-    """Whether the groups in ``parent`` are ours to make, and have memory to be limited.
+    """May this process make groups in ``parent``, and do they have a memory controller?
 
-    Root may write everywhere, but what systemd has not delegated is systemd's.
+    Root may write everywhere, but only groups that systemd has delegated are not systemd's.
     """
     try:
         shared = (parent / "cgroup.subtree_control").read_text().split()
@@ -251,7 +251,7 @@ def _removed(path: Path) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """When a process began, in ticks since the machine did; None if there is none, or it only waits to be buried."""
+    """Start time of a process in ticks since boot; None if there is none, or it is a zombie."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             words = file.read().rpartition(b")")[2].split()

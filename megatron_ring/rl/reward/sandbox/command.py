@@ -1,12 +1,13 @@
-"""The walls of the sandbox as data: bubblewrap's command line, limits, a seccomp filter, a uid of no one.
+"""The sandbox's isolation as data: bubblewrap's command line, resource limits, a seccomp filter, an unprivileged uid.
 
-bubblewrap builds the outer walls once, around a process that stands ready (``zygote.py``); that one builds
-the inner walls anew for every run. Each part closes a hole that the others leave:
-- bwrap never starts as root: root's /proc/sys is writable inside, and RLIMIT_NPROC does not bind root;
-- ``/`` and ``/dev`` are remounted read-only, or code fills their memory-backed file systems;
-- /dev has no zero: a shared mapping of it is memory that no process's RSS shows;
-- memory that RSS does not show cannot be made, or is bounded by a count: see ``seccomp_program``;
-- clone3 hides its flags from a filter, so it does not exist inside, and libc falls back to clone.
+bubblewrap isolates the zygote once (``zygote.py``); the zygote isolates every run anew inside of that. Each part closes a
+hole that the others leave:
+
+- bwrap never starts as root: root's /proc/sys is writable inside, and RLIMIT_NPROC does not bind root.
+- ``/`` and ``/dev`` are remounted read-only, so that code cannot fill their memory-backed file systems.
+- There is no /dev/zero: a shared mapping of it is memory that no process's RSS shows.
+- Other memory that RSS does not show is denied, or bounded by a count: see ``seccomp_program``.
+- clone3 hides its flags from a filter, so it is missing inside, and libc falls back to clone.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from megatron_ring.errors import RewardError
 
 SETUP = "run tools/setup_sandbox.sh"
 FIRST_UID = 64000
-"""Root starts sandboxes as one of 1000 numeric uids from here on, chosen by process id."""
+"""First of 1000 numeric uids that root starts sandboxes under; which one depends on the process id."""
 
 CODE = "/code"
-"""The folder of a run's files; nothing else of it outlives the run or is there before it."""
+"""Folder of a run's files; made for each run."""
 WALL_FACTOR = 5.0
-"""Wall clock is bounded at this multiple of the CPU seconds: a busy machine is not the program's fault."""
+"""Limit of wall clock as a multiple of the limit of CPU seconds: a busy machine is not the program's fault."""
 RESERVED_MB = 8192
-"""Address space beyond its memory that a JVM reserves: classes, code cache, archive, stacks, arenas."""
+"""Address space that a JVM reserves beyond the memory it uses: classes, code cache, archive, stacks, arenas."""
 
 _FORBIDDEN = (
     "ptrace process_vm_readv process_vm_writev pidfd_getfd kcmp unshare setns mount umount2 pivot_root chroot "
@@ -42,7 +43,7 @@ _FORBIDDEN = (
     "socket bind connect listen accept accept4 setsockopt init_module finit_module delete_module kexec_load reboot "
     "swapon swapoff acct quotactl syslog shmget msgget semget"
 )
-# what holds memory of the kernel that no RSS shows: programs find these missing and do without
+# these hold kernel memory that no RSS shows; programs find them missing and do without
 _MISSING = (
     "clone3 memfd_create memfd_secret vmsplice splice tee mq_open io_setup inotify_init inotify_init1 "
     "fanotify_init landlock_create_ruleset seccomp modify_ldt remap_file_pages"
@@ -61,8 +62,8 @@ class Limits:
     """What one run in the sandbox may use.
 
     ``memory_mb`` bounds the memory of all its processes together (resident, swapped, page tables, and what their
-    descriptors can buffer). The address space of each is bounded by the same number; if ``address_space`` is False
-    (a JVM reserves more than it uses) by ``RESERVED_MB`` more. Files in /tmp count on their own, as ``tmp_bytes``.
+    descriptors can buffer). It also bounds the address space of each process; if ``address_space`` is False (a JVM reserves
+    more than it uses), that bound is ``RESERVED_MB`` higher. Files in /tmp are bounded by ``tmp_bytes`` instead.
 
     Example: ``Limits(seconds=5.0, memory_mb=512)``.
     """
@@ -73,8 +74,8 @@ class Limits:
     """Wall clock; None for ``WALL_FACTOR`` times ``seconds``."""
     memory_mb: int = 512
     output_bytes: int = 1 << 20
-    """Of standard output; the run is killed when it writes more. Of standard error, which decides nothing and is full
-    of what people print to find a mistake, 16 times as much."""
+    """Of standard output; the run is killed when it writes more. Standard error, which is full of debug output and does not
+    decide the result, may be 16 times as long."""
     file_bytes: int = 16 << 20
     tmp_bytes: int = 64 << 20
     tmp_inodes: int = 8192
@@ -85,15 +86,15 @@ class Limits:
 
     @property
     def wall(self) -> float:
-        """Seconds of wall clock after which the run is ended whatever it has used."""
+        """Seconds of wall clock after which the run is killed."""
         return WALL_FACTOR * self.seconds if self.wall_seconds is None else self.wall_seconds
 
     def rlimits(self) -> dict[str, tuple[int, int]]:
-        """Soft and hard limits of each process by their names in the resource module, RLIMIT_ left out."""
+        """Soft and hard limits of each process, by their names in the resource module without RLIMIT_."""
         cpu = math.ceil(self.seconds) + 1
         hard = {
             "FSIZE": self.file_bytes,
-            # the process that stands ready and the run's first one have the same uid
+            # the zygote and the run's init process have the same uid
             "NPROC": self.processes + 2,
             "NOFILE": 64,
             "CORE": 0,
@@ -108,9 +109,9 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Program:
-    """What to start inside: absolute command, and files (path below /code -> content) that exist only there.
+    """What to run: a command with an absolute path, and files (path below /code -> content) that exist only inside.
 
-    ``ready_python`` runs the script that ``argv`` names in the interpreter that stands ready, which saves its start.
+    With ``ready_python`` the script in ``argv`` runs in a fork of the zygote's interpreter, which saves starting one.
 
     Example: ``Program(argv=("/usr/bin/python3", "/code/solution.py"), files={"/code/solution.py": b"print(1)"})``.
     """
@@ -121,7 +122,7 @@ class Program:
 
 
 def find_tool(name: str, why: str, remedy: str = SETUP) -> str:
-    """Absolute, resolved path of a program under /usr, the only part of the system that exists inside."""
+    """Absolute, resolved path of a program below /usr, the only part of the system that is visible inside."""
     found = shutil.which(name, path="/usr/bin:/usr/local/bin:/bin")
     resolved = os.path.realpath(found) if found else ""
     if not resolved.startswith("/usr/"):
@@ -131,11 +132,11 @@ def find_tool(name: str, why: str, remedy: str = SETUP) -> str:
 
 
 def command(python: str, text_fd: int, words: Sequence[str]) -> list[str]:
-    """bwrap's argv: ``python`` runs the program ``text_fd`` as first process inside, with ``words``.
+    """bwrap's argv: ``python`` runs the zygote's source ``text_fd`` with ``words`` as the first process inside.
 
-    It keeps CAP_SYS_ADMIN (mounts) and CAP_SETPCAP, in its own user namespace; no run does. There is no
-    --die-with-parent: it would fire when the thread that started it ends, and bwrap killed before its child runs
-    leaves that child for ever. The program inside watches its owner instead.
+    The zygote keeps CAP_SYS_ADMIN (mounts) and CAP_SETPCAP in its own user namespace; no run has them. There is no
+    --die-with-parent: it fires when the thread that started bwrap ends, and if bwrap is killed before its child runs, the
+    child stays for ever. The zygote watches its owner instead.
     """
     devices = ("null", "full", "random", "urandom")
     return [
@@ -158,8 +159,16 @@ def command(python: str, text_fd: int, words: Sequence[str]) -> list[str]:
     ]
 
 
-def identity() -> dict:
-    """Keywords of Popen that take root away."""
+class Identity(TypedDict, total=False):
+    """Arguments of Popen that set whom a process runs as."""
+
+    user: int
+    group: int
+    extra_groups: list[int]
+
+
+def identity() -> Identity:
+    """Arguments of Popen that start a process as an unprivileged user if this one is root."""
     if os.geteuid() != 0:
         return {}
     uid = FIRST_UID + os.getpid() % 1000
@@ -168,8 +177,8 @@ def identity() -> dict:
 
 @contextlib.contextmanager
 def above_streams() -> Iterator[None]:
-    """No descriptor that is made meanwhile has the number of a standard stream that this process has closed: handed
-    to a child, the child's own stream would take its place."""
+    """Keep descriptors 0 to 2 occupied, also if this process has closed a standard stream: a descriptor made in this block
+    with such a number would be replaced by a stream of the child it is passed to."""
     held: list[int] = []
     try:
         while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -182,7 +191,7 @@ def above_streams() -> Iterator[None]:
 
 
 def open_data(content: bytes, name: str = "data") -> int:
-    """A sealed descriptor that reads ``content``: nothing is written to a disk."""
+    """A sealed descriptor from which ``content`` can be read; it is in memory, not on a disk."""
     import fcntl
 
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -196,12 +205,11 @@ def open_data(content: bytes, name: str = "data") -> int:
 
 @functools.cache
 def seccomp_program(final: bool = True) -> bytes:
-    """The filter in the kernel's form. Besides ways out it denies ways to hold memory that no RSS shows.
+    """The seccomp filter as BPF instructions: denies escapes, and calls that hold memory which no RSS shows.
 
-    ``final`` denies further filters, too.
-
-    Such are shared mappings that no file stands behind, huge pages, pages given to pipes, larger pipes, record locks,
-    extended attributes, queues and rings. What is left is bounded by the number of descriptors.
+    Such memory: shared mappings without a file, huge pages, pages given to pipes, larger pipes, record locks, extended
+    attributes, queues and rings. What remains is bounded by the number of descriptors. With ``final`` the filter denies
+    installing further filters, too.
     """
     try:
         import pyseccomp
@@ -210,12 +218,12 @@ def seccomp_program(final: bool = True) -> bytes:
             f"pyseccomp cannot be used ({error}), but the code sandbox needs it; {SETUP}"
         ) from error
 
-    def has(position: int, bits: int) -> pyseccomp.Arg:
-        return pyseccomp.Arg(position, pyseccomp.MASKED_EQ, bits, bits)
+    def has(index: int, bits: int) -> pyseccomp.Arg:
+        return pyseccomp.Arg(index, pyseccomp.MASKED_EQ, bits, bits)
 
-    def is_word(position: int, value: int) -> pyseccomp.Arg:
-        # the kernel reads 32 bits of these arguments and would be told another story by the rest
-        return pyseccomp.Arg(position, pyseccomp.MASKED_EQ, 0xFFFFFFFF, value)
+    def equals(index: int, value: int) -> pyseccomp.Arg:
+        # the kernel reads only 32 bits of these arguments; without the mask the upper bits would defeat the comparison
+        return pyseccomp.Arg(index, pyseccomp.MASKED_EQ, 0xFFFFFFFF, value)
 
     denied, missing = pyseccomp.ERRNO(errno.EPERM), pyseccomp.ERRNO(errno.ENOSYS)
     table = [(denied, name) for name in _FORBIDDEN.split()]
@@ -223,11 +231,11 @@ def seccomp_program(final: bool = True) -> bytes:
     table += [(pyseccomp.ERRNO(errno.ENOTSUP), name) for name in _WITHOUT_ATTRIBUTES.split()]
     table += [(denied, "clone", has(0, flag)) for flag in _NAMESPACE_FLAGS]
     table += [(denied, "mmap", has(3, bits)) for bits in (_SHARED_ANONYMOUS, _HUGE_PAGES)]
-    table += [(denied, "fcntl", is_word(1, number)) for number in (_SET_PIPE_SIZE, _LEASE, _NOTIFY)]
-    table += [(pyseccomp.ERRNO(errno.ENOLCK), "fcntl", is_word(1, number)) for number in _RECORD_LOCKS]
+    table += [(denied, "fcntl", equals(1, number)) for number in (_SET_PIPE_SIZE, _LEASE, _NOTIFY)]
+    table += [(pyseccomp.ERRNO(errno.ENOLCK), "fcntl", equals(1, number)) for number in _RECORD_LOCKS]
     table += [
-        *([(denied, "prctl", is_word(0, _PR_SET_SECCOMP))] if final else []),
-        # limits of other processes: the run's first one belongs to the same user
+        *([(denied, "prctl", equals(0, _PR_SET_SECCOMP))] if final else []),
+        # limits of other processes: the run's init process has the same uid
         (denied, "prlimit64", pyseccomp.Arg(0, pyseccomp.NE, 0)),
         (denied, "socketpair", pyseccomp.Arg(0, pyseccomp.NE, _AF_UNIX)),
     ]
@@ -243,7 +251,7 @@ def seccomp_program(final: bool = True) -> bytes:
 
 
 def exported(rules: Any) -> bytes:
-    """A filter of pyseccomp's in the kernel's form, made without a disk."""
+    """A pyseccomp filter as BPF instructions; it is exported through memory, not a disk."""
     with open(os.memfd_create("filter"), "w+b") as file:
         rules.export_bpf(file)
         file.seek(0)
@@ -252,7 +260,7 @@ def exported(rules: Any) -> bytes:
 
 @functools.cache
 def system_binds() -> Sequence[str]:
-    """The read-only system: /usr, and where the loader, /bin and the JVM's settings are looked for."""
+    """bwrap's arguments for the read-only system: /usr, /bin, the loader's paths and the JVM's settings."""
     words = ["--ro-bind", "/usr", "/usr"]
     for name in ("bin", "lib", "lib32", "lib64", "libx32"):
         path = Path("/", name)

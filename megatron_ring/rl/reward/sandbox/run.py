@@ -1,7 +1,7 @@
-"""One run in the sandbox, watched from outside: CPU seconds, wall clock, memory of all processes, output, its end.
+"""One run in the sandbox, watched from outside: CPU seconds, wall clock, memory of all processes, output, exit.
 
-Killing the run's first process ends every process of the run, daemonised ones too, because they share its process
-namespace; the kernel lets it go only after all of them. A run returns when that has happened.
+Killing the run's init process ends every process of the run, also daemons, because they share its process namespace; the
+kernel reports its exit after that of all others. :func:`run` returns when that has happened.
 """
 
 from __future__ import annotations
@@ -13,21 +13,27 @@ import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.sandbox.cgroup import bytes_for
 from megatron_ring.rl.reward.sandbox.command import CODE, Limits, Program, open_data
-from megatron_ring.rl.reward.sandbox.process import END_SECONDS, START_SECONDS, GoneError, Zygote, process_of
+from megatron_ring.rl.reward.sandbox.zygote_handle import (
+    END_SECONDS,
+    START_SECONDS,
+    GoneError,
+    ZygoteHandle,
+    process_of,
+)
 
 RunStatus = Literal["ok", "crashed", "timeout", "memory", "output_limit"]
 
-_FIRST_LOOK, _LAST_LOOK, _CROWD_LOOK = 0.01, 0.1, 0.02
-"""Seconds between two looks: they grow from the first to the last; no further than the third while no limit of a
-process bounds the run's memory: it has several, or more address space."""
+_FIRST_POLL, _LAST_POLL, _CROWD_POLL = 0.01, 0.1, 0.02
+"""Seconds between two polls of memory and CPU time: they grow from the first to the last value; only up to the third
+while rlimits alone do not bound the run's memory (several processes, or a larger address space)."""
 _SOCKET_BUFFERS = Path("/proc/sys/net/core/wmem_default")
 _FD_BYTES = 2 * (int(_SOCKET_BUFFERS.read_text()) if _SOCKET_BUFFERS.exists() else 213 << 10)
-"""What a descriptor can hold of the kernel's memory: a socket's buffer, and the datagram that passes its end."""
+"""Kernel memory that a descriptor can hold: a socket's buffer, and one datagram beyond it."""
 _MEMORY_LINES = (b"RssAnon:", b"RssShmem:", b"VmSwap:", b"VmPTE:", b"HugetlbPages:")
 _STDERR_KEPT = 4096
 _STDERR_TIMES = 16
@@ -38,7 +44,7 @@ _SIGNALLED = 128
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """How a run ended. ``stderr`` is the end of it; ``exit_code`` is 128 + n after signal n, None if killed by us.
+    """How a run ended. ``stderr`` is its last part; ``exit_code`` is 128 + n after signal n, None if we killed the run.
 
     Example: ``RunResult(status="ok", stdout=b"16\\n", stderr=b"", exit_code=0, seconds=0.006, cpu_seconds=0.005)``.
     """
@@ -50,34 +56,39 @@ class RunResult:
     seconds: float
     """Wall clock."""
     cpu_seconds: float
-    """Of all processes of the run together, its start included. Of children whose end their parent ignores only what
-    was seen of them in time."""
+    """Of all processes of the run together, with its start. Of children that no parent waits for only the time at the last
+    poll before they ended."""
 
 
 @dataclass(kw_only=True, slots=True)
 class _Watched:
-    zygote: Zygote
+    zygote: ZygoteHandle
     limits: Limits
     stdout_fd: int
     stderr_fd: int
     asked: float
     started: float
-    """When it had begun: no limit counts before."""
+    """When it had begun: limits count from here."""
     stdout: bytearray = field(default_factory=bytearray)
     stderr: bytearray = field(default_factory=bytearray)
     stderr_total: int = 0
-    first_pidfd: int | None = None
-    first_pid: int = 0
+    init_pidfd: int | None = None
+    init_pid: int = 0
     error: str | None = None
-    ended: dict | None = None
+    ended: dict[str, Any] | None = None
     cpu_seconds: float = 0.0
     lost_seconds: float = 0.0
     ticks: dict[int, tuple[int, int]] = field(default_factory=dict)
     cut: RunStatus | None = None
 
 
-def run(zygote: Zygote, program: Program, limits: Limits, stdin: bytes = b"") -> RunResult:
-    """Run ``program``. Raises GoneError if the zygote does not begin it, RewardError if it cannot or dies meanwhile."""
+def run(zygote: ZygoteHandle, program: Program, limits: Limits, stdin: bytes = b"") -> RunResult:
+    """Run ``program`` to its end.
+
+    Raises:
+        GoneError: the zygote ended, or did not answer, before the run began.
+        RewardError: the run cannot be started or watched, or the zygote was killed during it.
+    """
     with contextlib.ExitStack() as stack:
         watched = _start(zygote, program, limits, stdin, stack)
         _watch(watched)
@@ -86,11 +97,11 @@ def run(zygote: Zygote, program: Program, limits: Limits, stdin: bytes = b"") ->
 
 
 def _start(
-    zygote: Zygote, program: Program, limits: Limits, stdin: bytes, stack: contextlib.ExitStack
+    zygote: ZygoteHandle, program: Program, limits: Limits, stdin: bytes, stack: contextlib.ExitStack
 ) -> _Watched:
-    """Ask for the run and wait until it has begun: its first process is known before any limit counts."""
+    """Send the run and wait until it has begun, so that its init process is known before limits count."""
     theirs: list[int] = []
-    zygote.bound(bytes_for(program, limits))
+    zygote.set_memory_limit(bytes_for(program, limits))
     try:
         theirs.append(open_data(stdin))
         ours = []
@@ -113,7 +124,7 @@ def _start(
             "rlimits": limits.rlimits(),
         }
         asked = time.monotonic()
-        zygote.ask(request, theirs)
+        zygote.send(request, theirs)
     finally:
         for fd in theirs:
             os.close(fd)
@@ -121,12 +132,12 @@ def _start(
         zygote=zygote, limits=limits, stdout_fd=ours[0], stderr_fd=ours[1], asked=asked, started=asked
     )
     deadline = asked + START_SECONDS
-    while watched.first_pidfd is None:
-        if not _hear(watched, deadline - time.monotonic()):
-            raise GoneError(f"no word of the run for {START_SECONDS:g} s")
-    stack.callback(os.close, watched.first_pidfd)
-    watched.first_pid = process_of(watched.first_pidfd)
-    if not os.path.exists(f"/proc/{watched.first_pid}/stat") and not _over(watched.first_pidfd):
+    while watched.init_pidfd is None:
+        if not _receive(watched, deadline - time.monotonic()):
+            raise GoneError(f"no message of the run for {START_SECONDS:g} s")
+    stack.callback(os.close, watched.init_pidfd)
+    watched.init_pid = process_of(watched.init_pidfd)
+    if not os.path.exists(f"/proc/{watched.init_pid}/stat") and not _over(watched.init_pidfd):
         raise RewardError(
             "/proc hides the sandbox's processes, so they cannot be watched; mount it without hidepid"
         )
@@ -141,12 +152,12 @@ def _watch(watched: _Watched) -> None:
     poll = select.poll()
     for fd in (watched.stdout_fd, watched.stderr_fd, control):
         poll.register(fd, select.POLLIN)
-    step = _FIRST_LOOK
-    next_look = watched.started + min(step, limits.seconds)
+    step = _FIRST_POLL
+    next_poll = watched.started + min(step, limits.seconds)
     while watched.cut is None and watched.ended is None:
-        for fd, _ in poll.poll(max(0.0, 1e3 * (min(deadline, next_look) - time.monotonic()))):
+        for fd, _ in poll.poll(max(0.0, 1e3 * (min(deadline, next_poll) - time.monotonic()))):
             if fd == control:
-                _hear_or_fail(watched)
+                _receive_or_fail(watched)
             elif not _read(watched, fd):
                 poll.unregister(fd)
         now = time.monotonic()
@@ -154,62 +165,63 @@ def _watch(watched: _Watched) -> None:
             return
         if now >= deadline:
             watched.cut = "timeout"
-        elif now >= next_look:
-            processes = _look(watched)
+        elif now >= next_poll:
+            processes = _poll_usage(watched)
             alone = processes <= 2 and limits.address_space
-            step = min(1.5 * step, _LAST_LOOK if alone else _CROWD_LOOK)
-            next_look = now + min(step, max(0.002, limits.seconds - watched.cpu_seconds))
+            step = min(1.5 * step, _LAST_POLL if alone else _CROWD_POLL)
+            next_poll = now + min(step, max(0.002, limits.seconds - watched.cpu_seconds))
 
 
 def _end(watched: _Watched) -> None:
-    """Kill what is left, wait until the first process is gone, and take the last output."""
+    """Kill what is left, wait until the init process has ended, and read the last output."""
     if watched.ended is None:
-        assert watched.first_pidfd is not None
+        assert watched.init_pidfd is not None
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(watched.first_pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(watched.init_pidfd, signal.SIGKILL)
         deadline = time.monotonic() + END_SECONDS
         with contextlib.suppress(GoneError):
-            while watched.ended is None and _hear(watched, deadline - time.monotonic()):
+            while watched.ended is None and _receive(watched, deadline - time.monotonic()):
                 pass
         if watched.ended is None:
-            # with it goes all that it has started
+            # this ends everything that the zygote has started
             watched.zygote.close()
     for fd in (watched.stdout_fd, watched.stderr_fd):
         while watched.cut is None and _read(watched, fd):
             pass
 
 
-def _hear_or_fail(watched: _Watched) -> None:
+def _receive_or_fail(watched: _Watched) -> None:
     try:
-        _hear(watched, 0.0)
+        _receive(watched, 0.0)
     except GoneError as error:
-        if watched.zygote.struck():
-            # of all that shares the limit the kernel may choose the process that stands ready
+        if watched.zygote.oom_killed():
+            # the zygote shares the run's memory limit, so the kernel may choose it
             watched.cut = "memory"
             return
         said = watched.zygote.last_words()
         raise RewardError(
-            f"the sandbox was killed during a run ({said}); free memory, or see who did"
+            f"the sandbox was killed during a run ({said}); free memory, or find out who killed it"
         ) from error
 
 
-def _hear(watched: _Watched, seconds: float) -> bool:
-    heard = watched.zygote.hear(seconds)
-    if heard is None:
+def _receive(watched: _Watched, seconds: float) -> bool:
+    """Take one message of the zygote; False if none comes within ``seconds``."""
+    received = watched.zygote.receive(seconds)
+    if received is None:
         return False
-    words, fd = heard
+    message, fd = received
     if fd is not None:
-        watched.first_pidfd = fd
-    if "error" in words:
-        watched.error = words["error"]
-    if "exit_code" in words:
-        watched.ended = words
-        watched.cpu_seconds = max(watched.cpu_seconds, words["cpu_seconds"] + watched.lost_seconds)
+        watched.init_pidfd = fd
+    if "error" in message:
+        watched.error = message["error"]
+    if "exit_code" in message:
+        watched.ended = message
+        watched.cpu_seconds = max(watched.cpu_seconds, message["cpu_seconds"] + watched.lost_seconds)
     return True
 
 
 def _read(watched: _Watched, fd: int) -> bool:
-    """Take what ``fd`` has; False at its end, or if it has nothing."""
+    """Read what ``fd`` has; False at its end, or if it has nothing now."""
     try:
         data = os.read(fd, 1 << 16)
     except BlockingIOError:
@@ -236,9 +248,9 @@ def _result(watched: _Watched) -> RunResult:
     else:
         assert exit_code is not None
         if exit_code < 0:
-            # the first process itself was killed, and not by us
+            # the init process itself was killed, and not by us
             exit_code = _SIGNALLED - exit_code
-        if watched.zygote.struck():
+        if watched.zygote.oom_killed():
             status = "memory"
         elif exit_code == _SIGNALLED + signal.SIGXCPU or watched.cpu_seconds > watched.limits.seconds:
             status = "timeout"
@@ -258,15 +270,15 @@ def _result(watched: _Watched) -> RunResult:
     )
 
 
-def _look(watched: _Watched) -> int:
-    """Cut a run that uses too much memory or CPU time; how many processes it has."""
+def _poll_usage(watched: _Watched) -> int:
+    """Cut a run that uses too much memory or CPU time; returns how many processes it has."""
     memory = 0
-    # of each process: the ticks it has used, and those of its children that it has waited for
+    # per process: its own ticks, and those of children that it has waited for
     ticks: dict[int, tuple[int, int]] = {}
-    waiting = [watched.first_pid]
+    waiting = [watched.init_pid]
     while waiting:
         pid = waiting.pop()
-        # one that has just ended counts nothing
+        # a process that has just ended is skipped
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             user, system, child_user, child_system = map(int, _stat(pid)[11:15])
             memory += _held_bytes(pid)
@@ -277,11 +289,11 @@ def _look(watched: _Watched) -> int:
     before, watched.ticks = watched.ticks, ticks
     gone = sum(sum(each) for pid, each in before.items() if pid not in ticks)
     waited_for = sum(children - before.get(pid, (0, 0))[1] for pid, (_, children) in ticks.items())
-    # nobody waits for the children of a process that ignores their end, and the kernel forgets what they used
+    # if a process ignores the end of its children, nobody waits for them, and the kernel drops their CPU time
     watched.lost_seconds += max(0, gone - waited_for) / _TICKS
     used = sum(map(sum, ticks.values())) / _TICKS + watched.lost_seconds
     watched.cpu_seconds = max(watched.cpu_seconds, used)
-    if memory > watched.limits.memory_mb << 20 or watched.zygote.struck():
+    if memory > watched.limits.memory_mb << 20 or watched.zygote.oom_killed():
         watched.cut = "memory"
     elif watched.cpu_seconds > watched.limits.seconds:
         watched.cut = "timeout"
@@ -300,14 +312,14 @@ def _stat(pid: int) -> list[bytes]:
 
 
 def _held_bytes(pid: int) -> int:
-    """Memory of one process: resident, swapped out, page tables, and what its descriptors may hold.
+    """Memory of one process in bytes: resident, swapped out, page tables, and what its descriptors may hold.
 
-    Pages of the system's files are not the run's; those of /tmp, once mapped, are shared memory and count.
+    Mapped pages of system files do not count; mapped pages of /tmp are shared memory and count.
     """
     kilobytes = 0
     with open(f"/proc/{pid}/status", "rb") as file:
         for line in file:
             if line.startswith(_MEMORY_LINES):
                 kilobytes += int(line.split()[1])
-    # the size of this folder is the number of its entries, from Linux 6.2 on; 0 before
+    # the size of this folder is the number of its entries since Linux 6.2, and 0 before
     return (kilobytes << 10) + _FD_BYTES * os.stat(f"/proc/{pid}/fd").st_size

@@ -1,7 +1,7 @@
-"""The sandbox for model-written code: refuses to exist where its walls do not hold.
+"""The sandbox for model-written code. Opening it fails if isolation cannot be verified on this machine.
 
-``Sandbox.open()`` runs a program inside that tries what must not work, before anything of the model's is run;
-there is no way round it, and no weaker mode.
+``Sandbox.open()`` runs a program inside that tries what must be impossible, before any program of a model runs. This check
+cannot be skipped, and there is no weaker mode.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Literal
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.sandbox.cgroup import MemoryCgroup
 from megatron_ring.rl.reward.sandbox.command import CODE, SETUP, Limits, Program, find_tool
-from megatron_ring.rl.reward.sandbox.process import GoneError, Zygote
 from megatron_ring.rl.reward.sandbox.run import RunResult, run
+from megatron_ring.rl.reward.sandbox.zygote_handle import GoneError, ZygoteHandle
 
 _TRIES = 3
 _NAMESPACES = ("pid", "mnt", "ipc", "net", "user", "uts", "cgroup")
@@ -88,9 +88,9 @@ print(json.dumps(holes))
 
 
 class Sandbox:
-    """Runs programs apart from the machine; obtained by ``Sandbox.open()``. Several threads may call it at once.
+    """Runs programs isolated from the machine; made by ``Sandbox.open()``. Several threads may call it at once.
 
-    Every run has a zygote to itself; as many stand ready as there ever were runs at the same time.
+    Each run uses one zygote alone. Zygotes are kept for later runs: as many as there were runs at the same time.
 
     Example: ``Sandbox.open().run(sandbox.python("print(1)"), Limits(seconds=2.0)).stdout == b"1\\n"``.
     """
@@ -98,48 +98,48 @@ class Sandbox:
     def __init__(self, python_path: str):
         self._python = python_path
         self._memory = MemoryCgroup.find()
-        self._idle: list[Zygote] = []
+        self._idle: list[ZygoteHandle] = []
         self._owner_pid = os.getpid()
         self._lock = threading.Lock()
         weakref.finalize(self, _close, self._idle)
 
     @property
     def memory_bound(self) -> Literal["cgroup", "counted"]:
-        """Whether a group of the kernel holds all that a run has, or it is denied and counted alone.
+        """Whether a memory cgroup bounds a run, or only the memory of its processes, which is polled.
 
-        The group's limit is the run's memory, its /tmp, its files and 32 MB together; the count stays at its memory.
+        The cgroup's limit is the run's memory, its /tmp, its files and 32 MB together; the polled limit is its memory.
         """
         return "counted" if self._memory is None else "cgroup"
 
     @classmethod
     def open(cls) -> Sandbox:
-        """A sandbox whose isolation has just been tried. Raises RewardError: what is missing, and the remedy."""
+        """A sandbox whose isolation has just been verified. Raises RewardError: what is missing, and the remedy."""
         sandbox = cls(find_tool("python3", "Python solutions", "install the system's python3"))
         try:
-            sandbox._try_walls()
+            sandbox._check_isolation()
         except BaseException:
             sandbox.close()
             raise
         return sandbox
 
     def python(self, source: str, *words: str, files: dict[str, bytes] | None = None) -> Program:
-        """A program that is ``source``, run by the system's Python without site packages."""
+        """A program that runs ``source`` with the system's Python, without site packages."""
         path = f"{CODE}/main.py"
         argv = (self._python, "-I", "-S", "-B", path, *words)
         data = {path: source.encode(errors="surrogateescape"), **(files or {})}
         return Program(argv=argv, files=data, ready_python=True)
 
     def run(self, program: Program, limits: Limits, stdin: bytes = b"") -> RunResult:
-        """Run to the end, at most ``limits.wall`` seconds. Nothing of it is left when this returns."""
+        """Run to the end, at most ``limits.wall`` seconds. All its processes have ended when this returns."""
         return self._on_zygote(lambda zygote: run(zygote, program, limits, stdin))
 
     def close(self) -> None:
-        """End what stands ready; a later run starts it again."""
+        """End all idle zygotes; a later run starts a new one."""
         with self._lock:
             idle, self._idle[:] = list(self._idle), []
         _close(idle)
 
-    def _on_zygote(self, use: Callable[[Zygote], RunResult]) -> RunResult:
+    def _on_zygote(self, use: Callable[[ZygoteHandle], RunResult]) -> RunResult:
         why, deaths = "", 0
         while deaths < _TRIES:
             zygote, is_new = self._take()
@@ -148,7 +148,7 @@ class Sandbox:
             except GoneError as error:
                 why = f"{error}: {zygote.last_words()}"
                 zygote.close()
-                # any number of those that stood ready may have been killed together
+                # any number of idle zygotes may have been killed at once: only new ones count
                 deaths += is_new
                 continue
             except BaseException:
@@ -158,33 +158,33 @@ class Sandbox:
                 self._idle.append(zygote)
             return result
         raise RewardError(
-            f"the sandbox died {_TRIES} times before a run began ({why}); free memory, or see who did it"
+            f"the sandbox died {_TRIES} times before a run began ({why}); free memory, or find out who killed it"
         )
 
-    def _take(self) -> tuple[Zygote, bool]:
-        """One to use alone, and whether it was started for that."""
+    def _take(self) -> tuple[ZygoteHandle, bool]:
+        """A zygote to use alone, and whether it was started just now."""
         if os.getpid() != self._owner_pid:
-            # a copy made by fork: what stands ready, and perhaps the lock, is the original's
+            # this process was forked: the zygotes, and perhaps a held lock, belong to its parent
             self._owner_pid, self._lock, self._idle = os.getpid(), threading.Lock(), []
             weakref.finalize(self, _close, self._idle)
         while True:
             with self._lock:
                 zygote = self._idle.pop() if self._idle else None
             if zygote is None:
-                return Zygote.start(self._python, self._memory), True
-            if zygote.idle():
+                return ZygoteHandle.start(self._python, self._memory), True
+            if zygote.is_idle():
                 return zygote, False
             zygote.close()
 
-    def _try_walls(self) -> None:
+    def _check_isolation(self) -> None:
         outside = {name: os.readlink(f"/proc/self/ns/{name}") for name in _NAMESPACES}
 
-        def probe(zygote: Zygote) -> RunResult:
-            rules = [outside, dict(zygote.walls), _PROBE_LIMITS.rlimits(), _PROBE_LIMITS.tmp_bytes]
+        def probe(zygote: ZygoteHandle) -> RunResult:
+            rules = [outside, dict(zygote.namespaces), _PROBE_LIMITS.rlimits(), _PROBE_LIMITS.tmp_bytes]
             return run(zygote, self.python(_PROBE, json.dumps(rules)), _PROBE_LIMITS)
 
         holes: list[str] = []
-        # the second run sees what the first has left
+        # the second run would see files that the first has left
         for _ in range(2):
             result = self._on_zygote(probe)
             try:
@@ -199,7 +199,7 @@ class Sandbox:
             raise RewardError(f"the sandbox does not isolate: {', '.join(holes)}; {SETUP}, or run elsewhere")
 
 
-def _close(zygotes: list[Zygote]) -> None:
+def _close(zygotes: list[ZygoteHandle]) -> None:
     for zygote in zygotes:
         zygote.close()
     zygotes.clear()

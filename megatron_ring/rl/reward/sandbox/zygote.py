@@ -1,23 +1,22 @@
-"""The process that stands ready inside bubblewrap's walls and starts every run. Read as text, run there as
+"""The zygote: a process inside bubblewrap that is forked for every run. Read as text, run there as
 
     python3 -I -S -B /code/zygote.py CONTROL OWNER FILTER MARK
 
-Three descriptors: a socket to the owner, the owner's pidfd, the seccomp filter; MARK is what its owner finds it by.
-It is the first process of its own process namespace, so whatever ends it ends all that is below it, and it ends when
-its owner does, however that ends (bwrap, its parent, may be killed as well).
+Three descriptors: a socket to the owner, the owner's pidfd, the seccomp filter. MARK is a random argument by which the
+owner can find it. It is the first process of its process namespace, so everything below it ends with it; and it ends with
+its owner, however that ends (bwrap, its parent, may be killed as well).
 
-A request makes three processes of one. The *zygote* forks the *first process* of fresh process, mount and IPC
-namespaces, which builds the run's walls (/tmp, /code, /proc), gives its capabilities up for good, closes a filter
-behind it and forks the *program*; then it only buries the dead and ends with the program's exit code. The zygote
-reads no byte of a run's files, so nothing of one run can be found in the memory of the next.
+A run has three processes. The *zygote* forks the *init process* of new process, mount and IPC namespaces. The init process
+mounts the run's /tmp, /code and /proc, drops its capabilities, installs the seccomp filter and forks the *program*; then it
+only reaps ended processes, and exits with the program's exit code. The zygote never reads a run's files, so no run can find
+data of another one in its memory.
 
-A Python program goes on in this interpreter instead of a new one. It finds what it would find after
-``python -I -S -B main.py words``, but for these: modules below are imported already, one more frame lies below its
-own, the seed of str hashes is drawn once for all runs of one zygote, and what it hangs on modules that were there
-before it is not taken apart at the end.
+A Python program runs in this interpreter instead of a new one. The differences to ``python -I -S -B main.py words``: the
+modules below are imported already, there is one more frame below its own, all runs of one zygote share the seed of str
+hashes, and objects that it attaches to those modules are not finalised at exit.
 """
 
-# the run's interpreter has these at no cost: what harnesses and solutions import most
+# imported here, once: what harnesses and solutions import most
 import array
 import atexit
 import bisect  # noqa: F401
@@ -57,12 +56,12 @@ MAX_FDS = 64
 SEMAPHORE_BYTES, SEMAPHORES = 1 << 20, 128
 MAX_REQUEST = 1 << 18
 
-# PyDLL: the interpreter's lock stays held, so that a copy of this process never waits for it
+# PyDLL keeps the GIL during the call, so that a fork never waits for it
 libc = ctypes.PyDLL(None, use_errno=True)
 
 
 def call(function, *words):
-    """A function of libc; OSError where it says -1."""
+    """Call a function of libc; OSError if it returns -1."""
     result = function(*words)
     if result == -1:
         code = ctypes.get_errno()
@@ -75,11 +74,11 @@ def mount(kind, target, flags, options=None):
 
 
 class Sealed:
-    """The filter and the empty set of capabilities, in the kernel's form; made once."""
+    """The seccomp filter and the empty set of capabilities as the kernel's structures; made once."""
 
     def __init__(self, program):
         self._program = ctypes.create_string_buffer(program, len(program))
-        # struct sock_fprog: how many instructions of 8 bytes, and where
+        # struct sock_fprog: the number of instructions (8 bytes each) and their address
         self._filter = (ctypes.c_size_t * 2)(len(program) // 8, ctypes.addressof(self._program))
         self._header = (ctypes.c_uint32 * 2)(0x20080522, 0)
         self._nothing = (ctypes.c_uint32 * 6)()
@@ -92,7 +91,7 @@ class Sealed:
 
 
 class Title:
-    """This process's line in the list of processes; written in place."""
+    """This process's command line as ps shows it; overwritten in place."""
 
     def __init__(self):
         with open("/proc/self/stat", "rb") as file:
@@ -106,7 +105,7 @@ class Title:
 
 
 def fork_into_namespaces():
-    """(process id, pidfd) of a child that is first in new namespaces; (0, -1) in it."""
+    """(process id, pidfd) of a child that is the first process of new namespaces; (0, -1) in the child."""
     pidfd = ctypes.c_int(-1)
     flags = NEW_MOUNTS | NEW_IPC | NEW_PROCESSES | WITH_PIDFD
     words = (ctypes.c_uint64 * 8)(flags, ctypes.addressof(pidfd), 0, 0, signal.SIGCHLD, 0, 0, 0)
@@ -114,8 +113,8 @@ def fork_into_namespaces():
     return process, pidfd.value
 
 
-def build_walls(request, data_fds):
-    """Fresh /tmp, /code with the run's files, /proc with nothing but the run. Nothing else is writable."""
+def mount_folders(request, data_fds):
+    """Mount an empty /tmp, /code with the run's files, and /proc with the run's processes only."""
     call(libc.mount, None, b"/", None, RECURSIVE | PRIVATE, None)
     size, inodes = request["tmp_bytes"], request["tmp_inodes"]
     mount("tmpfs", "/tmp", NO_SUID | NO_DEVICES, f"size={size},nr_inodes={inodes},mode=0755")
@@ -129,18 +128,18 @@ def build_walls(request, data_fds):
         os.close(target)
     call(libc.mount, None, b"/code", None, REMOUNT | BIND | READ_ONLY | NO_SUID | NO_DEVICES, None)
     mount("proc", "/proc", READ_ONLY | NO_SUID | NO_DEVICES | NO_EXEC)
-    # an empty folder that cannot be written: the first process is not for the program's eyes
+    # an empty read-only folder over /proc/1: the program must not see the init process
     call(libc.mount, b"/dev/shm", b"/proc/1", None, BIND, None)
-    # where libc keeps named semaphores, without which there is no multiprocessing
+    # libc keeps named semaphores here, which multiprocessing needs
     options = f"size={min(size, SEMAPHORE_BYTES)},nr_inodes={min(inodes, SEMAPHORES)},mode=0755"
     mount("tmpfs", "/dev/shm", NO_SUID | NO_DEVICES, options)
 
 
 def serve_first(request, fds, control, sealed, title):
-    """The first process of a run. Returns in the program's process only."""
+    """Run as the init process. Returns in the program's process only."""
     try:
         title.write("sandbox-init")
-        build_walls(request, fds[3:])
+        mount_folders(request, fds[3:])
         sealed.drop_capabilities()
         sealed.filter()
         program = os.fork()
@@ -150,7 +149,7 @@ def serve_first(request, fds, control, sealed, title):
     except BaseException as error:
         control.send(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         os._exit(1)
-    # what it held open would keep the run's output from ending
+    # a descriptor that stays open here would keep the run's output from ending
     os.closerange(0, MAX_FDS + 64)
     while True:
         process, status = os.waitpid(-1, 0)
@@ -173,7 +172,7 @@ def become_program(request, fds):
 
 
 def run_request(request, fds, control, owner, sealed, title):
-    """In the zygote: start it, tell the owner how it ends. True only in the program's process."""
+    """In the zygote: start the run and tell the owner how it ends. True only in the program's process."""
     process, pidfd = fork_into_namespaces()
     if process == 0:
         serve_first(request, fds, control, sealed, title)
@@ -191,7 +190,7 @@ def run_request(request, fds, control, owner, sealed, title):
 
 
 def wait_for(fd, control, owner):
-    """Until ``fd`` can be read. The owner says nothing meanwhile: a word of its socket is the end, as its own is."""
+    """Wait until ``fd`` can be read. Exits if the owner ends or its socket becomes readable: it sends nothing meanwhile."""
     poll = select.poll()
     for each in {fd, control.fileno(), owner}:
         poll.register(each, select.POLLIN)
@@ -213,30 +212,30 @@ def next_request(control, owner):
 
 
 def move_down(fd):
-    """``fd`` as the lowest number that is free: an owner with many files open hands over numbers of any size, and
-    those above what a run closes would stay open in it."""
+    """``fd`` moved to the lowest free number: an owner with many open files passes numbers of any size, and a run closes
+    only numbers up to a limit."""
     moved = os.dup(fd)
     os.close(fd)
     return moved
 
 
-def forget_owners_signals():
-    """What the owner ignores or holds back is not a run's; ended children are waited for."""
+def reset_signals():
+    """Undo what the owner ignores or blocks, so that runs start with the defaults and children can be waited for."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ, signal.SIGKILL, signal.SIGSTOP}:
-        # a first process hears of its own namespace only the signals it has a handler for
+        # the first process of a namespace gets from inside only signals that it has a handler for
         if number == signal.SIGINT or signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
 
 
 def serve(control_fd, owner, filter_fd):
-    """Answer requests for ever; returns a request in the process that is to run it."""
+    """Serve requests for ever; returns the request in the process that runs it."""
     with open(filter_fd, "rb") as file:
         sealed = Sealed(file.read())
     title = Title()
     control, owner = socket.socket(fileno=move_down(control_fd)), move_down(owner)
     os.umask(0o022)
-    forget_owners_signals()
+    reset_signals()
     call(libc.prctl, SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     call(libc.prctl, SET_DUMPABLE, 0, 0, 0, 0)
     call(libc.prctl, SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
@@ -244,11 +243,11 @@ def serve(control_fd, owner, filter_fd):
         last = int(file.read())
     for capability in range(last + 1):
         call(libc.prctl, DROP_BOUND, capability, 0, 0, 0)
-    walls = {name: os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "mnt", "ipc", "net", "user")}
+    namespaces = {name: os.readlink(f"/proc/self/ns/{name}") for name in ("pid", "mnt", "ipc", "net", "user")}
     gc.collect()
     gc.freeze()
     itself = os.pidfd_open(os.getpid())
-    socket.send_fds(control, [json.dumps({"ready": walls}).encode()], [itself])
+    socket.send_fds(control, [json.dumps({"ready": namespaces}).encode()], [itself])
     os.close(itself)
     while True:
         request, fds = next_request(control, owner)
@@ -258,8 +257,8 @@ def serve(control_fd, owner, filter_fd):
 
 
 def prepare_python(request):
-    """Make this the interpreter of the script that argv names; its code and its globals."""
-    # this memory is the program's own now, and may be looked at by it
+    """Prepare this interpreter for the script in argv; (source, path, globals)."""
+    # from here on this is the program's own memory, which it may inspect
     call(libc.prctl, SET_DUMPABLE, 1, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.orig_argv = request["argv"]
@@ -286,14 +285,14 @@ def replace_process(request):
 
 
 def without_this_file(error):
-    """``error`` with the trace that the program's own frames leave."""
+    """``error`` with a traceback of the program's own frames only."""
     if error.__traceback__ is not None:
         error.__traceback__ = error.__traceback__.tb_next
     return error
 
 
 def exit_code_of(error):
-    """What the interpreter ends with after ``error`` left the program; it is shown as the interpreter shows it."""
+    """The interpreter's exit code after the uncaught ``error``, which is printed as the interpreter prints it."""
     if isinstance(error, SystemExit):
         code = error.code
         if code is None or isinstance(code, int):
@@ -316,7 +315,7 @@ def exit_code_of(error):
 
 
 def flush_streams():
-    """Whether standard output could be flushed; what stood in the way is said."""
+    """Flush; False if standard output could not be flushed, which is printed."""
     good = True
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -333,11 +332,11 @@ def flush_streams():
 
 
 def leave(code, ready_modules):
-    """End as the interpreter would, without taking apart what was there before the program: that is most of a run.
+    """Exit as the interpreter does, but without finalising modules from before the program, which takes most of a run.
 
-    Threads are waited for, exit functions called, the program's own objects dropped with all they flush and say.
+    Waits for threads, calls exit functions, and drops the program's own objects, so that they flush and finalise.
     """
-    # the program may have put anything in the places looked at here
+    # the program may have replaced any of these objects
     with contextlib.suppress(BaseException):
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()
@@ -350,7 +349,7 @@ def leave(code, ready_modules):
             [m for name, m in sys.modules.items() if name not in ready_modules or name == "__main__"]
         )
     gc.collect()
-    # what is not taken apart here still writes all that it has taken; gc does not list what was there before
+    # files that are not finalised are flushed; gc does not list objects from before the program (gc.freeze)
     for stream in (sys.__stdout__, sys.__stderr__, *gc.get_objects()):
         if stream is not None and issubclass(
             type(stream), io.BufferedWriter | io.BufferedRandom | io.TextIOWrapper
@@ -361,7 +360,7 @@ def leave(code, ready_modules):
 
 
 def drop_objects(modules):
-    """Empty modules in the interpreter's order: the last imported first, and names with an underscore before others."""
+    """Clear modules in the interpreter's order: last imported first, names with an underscore before others."""
     for module in reversed(modules):
         names = getattr(module, "__dict__", None)
         if not isinstance(names, dict):
@@ -379,7 +378,7 @@ if __name__ == "__main__":
     ready_modules = frozenset(sys.modules)
     source, path, names = prepare_python(request)
     failure = None
-    # at the level of the module, so that nothing but its frame lies below the program's
+    # at module level, so that only one frame is below the program's
     try:
         exec(compile(source, path, "exec", dont_inherit=True), names)
     except BaseException as error:

@@ -1,1 +1,1 @@
-"""Verifiers' processes: a pool, the walls around them, and how each of them ends."""
+"""The processes in which verifiers run: the pool in the trainer, the workers, and their isolation."""

@@ -1,8 +1,7 @@
-"""What a process that judges gives up before it sees a model's text: rights, as rlimits and a seccomp filter.
+"""Resource limits and a seccomp filter that an isolated verifier process sets on itself before it reads a model's text.
 
-It needs nothing but its socket and files to read (libraries load lazily): it may start no process or program,
-change no file, open no connection and signal no other process. The filter is made where libseccomp is (by the
-trainer) and put on here, so that this works without libseccomp and inside any walls.
+It needs only its socket and files to read (libraries load lazily). So it may start no process, change no file, open no
+connection and signal no other process. The trainer builds the filter, with libseccomp; it is installed here without.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from typing import Any
 from megatron_ring.rl.reward.sandbox.command import exported
 
 MEMORY_BYTES = 4 << 30
-"""Address space of a process that judges."""
+"""Address space of a verifier process."""
 FILE_BYTES = 4 << 20
-"""Longest file that it can write: its own log, which was opened before."""
+"""Longest file that it can write: its own log, which is open already."""
 
 _PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
@@ -38,14 +37,14 @@ _DENIED = (
 )
 _MISSING = "clone3 openat2 memfd_create"
 _THREAD = 0x00010000
-"""CLONE_THREAD: a thread of this process, which is no new process."""
+"""CLONE_THREAD: a new thread of this process, which is allowed."""
 
 
-def judge_filter() -> bytes:
-    """The seccomp filter of a process that judges, in the kernel's form.
+def seccomp_filter() -> bytes:
+    """The seccomp filter of a verifier process, as BPF instructions.
 
     Raises:
-        ImportError, RuntimeError: pyseccomp or the libseccomp that it wraps is not here.
+        ImportError, RuntimeError: pyseccomp or the libseccomp that it wraps is missing.
     """
     import pyseccomp
 
@@ -55,26 +54,26 @@ def judge_filter() -> bytes:
     for name in _MISSING.split():
         rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), name)
     rules.add_rule(pyseccomp.ERRNO(errno.EPERM), "clone", _masked(pyseccomp, 0, _THREAD, 0))
-    for name, place in (("open", 1), ("openat", 2)):
+    for name, index in (("open", 1), ("openat", 2)):
         for flag in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC):
-            rules.add_rule(pyseccomp.ERRNO(errno.EROFS), name, _masked(pyseccomp, place, flag, flag))
-    # prlimit64 with a new limit; without one it only asks
+            rules.add_rule(pyseccomp.ERRNO(errno.EROFS), name, _masked(pyseccomp, index, flag, flag))
+    # prlimit64 with a new limit; without one it only reads
     rules.add_rule(pyseccomp.ERRNO(errno.EPERM), "prlimit64", pyseccomp.Arg(2, pyseccomp.NE, 0))
     return exported(rules)
 
 
 def confine(filter_bytes: bytes) -> None:
-    """Limit this process for good; an empty filter leaves the rlimits alone. Raises OSError where the kernel refuses."""
+    """Limit this process irrevocably; with an empty filter, by rlimits alone. Raises OSError if the kernel refuses."""
     _lower(resource.RLIMIT_AS, MEMORY_BYTES)
     _lower(resource.RLIMIT_FSIZE, FILE_BYTES)
     _lower(resource.RLIMIT_CORE, 0)
     _prctl(_PR_SET_DUMPABLE, 0)
     if filter_bytes:
         _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-        _put_on(filter_bytes)
+        _install(filter_bytes)
 
 
-def _put_on(filter_bytes: bytes) -> None:
+def _install(filter_bytes: bytes) -> None:
     class Program(ctypes.Structure):
         _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
 
@@ -83,8 +82,8 @@ def _put_on(filter_bytes: bytes) -> None:
     _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program))
 
 
-def _masked(pyseccomp: Any, place: int, mask: int, value: int) -> Any:
-    return pyseccomp.Arg(place, pyseccomp.MASKED_EQ, mask, value)
+def _masked(pyseccomp: Any, index: int, mask: int, value: int) -> Any:
+    return pyseccomp.Arg(index, pyseccomp.MASKED_EQ, mask, value)
 
 
 def _lower(limit: int, value: int) -> None:

@@ -1,4 +1,4 @@
-"""Ends of processes: with their parent, and with everything that they have started."""
+"""End a process with its parent, and with everything that it has started."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ import time
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-_ENDED = "ZX"
-_BETWEEN_LOOKS = 0.002
-_LAST_WORDS = 4096
-MAX_WORD_BYTES = 1 << 20
-"""Longest word of a process that has read a model's text."""
+_ENDED_STATES = "ZX"
+_POLL_SECONDS = 0.002
+_LOG_TAIL_BYTES = 4096
+MAX_MESSAGE_BYTES = 1 << 20
+"""Longest message that is read from a process that has read a model's text."""
 
 
 def die_with_parent(parent_pid: int, signal_number: int = signal.SIGKILL) -> None:
-    """Have the kernel send this process ``signal_number`` when the one that started it ends, however it ends."""
+    """Have the kernel send this process ``signal_number`` when its parent ends, however that ends."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal_number)
-    if os.getppid() != parent_pid:  # it ended before the kernel was told
+    if os.getppid() != parent_pid:  # the parent ended before the call
         os._exit(1)
 
 
 def adopt_orphans() -> None:
-    """Whatever is started below this process stays below it though its own parent ends."""
+    """Make this process the new parent of descendants whose own parent ends."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes below ``pid`` that have not ended; what has just ended is left out."""
+    """Processes below ``pid`` that have not ended."""
     found: list[int] = []
     waiting = [pid]
     while waiting:
         for child in _children(waiting.pop()):
             waiting.append(child)
-            if _state(child) not in _ENDED:
+            if _state(child) not in _ENDED_STATES:
                 found.append(child)
     return found
 
@@ -44,17 +44,17 @@ def descendants(pid: int) -> list[int]:
 def kill_below(pid: int) -> None:
     """Kill everything below ``pid``, which must start nothing meanwhile (it is stopped, or is this process).
 
-    A process that is asked to die may start another before it does, so this looks until nothing is left.
+    A process may start another one before it dies, so this repeats until none is left.
     """
     while alive := descendants(pid):
         for each in alive:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(each, signal.SIGKILL)
-        time.sleep(_BETWEEN_LOOKS)
+        time.sleep(_POLL_SECONDS)
 
 
 def kill_tree(pid: int) -> None:
-    """Kill ``pid``, a child of this process, and everything below it. It stays to be waited for."""
+    """Kill ``pid``, a child of this process, and everything below it. The caller still has to wait for it."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGSTOP)
         kill_below(pid)
@@ -71,9 +71,9 @@ def exit_words(code: int) -> str:
 
 
 def end_words(code: int, log_fd: int, start: int = 0) -> str:
-    """How a process ended and the last line of its log from ``start`` on; the log may be of any size."""
-    start = max(start, os.fstat(log_fd).st_size - _LAST_WORDS)
-    lines = os.pread(log_fd, _LAST_WORDS, start).decode(errors="replace").strip().splitlines()
+    """How a process ended and the last line of its log from byte ``start`` on; only the log's tail is read."""
+    start = max(start, os.fstat(log_fd).st_size - _LOG_TAIL_BYTES)
+    lines = os.pread(log_fd, _LOG_TAIL_BYTES, start).decode(errors="replace").strip().splitlines()
     end = exit_words(code)
     return f"{end}: {lines[-1][:200]}" if lines else end
 
@@ -95,10 +95,10 @@ def _started_by(task: str) -> list[int]:
 
 
 def _state(pid: int) -> str:
-    """One letter, as in ps; X for a process that is gone."""
+    """The state's letter, as in ps; X for a process that is gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            # the name, in parentheses, may hold anything
+            # after the name, which is in parentheses and may contain any character
             return file.read().rpartition(b")")[2].split()[0].decode()
     except (FileNotFoundError, ProcessLookupError):
         return "X"

@@ -1,16 +1,16 @@
-"""A verifier's program: it keeps a process that judges, and replaces it when it hangs, dies or has done its share.
+"""A worker's program: a supervisor that forks a verifier process, and replaces it when it hangs, dies or is used up.
 
     python -m megatron_ring.rl.reward.workers.worker FD PARENT_PID
 
-It is a program of its own rather than a multiprocessing child, so that it never imports the entry script, torch or
-what else the trainer holds. Over the socket FD come pickled words of the trainer, first the settings, then one
-:class:`Task` after another. JSON goes back: loaded (or refused, with an error's line), ready, and for every task
-started, then result, timeout, died or refused, with whether it is ready for the next at once; else ready comes once it is.
-Before started there is loading, where a task's library has to be loaded first.
+A program of its own rather than a multiprocessing child, so that it never imports the entry script, torch or anything
+else of the trainer. Protocol on the socket FD: the trainer sends pickles, first the settings, then one :class:`Task`
+after another. The worker sends JSON: ``loaded`` (or ``refused`` with an error line), then ``ready``. For each task it
+sends ``loading`` if a library has to be loaded first, ``started`` with the time limit, and last ``result``, ``timeout``,
+``died`` or ``refused``. That message also tells whether it is ``ready`` for the next task; if not, ``ready`` follows.
 
-The keeper never reads what a model wrote. Inside the walls it loads the libraries once and the process that judges is
-a fork of it, so a new one costs milliseconds. Outside, where users' functions live, that process loads them itself,
-since what they start may not survive a fork. When it ends, all that it has started ends with it.
+The supervisor never reads a model's text. An isolated one loads the libraries once, so that forking a new verifier
+process costs milliseconds. In a trusted one, which has users' functions, the verifier process loads them itself, since
+threads and connections that they open may not survive a fork. With a verifier process everything ends that it started.
 """
 
 from __future__ import annotations
@@ -26,159 +26,159 @@ from typing import Any
 
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RewardError
-from megatron_ring.rl.reward.registry import Judge, load_judges
+from megatron_ring.rl.reward.registry import Verifier, load_verifiers
 from megatron_ring.rl.reward.workers.confine import confine
-from megatron_ring.rl.reward.workers.judging import GoneError, Judging, Task, judge_until_told
 from megatron_ring.rl.reward.workers.processes import adopt_orphans, die_with_parent, kill_below
+from megatron_ring.rl.reward.workers.verifier_process import GoneError, Task, VerifierProcess, serve_tasks
 
 START_SECONDS = 120.0
-"""Longest load of what a domain needs."""
+"""Time limit for loading what a domain needs."""
 ANSWER_SECONDS = 4.0
-"""Longest silence of a process that has a task and nothing to load: then it is stopped, or gone."""
+"""After this long without a message a verifier process that has a task and nothing to load counts as stopped."""
 _LOG_BYTES = 1 << 20
 
 
-class _Keeper:
+class _Supervisor:
     def __init__(self, trainer: Connection):
-        config, domains, place, filter_bytes = pickle.loads(trainer.recv_bytes())
+        config, domains, kind, filter_bytes = pickle.loads(trainer.recv_bytes())
         self._trainer = trainer
         self._config: RewardConfig = config
         self._domains: tuple[str, ...] = domains
-        self._inside: bool = place == "inside"
+        self._isolated: bool = kind == "isolated"
         self._filter: bytes = filter_bytes
-        self._judges: dict[str, Judge] = {}
+        self._verifiers: dict[str, Verifier] = {}
         self._loaded: set[str] = set()
-        self._judging: Judging | None = None
+        self._process: VerifierProcess | None = None
 
-    def keep(self) -> None:
-        """Answer until the trainer closes its end."""
+    def serve(self) -> None:
+        """Serve tasks until the trainer closes its end."""
         try:
-            if self._inside:
-                self._judges = load_judges(self._config, "inside")
+            if self._isolated:
+                self._verifiers = load_verifiers(self._config, "isolated")
             else:
                 self._prepare()
         except RewardError as error:
-            self._say(refused=str(error))
+            self._send(refused=str(error))
             return
-        self._say(loaded=True)
-        with contextlib.suppress(RewardError):  # what needs it says so again
+        self._send(loaded=True)
+        with contextlib.suppress(RewardError):  # a task of that domain raises it again
             for domain in self._domains:
                 self._load(domain)
             self._prepare()
-        self._say(ready=True)
+        self._send(ready=True)
         while True:
             task = pickle.loads(self._trainer.recv_bytes())
-            _shorten_log()
+            _truncate_log()
             try:
-                words = self._do(task)
+                message = self._run(task)
             except RewardError as error:
-                words = {"refused": str(error)}
-            self._say(**words, ready=self._judging is not None)
-            if self._judging is None:
+                message = {"refused": str(error)}
+            self._send(**message, ready=self._process is not None)
+            if self._process is None:
                 with contextlib.suppress(RewardError):
                     self._prepare()
-                self._say(ready=True)
+                self._send(ready=True)
 
-    def _do(self, task: Task) -> dict[str, Any]:
+    def _run(self, task: Task) -> dict[str, Any]:
         domain = task.prompt.domain
-        if self._inside and domain not in self._loaded:
-            self._say(loading=True)
+        if self._isolated and domain not in self._loaded:
+            self._send(loading=True)
             self._load(domain)
-        judging, words = self._hand_over(task)
-        if words is None or "refused" in words:
-            return words or {"died": "it does not start to judge"}
-        # inside, a process that has read a model's text has no say in its own time
-        seconds = task.seconds if self._inside else float(words["started"])
-        self._say(started=seconds)
+        process, message = self._hand_over(task)
+        if message is None or "refused" in message:
+            return message or {"died": "it does not start to verify"}
+        # an isolated process has read a model's text: the time limit it states does not count
+        timeout = task.timeout if self._isolated else float(message["started"])
+        self._send(started=timeout)
         try:
-            words = judging.receive(seconds)
+            message = process.receive(timeout)
         except GoneError:
-            self._forget(judging)
-            return {"died": judging.end()}
-        judging.num_judged += 1
-        if words is None or task.alone or judging.num_judged == self._config.reward_worker_judgements:
-            self._forget(judging)
-            judging.end()
-        return words or {"timeout": True}
+            self._forget(process)
+            return {"died": process.end()}
+        process.num_verified += 1
+        if message is None or task.alone or process.num_verified == self._config.reward_worker_judgements:
+            self._forget(process)
+            process.end()
+        return message or {"timeout": True}
 
-    def _hand_over(self, task: Task) -> tuple[Judging, dict[str, Any] | None]:
-        """Who takes the task, and its first word. One that dies or is stopped before it starts is replaced once."""
+    def _hand_over(self, task: Task) -> tuple[VerifierProcess, dict[str, Any] | None]:
+        """The process that takes the task, and its first message. One that fails before it starts is replaced once."""
         for attempt in range(2):
-            judging = self._fork() if task.alone else self._prepare()
+            process = self._fork() if task.alone else self._prepare()
             try:
-                judging.send(task)
-                words = judging.receive(ANSWER_SECONDS)
-                if words is not None and "loading" in words:
-                    self._say(loading=True)
-                    words = judging.receive(START_SECONDS)
+                process.send(task)
+                message = process.receive(ANSWER_SECONDS)
+                if message is not None and "loading" in message:
+                    self._send(loading=True)
+                    message = process.receive(START_SECONDS)
             except GoneError:
-                words = None
-            if words is None:
-                self._forget(judging)
-                judging.end()
-            elif "refused" in words and task.alone:
-                judging.end()
-            if words is not None or attempt:
-                return judging, words
+                message = None
+            if message is None:
+                self._forget(process)
+                process.end()
+            elif "refused" in message and task.alone:
+                process.end()
+            if message is not None or attempt:
+                return process, message
         raise AssertionError
 
-    def _forget(self, judging: Judging) -> None:
-        if judging is self._judging:
-            self._judging = None
+    def _forget(self, process: VerifierProcess) -> None:
+        if process is self._process:
+            self._process = None
 
-    def _fork(self) -> Judging:
-        """A process that judges, ready."""
-        judging = Judging(self._trainer, self._become_judge)
+    def _fork(self) -> VerifierProcess:
+        """A new verifier process, ready for a task."""
+        process = VerifierProcess(self._trainer, self._become_verifier)
         try:
-            words = judging.receive(START_SECONDS)
+            message = process.receive(START_SECONDS)
         except GoneError:
-            # the trainer hears of it as this process's own end
-            print(judging.end(), file=sys.stderr)
+            # the trainer sees this process end, and reads the reason in its log
+            print(process.end(), file=sys.stderr)
             sys.exit(1)
-        if words is None or "refused" in words:
-            judging.end()
-            raise RewardError((words or {"refused": "reward functions take too long to load"})["refused"])
-        return judging
+        if message is None or "refused" in message:
+            process.end()
+            raise RewardError((message or {"refused": "reward functions take too long to load"})["refused"])
+        return process
 
-    def _prepare(self) -> Judging:
-        """The process that judges, ready; a new one if there is none or it has died idle."""
-        if self._judging is not None and not self._judging.is_alive():
-            self._judging.end()
-            self._judging = None
-        if self._judging is None:
-            self._judging = self._fork()
-        return self._judging
+    def _prepare(self) -> VerifierProcess:
+        """The verifier process, ready for a task; a new one if there is none or it died while idle."""
+        if self._process is not None and not self._process.is_alive():
+            self._process.end()
+            self._process = None
+        if self._process is None:
+            self._process = self._fork()
+        return self._process
 
-    def _become_judge(self, keeper: Connection) -> None:
-        """The rest of the life of a process that judges."""
-        judges = self._judges
-        if self._inside:
+    def _become_verifier(self, supervisor: Connection) -> None:
+        """What a verifier process runs after the fork."""
+        verifiers = self._verifiers
+        if self._isolated:
             confine(self._filter)
         else:
             try:
-                judges = load_judges(self._config, "outside")
+                verifiers = load_verifiers(self._config, "trusted")
                 for domain in self._domains:
-                    judges[domain].load()
+                    verifiers[domain].load()
             except RewardError as error:
-                keeper.send_bytes(json.dumps({"refused": str(error)}).encode())
+                supervisor.send_bytes(json.dumps({"refused": str(error)}).encode())
                 return
-        keeper.send_bytes(b'{"loaded": true}')
-        judge_until_told(keeper, judges, self._loaded if self._inside else self._domains)
+        supervisor.send_bytes(b'{"loaded": true}')
+        serve_tasks(supervisor, verifiers, self._loaded if self._isolated else self._domains)
 
     def _load(self, domain: str) -> None:
-        if self._inside and domain not in self._loaded:
-            self._judges[domain].load()
+        if self._isolated and domain not in self._loaded:
+            self._verifiers[domain].load()
             self._loaded.add(domain)
-            if self._judging is not None:  # it was forked without
-                self._judging.end()
-                self._judging = None
+            if self._process is not None:  # it was forked without the library
+                self._process.end()
+                self._process = None
 
-    def _say(self, **words: object) -> None:
-        self._trainer.send_bytes(json.dumps(words).encode())
+    def _send(self, **message: object) -> None:
+        self._trainer.send_bytes(json.dumps(message).encode())
 
 
-def _shorten_log() -> None:
-    """What a verifier prints stays readable after it dies, but never fills a disk."""
+def _truncate_log() -> None:
+    """Keep what verifiers print readable after they die, and bounded."""
     if os.fstat(2).st_size > _LOG_BYTES:
         os.ftruncate(2, 0)
         os.lseek(2, 0, os.SEEK_SET)
@@ -192,11 +192,11 @@ def main() -> None:
     fd, parent_pid = map(int, sys.argv[1:])
     adopt_orphans()
     signal.signal(signal.SIGTERM, _stop)
-    if parent_pid:  # behind bwrap it ends with the walls
+    if parent_pid:  # 0 behind bwrap, which ends it
         die_with_parent(parent_pid, signal.SIGTERM)
     try:
         with contextlib.suppress(EOFError, ConnectionError):
-            _Keeper(Connection(fd)).keep()
+            _Supervisor(Connection(fd)).serve()
     finally:
         kill_below(os.getpid())
 

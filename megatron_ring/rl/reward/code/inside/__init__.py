@@ -1,1 +1,1 @@
-"""What runs inside the sandbox beside a solution. Read as text, never imported by the trainer."""
+"""Files that run in the sandbox beside a solution: read as text, never imported by the trainer."""

@@ -61,7 +61,7 @@ class approx:
 
 
 class mark:
-    """Marks say nothing here but parametrize."""
+    """Marks; only parametrize has an effect here."""
 
     @staticmethod
     def parametrize(names, rows, ids=None):
@@ -84,4 +84,4 @@ def fail(reason="", pytrace=True):
 
 
 def main(*words):
-    """What is defined is collected anyway."""
+    """Does nothing: tests that are defined are collected anyway."""

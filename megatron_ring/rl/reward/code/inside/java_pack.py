@@ -1,9 +1,9 @@
-"""Packs compiled Java classes into a jar whose manifest names the class to start. Read as text, run in the sandbox.
+"""Packs compiled Java classes into a jar whose manifest names the main class. Read as text, run in the sandbox.
 
     pack.py FOLDER JAR PREFERRED
 
-The class to start is one that has ``public static void main(String[])`` by its class file: PREFERRED (the class
-that the source file is named after) first, then any called Main or Solution, a public one, an outer one, by name.
+The main class has ``public static void main(String[])``, by its class file. Of several, PREFERRED comes first (the class
+that the source file is named after), then one called Main or Solution, a public one, a top-level one, the first by name.
 """
 
 import os
@@ -33,7 +33,7 @@ SIZES = {
 
 
 def read_class(data):
-    """(name with points, access flags, whether it has a main) of a class file's bytes."""
+    """(name with points, access flags, whether it has a main method) of a class file."""
     count = struct.unpack_from(">H", data, 8)[0]
     texts, classes = {}, {}
     at, index = 10, 1
@@ -65,7 +65,7 @@ def read_class(data):
 
 
 def manifest(main_class):
-    """Lines of at most 72 bytes; what is longer goes on behind a blank."""
+    """The manifest's bytes: lines of at most 72 bytes; a longer one continues after a space."""
     line = f"Main-Class: {main_class}".encode()
     parts = [line[:70], *(b" " + line[at : at + 69] for at in range(70, len(line), 69))]
     return b"\r\n".join([b"Manifest-Version: 1.0", *parts, b"", b""])

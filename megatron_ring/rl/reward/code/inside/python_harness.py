@@ -1,12 +1,12 @@
-"""What stands before a Python solution inside the sandbox. Read as text, run there; the trainer reads its tables.
+"""Runs a Python solution inside the sandbox. Read as text and run there; the trainer imports only its tables.
 
     main.py stdin | function | unit_test
 
-Standard input is the test's (stdin), or one JSON object: {"function", "lines"} (a JSON value each), or what
-harness_tester reads. Exit codes: 90 the solution does not compile, 91 its result is not JSON.
+Standard input is the test's (stdin), or one JSON object: {"function", "lines"} (lines of JSON, function), or the task that
+harness_test reads (unit_test). Exit codes: 90 the solution does not compile, 91 its result is not JSON.
 
-A script (stdin) has what Python gives to a script. Functions and classes have besides, where they are used and not
-defined, the names that LeetCode and LiveCodeBench provide. All have deep recursion and integers of any length.
+A script (stdin) runs as in plain Python. Functions and classes also find the names that LeetCode and LiveCodeBench provide,
+if they use them without defining them. All may recurse deeply and print integers of any length.
 """
 
 import builtins
@@ -66,9 +66,9 @@ class TreeNode:
 
 
 def provided(source):
-    """Of the names that LeetCode and LiveCodeBench provide, those that occur in ``source``.
+    """Those of the names that LeetCode and LiveCodeBench provide which occur in ``source``.
 
-    A name of both a module and something in it (bisect, copy) is the module where a point follows it.
+    A name of both a module and a function in it (bisect, copy) means the module if a point follows it.
     """
     words = set(re.findall(r"\w+", source)) - set(dir(builtins))
     found = {kind.__name__: kind for kind in (ListNode, TreeNode) if kind.__name__ in words}
@@ -84,7 +84,7 @@ def provided(source):
 
 
 def make_room(source):
-    """Deep recursion and integers of any length. The stack grows as it is used, within the memory limit."""
+    """Allow deep recursion and integers of any length. The stack grows with its use, within the memory limit."""
     import resource
 
     hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
@@ -94,7 +94,7 @@ def make_room(source):
     if "stack_size" in source:
         import threading
 
-        # a thread's stack is reserved whole: what people ask for to be sure would be all the memory there is
+        # a thread's stack is reserved at once: the sizes that people set to be safe would take all memory
         real = threading.stack_size
         threading.stack_size = lambda size=0: real(min(size, THREAD_STACK))
 
@@ -113,16 +113,16 @@ def load(name):
         traceback.print_exc(limit=0)
         sys.exit(90)
     except (MemoryError, RecursionError):
-        # what Python says of a source that its compiler has not the depth for
+        # Python raises these for a source that is nested too deeply for its compiler
         print("the source is nested too deeply", file=sys.stderr)
         sys.exit(90)
-    # the site module, which is not loaded here, is where people's exit() comes from
+    # exit() and quit() come from the site module, which is not loaded here
     builtins.exit = builtins.quit = sys.exit
     module = types.ModuleType(name)
     module.__file__ = SOURCE
     sys.modules[name] = module
     if name == "solution":
-        # where names of Python are looked up, so that the module's own are those that the solution made
+        # in the builtins, so that the module's own globals are those that the solution defined
         module.__dict__["__builtins__"] = {**vars(builtins), **provided(source)}
         if os.path.exists("/code/prompt.py"):
             with open("/code/prompt.py", encoding="utf-8") as file:
@@ -134,7 +134,7 @@ def load(name):
 
 
 def private_stdout():
-    """Standard output kept for the harness; what the solution prints goes to standard error."""
+    """Standard output, for the harness alone; from now on the solution's prints go to standard error."""
     kept = os.dup(1)
     os.dup2(2, 1)
     return kept
@@ -162,10 +162,10 @@ def call_function():
 
 def run_unit_test():
     sys.path.insert(0, "/code")
-    import harness_tester
+    import harness_test
 
     sys.set_int_max_str_digits(0)
-    harness_tester.run_unit_test(load, provided)
+    harness_test.run_unit_test(load, provided)
 
 
 MODES = {"stdin": lambda: load("__main__"), "function": call_function, "unit_test": run_unit_test}

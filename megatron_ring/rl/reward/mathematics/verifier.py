@@ -68,12 +68,12 @@ _ABOUT_ANSWER = re.compile(r"####|<<[^<>]*>>|\banswers?\b|^\[['\"]", re.IGNORECA
 """GSM8K's worked solutions, sentences such as "The answer is 3", and lists that Python printed."""
 
 
-def judge_math(prompt: Prompt, text: str) -> RewardResult:
+def verify_math(prompt: Prompt, text: str) -> RewardResult:
     """1 if the last box of ``text`` is equal in value to ``prompt.reference["answer"]``."""
     return _judge(_reference(prompt), text, science=False)
 
 
-def judge_science(prompt: Prompt, text: str) -> RewardResult:
+def verify_science(prompt: Prompt, text: str) -> RewardResult:
     """As mathematics; where the reference is the letter of a choice, 1 if the last box names that choice."""
     reference = _reference(prompt)
     wanted = choices.CHOICE.fullmatch(reference)

@@ -1,15 +1,15 @@
-"""Walls around verifiers: a process that judges sees the interpreter and its libraries, and nothing else.
+"""Isolation of verifiers: an isolated worker sees the interpreter and its libraries, and nothing else.
 
 Libraries that compare answers read text that a model wrote, and some of them evaluate it. So they run inside
-bubblewrap: no network, no file but the system's and Python's own, read-only, no process but their own, no rights.
-Two ways lead there, tried in this order:
+bubblewrap: no network, no files but the system's and Python's (read-only), no other processes, no privileges. Two
+methods are tried, in this order:
 
-- a user namespace, as the code sandbox has it (root takes the rights of no one first);
-- where no one's rights cannot reach the interpreter (it lies in root's home), root builds the walls and drops
-  every right inside them, before Python starts.
+- ``namespaces``: a user namespace, as in the code sandbox (root changes to an unprivileged uid first);
+- ``dropped``: if that uid cannot read the interpreter (it is in root's home), root sets up the namespaces and setpriv
+  drops all privileges inside, before Python starts.
 
-Where neither works there are no walls: verifiers then run under rlimits and a seccomp filter (:mod:`confine`), which is
-said, and what evaluates text is refused.
+If neither works there is no isolation: verifiers then run under rlimits and a seccomp filter (:mod:`confine`), the pool
+logs a warning, and scorers that evaluate text are refused.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.sandbox.command import (
     FIRST_UID,
     SETUP,
+    Identity,
     find_tool,
     identity,
     open_data,
     seccomp_program,
     system_binds,
 )
-from megatron_ring.rl.reward.workers.confine import judge_filter
+from megatron_ring.rl.reward.workers.confine import seccomp_filter
 
 _TMP_BYTES = 16 << 20
 _PROBE_SECONDS = 60.0
@@ -62,47 +63,47 @@ print(json.dumps(holes))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Walls:
-    """How processes that judge are started on this machine.
+class Isolation:
+    """How isolated workers are started on this machine.
 
-    Example: ``Walls(way="namespaces", missing="", filter_bytes=b"...")``.
+    Example: ``Isolation(method="namespaces", missing="", filter_bytes=b"...")``.
     """
 
-    way: str
-    """namespaces, dropped (root built them and left), or none."""
+    method: str
+    """namespaces, dropped or none; see this module's docstring."""
     missing: str
-    """Why there are no walls; empty where there are."""
+    """Why there is no isolation; empty if there is."""
     filter_bytes: bytes
-    """Seccomp filter that a process puts on before it judges; empty where libseccomp is missing."""
+    """Seccomp filter that a verifier process installs before its first task; empty if libseccomp is missing."""
 
-    def start(self, words: Sequence[str], *, pass_fds: Sequence[int], log: int) -> subprocess.Popen:
-        """Start this interpreter with ``words`` inside the walls; ``log`` takes what it prints."""
-        return _start(self.way, words, pass_fds=pass_fds, stdout=log, stderr=log)
+    def start(self, words: Sequence[str], *, pass_fds: Sequence[int], log: int) -> subprocess.Popen[bytes]:
+        """Start this interpreter with ``words`` in isolation; its output goes to the descriptor ``log``."""
+        return _start(self.method, words, pass_fds=pass_fds, stdout=log, stderr=log)
 
 
 @functools.cache
-def raise_walls() -> Walls:
-    """The walls of this machine, tried once in a process."""
+def find_isolation() -> Isolation:
+    """The isolation that this machine offers; probed once per process."""
     why = []
     try:
-        filter_bytes = judge_filter()
+        filter_bytes = seccomp_filter()
     except (ImportError, RuntimeError, OSError, ValueError) as error:
         filter_bytes = b""
         why.append(f"pyseccomp cannot be used ({error})")
-    for way in ("namespaces", "dropped") if os.geteuid() == 0 else ("namespaces",):
-        problem = _try(way) if filter_bytes else None
+    for method in ("namespaces", "dropped") if os.geteuid() == 0 else ("namespaces",):
+        problem = _probe(method) if filter_bytes else None
         if filter_bytes and problem is None:
-            return Walls(way=way, missing="", filter_bytes=filter_bytes)
+            return Isolation(method=method, missing="", filter_bytes=filter_bytes)
         why += [problem] if problem else []
-    return Walls(way="none", missing="; ".join(dict.fromkeys(why)), filter_bytes=filter_bytes)
+    return Isolation(method="none", missing="; ".join(dict.fromkeys(why)), filter_bytes=filter_bytes)
 
 
-def _try(way: str) -> str | None:
-    """None if the walls stand and the verifiers' own code can be imported inside."""
+def _probe(method: str) -> str | None:
+    """None if a process is isolated by ``method`` and can import the workers' code; else what is wrong."""
     try:
-        # the checkout or site-packages is there, but nothing beside the package: not this machine's temporary files
+        # a file that exists on this machine and must not be visible
         words = ("-B", "-c", _PROBE, str(Path.home() / ".profile" if os.geteuid() else "/etc/passwd"))
-        process = _start(way, words, pass_fds=(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = _start(method, words, pass_fds=(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     except (RewardError, OSError) as error:
         return str(error)
     with process:
@@ -110,25 +111,26 @@ def _try(way: str) -> str | None:
             said, complaint = process.communicate(timeout=_PROBE_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            return f"the walls' own check took more than {_PROBE_SECONDS:g} s"
+            return f"the check of the isolation took more than {_PROBE_SECONDS:g} s"
     try:
         holes = json.loads(said)
     except ValueError:
         lines = complaint.decode(errors="replace").strip().splitlines() or ["it said nothing"]
         return f"bwrap does not start a verifier here ({lines[-1][:200]}); {SETUP}, or allow user namespaces here"
-    return f"the walls have holes: {', '.join(holes)}" if holes else None
+    return f"the isolation has holes: {', '.join(holes)}" if holes else None
 
 
 def _start(
-    way: str, words: Sequence[str], *, pass_fds: Sequence[int], stdout: int, stderr: int
-) -> subprocess.Popen:
-    argv, environment, held, who = [sys.executable, *words], _environment(), [], {}
-    if way == "none":
+    method: str, words: Sequence[str], *, pass_fds: Sequence[int], stdout: int, stderr: int
+) -> subprocess.Popen[bytes]:
+    argv, environment, held = [sys.executable, *words], _environment(), list[int]()
+    who: Identity = {}
+    if method == "none":
         environment = {**os.environ, **environment}
     else:
         held = [open_data(seccomp_program(final=False))]
-        argv = [*_bwrap(way, environment, held[0]), *argv]
-        who = identity() if way == "namespaces" else {}
+        argv = [*_bwrap(method, environment, held[0]), *argv]
+        who = identity() if method == "namespaces" else {}
         environment = {"PATH": "/usr/bin:/bin"}
     try:
         return subprocess.Popen(
@@ -136,7 +138,7 @@ def _start(
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
-            cwd="/" if way != "none" else None,
+            cwd="/" if method != "none" else None,
             env=environment,
             pass_fds=(*pass_fds, *held),
             start_new_session=True,
@@ -147,15 +149,15 @@ def _start(
             os.close(fd)
 
 
-def _bwrap(way: str, environment: dict[str, str], seccomp_fd: int) -> list[str]:
-    bwrap = find_tool("bwrap", "a wall around verifiers")
+def _bwrap(method: str, environment: dict[str, str], seccomp_fd: int) -> list[str]:
+    bwrap = find_tool("bwrap", "the isolation of verifiers")
     argv = [bwrap, "--die-with-parent", "--new-session", "--hostname", "verifier"]
-    if way == "namespaces":
+    if method == "namespaces":
         argv += ["--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--disable-userns"]
     else:
         argv += ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     argv += system_binds()
-    # no /proc: nothing here needs it, and what is not there cannot be misused
+    # no /proc: nothing here needs it
     argv += [
         "--dev",
         "/dev",
@@ -176,19 +178,19 @@ def _bwrap(way: str, environment: dict[str, str], seccomp_fd: int) -> list[str]:
     for name, value in environment.items():
         argv += ["--setenv", name, value]
     argv += ["--cap-drop", "ALL"]
-    if way == "dropped":
-        for right in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
-            argv += ["--cap-add", right]
+    if method == "dropped":
+        for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
+            argv += ["--cap-add", capability]
     argv += ["--seccomp", str(seccomp_fd), "--remount-ro", "/dev", "--remount-ro", "/", "--"]
-    if way == "dropped":
+    if method == "dropped":
         uid = str(FIRST_UID + os.getpid() % 1000)
-        argv += [find_tool("setpriv", "a wall around verifiers"), "--reuid", uid, "--regid", uid]
+        argv += [find_tool("setpriv", "the isolation of verifiers"), "--reuid", uid, "--regid", uid]
         argv += ["--clear-groups", "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--"]
     return argv
 
 
 def _folders() -> list[Path]:
-    """What Python needs to see beside /usr: itself, its libraries and this package, none inside another."""
+    """Folders that Python needs beside /usr: itself, its libraries and this package; none is inside another."""
     wanted = {Path(sys.prefix), Path(sys.base_prefix), _PACKAGE, Path(sys.executable).resolve().parents[1]}
     wanted |= {Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages")}
     found: list[Path] = []

@@ -1,15 +1,15 @@
-"""What a unit test holds in place of the solution's objects. Read as text, run in the sandbox; never imported.
+"""Proxies that a unit test holds in place of the solution's objects. Read as text, run in the sandbox; never imported.
 
-What the solution's process says about an expected value counts for nothing: its object never equals plain data,
-`in` looks at what the object yields, and an operator between the object and plain data gives another object that
-cannot be turned into a number. So an object that equals everything passes no test that expects a value.
+A comparison with an expected value never depends on the solution's process: a proxy never equals plain data, `in` compares
+the items that the object yields, and an operator between a proxy and plain data gives another proxy that cannot be
+converted to a number. So an object that equals everything passes no test that expects a value.
 """
 
 import contextlib
 import types
 import weakref
 
-import harness_values as values
+import harness_wire as wire
 
 _NUMBERS_WORDS = (
     "__abs__ __bool__ __int__ __float__ __complex__ __index__ __round__ __trunc__ __floor__ __ceil__"
@@ -30,42 +30,42 @@ class Gone(BaseException):
 
 
 class Unsupported(BaseException):
-    """The test does what cannot be done across two processes."""
+    """The test does something that is impossible across two processes."""
 
 
 class Remote:
-    """An object of the solution. Its special methods are added per class, by what the solution's class can do."""
+    """A proxy of an object of the solution. Special methods are added per class: those of the solution's class."""
 
     __slots__ = ("__weakref__", "_ring")
 
     def __getattr__(self, name):
-        return self._ring.link.attribute(self, name)
+        return self._ring.client.attribute(self, name)
 
     def __setattr__(self, name, value):
-        self._ring.link.set_attribute(self, name, value)
+        self._ring.client.set_attribute(self, name, value)
 
     def __delattr__(self, name):
-        self._ring.link.request({"ask": "del", "o": self._ring.number, "name": name})
+        self._ring.client.request({"ask": "del", "o": self._ring.number, "name": name})
 
     @property
     def __class__(self):
         if self._ring.data:
-            return type(self._ring.link.data(self))
-        kind = self._ring.link.value({"ask": "class", "o": self._ring.number})
+            return type(self._ring.client.data(self))
+        kind = self._ring.client.value({"ask": "class", "o": self._ring.number})
         return kind if is_remote(kind) else type(self)
 
     @property
     def __dict__(self):
-        return self._ring.link.attribute(self, "__dict__")
+        return self._ring.client.attribute(self, "__dict__")
 
     @property
     def __doc__(self):
-        return self._ring.link.attribute(self, "__doc__")
+        return self._ring.client.attribute(self, "__doc__")
 
     def __eq__(self, other):
         mine = self._ring
         if not is_remote(other):
-            return mine.data and mine.link.data(self) == other
+            return mine.data and mine.client.data(self) == other
         theirs = other._ring
         if mine.number == theirs.number:
             return True
@@ -87,29 +87,29 @@ class Remote:
         return order("__ge__", "__le__", self, other)
 
     def __instancecheck__(self, value):
-        return self._ring.link.is_a(self, value, False)
+        return self._ring.client.is_a(self, value, False)
 
     def __subclasscheck__(self, value):
-        return self._ring.link.is_a(self, value, True)
+        return self._ring.client.is_a(self, value, True)
 
     def __mro_entries__(self, bases):
-        self._ring.link.refuse("a class derived from the solution's")
+        self._ring.client.refuse("a class derived from the solution's")
 
     def __copy__(self):
-        return self._ring.link.value({"ask": "copy", "o": self._ring.number, "deep": False})
+        return self._ring.client.value({"ask": "copy", "o": self._ring.number, "deep": False})
 
     def __deepcopy__(self, memo):
-        return self._ring.link.value({"ask": "copy", "o": self._ring.number, "deep": True})
+        return self._ring.client.value({"ask": "copy", "o": self._ring.number, "deep": True})
 
 
 class Method:
-    """A method of an object of the solution: called in one go, without an object of its own there."""
+    """A bound method of an object of the solution: called with one request, without an object of its own there."""
 
     def __init__(self, owner, name):
         self.owner, self.__name__ = owner, name
 
     def __call__(self, *words, **named):
-        return self.owner._ring.link.call(self.owner, self.__name__, words, named)
+        return self.owner._ring.client.call(self.owner, self.__name__, words, named)
 
 
 def is_remote(value):
@@ -117,9 +117,9 @@ def is_remote(value):
 
 
 def compare(name, mirrored, left, right):
-    """Of two objects of the solution, as Python does it; None where neither knows."""
+    """Compare two objects of the solution as Python does; None if neither class implements the comparison."""
     for method, one, other in ((name, left, right), (mirrored, right, left)):
-        said = one._ring.link.value(
+        said = one._ring.client.value(
             {"ask": "compare", "o": one._ring.number, "name": method, "other": other._ring.number}
         )
         if said is not NotImplemented:
@@ -133,7 +133,7 @@ def order(name, mirrored, left, right):
         if said is not None:
             return said
     elif left._ring.data:
-        return getattr(left._ring.link.data(left), name)(right)
+        return getattr(left._ring.client.data(left), name)(right)
     raise TypeError("an object of the solution's has no order beside plain data")
 
 
@@ -142,17 +142,17 @@ def forwarded(name):
         if name in ARITHMETIC:
             return arithmetic(self, name, words)
         if name == "__exit__":
-            # only a guarded with statement lets it swallow anything
-            return self._ring.link.call(self, name, (*words[:2], None), {}, True) and None
+            # only Guard may let it suppress an exception
+            return self._ring.client.call(self, name, (*words[:2], None), {}, True) and None
         if name in NUMBERS and self._ring.mixed:
             raise TypeError("an object made of the solution's and plain data is no number")
-        return self._ring.link.call(self, name, words, named, name != "__call__")
+        return self._ring.client.call(self, name, words, named, name != "__call__")
 
     return act
 
 
 def arithmetic(left, name, others):
-    result = left._ring.link.call(left, name, others, {}, True)
+    result = left._ring.client.call(left, name, others, {}, True)
     mixed = left._ring.mixed or any(not is_remote(other) or other._ring.mixed for other in others)
     if not mixed or result is NotImplemented:
         return result
@@ -164,10 +164,10 @@ def arithmetic(left, name, others):
 
 
 class Guard:
-    """A context manager of the solution's in a with statement of the test's.
+    """A context manager of the solution in a with statement of the test.
 
-    It may swallow what the statement's own lines raise, and only where no assertion stands in them: else it would
-    swallow or skip the assertion.
+    It may suppress an exception only if the statement's own lines raise it and contain no assertion: else it could suppress
+    a failed assertion, or skip one.
     """
 
     def __init__(self, manager, asserts):
@@ -177,7 +177,7 @@ class Guard:
         return type(self.manager).__enter__(self.manager)
 
     def __exit__(self, kind, error, trace):
-        said = self.manager._ring.link.call(self.manager, "__exit__", (kind, error, None), {}, True)
+        said = self.manager._ring.client.call(self.manager, "__exit__", (kind, error, None), {}, True)
         return said is True and not self.asserts and kind is not None and trace.tb_next is None
 
 
@@ -192,10 +192,10 @@ def bare(kind, ring):
 
 
 class Proxies:
-    """Makes what stands for the solution's objects: one for each, as long as the test holds it."""
+    """Makes the proxies: one for each object of the solution, as long as the test holds it."""
 
-    def __init__(self, link):
-        self.link = link
+    def __init__(self, client):
+        self.client = client
         self.kinds = {}
         self.made = weakref.WeakValueDictionary()
         self.errors = {}
@@ -210,13 +210,17 @@ class Proxies:
         made = self.made.get(word["o"])
         if made is None:
             ring = types.SimpleNamespace(
-                link=self.link, number=word["o"], eq=bool(word["eq"]), data=bool(word["data"]), mixed=False
+                client=self.client,
+                number=word["o"],
+                eq=bool(word["eq"]),
+                data=bool(word["data"]),
+                mixed=False,
             )
             made = self.made[word["o"]] = bare(self.kind(str(word["of"]), tuple(map(str, word["can"]))), ring)
         return made
 
     async def coroutine(self, number):
-        return self.link.value({"ask": "await", "o": number})
+        return self.client.value({"ask": "await", "o": number})
 
     def kind(self, name, can):
         if (name, can) not in self.kinds:
@@ -229,10 +233,10 @@ class Proxies:
         return self.kinds[name, can]
 
     def error_class(self, names):
-        """A class for an exception of the solution's, derived from the nearest that Python has."""
+        """A class for an exception of the solution, derived from the nearest base class that Python has."""
         module, name = map(str, names[0])
-        if values.exception_class([names[0]]) is not Exception or (module, name) == ("builtins", "Exception"):
-            return values.exception_class(names)
+        if wire.exception_class([names[0]]) is not Exception or (module, name) == ("builtins", "Exception"):
+            return wire.exception_class(names)
         if len(names) == 1:
             return Exception
         if (module, name) not in self.errors:
@@ -245,22 +249,22 @@ class Proxies:
         return self.errors[module, name]
 
     def error(self, reply):
-        """What the solution raised, to be raised here."""
+        """The exception to raise here for the one that the solution raised."""
         kind = self.error_class(reply["raise"])
-        words = self.link.decode(reply["words"])
+        words = self.client.decode(reply["words"])
         parts = [self.error(part) for part in reply.get("parts", ())]
         try:
             error = kind(words[0], parts) if issubclass(kind, BaseExceptionGroup) else kind(*words)
         except Exception:
-            # its constructor asks for other words, as that of json's does
+            # its constructor takes other arguments, as that of JSONDecodeError does
             kind = Exception if issubclass(kind, BaseExceptionGroup) else kind
             error = kind.__new__(kind)
         if not parts:
             error.args = tuple(words)
         if "solution" in str(kind.__module__):
             error._ring_object = self.of(reply["object"])
-        for name, fact in self.link.decode(reply.get("facts", {"d": []})).items():
-            if name in values.FACTS:
+        for name, fact in self.client.decode(reply.get("facts", {"d": []})).items():
+            if name in wire.FACTS:
                 with contextlib.suppress(AttributeError, TypeError, ValueError):
                     setattr(error, name, fact)
         for note in reply.get("notes", ()):
@@ -271,7 +275,7 @@ class Proxies:
 
 
 def of_the_error(what):
-    """An exception of the solution's answers for itself what Python's own does not know."""
+    """``__getattr__`` or ``__str__`` of an exception of the solution: asks the solution's own object."""
 
     def attribute(self, name):
         there = vars(self).get("_ring_object")

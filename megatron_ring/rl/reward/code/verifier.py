@@ -1,17 +1,19 @@
-"""Code: 1 only if every test passes in the sandbox (Ring-lite, arXiv 2506.14731).
+"""The verifier of code problems: score 1 only if every test passes in the sandbox (Ring-lite, arXiv 2506.14731, section 3.3).
 
-What a problem's reference may hold is said in ``job``, what equal outputs are in ``compare``, which block of
-a response counts in ``blocks``. Where the verdict comes from:
+``job`` defines what a reference may hold, ``compare`` when two outputs are equal, and ``blocks`` which block of a response
+is the solution. What decides:
 
-- stdin and function: an expected output never enters the sandbox; what the program wrote is compared out here.
-- unit_test: the test runs inside, in a process that the solution's cannot reach (``harness_tester``). Calls pass
-  between the two as plain data, so whatever a solution patches, prints, reads or ends is its own process's; it passes
-  only with the values that the test expects. What it cannot withhold: an answer that the test itself tells the
-  solution (by an argument), a comparison of two of the solution's own objects, which is the solution's ``__eq__``, and
-  tests that are passed by any value. A test that needs both in one process (a class derived from the
-  solution's, a patched module of it) is refused by name or is ``verifier_error``.
+- stdin and function: the output is compared outside of the sandbox, which never sees the expected output.
+- unit_test: the test runs in the sandbox, in a process that the solution's process cannot reach (``harness_test``). Calls
+  between the two pass plain data. So exiting early, printing, or patching ``==`` or a library changes the solution's own
+  process only: the test passes only with the values that it expects.
 
-A test without an executed assertion is no pass, nor is a problem that a program which does nothing passes.
+Three things can still pass a unit test wrongly: an expected value that the test itself passes to the solution as an
+argument; a comparison of two objects of the solution, which calls the solution's ``__eq__``; and a test that any value
+passes. A test that needs one process for both (it derives a class from one of the solution's, or patches the solution's
+module) is refused, or gives ``verifier_error``.
+
+A test that executes no assertion fails. A problem that an empty program solves is refused.
 """
 
 from __future__ import annotations
@@ -35,20 +37,20 @@ from megatron_ring.rl.reward.sandbox.run import RunResult
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
 from megatron_ring.rl.types import RewardResult
 
-__all__ = ["CODE_KEYS", "CodeJob", "CodeJudge", "check_reference", "same_output", "same_value"]
+__all__ = ["CODE_KEYS", "CodeJob", "CodeVerifier", "check_reference", "same_output", "same_value"]
 
 _START_SECONDS = 2.0
-"""Wall clock to start and end one sandbox on a busy machine, beside the run."""
+"""Wall clock to start and end one run in the sandbox on a busy machine, beside the run itself."""
 _LEAST_SECONDS, _LEAST_MB = 1.0, 128
 _MOST_TIMES = 4
 _DOES_NOT_COMPILE = 90
 _NOT_JSON = 91
 
 
-class CodeJudge:
-    """The reward function of code problems, and its batch form.
+class CodeVerifier:
+    """The reward function of code problems; ``run_batch`` verifies many solutions at a time.
 
-    Example: ``CodeJudge(RewardConfig()).run_batch(jobs, workers=8)``.
+    Example: ``CodeVerifier(RewardConfig()).run_batch(jobs, workers=8)``.
     """
 
     def __init__(self, config: RewardConfig):
@@ -56,11 +58,11 @@ class CodeJudge:
         self._sandbox: Sandbox | None = None
 
     def load(self) -> None:
-        """Try the sandbox once. Raises RewardError where it cannot be used."""
+        """Open the sandbox, once. Raises RewardError if it cannot be used here."""
         self._sandbox = self._sandbox or Sandbox.open()
 
-    def seconds(self, reference: Mapping[str, Any]) -> float:
-        """The most wall clock that a judgement may take: the compiler's and every test's limit, and their starts.
+    def timeout(self, reference: Mapping[str, Any]) -> float:
+        """Limit of one verification in seconds of wall clock: the sum of the compiler's and every test's limit.
 
         Example: 10 tests of Python at 5 s of CPU: ``10 * (5 * 5 + 2)`` is 270.
         """
@@ -72,7 +74,7 @@ class CodeJudge:
         return compiler + len(job.tests) * (self.limits_of(job).wall + _START_SECONDS)
 
     def __call__(self, prompt: Prompt, text: str) -> RewardResult:
-        """Judge the block of ``text`` that is the solution."""
+        """Verify the block of ``text`` that is the solution."""
         try:
             job = CodeJob.of(prompt.reference, "")
         except ValueError as error:
@@ -85,10 +87,10 @@ class CodeJudge:
         block = solution_block(text, job.language, names)
         if block is None:
             return _failed("parse_error", f"no ``` block of {job.language} code")
-        return self.judge(replace(job, source=block))
+        return self.verify(replace(job, source=block))
 
-    def judge(self, job: CodeJob) -> RewardResult:
-        """Run the tests in order up to the first that fails."""
+    def verify(self, job: CodeJob) -> RewardResult:
+        """Run the tests in order, up to the first that fails."""
         self.load()
         assert self._sandbox is not None
         check_language(job.language, job.mode)
@@ -100,20 +102,22 @@ class CodeJudge:
         if isinstance(built, RewardResult):
             return built
         for number, test in enumerate(job.tests, 1):
-            verdict = self._run_test(built, job, test)
-            if verdict is not None:
-                detail = f"test {number} of {len(job.tests)}: {verdict.detail}"
-                return RewardResult(score=0.0, status=verdict.status, detail=detail)
+            failure = self._run_test(built, job, test)
+            if failure is not None:
+                detail = f"test {number} of {len(job.tests)}: {failure.detail}"
+                return RewardResult(score=0.0, status=failure.status, detail=detail)
         return RewardResult(score=1.0, status="correct")
 
     def run_batch(self, jobs: Sequence[CodeJob], workers: int) -> list[RewardResult]:
-        """The verdicts of ``jobs`` in their order, ``workers`` of them judged at the same time."""
+        """The results of ``jobs`` in their order; ``workers`` threads verify at the same time."""
         self.load()
         with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(self.judge, jobs))
+            return list(pool.map(self.verify, jobs))
 
     def limits_of(self, job: CodeJob) -> Limits:
-        """What one test of ``job`` may use: its own limits, from 1 s and 128 MB up to 4 times the settings."""
+        """Limits of one test of ``job``: those of the problem, clipped to at least 1 s and 128 MB and at most 4 times
+        the settings; else the settings.
+        """
         seconds, memory_mb = self._limits.seconds, self._limits.memory_mb
         if job.time_limit is not None:
             seconds = min(max(job.time_limit, _LEAST_SECONDS), _MOST_TIMES * seconds)
@@ -122,7 +126,7 @@ class CodeJudge:
         return Limits(seconds=seconds, memory_mb=memory_mb)
 
     def _run_test(self, built: Built, job: CodeJob, test: Any) -> RewardResult | None:
-        """None if the test is passed."""
+        """None if the test passes, else the result."""
         stdin, wanted_bytes = _stdin(job, test)
         limits = replace(built.limits, output_bytes=max(built.limits.output_bytes, 2 * wanted_bytes))
         assert self._sandbox is not None
@@ -131,7 +135,7 @@ class CodeJudge:
             return _explain(job, result)
         output = result.stdout.decode(errors="replace")
         if job.mode == "unit_test":
-            return _unit_verdict(output, _last_line(result))
+            return _unit_test_result(output, _last_line(result))
         if job.mode == "function":
             wanted = [test[key] for key in ("output", "or") if key in test]
             passed = any(_same_json(output, value) for value in wanted)
@@ -141,7 +145,7 @@ class CodeJudge:
 
 
 def _stdin(job: CodeJob, test: Any) -> tuple[bytes, int]:
-    """What the program reads, and the bytes that its output may rightly have."""
+    """Standard input of the run, and the size of the expected output in bytes."""
     if job.mode == "unit_test":
         read = read_unit_test(test, job.function)
         said = {"test": test, "prompt": job.prompt, "entry": job.function}
@@ -161,13 +165,13 @@ def _same_json(output: str, expected: Any) -> bool:
         return False
 
 
-def _unit_verdict(output: str, last_line: str) -> RewardResult | None:
-    """What the test's process wrote, and no other can write."""
+def _unit_test_result(output: str, last_line: str) -> RewardResult | None:
+    """The result that the test's process wrote; no other process can write to that descriptor."""
     try:
         said = json.loads(output)
         status, detail = said["status"], said["detail"]
     except (ValueError, TypeError, KeyError):
-        return _failed("crashed", "the test's process ended without a word")
+        return _failed("crashed", "the test's process ended without a result")
     if status == "passed":
         return None
     return _failed("verifier_error" if status == "unsupported" else status, detail or last_line)
@@ -195,7 +199,7 @@ def _failed(status: Any, detail: str) -> RewardResult:
 
 
 def _is_python(text: str, function: str) -> bool:
-    """Whether a problem's text is HumanEval's: Python that defines the function."""
+    """Is a problem's text Python that defines the function, as in HumanEval?"""
     try:
         return any(getattr(node, "name", "") == function for node in ast.parse(text).body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -1,8 +1,8 @@
-"""How the two processes of a unit test hand values to one another. Read as text, run in the sandbox; never imported.
+"""The wire format between the two processes of a unit test. Read as text, run in the sandbox; never imported.
 
-One line of JSON per message. Plain data travels as a copy, made of classes of the receiver's own; everything else
-stays where it is, and the other side holds a number for it. What arrives is data whoever wrote it: nothing in it
-is looked up but by the names below, and no code is ever made of it.
+One line of JSON per message. Plain data is copied: the receiver builds it from its own classes. Everything else stays in
+its process, and the other side gets a number that stands for it. The receiver does not trust a message: it looks up only
+the names below, and never evaluates anything.
 """
 
 import builtins
@@ -26,7 +26,7 @@ ACTING = {
     "locals",
     "vars",
 }
-"""Functions of Python that would act on what they are called with in the receiver's process."""
+"""Builtin functions that are not sent: they would act in the receiver's process."""
 MUTABLE = (list, dict, set, bytearray)
 STDLIB = {
     ("fractions", "Fraction"): lambda v: [v.numerator, v.denominator],
@@ -42,17 +42,17 @@ STDLIB = {
     ("builtins", "slice"): lambda v: [v.start, v.stop, v.step],
     ("builtins", "complex"): lambda v: [v.real, v.imag],
 }
-"""Classes of the standard library that are data, and what makes such a value anew."""
+"""Classes of the standard library that are data, and the arguments that rebuild a value."""
 
 _FACTS_WORDS = "errno strerror filename filename2 name path msg doc pos lineno colno offset text value code"
 FACTS = _FACTS_WORDS.split()
-"""What Python's own exceptions know beside their words."""
+"""Attributes of Python's own exceptions beside their arguments."""
 DEEPEST = 9
-"""Causes of causes, and groups in groups, that travel."""
+"""Depth to which the causes of an exception, and the exceptions of a group, are sent."""
 
 
 def encode(value, keep):
-    """JSON for ``value``; ``keep(value)`` gives the object that stands for what is no plain data."""
+    """JSON for ``value``; ``keep(value)`` gives the JSON that stands for an object that is not plain data."""
     kind = type(value)
     if value is None or kind in (bool, str, float):
         return value
@@ -84,7 +84,7 @@ def encode(value, keep):
 
 
 def decode(word, found):
-    """The value of ``word``; ``found(word)`` gives what stands for the other side's object."""
+    """The value of the JSON ``word``; ``found(word)`` gives the proxy of an object of the other process."""
     if isinstance(word, list):
         return [decode(item, found) for item in word]
     if not isinstance(word, dict):
@@ -102,7 +102,7 @@ def decode(word, found):
         return bytearray.fromhex(word["Y"])
     if "b" in word:
         if word["b"].startswith("_") or word["b"] in ACTING:
-            raise ValueError(f"{word['b']} does not travel")
+            raise ValueError(f"{word['b']} cannot be sent")
         return getattr(builtins, word["b"])
     if "m" in word and word["m"] in sys.stdlib_module_names:
         return importlib.import_module(word["m"])
@@ -120,14 +120,14 @@ def named(module, name):
 
 
 def holds_mutable(value, depth=0):
-    """Whether a callee could change ``value``, as far as it is plain data."""
+    """Is ``value`` plain data that a callee could change?"""
     if type(value) in MUTABLE or type(value).__name__ in ("deque", "Counter", "OrderedDict", "defaultdict"):
         return True
     return type(value) is tuple and depth < 9 and any(holds_mutable(item, depth + 1) for item in value)
 
 
 def become(old, new):
-    """Change ``old`` in place to equal ``new``, containers inside it as well, where their kinds agree."""
+    """Change ``old`` in place so that it equals ``new``, and containers in it as well, where their classes agree."""
     if type(old) is not type(new):
         return
     if type(old) in (list, tuple) and len(old) == len(new):
@@ -154,12 +154,12 @@ def become(old, new):
 
 
 def classes_of(error):
-    """Names of an exception's classes, most derived first, for the other side to find the nearest it has."""
+    """Names of an exception's classes, most derived first; the other side takes the first that it has."""
     return [[kind.__module__, kind.__qualname__] for kind in type(error).__mro__]
 
 
 def exception_class(names):
-    """The nearest of a standard library's exceptions. Those of unittest mean something to its runner: not these."""
+    """The first of ``names`` that is an exception of the standard library; not unittest's, which its runner interprets."""
     for module, name in names:
         top = module.partition(".")[0]
         if top in sys.stdlib_module_names and top not in ("unittest", "bdb"):
@@ -170,7 +170,7 @@ def exception_class(names):
 
 
 class Line:
-    """A pipe in each direction, a line of JSON at a time."""
+    """A pipe in each direction; one line of JSON per message."""
 
     def __init__(self, read_fd, write_fd):
         self.read_file = os.fdopen(read_fd, "rb")
@@ -181,12 +181,12 @@ class Line:
         self.write_file.flush()
 
     def receive(self):
-        """The next message; EOFError when the other side has ended or says what is none."""
+        """The next message. EOFError if the other side has ended or its message is invalid."""
         line = self.read_file.readline()
         try:
             message = json.loads(line)
         except (ValueError, RecursionError):
             raise EOFError("the other process has ended") from None
         if not isinstance(message, dict):
-            raise EOFError("the other process speaks no sense")
+            raise EOFError("the other process has sent an invalid message")
         return message

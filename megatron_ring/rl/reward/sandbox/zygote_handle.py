@@ -1,7 +1,7 @@
-"""The owner's side of the process that stands ready inside the walls: start it, ask it for runs, end it.
+"""The owner's side of a zygote, the process in the sandbox that starts runs: start it, send it runs, end it.
 
-One zygote serves one run at a time. Its first process is the first of a process namespace, and the owner holds that
-process before it asks for any run: whatever happens, killing it ends everything that was ever started below it.
+A zygote serves one run at a time. It is the first process of its process namespace, and the owner has its pidfd before it
+sends any run: killing it ends everything that was ever started below it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.sandbox.cgroup import Group, MemoryCgroup
@@ -32,39 +33,39 @@ from megatron_ring.rl.reward.sandbox.command import (
 )
 
 START_SECONDS = 60.0
-"""Longest wait for a zygote's first word, and for its word that a run has begun: a busy machine takes its time."""
+"""Time limit for a zygote's first message, and for the message that a run has begun; long, for busy machines."""
 END_SECONDS = 20.0
-"""Longest wait for the word that a killed run is gone."""
+"""Time limit for the message that a killed run has ended."""
 _MAX_MESSAGE = 1 << 16
 
 
 class GoneError(Exception):
-    """A zygote that was killed, or that does not answer, before it began the run it was asked for."""
+    """A zygote was killed, or does not answer, before it began the run that was sent."""
 
 
 @dataclass(kw_only=True, slots=True)
-class Zygote:
-    """A process inside the walls that starts runs; see ``zygote.py``.
+class ZygoteHandle:
+    """A process in the sandbox that starts runs; see ``zygote.py``.
 
-    Example: ``zygote = Zygote.start("/usr/bin/python3")``.
+    Example: ``zygote = ZygoteHandle.start("/usr/bin/python3")``.
     """
 
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     control: socket.socket
     mark: str
-    """A word that only its processes have."""
+    """A random argument by which its processes can be found."""
     pidfd: int | None = None
-    """Its first process; None as long as it has not said who it is."""
-    walls: Mapping[str, str] = field(default_factory=dict)
-    """Its own namespaces, which none of its runs may share."""
+    """Its pidfd; None until its first message."""
+    namespaces: Mapping[str, str] = field(default_factory=dict)
+    """Its own namespaces, by kind; a run must not share them."""
     owner_pid: int = field(default_factory=os.getpid)
     group: Group | None = None
-    """What bounds its memory and that of its run together."""
+    """The cgroup that bounds its memory and that of its run together."""
 
     @classmethod
     @above_streams()
-    def start(cls, python: str, memory: MemoryCgroup | None = None) -> Zygote:
-        """A zygote that is ready, in a group of its own. Raises RewardError where it cannot be had."""
+    def start(cls, python: str, memory: MemoryCgroup | None = None) -> ZygoteHandle:
+        """Start a zygote, in a cgroup of its own, and wait until it is ready. Raises RewardError if it does not start."""
         fds: list[int] = []
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -74,7 +75,7 @@ class Zygote:
             words, mark = (theirs.fileno(), owner, rules), secrets.token_hex(8)
             process = subprocess.Popen(
                 command(python, text, [*map(str, words), mark]),
-                # kinds of descriptors as runs have them: the interpreter looks at them once, at its start
+                # the same kinds of descriptors as a run's: the interpreter looks at them only once, at its start
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -93,7 +94,7 @@ class Zygote:
                 os.close(fd)
         zygote = cls(process=process, control=ours, mark=mark)
         try:
-            zygote._get_to_know()
+            zygote._wait_until_ready()
             if memory is not None:
                 zygote._enter(memory)
         except BaseException:
@@ -101,27 +102,27 @@ class Zygote:
             raise
         return zygote
 
-    def bound(self, limit: int) -> None:
-        """Let it and its next run hold ``limit`` bytes, where it has a group. Raises GoneError if that cannot be."""
+    def set_memory_limit(self, limit: int) -> None:
+        """Limit it and its next run to ``limit`` bytes, if it has a cgroup. Raises GoneError if that fails."""
         if self.group is not None:
             try:
                 self.group.begin(limit)
             except OSError as error:
                 raise GoneError(f"its memory cgroup cannot be limited to {limit} bytes: {error}") from error
 
-    def struck(self) -> bool:
-        """Whether the kernel has killed something of it or of its run because they reached that limit."""
-        return self.group is not None and self.group.struck()
+    def oom_killed(self) -> bool:
+        """Has the kernel killed a process of it or of its run because that limit was reached?"""
+        return self.group is not None and self.group.oom_killed()
 
-    def ask(self, request: Mapping[str, object], fds: Sequence[int]) -> None:
-        """Hand a run over. Raises GoneError if nobody takes it."""
+    def send(self, request: Mapping[str, object], fds: Sequence[int]) -> None:
+        """Send a run. Raises GoneError if the zygote has ended."""
         try:
             socket.send_fds(self.control, [json.dumps(request).encode()], list(fds))
         except (BrokenPipeError, ConnectionError) as error:
             raise GoneError(str(error)) from error
 
-    def hear(self, seconds: float) -> tuple[dict, int | None] | None:
-        """Its next words and the descriptor beside them; None if none come in time. Raises GoneError at its end."""
+    def receive(self, seconds: float) -> tuple[dict[str, Any], int | None] | None:
+        """Its next message and the descriptor sent with it; None after ``seconds``. Raises GoneError if it has ended."""
         poll = select.poll()
         poll.register(self.control.fileno(), select.POLLIN)
         if not poll.poll(max(0, 1e3 * seconds)):
@@ -134,8 +135,8 @@ class Zygote:
             raise GoneError("it has closed its socket")
         return json.loads(text), (fds[0] if fds else None)
 
-    def idle(self) -> bool:
-        """Whether it lives and has nothing to say."""
+    def is_idle(self) -> bool:
+        """Is it alive, and has it sent nothing?"""
         if self.control.fileno() < 0:
             return False
         poll = select.poll()
@@ -143,7 +144,7 @@ class Zygote:
         return not poll.poll(0)
 
     def close(self) -> None:
-        """End it and everything below it. In another process than its owner's, nothing."""
+        """End it and everything below it. Does nothing in a process other than its owner."""
         if self.control.fileno() < 0 or os.getpid() != self.owner_pid:
             return
         if self.pidfd is not None:
@@ -152,7 +153,7 @@ class Zygote:
             _readable(self.pidfd, END_SECONDS)
             os.close(self.pidfd)
         self.control.close()
-        # bwrap's outer process has nothing left to wait for; stopped by somebody, it would be waited for for ever
+        # bwrap's outer process ends by itself now, unless somebody has stopped it
         self.process.kill()
         self.process.wait()
         if self.pidfd is None:
@@ -164,7 +165,7 @@ class Zygote:
             self.group = None
 
     def last_words(self) -> str:
-        """The end of what bwrap or the zygote has written, in one line."""
+        """The end of what bwrap or the zygote has printed, in one line."""
         assert self.process.stdout is not None
         said = b""
         while _readable(self.process.stdout.fileno(), 0.1):
@@ -174,16 +175,16 @@ class Zygote:
             said = (said + data)[-4096:]
         return "; ".join(said.decode(errors="replace").split("\n"))[-300:].strip("; ") or "it said nothing"
 
-    def _get_to_know(self) -> None:
-        heard, deadline = None, time.monotonic() + START_SECONDS
+    def _wait_until_ready(self) -> None:
+        received, deadline = None, time.monotonic() + START_SECONDS
         with contextlib.suppress(GoneError):
-            # bwrap killed before it let its child go on leaves a socket that nobody will ever write to
-            while heard is None and self.process.poll() is None and time.monotonic() < deadline:
-                heard = self.hear(min(0.1, START_SECONDS))
-        if heard is None or heard[1] is None:
+            # if bwrap is killed before its child runs, nobody will ever write to the socket: look at bwrap, too
+            while received is None and self.process.poll() is None and time.monotonic() < deadline:
+                received = self.receive(min(0.1, START_SECONDS))
+        if received is None or received[1] is None:
             remedy = f"{SETUP}, or allow user namespaces here"
             raise RewardError(f"bwrap did not start the sandbox: {self.last_words()}; {remedy}")
-        self.walls, self.pidfd = heard[0]["ready"], heard[1]
+        self.namespaces, self.pidfd = received[0]["ready"], received[1]
 
     def _enter(self, memory: MemoryCgroup) -> None:
         assert self.pidfd is not None
@@ -192,8 +193,8 @@ class Zygote:
             self.group.take(process_of(self.pidfd))
         except OSError as error:
             raise RewardError(
-                f"the memory cgroup in {memory.parent} that was tried at the start works no longer: {error}; "
-                "leave it as it was, or start again"
+                f"the memory cgroup in {memory.parent} worked at the start and no longer does: {error}; leave it as it "
+                "was, or start again"
             ) from error
 
 
@@ -203,7 +204,7 @@ def _text() -> bytes:
 
 
 def process_of(pidfd: int) -> int:
-    """The process's id as it is here, which is not what it is inside."""
+    """The process id outside of the sandbox's process namespace."""
     with open(f"/proc/self/fdinfo/{pidfd}") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("Pid:"))
 
@@ -215,9 +216,9 @@ def _readable(fd: int, seconds: float) -> bool:
 
 
 def _kill_named(mark: str) -> None:
-    """End every process that has ``mark`` among its words: a start that failed, whoever of it is left.
+    """Kill every process that has ``mark`` among its arguments: what is left of a failed start.
 
-    bwrap's child waits for ever for a parent that was killed before it let the child go on.
+    If bwrap is killed before its child runs, the child waits for ever.
     """
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
@@ -225,7 +226,7 @@ def _kill_named(mark: str) -> None:
         with contextlib.suppress(ProcessLookupError, FileNotFoundError, PermissionError):
             pidfd = os.pidfd_open(int(entry))
             try:
-                # looked at while it is held, so that the number cannot have passed to another
+                # read after the pidfd is open, so that the process id cannot have been reused
                 with open(f"/proc/{entry}/cmdline", "rb") as file:
                     words = file.read().split(b"\0")
                 if mark.encode() in words:

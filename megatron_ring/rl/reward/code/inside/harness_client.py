@@ -1,19 +1,19 @@
-"""The test's end of the line to the solution's process. Read as text, run in the sandbox; never imported.
+"""The test's side of the connection to the solution's process. Read as text, run in the sandbox; never imported.
 
-Requests go one way, and while one is served the solution may ask for what the test has handed to it: a call of it, no
-more, or of an instance of the test's own classes its public attributes. So nothing leads from there to the verdict.
+The test sends requests. While one is served, the solution may use objects that the test has passed to it: it may call
+them and, of instances of the test's own classes, read and set public attributes. It cannot reach the result from there.
 """
 
 import builtins
 import sys
 
-import harness_values as values
-from harness_remote import Gone, Method, Proxies, Unsupported, is_remote
-from harness_solution import OTHER, UNARY
+import harness_wire as wire
+from harness_proxies import Gone, Method, Proxies, Unsupported, is_remote
+from harness_server import OTHER, UNARY
 
 
-class Link:
-    """The test's end of the line to the solution."""
+class Client:
+    """The connection to the solution's process."""
 
     def __init__(self, line):
         self.line = line
@@ -24,7 +24,7 @@ class Link:
         self.gone = False
 
     def request(self, message):
-        """The solution's answer. It may ask for something of the test's first."""
+        """Send a request; the solution's reply. Before it replies it may use objects of the test."""
         if self.gone:
             raise Gone
         try:
@@ -43,24 +43,24 @@ class Link:
             raise Gone from None
         if "raise" in reply:
             error = self.proxies.error(reply)
-            # out of a call it would end the test's loops in silence
+            # raised by a call, it would silently end a loop of the test
             if isinstance(error, StopIteration | StopAsyncIteration) and message.get("name") != "__next__":
                 raise RuntimeError("the solution raised StopIteration") from error
             raise error
         return reply
 
     def answer(self, asked):
-        """Do what the solution asks of something that the test has handed to it."""
+        """Serve the solution's request on an object that the test has passed to it."""
         try:
             return {"value": self.encode(self.act(asked))}
         except AssertionError as error:
-            # whatever the solution makes of it, the test has failed
+            # even if the solution catches it, the test has failed
             self.failed_inside = error
-            return {"raise": values.classes_of(error), "words": []}
+            return {"raise": wire.classes_of(error), "words": []}
         except (Gone, Unsupported):
             raise
         except BaseException as error:
-            return {"raise": values.classes_of(error), "words": [str(word) for word in error.args]}
+            return {"raise": wire.classes_of(error), "words": [str(word) for word in error.args]}
 
     def act(self, asked):
         if asked["do"] == "input":
@@ -72,7 +72,7 @@ class Link:
                 raise AttributeError(asked["name"])
             if name == "get":
                 return getattr(target, asked["name"])
-            # a method of the test's stays what it is: an assertion of its could be one
+            # the test's methods cannot be replaced: an assertion could be one
             if callable(getattr(type(target), asked["name"], None)):
                 raise AttributeError(asked["name"])
             return setattr(target, asked["name"], self.decode(asked["value"]))
@@ -85,9 +85,9 @@ class Link:
         return self.decode(self.request(message)["value"])
 
     def call(self, target, name, words, named, operator=False):
-        """Call in the other process; what it changed of its arguments is changed here as well."""
+        """Call in the other process; changes that it makes to its arguments are made here as well."""
         given = [*words, *named.values()]
-        changing = [word for word in given if values.holds_mutable(word)]
+        changing = [word for word in given if wire.holds_mutable(word)]
         reply = self.request(
             {
                 "ask": "call",
@@ -100,7 +100,7 @@ class Link:
         )
         for place, now in reply.get("changed", []):
             if given[place] in changing:
-                values.become(given[place], self.decode(now))
+                wire.become(given[place], self.decode(now))
         return given[reply["same"]] if "same" in reply else self.decode(reply["value"])
 
     def attribute(self, target, name):
@@ -111,7 +111,7 @@ class Link:
         self.request({"ask": "set", "o": target._ring.number, "name": name, "value": self.encode(value)})
 
     def data(self, target):
-        """Plain data of an object whose class derives from a list, say."""
+        """The plain data of an object whose class derives from list, dict or the like."""
         return self.value({"ask": "data", "o": target._ring.number})
 
     def is_a(self, target, value, is_class):
@@ -119,16 +119,16 @@ class Link:
         return self.value(asked) is True
 
     def encode(self, value):
-        return values.encode(value, self.keep)
+        return wire.encode(value, self.keep)
 
     def decode(self, word):
-        return values.decode(word, self.found)
+        return wire.decode(word, self.found)
 
     def found(self, word):
         return self.handed[word["k"]][0] if "k" in word else self.proxies.of(word)
 
     def keep(self, value):
-        """What stands for something of the test's own, and what may be done with it."""
+        """The JSON that stands for an object of the test, and the special methods that may be used on it."""
         if is_remote(value):
             return {"o": value._ring.number}
         if isinstance(value, Method):
@@ -139,7 +139,7 @@ class Link:
         if isinstance(value, type) and "_ring_number" in vars(value):
             return {"o": value._ring_number}
         if isinstance(value, BaseException):
-            return {"E": [values.classes_of(value), [str(word) for word in value.args]]}
+            return {"E": [wire.classes_of(value), [str(word) for word in value.args]]}
         if any(kind.__module__.partition(".")[0] == "unittest" for kind in type(value).__mro__):
             return self.refuse("an object of unittest's")
         if type(value).__module__ in ("__main__", "io", "_io"):

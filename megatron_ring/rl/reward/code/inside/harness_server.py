@@ -1,7 +1,7 @@
-"""The process of a unit test in which the solution lives. Read as text, run in the sandbox; never imported.
+"""The process of a unit test in which the solution runs. Read as text, run in the sandbox; never imported.
 
-It is forked before the test is read, so neither the test nor a verdict has ever been in its memory, and it serves
-requests: give a name, read an attribute, call, operate. It is the solution's to break; all it can say are values.
+It is forked before the test is read, so its memory never holds the test or its result. It serves requests: look up a name,
+read an attribute, call, apply an operator. The solution may break this process: it can only send values.
 """
 
 import builtins
@@ -9,7 +9,7 @@ import io
 import sys
 import types
 
-import harness_values as values
+import harness_wire as wire
 
 METHODS = (types.MethodType, types.BuiltinMethodType, type([].__len__))
 _UNARY_WORDS = (
@@ -26,7 +26,7 @@ DATA = (list, dict, tuple, set, frozenset, str, bytes, bytearray, int, float)
 
 
 class Server:
-    """Objects of the solution by number, and the loop that does what the test asks."""
+    """The solution's objects by number, and the loop that serves the test's requests."""
 
     def __init__(self, line, load):
         self.line = line
@@ -39,7 +39,7 @@ class Server:
         self.names = load("solution")
 
     def keep(self, value):
-        """What stands for an object: its number and what its class can do."""
+        """The JSON that stands for an object: its number and the special methods of its class."""
         number = self.numbers.get(id(value))
         if number is None:
             if "_ring_callback" in vars(type(value)):
@@ -69,7 +69,7 @@ class Server:
         return self.callbacks[number]
 
     def callback(self, number, can):
-        """Something of the test's: calling it, and the few things its class offers, happen there."""
+        """A proxy of an object of the test. Calls and the listed special methods run in the test's process."""
 
         def there(name):
             def act(*words, **named):
@@ -93,13 +93,13 @@ class Server:
 
     def exception(self, names, words):
         own = self.names.get(names[0][1]) if names[0][0] == "solution" else None
-        return (own or values.exception_class(names))(*words)
+        return (own or wire.exception_class(names))(*words)
 
     def encode(self, value):
-        return values.encode(value, self.keep)
+        return wire.encode(value, self.keep)
 
     def decode(self, word):
-        return values.decode(word, self.found)
+        return wire.decode(word, self.found)
 
     def printed(self):
         text = self.said.getvalue().decode("utf-8", "surrogateescape")
@@ -108,7 +108,7 @@ class Server:
         return text
 
     def ask(self, message):
-        """Have the test's process do something in the middle of a request."""
+        """Send a request to the test's process while serving one of its own."""
         self.line.send({**message, "out": self.printed()})
         while True:
             answer = self.line.receive()
@@ -133,19 +133,19 @@ class Server:
         self.line.send({**reply, "out": self.printed()})
 
     def told(self, error, depth=0):
-        """What there is to say of an exception: a group's parts and a cause are told alike."""
+        """The JSON of an exception, with its cause and the exceptions of a group."""
         plain = (str, int, float, bytes, type(None))
         words = [word if isinstance(word, plain) else repr(word) for word in error.args]
         said = {
-            "raise": values.classes_of(error),
+            "raise": wire.classes_of(error),
             "words": self.encode(words),
             "object": self.keep(error),
             "notes": [str(note) for note in getattr(error, "__notes__", ())],
         }
         if type(error).__module__.partition(".")[0] in sys.stdlib_module_names:
-            facts = {name: getattr(error, name) for name in values.FACTS if hasattr(error, name)}
+            facts = {name: getattr(error, name) for name in wire.FACTS if hasattr(error, name)}
             said["facts"] = self.encode({key: fact for key, fact in facts.items() if isinstance(fact, plain)})
-        if depth < values.DEEPEST:
+        if depth < wire.DEEPEST:
             if error.__cause__ is not None:
                 said["cause"] = self.told(error.__cause__, depth + 1)
             if isinstance(error, BaseExceptionGroup):
@@ -177,11 +177,11 @@ class Server:
         return {"value": None}
 
     def do_call(self, request):
-        """Call an object, a method of it, or its class's operator; say how the arguments have changed."""
+        """Call an object, a method of it, or its class's operator; reply with the arguments that the call changed."""
         target = self.objects[request["o"]]
         words, named = self.decode(request["words"]), self.decode(request["named"])
         changing = [*words, *named.values()]
-        changing = [(place, word) for place, word in enumerate(changing) if values.holds_mutable(word)]
+        changing = [(place, word) for place, word in enumerate(changing) if wire.holds_mutable(word)]
         before = [self.encode(word) for _, word in changing]
         name = request["name"]
         if name is None:
@@ -215,7 +215,7 @@ class Server:
         return {"value": self.encode(type(self.objects[request["o"]]))}
 
     def do_data(self, request):
-        """An object of a class derived from a list, say, as that."""
+        """The plain data of an object whose class derives from list, dict or the like."""
         value = self.objects[request["o"]]
         base = next(kind for kind in DATA if isinstance(value, kind))
         return {"value": self.encode(base(value))}

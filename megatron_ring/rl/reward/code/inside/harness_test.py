@@ -1,8 +1,8 @@
-"""The process of a unit test that holds the test and the verdict. Read as text, run in the sandbox; never imported.
+"""The process of a unit test that runs the test and writes its result. Read as text, run in the sandbox; never imported.
 
-The solution lives in another process, forked before this one has read the test, without a descriptor of it but
-two pipes. This one is not dumpable, so that processes of the same user can neither read its memory nor open its
-descriptors through /proc, and writes the verdict where it alone can write.
+The solution runs in another process, forked before this one reads the test, and shares only two pipes with it. This
+process is not dumpable, so that processes of the same user can neither read its memory nor open its descriptors through
+/proc. It alone can write to the descriptor of the result.
 """
 
 import ast
@@ -16,18 +16,18 @@ import signal
 import sys
 import types
 
-import harness_values as values
-from harness_link import Link
-from harness_remote import Gone, Guard, Unsupported, is_remote
-from harness_solution import Server
+import harness_wire as wire
+from harness_client import Client
+from harness_proxies import Gone, Guard, Unsupported, is_remote
+from harness_server import Server
 
 _PR_SET_DUMPABLE = 4
 _DEEPEST_SOURCE = 10_000
-"""Levels of a test's source: a sum of a thousand numbers has as many."""
+"""Recursion limit while a test is compiled: a sum of a thousand numbers is a thousand levels deep."""
 
 
 def start_solution(load):
-    """Fork the process in which the solution lives; the link to it. Nothing secret may have been read yet."""
+    """Fork the process in which the solution runs; the connection to it. The test must not have been read yet."""
     there_read, here_write = os.pipe()
     here_read, there_write = os.pipe()
     if os.fork() == 0:
@@ -36,14 +36,14 @@ def start_solution(load):
         os.dup2(2, 1)
         for fd in map(int, os.listdir("/proc/self/fd")):
             if fd > 2 and fd not in keep:
-                # one of them is the directory's own, closed already
+                # one of them is the listed directory's own, which is closed already
                 with contextlib.suppress(OSError):
                     os.close(fd)
-        serve(values.Line(there_read, there_write), load)
+        serve(wire.Line(there_read, there_write), load)
         os._exit(0)
     os.close(there_read)
     os.close(there_write)
-    return Link(values.Line(here_read, here_write))
+    return Client(wire.Line(here_read, here_write))
 
 
 def serve(line, load):
@@ -70,22 +70,22 @@ def serve(line, load):
 
 
 def run_unit_test(load, names_of):
-    """Run the test of standard input against the solution; the verdict goes to standard output, as JSON."""
-    # before the fork: the solution's process is as closed as this one
+    """Run the test of standard input against the solution; the result goes to standard output, as JSON."""
+    # before the fork, so that neither process is dumpable
     if ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
         sys.exit("cannot hide from the solution: PR_SET_DUMPABLE")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     out = os.dup(1)
     os.dup2(2, 1)
-    link = start_solution(load)
+    client = start_solution(load)
     task = json.loads(sys.stdin.read())
     sys.stdin = io.StringIO()
     try:
-        started = link.line.receive()
+        started = client.line.receive()
     except EOFError:
         started = {"said": "the solution's process ended"}
     if started.get("started") is True:
-        status, detail = judge(link, task, names_of)
+        status, detail = result_of(client, task, names_of)
     elif started.get("open") is True:
         status, detail = (
             "unsupported",
@@ -101,11 +101,11 @@ def run_unit_test(load, names_of):
     os._exit(0)
 
 
-def judge(link, task, names_of):
-    """("passed" or what else it is, detail)."""
+def result_of(client, task, names_of):
+    """(status, detail) of the test; status is "passed", or says how it failed."""
     checks = Checks()
     try:
-        run(link, task, names_of, checks)
+        run(client, task, names_of, checks)
         status, detail = ("passed", "") if checks.number else ("wrong", "no assertion of the test was run")
     except Unsupported:
         status, detail = "unsupported", ""
@@ -117,12 +117,12 @@ def judge(link, task, names_of):
         status, detail = "memory", told(error)
     except BaseException as error:
         status, detail = "crashed", told(error)
-    if link.refused:
-        return "unsupported", link.refused
-    if link.gone:
+    if client.refused:
+        return "unsupported", client.refused
+    if client.gone:
         return "crashed", "ended before its tests did"
-    if link.failed_inside is not None and status == "passed":
-        return "wrong", told(link.failed_inside)
+    if client.failed_inside is not None and status == "passed":
+        return "wrong", told(client.failed_inside)
     return status, detail
 
 
@@ -134,8 +134,8 @@ def told(error):
 
 
 class Checks(ast.NodeTransformer):
-    """Counts the assertions that are run: assert, anything.assert...(), raises(), an if that raises, and the
-    except of a try that would have failed otherwise."""
+    """Counts the assertions that are executed: assert, anything.assert...(), raises(), an if that raises, and the
+    except of a try that fails if nothing is raised."""
 
     def __init__(self):
         self.number = 0
@@ -196,31 +196,31 @@ def fails(node):
     return isinstance(node, ast.Assert | ast.Raise)
 
 
-def run(link, task, names_of, checks):
+def run(client, task, names_of, checks):
     source = task["test"]
     code = counted(source, checks)
-    # what it keeps for being started by hand is run as well
+    # so that a test's ``if __name__ == "__main__"`` block runs as well
     test = sys.modules["__main__"] = types.ModuleType("__main__")
     names = test.__dict__
     given = {name: value for name, value in names_of(source).items() if name not in task["names"]}
     names["__builtins__"] = {**vars(builtins), **given}
     module = types.ModuleType("solution")
-    module.__getattr__ = lambda name: solution_name(link, name)
+    module.__getattr__ = lambda name: solution_name(client, name)
     sys.modules["solution"] = module
-    # what a solution returns is never run here
+    # modules that would run code from a value of the solution
     for module_name in ("pickle", "_pickle", "marshal", "shelve", "dill"):
         sys.modules[module_name] = None
     for word in ("eval", "exec"):
-        names[word] = evaluator(link, word)
+        names[word] = evaluator(client, word)
     trusted = {}
     if task.get("prompt"):
         exec(compile(task["prompt"], "prompt.py", "exec"), trusted)
         names.update({name: value for name, value in trusted.items() if not name.startswith("__")})
     for name in task["names"]:
         if name not in trusted or name == task["entry"]:
-            reply = link.request({"ask": "name", "name": name})
+            reply = client.request({"ask": "name", "name": name})
             if "missing" not in reply:
-                names[name] = link.decode(reply["value"])
+                names[name] = client.decode(reply["value"])
     if "unittest" in source:
         import unittest
 
@@ -237,7 +237,7 @@ def run(link, task, names_of, checks):
 
 
 def counted(source, checks):
-    """The code of a test that counts its assertions."""
+    """A test's code, instrumented to count its assertions."""
     usual = sys.getrecursionlimit()
     sys.setrecursionlimit(_DEEPEST_SOURCE)
     tree = checks.visit(ast.parse(source, "test.py"))
@@ -247,7 +247,7 @@ def counted(source, checks):
 
 
 def entry(names, word):
-    """What ``add`` or ``Solution().add`` names; a function that stands in a class Solution is found there."""
+    """The function that ``add`` or ``Solution().add`` names; ``add`` may also be a method of a class Solution."""
     name, _, method = word.partition("().")
     if method:
         return getattr(names[name](), method)
@@ -256,21 +256,21 @@ def entry(names, word):
     return names[name]
 
 
-def solution_name(link, name):
+def solution_name(client, name):
     if name.startswith("__"):
         raise AttributeError(name)
-    reply = link.request({"ask": "name", "name": name})
+    reply = client.request({"ask": "name", "name": name})
     if "missing" in reply:
         raise AttributeError(name)
-    return link.decode(reply["value"])
+    return client.decode(reply["value"])
 
 
-def evaluator(link, word):
-    return lambda text, *_: link.value({"ask": "evaluate", "name": word, "source": str(text)})
+def evaluator(client, word):
+    return lambda text, *_: client.value({"ask": "evaluate", "name": word, "source": str(text)})
 
 
 def run_collected(made):
-    """Run what the test's source defines without calling it: test functions and classes of tests."""
+    """Run test functions and test classes that the test's source defines without calling them."""
     unittest = sys.modules.get("unittest")
     for value in made:
         if isinstance(value, type) and unittest is not None and issubclass(value, unittest.TestCase):

@@ -1,7 +1,7 @@
 """Problems of reasoning-gym: its generators make them, :mod:`table` says what is a right answer.
 
 Nothing that a model or a data file wrote is evaluated here. The package's own verifiers are asked for data sets of
-newer versions only, and those need walls (:func:`needs_walls`).
+newer versions only, and those need walls (:func:`needs_isolation`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_ANSWER_CHARS = 20_000
 _HELD = "an object with dataset (a name) and entry (question, answer, metadata), as tools/freeze_prompts.py writes it"
 
 
-def judge_reasoning_gym(prompt: Prompt, text: str) -> RewardResult:
+def verify_reasoning_gym(prompt: Prompt, text: str) -> RewardResult:
     """1 if the final answer is right for the data set named by ``prompt.reference["dataset"]``.
 
     ``prompt.reference["entry"]`` is the problem as the data set made it: question, answer, metadata. An empty answer
@@ -82,7 +82,7 @@ def _peeled(answer: str) -> str:
     return answer[:-1] if answer.endswith(".") and not answer.endswith("..") else answer
 
 
-def needs_walls(dataset: str) -> bool:
+def needs_isolation(dataset: str) -> bool:
     """Whether judging ``dataset`` runs a verifier that may evaluate the answer: one that is not ours."""
     return dataset not in SCORERS
 
