@@ -173,7 +173,7 @@ def test_a_program_is_told_that_this_is_a_judge(verifier: CodeVerifier):
 
 @pytest.mark.skipif(shutil.which("javac") is None, reason="no javac on this machine")
 def test_java_has_all_its_memory_but_what_the_machine_itself_needs(impatient: CodeVerifier):
-    """Of 512 MB an array of 200 MB and the define of a judge."""
+    """Of 512 MB an array of 200 MB and what a JVM needs."""
     source = (
         "class Main { public static void main(String[] w) { int[] held = new int[50_000_000]; held[7] = 7;\n"
         'System.out.println(held[7] + System.getProperty("ONLINE_JUDGE")); } }'
