@@ -1,4 +1,4 @@
-"""The verifier of code problems: score 1 only if every test passes in the sandbox (Ring-lite, arXiv 2506.14731, section 3.3).
+"""The verifier of code problems: score 1 only if every test passes in the sandbox (Ring-lite, arXiv 2506.14731).
 
 ``job`` defines what a reference may hold, ``compare`` when two outputs are equal, and ``blocks`` which block of a response
 is the solution. What decides:
