@@ -1,7 +1,7 @@
 """Which dataset each sample of a blend comes from: pure functions of the sample's index.
 
-Invariants: after any number n of samples, each dataset has given more than n*weight - 1 and fewer than
-n*weight + 1; and each dataset's samples are taken in order, without gaps.
+Invariants: among the first n samples, each dataset has more than n*weight - 1 and fewer than n*weight + 1; the
+samples of each dataset are taken in order, without gaps.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 from megatron_ring.errors import DataError
 
 FINEST = 100_000
-"""Weights that have no common denominator up to this are rounded to multiples of 1/FINEST."""
+"""Weights without a common denominator up to this are rounded to multiples of 1/FINEST."""
 
 
 class Blend:
     """An endless schedule of datasets, in proportion to their weights.
 
-    Example: weights 3/4 and 1/4 repeat datasets ``0 0 0 1``: sample 7 is ``Blend(...).locate(7) == (1, 1)``,
-    the second sample (index 1) of dataset 1.
+    Example: weights 3/4 and 1/4 give the datasets ``0 0 0 1``, repeated. ``Blend(...).locate(7) == (1, 1)``: sample 7
+    of the blend is sample 1 of dataset 1.
     """
 
     def __init__(self, weights: Sequence[Fraction]) -> None:
@@ -32,9 +32,9 @@ class Blend:
 
     def locate(self, index: int) -> tuple[int, int]:
         """Dataset of sample ``index``, and the sample's index within that dataset's own samples."""
-        period, place = divmod(index, len(self._dataset_of))
-        dataset = int(self._dataset_of[place])
-        return dataset, period * self._counts[dataset] + int(self._index_in_period[place])
+        period, slot = divmod(index, len(self._dataset_of))
+        dataset = int(self._dataset_of[slot])
+        return dataset, period * self._counts[dataset] + int(self._index_in_period[slot])
 
 
 def parse_blend(words: Sequence[str], setting: str) -> list[tuple[Fraction, str]]:
@@ -93,24 +93,24 @@ def _whole_counts(weights: Sequence[Fraction]) -> list[int]:
 
 
 def _schedule(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """One period: dataset of each place, and how many places the dataset had before.
+    """One period of P slots: the dataset of each slot, and the index of its sample within the period.
 
-    Sample j of a dataset with c of P places may stand from floor(j*P/c) on and must stand before
-    ceil((j+1)*P/c): that is the invariant. Giving each place to the sample that must stand soonest meets all
-    of these whenever that is possible (earliest deadline first), and here it is, since the shares sum to 1.
+    The invariant gives sample j of a dataset with c samples per period a release slot, floor(j*P/c), and a deadline
+    before slot ceil((j+1)*P/c). Earliest-deadline-first scheduling meets all deadlines if any schedule does; one
+    exists here because the shares sum to 1.
     """
     period = sum(counts)
     dataset_of = np.zeros(period, dtype=np.int32)
     index_in_period = np.zeros(period, dtype=np.int64)
-    # waiting: (place it may stand from, dataset, index); ready: (place it must stand before, dataset, index)
+    # waiting: (release slot, dataset, index); ready: (deadline, dataset, index)
     waiting = [(0, dataset, 0) for dataset in range(len(counts))]
     ready: list[tuple[int, int, int]] = []
-    for place in range(period):
-        while waiting and waiting[0][0] <= place:
+    for slot in range(period):
+        while waiting and waiting[0][0] <= slot:
             _, dataset, index = heapq.heappop(waiting)
             heapq.heappush(ready, (-(-(index + 1) * period // counts[dataset]), dataset, index))
         _, dataset, index = heapq.heappop(ready)
-        dataset_of[place], index_in_period[place] = dataset, index
+        dataset_of[slot], index_in_period[slot] = dataset, index
         if index + 1 < counts[dataset]:
             heapq.heappush(waiting, ((index + 1) * period // counts[dataset], dataset, index + 1))
     return dataset_of, index_in_period

@@ -1,10 +1,9 @@
-"""Conversations to learn from: tokenised once, packed densely, in an order that any step can be resumed from.
+"""Conversations for supervised fine-tuning: tokenised once, packed densely, in an order that can be resumed at any step.
 
 Legend: T token slots of a microbatch.
 
-An epoch is a pure function of (conversations, seed, epoch): its order is a shuffle, and in that order each
-conversation goes into the fullest open microbatch that has room for it. All that a run has to remember is how
-many microbatches of which epoch it has drawn.
+An epoch is a pure function of (conversations, seed, epoch): conversations are shuffled, and in that order packed by
+best fit. The state of a run is the epoch and the number of its microbatches that were drawn.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ from megatron_ring.data.text.tokenizer import Tokenizer, TokenizerType, load_tok
 from megatron_ring.errors import DataError
 
 MAX_OPEN = 64
-"""Microbatches that are filled at the same time; the fullest is closed to open one more."""
+"""Microbatches that are open at the same time while an epoch is packed."""
 
 _RECORDS_PER_TASK = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversations:
-    """Tokenised conversations, end to end. Tokens behind the last learned answer are cut off: they teach nothing.
+    """Tokenised conversations, end to end. Tokens after the last learned answer are cut off, since they carry no loss.
 
-    Where a chat template writes earlier turns anew, a conversation is there once for each of its answers (see
-    :func:`~megatron_ring.data.text.chat.render_samples`), and each counts as one.
+    If a chat template rewrites earlier turns, a conversation is stored once for each of its answers (see
+    :func:`~megatron_ring.data.text.chat.render_samples`), and each of these counts as one conversation.
 
     Example, two conversations ``[5 6 7 1]`` and ``[5 8 1]`` whose answers are ``7 1`` and ``8 1``::
 
@@ -55,20 +54,20 @@ class Conversations:
     tokens: np.ndarray
     """``int32``."""
     learned: np.ndarray
-    """``bool``: the token is the assistant's, and is to be learned."""
+    """``bool``: the token belongs to an answer and carries loss."""
     starts: np.ndarray
-    """``int64``: where each begins, and the end of all."""
+    """``int64``: offset of each conversation, and the end of the last one."""
     num_too_long: int
-    """Left out: longer than the longest that was asked for."""
+    """Conversations left out because they are longer than ``longest``."""
     num_split: int = 0
-    """Conversations of the files that are here once for each of their answers."""
+    """Conversations of the files that are stored once for each of their answers."""
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     @property
     def slots(self) -> np.ndarray:
-        """Slots that each takes: its last token is only a label."""
+        """Slots of each conversation: one fewer than its tokens, since the last token is only a label."""
         return np.diff(self.starts) - 1
 
     @property
@@ -97,18 +96,19 @@ def load_conversations(
 ) -> Conversations:
     """Read and tokenise chat JSONL: ``{"messages": [{"role": "user", "content": "..."}, ...]}`` per line.
 
-    :mod:`megatron_ring.data.text.messages` says which further keys are read.
+    :mod:`megatron_ring.data.text.messages` lists the other keys that are read.
 
     Args:
         paths: JSONL files or folders of them.
-        tokenizer_type: with tokenizer_model, the tokenizer, whose chat template is applied.
-        longest: a conversation of more tokens is left out and counted.
-        workers: processes that tokenise; 0 does it here. The result is the same.
-        chat_template_kwargs: names that the chat template is given, unless a line gives others.
+        tokenizer_type: together with tokenizer_model, the tokenizer; its chat template is applied.
+        tokenizer_model: file or folder of the tokenizer.
+        longest: a conversation with more tokens is left out and counted.
+        workers: processes that tokenise; 0 uses this process. The result does not depend on it.
+        chat_template_kwargs: variables for the chat template; those of a line take precedence.
 
     Raises:
-        DataError: a file cannot be read, a line is no conversation with an answer (file and line are named),
-            or nothing is left.
+        DataError: a file cannot be read, a line is not a conversation with an answer (the message names file and line),
+            or no conversation is left.
     """
     read = _Reader(
         tokenizer_type=tokenizer_type, tokenizer_model=tokenizer_model, names=dict(chat_template_kwargs or {})
@@ -117,7 +117,7 @@ def load_conversations(
     lengths = np.concatenate([part[2] for part in parts]) if parts else np.zeros(0, np.int64)
     if not len(lengths):
         raise DataError(
-            f"{_names(paths)}: no conversations in it; write one JSON object with messages per line"
+            f"{_names(paths)}: contains no conversations; write one JSON object with messages per line"
         )
     keep = lengths <= longest
     if not keep.any():
@@ -136,17 +136,17 @@ def load_conversations(
 
 
 class SftStream:
-    """Microbatches of packed conversations, epoch after epoch.
+    """An endless sequence of microbatches of packed conversations, epoch after epoch.
 
-    Example: ``SftStream(conversations, capacity=4096, seed=1).take(8)`` are the run's first 8 microbatches.
+    Example: ``SftStream(conversations, capacity=4096, seed=1).take(8)``: conversations of the first 8 microbatches.
     """
 
     def __init__(self, conversations: Conversations, *, capacity: int, seed: int) -> None:
         """
         Args:
-            conversations: none longer than ``capacity`` slots.
+            conversations: each takes at most ``capacity`` slots.
             capacity: T, slots of a microbatch.
-            seed: of the order; the same on every rank.
+            seed: of the shuffles; the same on every rank.
         """
         self.conversations = conversations
         self.capacity = capacity
@@ -160,14 +160,14 @@ class SftStream:
         self._drawn = 0
 
     def microbatches_in(self, epochs: float) -> int:
-        """Microbatches that so many epochs make; a part of an epoch counts in proportion."""
+        """Number of microbatches in ``epochs`` epochs; the fraction of the last one is rounded."""
         whole = math.floor(epochs)
         count = sum(len(self._plan(epoch)) for epoch in range(whole))
         part = epochs - whole
         return count + (round(part * len(self._plan(whole))) if part else 0)
 
     def take(self, count: int) -> list[tuple[int, ...]]:
-        """Conversations of each of the next ``count`` microbatches, the next epoch's behind this one's."""
+        """Indices of the conversations of each of the next ``count`` microbatches, across epochs if needed."""
         taken: list[tuple[int, ...]] = []
         while len(taken) < count:
             plan = self._epoch_plan(self.epoch)
@@ -179,7 +179,7 @@ class SftStream:
         return taken
 
     def first(self, count: int) -> list[tuple[int, ...]]:
-        """The first microbatches of epoch 0, at most ``count``: what validation reads, the same every time."""
+        """The first microbatches of epoch 0, at most ``count``: the validation set, the same at every call."""
         return self._epoch_plan(0)[:count]
 
     def num_tokens(self, groups: Sequence[Sequence[int]]) -> int:
@@ -187,9 +187,9 @@ class SftStream:
         return sum(self._slots[index] for group in groups for index in group)
 
     def microbatch(self, group: Sequence[int]) -> Microbatch:
-        """The conversations of ``group`` in one microbatch, attention apart; none gives padding only.
+        """The conversations of ``group``, each its own attention segment; an empty group gives padding only.
 
-        They stand in order of length, so that attention may take those of equal length together.
+        They are sorted by length, so that attention can batch segments of equal length.
         """
         c = self.conversations
         group = sorted(group, key=lambda index: (self._slots[index], index))
@@ -205,14 +205,14 @@ class SftStream:
         return pack_microbatch([columns], self.capacity, segment_lengths=[lengths])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on, as numbers and strings."""
+        """The state to resume from, as numbers and strings."""
         return {"epoch": self.epoch, "drawn": self._drawn, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken.
+        """Resume from a :meth:`state_dict`.
 
         Raises:
-            DataError: the state belongs to other conversations, another packing or seed.
+            DataError: the state belongs to other conversations, another packing or another seed.
         """
         if state["fingerprint"] != self.fingerprint:
             raise DataError(
@@ -229,12 +229,12 @@ class SftStream:
 
 
 _Part = tuple[np.ndarray, np.ndarray, np.ndarray, int]
-"""Tokens, which of them are learned, and lengths of some conversations; how many of these gave several samples."""
+"""Tokens, their learned flags and the lengths of some conversations; how many of these gave several samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Reader:
-    """Tokenises records; travels to worker processes, where each opens the tokenizer once."""
+    """Tokenises records. It is pickled to worker processes; each of them opens the tokenizer once."""
 
     tokenizer_type: TokenizerType
     tokenizer_model: str
@@ -287,7 +287,7 @@ def _tokenised(tasks: Iterator[list[Record]], read: _Reader, workers: int) -> It
 
 
 def _samples(record: Record, tokenizer: Tokenizer) -> list[Sample]:
-    """What a line teaches, each up to its last learned token."""
+    """The samples of a line, each cut after its last learned token."""
     conversation = read_line(record)
     try:
         samples = render_samples(tokenizer, conversation)
@@ -296,9 +296,7 @@ def _samples(record: Record, tokenizer: Tokenizer) -> list[Sample]:
     samples = [(ids, learned) for ids, learned in samples if True in learned]
     if not samples:
         why = "every answer has weight 0" if conversation.unlearned else "no message with role assistant"
-        raise DataError(
-            f"{record.origin}: {why}, so there is nothing to learn; add an answer or remove the line"
-        )
+        raise DataError(f"{record.origin}: {why}, so nothing carries loss; add an answer or remove the line")
     ends = [len(learned) - learned[::-1].index(True) for _, learned in samples]
     return [(ids[:end], learned[:end]) for (ids, learned), end in zip(samples, ends, strict=True)]
 
@@ -307,14 +305,14 @@ def read_line(record: Record) -> Conversation:
     """The conversation of one JSONL line.
 
     Raises:
-        DataError: not JSON, no list of messages with role and content, or a key that means something unread.
+        DataError: not JSON, no list of messages with role and content, or a key that matters and is not supported.
     """
     if not record.is_json:
         raise DataError(f"{record.origin} is not JSONL; name a .jsonl file of conversations")
     fields = parse_json(record.raw, record.origin, unique=True)
     if not isinstance(fields, dict):
         raise DataError(
-            f"{record.origin} is a JSON {type(fields).__name__}, no object; write one conversation per line, as "
+            f"{record.origin} is a JSON {type(fields).__name__}, not an object; write one conversation per line, as "
             "datasets' to_json(lines=True) does"
         )
     return read_conversation(fields, record.origin)

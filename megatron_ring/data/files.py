@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files so that they appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from megatron_ring.errors import DataError
 
 @contextmanager
 def written_whole(*targets: str | Path) -> Iterator[tuple[Path, ...]]:
-    """Give a temporary path beside each target; rename them, in order, when the block ends without error.
+    """Yield a temporary path beside each target; rename them to the targets, in order, when the block ends without error.
 
-    Name last the target whose presence means "complete": of older files it is removed first, so a kill in the
-    middle leaves a set that readers refuse, never an old index over new data. Parent folders are made.
+    Name the target last whose presence means "complete". If older files exist, that one is removed first: a process
+    killed in the middle leaves a set that readers refuse, never an old index with new data. Parent folders are made.
 
     Example: ``with written_whole("tok.model") as (path,): path.write_bytes(model)``.
 
     Raises:
-        DataError: the disk is full, or the folder cannot be made or written; nothing is left behind.
+        DataError: the disk is full, or the folder cannot be made or written; no temporary file is left.
     """
     finals = [Path(target) for target in targets]
     temporary = tuple(final.with_name(f".{final.name}.{os.getpid()}.tmp") for final in finals)
@@ -30,7 +30,7 @@ def written_whole(*targets: str | Path) -> Iterator[tuple[Path, ...]]:
             final.parent.mkdir(parents=True, exist_ok=True)
             if final.is_dir():
                 raise IsADirectoryError(None, "Is a folder")
-        # a folder that cannot be written is found out before the work, not after it
+        # find out before the work, not after it, that a folder cannot be written
         for path in temporary:
             path.touch()
         yield temporary

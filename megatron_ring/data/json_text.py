@@ -1,4 +1,4 @@
-"""JSON that somebody else wrote."""
+"""Parse JSON from files that users and checkpoints bring, with one error line."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from megatron_ring.plain import TooDeepError, json_value
 def parse_json(
     text: str | bytes, origin: str, remedy: str = "write one object per line", *, unique: bool = False
 ) -> Any:
-    """The value of ``text``; with ``unique``, no object may have a key twice.
+    """The value of ``text``. With ``unique``, a key that stands twice in an object is an error.
 
     Raises:
-        DataError: not JSON, or nested too deeply; the line begins with ``origin`` and ends with ``remedy``.
+        DataError: not JSON, or nested too deeply; the message begins with ``origin`` and ends with ``remedy``.
     """
     try:
         return json_value(text, unique=unique)
@@ -26,13 +26,13 @@ def parse_json(
 
 
 def count_in(values: Mapping[str, Any], key: str) -> int:
-    """``values[key]``, a count. Raises KeyError and ValueError where it is none: of a saved state, for a line."""
+    """``values[key]`` of a saved state, which must be an integer from 0. Raises KeyError or ValueError otherwise."""
     return counts_in(values, key, [values[key]])[0]
 
 
 def counts_in(values: Mapping[str, Any], key: str, counts: Any = None) -> list[int]:
-    """``values[key]``, a list of counts."""
+    """``values[key]`` (or ``counts``, a part of it), which must be a list of integers from 0."""
     counts = values[key] if counts is None else counts
     if not isinstance(counts, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in counts):
-        raise ValueError(f"says {key}={str(values[key])[:40]!r}, which is no count")
+        raise ValueError(f"says {key}={str(values[key])[:40]!r}, which is not a count")
     return counts

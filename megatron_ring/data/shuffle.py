@@ -1,5 +1,4 @@
-"""A shuffle that is computed, not stored: any element of it in O(1), the same on every machine and numpy
-version."""
+"""A shuffle that is computed, not stored: any element in O(1), the same on every machine and with every numpy."""
 
 from __future__ import annotations
 
@@ -9,18 +8,18 @@ from typing import TypeVar
 import numpy as np
 
 _ROUNDS = 8
-# below this, numpy's cost per call exceeds plain arithmetic's
+# up to this many, Python integers are faster than numpy calls
 _FEW = 12
 _MASK = (1 << 64) - 1
-# one number, or uint64 numbers in an array: the arithmetic is the same
+# an int, or an array of uint64: the arithmetic is the same
 _Word = TypeVar("_Word", int, np.ndarray)
 
 
 class Shuffle:
-    """A pseudorandom permutation of ``range(size)``, keyed by whole numbers and names.
+    """A pseudorandom permutation of ``range(size)``, keyed by integers and strings.
 
-    A Feistel network permutes the next power of two; what falls outside ``size`` is sent through again until
-    it falls inside (at most 2 passes on average). Black and Rogaway, "Ciphers with arbitrary finite domains",
+    A Feistel network permutes the next power of two; a result outside ``range(size)`` is permuted again until it is
+    inside (cycle walking, at most 2 passes on average). Black and Rogaway, "Ciphers with arbitrary finite domains",
     2002.
 
     Example: ``[Shuffle(4, 7, "epoch", 0)(i) for i in range(4)]`` is some order of 0, 1, 2, 3.
@@ -37,10 +36,10 @@ class Shuffle:
         self._round_keys = [int(word) for word in np.frombuffer(digest, dtype="<u8")]
 
     def __call__(self, index: int) -> int:
-        """Where element ``index`` of the permutation points to.
+        """Element ``index`` of the permutation.
 
         Raises:
-            IndexError: ``index`` is not below ``size``; sent through the network, it might never come back.
+            IndexError: ``index`` is not in ``range(size)``; cycle walking from there might not end.
         """
         self._require(index, index)
         value = self._pass(index)
@@ -67,7 +66,7 @@ class Shuffle:
     def _pass(self, value: _Word) -> _Word:
         low_bits, high_bits = self._low_bits, self._high_bits
         low, high = value & ((1 << low_bits) - 1), value >> low_bits
-        # halves of unequal width trade places each round, and their widths with them
+        # the halves, which may differ in width, are swapped in each round
         for key in self._round_keys:
             low, high = high ^ (mix64(low + key) & ((1 << high_bits) - 1)), low
             low_bits, high_bits = high_bits, low_bits

@@ -86,7 +86,7 @@ def test_a_line_that_teaches_nothing_is_named(sentencepiece_file, tmp_path, line
 
 
 def test_an_empty_file_and_one_that_is_no_jsonl(sentencepiece_file, tmp_path):
-    with pytest.raises(DataError, match=r"a.jsonl: no conversations in it"):
+    with pytest.raises(DataError, match=r"a.jsonl: contains no conversations"):
         load(write(tmp_path / "a.jsonl"), sentencepiece_file)
     with pytest.raises(DataError, match=r"a.txt is not JSONL"):
         load(write(tmp_path / "a.txt", "hello"), sentencepiece_file)

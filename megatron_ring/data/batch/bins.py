@@ -1,8 +1,7 @@
-"""Fill as few bins as possible with items that cannot be split.
+"""Bin packing: fill as few bins as possible with items that cannot be split.
 
-Pure and without chance: the same sizes give the same bins. Invariants (one test each): every item lies in
-exactly one bin, no bin holds more than its capacity, and there are never more bins than best-fit-decreasing
-needs (at most 11/9 of the fewest possible, and 6/9).
+Pure and deterministic. Invariants (one test each): every item is in exactly one bin, no bin holds more than its
+capacity, and there are never more bins than best-fit-decreasing needs (at most 11/9 of the optimum plus 6/9).
 """
 
 from __future__ import annotations
@@ -13,20 +12,20 @@ from collections.abc import Iterable, Sequence
 Bin = list[int]
 """Indices of the items in a bin."""
 
-# (how many companions to try, slack in 1/512 of the capacity that is good enough)
+# (how many companions to try, slack in 1/512 of the capacity that ends the search)
 _GREEDS = ((4, 1), (4, 4), (64, 4), (16, 0))
 _REPACKINGS = 40
-# a bin is worth opening again when more than this share of it is empty
+# a bin is repacked when more than this share of it is empty
 _LOOSE = 1 / 256
 
 
 def fill_bins(sizes: Sequence[int], capacity: int) -> list[Bin]:
     """Group items into bins.
 
-    Best-fit-decreasing leaves gaps of a middling size, because it puts the largest items that fit together
-    whatever they leave free. So the gap that an item leaves is also filled with pairs whose sum is almost
-    exactly the gap; the best of several such packings is then improved: loose bins are opened together with
-    some full ones and filled again, as long as that saves a bin or gathers the empty space in fewer bins.
+    Best-fit-decreasing combines the largest items that fit, whatever gap they leave. Here a gap is also filled with
+    the pair of items whose sum comes closest to it. The best of several such packings is then improved: bins with
+    free space are repacked together with some full ones, as long as this saves a bin or collects the free space in
+    fewer bins.
 
     Example: ``fill_bins([6, 5, 4, 3, 2], 10)`` is ``[[0, 2], [1, 3, 4]]``.
 
@@ -93,7 +92,7 @@ def best_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[Bin]:
 def _fill_gaps(
     sizes: Sequence[int], items: Sequence[int], capacity: int, companions: int, tolerance: int
 ) -> list[Bin]:
-    """Open each bin with the largest item that is left and fill its gap with the best single item or pair."""
+    """Start each bin with the largest remaining item; fill its gap with the best single item or pair, repeatedly."""
     order = sorted(items, key=lambda i: (sizes[i], i))
     left = [sizes[i] for i in order]
     bins: list[Bin] = []
@@ -108,10 +107,10 @@ def _fill_gaps(
 
 
 def _companions(left: list[int], gap: int, companions: int, tolerance: int) -> tuple[int, ...]:
-    """Places in the ascending list ``left``, larger first, of one or two items that fill ``gap`` best.
+    """Indices in the ascending list ``left``, larger first, of the one or two items that fill ``gap`` best.
 
-    The larger of a pair is looked for at ``companions`` places between half the gap and the gap, from above,
-    so that small items stay for later; the search ends at a slack of ``tolerance``.
+    For the larger item of a pair, ``companions`` sizes between half the gap and the whole gap are tried, largest first,
+    which keeps small items for later bins. The search ends when at most ``tolerance`` of the gap stays free.
     """
     end = bisect_right(left, gap)
     best, slack = (end - 1,), gap - left[end - 1]
@@ -127,7 +126,7 @@ def _companions(left: list[int], gap: int, companions: int, tolerance: int) -> t
 
 
 def _repack(sizes: Sequence[int], capacity: int, bins: list[Bin], fewest: int) -> list[Bin]:
-    """Open loose bins again, half as many full ones with them, and fill them anew while it helps."""
+    """Repack bins with free space, together with half as many full bins, while that improves the packing."""
     loose_from = max(int(capacity * _LOOSE), 1)
     slack = [capacity - sum(sizes[i] for i in bin) for bin in bins]
     for turn in range(_REPACKINGS):
@@ -135,13 +134,13 @@ def _repack(sizes: Sequence[int], capacity: int, bins: list[Bin], fewest: int) -
             break
         full = [b for b, free in enumerate(slack) if free < loose_from]
         opened = [b for b, free in enumerate(slack) if free >= loose_from]
-        # other full bins in every turn
+        # a different choice of full bins in every turn
         step = max(2 * len(full) // max(len(opened), 1), 1)
         opened += full[turn * 7 % step :: step]
         items = [i for b in opened for i in bins[b]]
         new = _fill_gaps(sizes, items, capacity, 64, capacity * 4 ** (turn % 4) // 8192)
         new_slack = [capacity - sum(sizes[i] for i in bin) for bin in new]
-        # of as many bins, those are better that gather the empty space in few
+        # fewer bins are better; with equally many, free space collected in few bins is better
         before = (len(opened), -sum(slack[b] ** 2 for b in opened))
         if (len(new), -sum(free**2 for free in new_slack)) < before:
             kept = sorted(set(range(len(bins))) - set(opened))

@@ -1,9 +1,9 @@
-"""The one shape in which tokens reach the model: sequences packed end to end into T slots.
+"""The model's only input format: sequences packed end to end into T slots.
 
 Legend: T token slots of a microbatch (static over a run), S segments (packed sequences).
 
-A microbatch is full of segments: the real ones first, then, where tokens are missing, one last segment of
-padding. Attention is causal inside a segment and never crosses one.
+Segments cover all slots: the sequences first, then short segments of padding for the slots that are left. Attention
+is causal inside a segment and never crosses a segment's border.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 
 IGNORE = -100
-"""Label of a position that has no target: :func:`~megatron_ring.kernels.token_logprob` answers 0 for it."""
+"""Label of a position without a target: :func:`~megatron_ring.kernels.token_logprob` returns 0 for it."""
 
 PADDING_SEGMENT = 64
-"""Slots: padding is cut into attention segments of at most this many."""
+"""Padding is split into attention segments of at most this many slots."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class Microbatch:
         segment_lengths (3, 2, 1)     # the last one is padding; num_valid 5
         cu_seqlens    [0, 3, 5, 6]
 
-    ``loss_mask_T`` weighs each position's loss; ``valid_T`` says which slots hold tokens at all (the
-    router's statistics count those, whether or not they carry loss).
+    ``loss_mask_T`` is the weight of each position's loss. ``valid_T`` is true where a slot holds a token; the router's
+    statistics count all valid tokens, with or without loss.
     """
 
     tokens_T: torch.Tensor
@@ -59,9 +59,9 @@ class Microbatch:
         return replace(self, **moved)
 
     def shifted(self, row_T: torch.Tensor, fill: int | float, by: int = 1) -> torch.Tensor:
-        """``row_T`` moved ``by`` places to the left inside every segment; ``fill`` where a segment ends.
+        """``row_T`` shifted left by ``by`` inside every segment; ``fill`` in the last ``by`` slots of a segment.
 
-        Multi-token prediction at depth ``by`` reads its inputs and targets this way.
+        These are the inputs and targets of multi-token prediction at depth ``by``.
         """
         out_T = torch.full_like(row_T, fill)
         if by < self.num_slots:
@@ -78,7 +78,7 @@ class Microbatch:
 
 
 def sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """``value`` on ``device``; to a GPU through pinned memory, so that the host does not wait for what is queued there."""
+    """``value`` on ``device``. Copies to a GPU use pinned memory, so that the host does not wait for queued kernels."""
     if value.device.type == "cpu" and device.type == "cuda":
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
@@ -94,9 +94,9 @@ def pack_microbatch(
     """Pack (tokens, labels, loss mask) triples end to end and pad to ``num_slots``.
 
     Args:
-        sequences: one triple per sequence, each of equal length inside the triple.
+        sequences: one triple per sequence; its three parts have the same length.
         num_slots: T, the static number of slots.
-        segment_lengths: per sequence, its split into attention segments; ``None`` means one each.
+        segment_lengths: of each sequence, the lengths of its attention segments; ``None``: one segment each.
         pad_id: token id in padding slots.
 
     Raises:
@@ -107,7 +107,7 @@ def pack_microbatch(
         raise ValueError(f"{used} tokens do not fit into a microbatch of {num_slots} slots")
     padding = num_slots - used
     splits = segment_lengths or [(len(tokens),) for tokens, _, _ in sequences]
-    # in short segments: as one, attention would cost the square of what is never read
+    # in short segments: attention over one long segment of padding would cost its square
     tail = [PADDING_SEGMENT] * (padding // PADDING_SEGMENT) + [padding % PADDING_SEGMENT]
     lengths = [n for split in splits for n in split if n > 0] + [n for n in tail if n]
 

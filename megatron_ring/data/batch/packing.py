@@ -1,10 +1,12 @@
-"""Sequences into a grid: [dp rank][microbatch] of ``capacity`` token slots each.
+"""Pack sequences into a grid [dp rank][microbatch] of ``capacity`` token slots each.
 
-The shape of a microbatch is static over a run, so that memory is bounded by it; how many there are follows from
-what is packed. Pure and without chance: every process that is given the same sizes builds the same grid.
-Invariants (one test each): every item lies in exactly one microbatch, every rank has the same number of
-microbatches, a multiple of what the pipeline asks for and no more than the bins of ``fill_bins`` need, no
-microbatch holds more than its capacity, and the same items give the same grid.
+The shape of a microbatch is static over a run, which bounds memory; the number of microbatches follows from the
+sequences. Pure and deterministic: every process builds the same grid from the same sizes. Invariants (one test each):
+
+- every item is in exactly one microbatch, and no microbatch holds more than its capacity;
+- every rank has the same number of microbatches, a multiple of ``multiple_of``, and no more than the bins of
+  ``fill_bins`` require;
+- the same items give the same grid.
 """
 
 from __future__ import annotations
@@ -17,23 +19,22 @@ import numpy as np
 
 from megatron_ring.data.batch.bins import Bin, fill_bins
 
-# ranks are even when the one with most attention exceeds the one with least by this share of the mean
+# ranks are balanced when the difference between most and least attention is at most this share of the mean
 _EVEN = 1e-3
-# microbatches that trade places differ in tokens by less than this share of the capacity
+# microbatches may be swapped between ranks if their tokens differ by at most this share of the largest
 _ALIKE = 1 / 64
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """Where every item goes.
+    """The rank and microbatch of every item.
 
-    ``placements[rank][microbatch]`` are item indices; an empty microbatch is all padding. ``num_bins``
-    microbatches would have sufficed if ranks did not have to have the same number of them.
+    ``placements[rank][microbatch]`` are item indices; an empty microbatch is all padding. ``num_bins`` is how many
+    microbatches would suffice if ranks could have different numbers of them.
 
-    Example: items of 6, 5, 4, 3, 2 and 9 tokens, capacity 10, 2 ranks:
-    ``Grid(placements=(((5,), (3, 4)), ((0, 2), (1,))), num_bins=3, num_tokens=(6, 5, 4, 3, 2, 9), capacity=10)``:
-    14 and 15 tokens.
+    Example: items of 6, 5, 4, 3, 2 and 9 tokens, capacity 10, 2 ranks, which get 14 and 15 tokens:
+    ``Grid(placements=(((5,), (3, 4)), ((0, 2), (1,))), num_bins=3, num_tokens=(6, 5, 4, 3, 2, 9), capacity=10)``.
     """
 
     placements: tuple[tuple[tuple[int, ...], ...], ...]
@@ -42,18 +43,18 @@ class Grid:
     capacity: int
 
     def tokens_per_rank(self) -> list[int]:
-        """Tokens, padding left out, of each rank."""
+        """Tokens of each rank, without padding."""
         return [sum(self.num_tokens[i] for bin in rank for i in bin) for rank in self.placements]
 
     def attention_per_rank(self) -> list[int]:
-        """Sum of squared segment lengths, to which the cost of attention is proportional, of each rank."""
+        """Sum of squared segment lengths of each rank; the cost of attention is proportional to it."""
         return [sum(self.num_tokens[i] ** 2 for bin in rank for i in bin) for rank in self.placements]
 
     def metrics(self) -> dict[str, float]:
         """``packing/...``.
 
-        ``fill``: tokens / slots of the whole grid; ``bin_fill``: tokens / slots of the fewest microbatches
-        that held them; ``tokens_imbalance`` and ``attention_imbalance``: max / mean over ranks.
+        ``fill``: tokens / slots of the whole grid; ``bin_fill``: tokens / slots of ``num_bins`` microbatches;
+        ``tokens_imbalance`` and ``attention_imbalance``: max / mean over ranks.
         """
         tokens, attention = self.tokens_per_rank(), self.attention_per_rank()
         slots = sum(len(rank) for rank in self.placements) * self.capacity
@@ -66,18 +67,18 @@ class Grid:
 
 
 def pack(num_tokens: Sequence[int], *, capacity: int, dp_size: int, multiple_of: int = 1) -> Grid:
-    """Pack items of ``num_tokens`` (prompt and response up to its stop) into as few microbatches as it takes.
+    """Pack items (prompt and response up to its stop) into as few microbatches as possible.
 
-    Tokens and attention cost are evened out over ranks. Microbatch j costs about the same on every rank, since
-    ranks that share experts wait for one another in each; over j, heavy and light ones alternate, so that no
-    stretch of the pipeline is slower than another.
+    Tokens and attention cost are balanced over ranks. Microbatch j costs about the same on every rank, because ranks
+    that share experts wait for each other in every microbatch. Along j, expensive and cheap microbatches alternate, so
+    that the pipeline's load is steady.
 
     Args:
-        num_tokens: of each item.
+        num_tokens: tokens of each item.
         capacity: token slots of a microbatch.
-        dp_size: ranks, which all get the same number of microbatches, at least one.
-        multiple_of: what that number must be a multiple of: an interleaved pipeline takes microbatches in rounds of
-            its size.
+        dp_size: number of ranks; each gets the same number of microbatches, at least one.
+        multiple_of: the number of microbatches per rank is a multiple of this (the pipeline's size for an interleaved
+            schedule).
 
     Raises:
         ValueError: an item is empty or larger than the capacity, or there are no ranks.
@@ -92,7 +93,7 @@ def pack(num_tokens: Sequence[int], *, capacity: int, dp_size: int, multiple_of:
     turns = _alternate(rounds)
     placements = []
     for rank in ranks:
-        # heaviest first, the same turn for the same weight on every rank
+        # sorted by cost, so that microbatch j has a similar cost on every rank
         rank = sorted(rank, key=lambda bin: -_attention(num_tokens, bin))
         rank += [[] for _ in range(rounds - len(rank))]
         placements.append(tuple(tuple(sorted(rank[turn])) for turn in turns))
@@ -104,10 +105,8 @@ def _attention(num_tokens: Sequence[int], bin: Bin) -> int:
 
 
 def _level(num_tokens: Sequence[int], bins: list[Bin], capacity: int, dp_size: int) -> list[Bin]:
-    """As many bins for each rank: the ``len(bins) % dp_size`` that no full round takes are spread over one.
-
-    The bins with the smallest items are taken apart: they spread most evenly. Empty bins fill the round up
-    in the rare case in which their items do not fit when spread.
+    """Make the number of bins a multiple of ``dp_size``: the items of the ``len(bins) % dp_size`` cheapest bins are
+    spread over ``dp_size`` bins. If they do not fit when spread, empty bins are added instead (rare).
     """
     over = len(bins) % dp_size
     if not over:
@@ -126,10 +125,10 @@ def _level(num_tokens: Sequence[int], bins: list[Bin], capacity: int, dp_size: i
 
 
 def _even_ranks(num_tokens: Sequence[int], bins: list[Bin], dp_size: int) -> list[list[Bin]]:
-    """Deal bins, a multiple of ``dp_size`` of them, to ranks of about equal attention cost.
+    """Distribute bins (a multiple of ``dp_size``) over ranks so that attention costs are about equal.
 
-    Heaviest first, one to each rank in a round, the heavier the less the rank has so far; then ranks trade
-    bins that hold about as many tokens.
+    In each round every rank gets one of the most expensive bins left; the rank with the lowest load gets the most
+    expensive. Then ranks swap bins with about equal numbers of tokens.
     """
     cost = np.array([_attention(num_tokens, bin) for bin in bins], dtype=np.float64)
     tokens = np.array([sum(num_tokens[i] for i in bin) for bin in bins], dtype=np.float64)
@@ -159,8 +158,8 @@ def _even_ranks(num_tokens: Sequence[int], bins: list[Bin], dp_size: int) -> lis
 
 
 def _alternate(count: int) -> list[int]:
-    """An order of ``range(count)`` in which each stretch holds large and small numbers alike: that of the
-    fractions of multiples of the golden ratio, any run of which is spread evenly.
+    """An order of ``range(count)`` in which any run of neighbours mixes large and small numbers: the ranks of the
+    fractional parts of multiples of the golden ratio, a low-discrepancy sequence.
 
     Example: ``_alternate(5)`` is ``[0, 3, 1, 4, 2]``.
     """

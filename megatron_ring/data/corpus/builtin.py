@@ -1,6 +1,6 @@
-"""The corpus that needs no download: the Python standard library's own sources and docstrings.
+"""A corpus that needs no download: the Python standard library's source code and docstrings.
 
-Whoever can run this package has it. Each module is one document of real English and code.
+Each module is one document of real English and code.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_ring.errors import DataError
 
-# tests, generated tables and translated copies of the same text teach little
+# tests, generated tables and translated copies of the same text: little to learn from
 _SKIPPED_FOLDERS = frozenset(
     {
         "__pycache__",
@@ -33,8 +33,7 @@ _SKIPPED_MODULES = ("_sysconfigdata", "_sysconfig_vars")
 def builtin_documents(max_mb: float | None = None) -> list[str]:
     """Sources of the standard library's modules, in an order that depends on their names only.
 
-    The order is that of a hash of each module's path: any stretch of it, so any split by documents, is a
-    mixed sample.
+    Modules are ordered by a hash of their path, so that every part of a split by documents is a random sample.
 
     Args:
         max_mb: stop after the document that reaches this many megabytes (10**6 bytes of UTF-8); ``None`` for

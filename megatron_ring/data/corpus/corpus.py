@@ -1,4 +1,4 @@
-"""What is trained on: one indexed dataset or a weighted blend of several, split by documents."""
+"""The pre-training corpus: one indexed dataset or a weighted blend of several, split by documents."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CorpusShare:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSplit:
-    """Training, validation or test documents, with the weight at which each dataset is drawn from.
+    """Training, validation or test documents, and the sampling weight of each dataset.
 
     Example: ``data_path=("3", "code", "1", "web")`` gives two shares with weights 3/4 and 1/4.
     """
@@ -55,7 +55,7 @@ class CorpusSplit:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of sizes and weights: another corpus, blend or split has another; a moved one has not."""
+        """Hash of sizes and weights. It differs for another corpus, blend or split; moving the files does not change it."""
         facts = [
             (
                 share.corpus.num_documents,
@@ -71,7 +71,7 @@ class CorpusSplit:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSplits:
-    """The three splits. One without documents is an error only when a stream is made of it."""
+    """The three splits. A split without documents is an error only if a stream is made of it."""
 
     train: CorpusSplit
     valid: CorpusSplit
@@ -84,11 +84,10 @@ def open_corpus(data_path: Sequence[str], split: str, *, tokenizer: Tokenizer | 
     Args:
         data_path: ``(prefix,)`` or ``(weight, prefix, weight, prefix, ...)``.
         split: shares of documents for training, validation and test, e.g. ``"949,50,1"``.
-        tokenizer: the run's, to refuse a corpus that notes another one.
+        tokenizer: the run's; a corpus whose manifest names another tokenizer is refused.
 
     Raises:
-        DataError: the blend or the split cannot be read, a file is missing or damaged, or the tokenizer is
-            another.
+        DataError: the blend or the split cannot be parsed, a file is missing or damaged, or the tokenizer differs.
     """
     names = ("train", "valid", "test")
     shares_of_split = parse_split(split)
@@ -128,7 +127,7 @@ def parse_split(split: str) -> tuple[float, float, float]:
     try:
         parts = [float(part) for part in split.split(",")]
     except ValueError:
-        raise DataError(f"split={split!r} holds something that is not a number; {rule}") from None
+        raise DataError(f"split={split!r} contains something that is not a number; {rule}") from None
     if len(parts) > 3 or not all(part >= 0 and math.isfinite(part) for part in parts) or sum(parts) <= 0:
         raise DataError(f"split={split!r} is not a split; {rule}")
     train, valid, test = (part / sum(parts) for part in (*parts, 0.0, 0.0)[:3])
@@ -140,6 +139,6 @@ def _require_tokenizer(corpus: IndexedCorpus, tokenizer: Tokenizer) -> None:
     if made_with is not None and made_with != tokenizer.fingerprint:
         name, size = corpus.manifest.get("tokenizer_model", "unnamed"), corpus.manifest.get("vocab_size", "?")
         raise DataError(
-            f"{corpus.prefix}.bin was made with another tokenizer ({name}, {size} tokens) than the run's "
+            f"{corpus.prefix}.bin was made with another tokenizer ({name}, {size} tokens) than this run's "
             f"({tokenizer.vocab_size} tokens); preprocess it again or set tokenizer_model"
         )

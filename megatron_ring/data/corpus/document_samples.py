@@ -1,10 +1,10 @@
-"""Samples of one dataset: fixed lengths of the shuffled stream of its documents, epoch after epoch.
+"""Samples of one dataset: pieces of fixed length of the shuffled stream of its documents, epoch after epoch.
 
-In each epoch the documents are put end to end in a new order, the stream is cut every ``seq_length`` tokens,
-and the pieces are read in yet another order. A piece is read with one token more, the label of its last.
+In each epoch the documents are concatenated in a new order, the stream is cut every ``seq_length`` tokens, and the
+pieces are shuffled. A piece is read with one more token, the label of its last one.
 
-Invariant: in an epoch each token is the input of exactly one sample, but for a tail of at most ``seq_length``
-tokens, which is another one in each epoch.
+Invariant: in an epoch each token is the input of exactly one sample, except for the last ``seq_length`` or fewer
+tokens of the stream, which differ from epoch to epoch.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from megatron_ring.errors import DataError
 
 
 class DocumentSamples:
-    """Random access to the samples of a share of documents. Thread-safe; every answer depends on its
-    arguments only.
+    """Random access to the samples of a share of documents. Thread-safe; a result depends on the arguments only.
 
     Memory: 8 bytes per document for each of at most two epochs.
     """
@@ -28,21 +27,21 @@ class DocumentSamples:
         Args:
             share: the documents.
             seq_length: tokens per sample.
-            seed: of the order.
-            place: the dataset's place in its blend: the same dataset named twice gets two orders.
-            split: name, for messages.
+            seed: of the shuffles.
+            place: index of the dataset in its blend; a dataset that is named twice gets two orders.
+            split: name of the split, for messages.
 
         Raises:
-            DataError: the documents hold no sample.
+            DataError: the documents are too few for one sample.
         """
         if not share.num_documents:
             raise DataError(
                 f"{split} split of {share.corpus.prefix} is empty: none of its {share.corpus.num_documents} "
-                "documents fall into it; raise that part of split or add documents"
+                "documents are in it; raise that part of split or add documents"
             )
         if share.num_tokens < seq_length + 1:
             raise DataError(
-                f"{split} split of {share.corpus.prefix} has {share.num_tokens} tokens, a sample takes "
+                f"{split} split of {share.corpus.prefix} has {share.num_tokens} tokens, a sample needs "
                 f"seq_length+1={seq_length + 1}; raise that part of split, add documents or lower seq_length"
             )
         self._share = share
@@ -52,11 +51,11 @@ class DocumentSamples:
         self.samples_per_epoch = (share.num_tokens - 1) // seq_length
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sample ``index``, epochs counted through.
+        """Sample ``index``, counted over all epochs.
 
         Returns:
-            ``int64[seq_length + 1]`` tokens, and in rising order the numbers of tokens (1 to seq_length + 1)
-            after which a document ends.
+            ``int64[seq_length + 1]`` tokens, and in ascending order the positions (1 to seq_length + 1) after which a
+            document ends.
         """
         epoch, place = divmod(index, self.samples_per_epoch)
         piece = Shuffle(self.samples_per_epoch, *self._key, "samples", epoch)(place)
@@ -70,7 +69,7 @@ class DocumentSamples:
         offsets, tokens = self._share.corpus.offsets, self._share.corpus.tokens
         out = np.empty(length, np.int64)
         filled = 0
-        # where in the first document the stream's position lies
+        # offset of the stream's position in the first document
         skip = start - (int(ends_D[first - 1]) if first else 0)
         for document in documents:
             begin = int(offsets[document]) + skip
@@ -80,14 +79,14 @@ class DocumentSamples:
         return out, np.unique(ends_D[first : last + 1][ends_D[first : last + 1] <= start + length]) - start
 
     def _document_ends(self, epoch: int) -> np.ndarray:
-        """Position in the epoch's stream behind each document, in the epoch's order."""
+        """End of each document in the epoch's stream, in the epoch's order."""
         ends_D = self._ends_of_epoch.get(epoch)
         if ends_D is None:
             share = self._share
             documents = self._order(epoch).many(np.arange(share.num_documents)) + share.first_document
             offsets = share.corpus.offsets
             ends_D = np.cumsum(offsets[documents + 1] - offsets[documents])
-            # a batch can reach from one epoch into the next; older ones are not needed again
+            # a batch can extend into the next epoch; older epochs are not needed again
             kept = {e: ends for e, ends in self._ends_of_epoch.items() if abs(e - epoch) <= 1}
             self._ends_of_epoch = {**dict(list(kept.items())[-1:]), epoch: ends_D}
         return ends_D

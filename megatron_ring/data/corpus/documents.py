@@ -1,7 +1,7 @@
-"""Documents out of what people have: JSONL, plain text, folders of either, or the built-in corpus.
+"""Read documents from JSONL files, text files and folders of them.
 
-Reading is split in two so that worker processes can do the second half: :func:`read_records` yields raw
-records in a deterministic order, :func:`record_text` decodes one into its document.
+There are two steps, so that worker processes can do the second one: :func:`read_records` yields raw records in a
+deterministic order, :func:`record_text` decodes one record into its document.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from megatron_ring.data.json_text import parse_json
 from megatron_ring.errors import DataError
 
 MAX_LINE_BYTES = 1 << 28
-"""Of a line of JSONL: what is longer is no problem or conversation, but a file without line ends, or a trap."""
+"""Longest line of JSONL; a longer one comes from a file without line ends, or from an attack on memory."""
 MAX_UNPACKED_BYTES = 1 << 30
-"""Of a gzipped file that is one document: a few kilobytes can unpack to any size."""
+"""Largest size of a gzipped document after unpacking: a few kilobytes can unpack to any size."""
 
 _JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """One document as it lies on disk.
+    """One document as it is stored on disk.
 
     Example: ``Record(raw=b'{"text": "One."}', origin="web.jsonl:1", is_json=True, is_named=True)``.
     """
 
     raw: bytes
-    """UTF-8 text, or a line of JSON; a whole file as it lies there, UTF-16 or 32 with its mark."""
+    """UTF-8 text or a line of JSON; a whole file may also be UTF-16 or UTF-32 with a byte order mark."""
     origin: str
-    """File, and line in JSONL, for messages."""
+    """File, and line for JSONL, for messages."""
     is_json: bool
     """``raw`` is a JSON object with the text under some of its keys."""
     is_named: bool
-    """The user named the file itself; files found in a folder may turn out not to be text."""
+    """The user named this file; a file found in a folder may turn out not to be text."""
 
 
 def find_files(inputs: Sequence[str | Path]) -> list[tuple[Path, bool]]:
-    """The files to read, in order, each with whether the user named it. Hidden files are left out.
+    """The files to read, in order, and for each whether the user named it. Hidden files are left out.
 
     Raises:
         DataError: an input is missing, or a folder holds no files.
@@ -53,7 +53,9 @@ def find_files(inputs: Sequence[str | Path]) -> list[tuple[Path, bool]]:
         if item.is_dir():
             found = sorted(path for path in item.rglob("*") if path.is_file() and not _is_hidden(path, item))
             if not found:
-                raise DataError(f"input folder {item} holds no files; name a folder of text or JSONL files")
+                raise DataError(
+                    f"input folder {item} contains no files; name a folder of text or JSONL files"
+                )
             files += [(path, False) for path in found]
         elif item.is_file():
             files.append((item, True))
@@ -67,9 +69,9 @@ def find_files(inputs: Sequence[str | Path]) -> list[tuple[Path, bool]]:
 def read_records(inputs: Sequence[str | Path]) -> Iterator[Record]:
     """Records of all inputs: each line of a JSONL file (.jsonl, .ndjson), each other file as a whole.
 
-    A .json file that the user names is JSONL too, as Megatron's users have it; one found in a folder is text
-    like its neighbours (the package.json of a source tree). Files may be gzipped (.gz). Blank lines are
-    passed over. A file that begins with the mark of UTF-8, UTF-16 or UTF-32 is read as that.
+    A .json file that the user names is read as JSONL, as in Megatron; one found in a folder is text (the package.json
+    of a source tree). Files may be gzipped (.gz). Blank lines are skipped. A byte order mark of UTF-8, UTF-16 or UTF-32
+    sets the encoding.
 
     Raises:
         DataError: an input is missing or cannot be read.
@@ -91,7 +93,7 @@ def read_records(inputs: Sequence[str | Path]) -> Iterator[Record]:
 
 
 def record_text(record: Record, json_keys: Sequence[str]) -> str | None:
-    """The document in a record, its JSON keys joined by newlines; ``None`` for a found file without text.
+    """The document in a record: its JSON keys joined by newlines. ``None`` for a file of a folder that is not text.
 
     Raises:
         DataError: not UTF-8, not JSON, or a key is missing or not a string.
@@ -102,7 +104,9 @@ def record_text(record: Record, json_keys: Sequence[str]) -> str | None:
     except UnicodeDecodeError as error:
         if not record.is_named and not record.is_json:
             return None
-        known = "UTF-8" if encoding == "utf-8-sig" else f"the {encoding.upper()} that its first bytes say"
+        known = (
+            "UTF-8" if encoding == "utf-8-sig" else f"{encoding.upper()}, which its byte order mark declares"
+        )
         raise DataError(
             f"{record.origin} is not {known} (byte {error.start}); convert it, e.g. with iconv"
         ) from error
@@ -134,15 +138,15 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _encoding(first: bytes) -> str:
-    """What the mark at the beginning of a file says; UTF-8, with or without a mark, where there is none."""
-    # the mark of UTF-32 begins with that of UTF-16
+    """The encoding that a file's byte order mark declares; UTF-8 without a mark."""
+    # UTF-32 first: its mark begins with that of UTF-16
     if first.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "utf-32"
     return "utf-16" if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def _lines(stream: BinaryIO, path: Path) -> Iterator[bytes]:
-    """The lines of a file as UTF-8. Raises DataError for UTF-16 without, or against, its mark."""
+    """The lines of a file as UTF-8. Raises DataError for UTF-16 without a byte order mark or with a wrong one."""
     buffered = cast(io.BufferedReader, stream)
     first = buffered.peek(4)[:512]
     encoding = _encoding(first[:4])
@@ -161,7 +165,7 @@ def _lines(stream: BinaryIO, path: Path) -> Iterator[bytes]:
     except UnicodeError as error:
         reason = getattr(error, "reason", error)
         raise DataError(
-            f"{path} is not the {encoding.upper()} that its first bytes say ({reason}); convert it to UTF-8"
+            f"{path} is not {encoding.upper()}, which its byte order mark declares ({reason}); convert it to UTF-8"
         ) from None
 
 
@@ -185,13 +189,13 @@ def _whole(stream: BinaryIO, path: Path) -> bytes:
 
 
 def _is_wide(raw: bytes) -> bool:
-    """Does every second byte of a beginning hold nothing, as Latin letters in UTF-16 have it?"""
+    """Is every second byte at the beginning 0, as in Latin text in UTF-16?"""
     return len(raw) >= 4 and not (any(raw[1:64:2]) and any(raw[0:64:2]))
 
 
 def _unmarked(name: str) -> DataError:
     return DataError(
-        f"{name} is UTF-16 without its mark; convert it to UTF-8, e.g. with iconv -f UTF-16LE -t UTF-8"
+        f"{name} is UTF-16 without a byte order mark; convert it to UTF-8, e.g. with iconv -f UTF-16LE -t UTF-8"
     )
 
 

@@ -1,8 +1,7 @@
 """Reader of Megatron's indexed datasets: tokens in PREFIX.bin, lengths and document ends in PREFIX.idx.
 
-Megatron's own reader trusts the files: a truncated .idx reads as wrong documents, a wrong .bin as wrong
-tokens. Here everything that the two files say about each other is checked before the first token is used;
-then both are mapped.
+Megatron's own reader trusts the files: with a truncated .idx it reads wrong documents, with a wrong .bin wrong tokens.
+Here the two files are checked against each other before the first token is used; then both are memory-mapped.
 
 Layout of the .idx, little-endian: magic (9 bytes), version (uint64, 1), dtype code (uint8), number of
 sequences S (uint64), number of document ends D+1 (uint64), lengths (int32[S], tokens), pointers (int64[S],
@@ -26,13 +25,13 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 DTYPE_CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
-"""Megatron's number for each type of token."""
+"""Megatron's code for each token dtype."""
 _REMEDY = "write it again with tools/preprocess_data.py, or copy both files again"
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexedCorpus:
-    """The documents of one .bin/.idx pair, mapped into memory.
+    """The documents of one .bin/.idx pair, memory-mapped.
 
     Example: two documents of 3 and 2 tokens: ``tokens = [5, 6, 1, 7, 1]``, ``offsets = [0, 3, 5]``.
     """
@@ -40,11 +39,11 @@ class IndexedCorpus:
     prefix: str
     """Path without .bin or .idx."""
     tokens: np.ndarray
-    """All tokens, document after document; mapped, read-only."""
+    """All tokens, document after document; read-only."""
     offsets: np.ndarray
     """``int64[num_documents + 1]``: document d is ``tokens[offsets[d]:offsets[d + 1]]``."""
     manifest: dict[str, Any]
-    """What the preprocessing tool noted beside the files; empty for files from elsewhere."""
+    """The preprocessing tool's notes (PREFIX.meta.json); empty for files from other tools."""
 
     @property
     def num_documents(self) -> int:
@@ -56,7 +55,7 @@ class IndexedCorpus:
 
 
 def manifest_path(prefix: str | Path) -> Path:
-    """File that names the tokenizer a corpus was made with, beside its .bin and .idx."""
+    """The file beside .bin and .idx that names the tokenizer of a corpus."""
     return Path(f"{prefix}.meta.json")
 
 
@@ -66,7 +65,7 @@ def open_indexed(prefix: str | Path) -> IndexedCorpus:
     Takes 8 bytes of memory per document; tokens stay on disk until read.
 
     Raises:
-        DataError: a file is missing, is not what its name says, is cut short, or does not fit the other.
+        DataError: a file is missing, has another format, is truncated, or does not match the other one.
     """
     idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (idx, bin_):
@@ -100,7 +99,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     if not header.startswith(MAGIC):
         raise DataError(f"{path} is not a Megatron index (it must begin with MMIDIDX); {_REMEDY}")
     if len(header) < HEADER.size:
-        raise DataError(f"{path} is cut short in its header ({size} bytes); {_REMEDY}")
+        raise DataError(f"{path} is truncated in its header ({size} bytes); {_REMEDY}")
     _, version, code, num_sequences, num_ends = HEADER.unpack(header)
     if version != VERSION:
         raise DataError(f"{path} has index version {version}, only version {VERSION} is known; {_REMEDY}")
@@ -113,7 +112,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     dtype = np.dtype(_DTYPES.get(code, "V1"))
     if dtype.kind not in "iu":
         what = f"{dtype.name} numbers" if dtype.kind == "f" else f"an unknown type (code {code})"
-        raise DataError(f"{path} says its tokens are {what}; token ids must be integers; {_REMEDY}")
+        raise DataError(f"{path} declares its tokens as {what}; token ids must be integers; {_REMEDY}")
 
     content = np.memmap(path, dtype=np.uint8, mode="r", offset=0)[HEADER.size :]
     lengths = content[: 4 * num_sequences].view("<i4")

@@ -1,6 +1,6 @@
-"""The endless stream of pre-training samples, and the cursor that says which come next.
+"""The endless stream of pre-training samples, and the cursor of a run in it.
 
-The stream is a pure function of (corpus, seed, index); all that a run has to remember is the cursor.
+The stream is a pure function of (corpus, seed, index); the cursor is the only state of a run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PretrainSample:
 
         tokens           [7, 8, 1, 9, 1, 5]
         labels           [8, 1, 9, 1, 5, 6]
-        loss_mask        [1, 1, 0, 1, 0, 1]   # a document's end does not predict the next document
+        loss_mask        [1, 1, 0, 1, 0, 1]   # no loss where the label belongs to the next document
         segment_lengths  (3, 2, 1)
     """
 
@@ -38,13 +38,13 @@ class PretrainSample:
     labels: np.ndarray
     """``int64[seq_length]``: the token after each."""
     loss_mask: np.ndarray
-    """``float32[seq_length]``: 1 where the label counts."""
+    """``float32[seq_length]``: 1 where the label carries loss."""
     segment_lengths: tuple[int, ...]
-    """Tokens of each stretch within which attention stays; they sum to seq_length."""
+    """Lengths of the attention segments; they sum to seq_length."""
 
 
 class PretrainStream:
-    """Samples of one split, by index, forever: epochs follow each other, each in a new order. Thread-safe.
+    """Samples of one split by index, over endless epochs, each in a new order. Thread-safe.
 
     Example: ``PretrainStream(open_corpus(("corpus",), "949,50,1").train, seq_length=256, seed=1).sample(0)``.
     """
@@ -61,15 +61,15 @@ class PretrainStream:
     ) -> None:
         """
         Args:
-            split: what to read.
+            split: the documents to read.
             seq_length: tokens per sample.
-            seed: of the order; the same at every rank.
-            reset_at_document: attention ends, and no label is learned, where a document does.
-            vocab_size: of the model; a token that is not below it is an error.
+            seed: of the shuffles; the same on every rank.
+            reset_at_document: attention stays within a document, and a document's last token carries no loss.
+            vocab_size: of the model; a token id that is not below it is an error.
             num_workers: threads that read ahead (see :meth:`prefetch`).
 
         Raises:
-            DataError: the split holds no sample of that length.
+            DataError: the split has too few tokens for one sample.
         """
         self.seq_length = seq_length
         self._reset_at_document = reset_at_document
@@ -83,9 +83,9 @@ class PretrainStream:
         self._threads = ThreadPoolExecutor(num_workers, "corpus") if num_workers else None
         self._ahead: dict[int, Future[PretrainSample]] = {}
         self.samples_per_epoch = sum(dataset.samples_per_epoch for dataset in self._datasets)
-        """Samples in one pass over every dataset; a blend passes over them at different rates."""
+        """Sum of the samples per epoch of each dataset; a blend reads its datasets at different rates."""
         self.fingerprint = f"{split.fingerprint}-{seq_length}-{seed}"
-        """Equal fingerprints give equal samples: a cursor keeps it."""
+        """Equal fingerprints give equal samples; the cursor's state contains it."""
 
     def sample(self, index: int) -> PretrainSample:
         """Sample ``index``.
@@ -108,7 +108,7 @@ class PretrainStream:
         )
 
     def samples(self, indices: Iterable[int]) -> list[PretrainSample]:
-        """Several samples; those that were prefetched are waited for, not read again."""
+        """Several samples; prefetched ones are awaited, not read again."""
         found: list[PretrainSample] = []
         for index in indices:
             future = self._ahead.pop(index, None)
@@ -116,8 +116,7 @@ class PretrainStream:
         return found
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Have the reader threads read these samples, in place of any that an earlier call asked for in
-        vain."""
+        """Let the reader threads read these samples. Samples of earlier calls that were not taken are dropped."""
         if self._threads is None:
             return
         wanted = list(indices)
@@ -134,7 +133,7 @@ class PretrainStream:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self._vocab_size:
             raise DataError(
-                f"{self._split.shares[dataset].corpus.prefix}.bin holds token id {low if low < 0 else high}, "
+                f"{self._split.shares[dataset].corpus.prefix}.bin contains token id {low if low < 0 else high}, "
                 f"the model has vocab_size={self._vocab_size}; preprocess with the run's tokenizer, or raise "
                 "vocab_size"
             )
@@ -142,36 +141,35 @@ class PretrainStream:
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """Sample indices of one global batch. Example: ``Draw(indices=(96, 12, 97), is_retry=(False, True,
-    False))``."""
+    """Sample indices of one global batch. Example: ``Draw(indices=(96, 12, 97), is_retry=(False, True, False))``."""
 
     indices: tuple[int, ...]
     is_retry: tuple[bool, ...]
-    """Which of them were put back by :meth:`SampleCursor.requeue` and come once more."""
+    """Which of them were requeued by :meth:`SampleCursor.requeue` and are drawn again."""
 
 
 class SampleCursor:
-    """Which samples of a stream come next: in order, but for those put back to come again later.
+    """Draws the samples of a stream in order, except for requeued ones, which are drawn again later.
 
-    Rank r of a data-parallel group that takes n samples per step reads ``take(dp * n).indices[r * n : (r + 1)
-    * n]``; every rank moves its own copy of the cursor alike.
+    With n samples per rank and step, data-parallel rank r reads ``take(dp * n).indices[r * n : (r + 1) * n]``. Every
+    rank has a copy of the cursor and moves it in the same way.
 
-    Invariant: a sample put back is drawn once more; all others are drawn once, in order. Nothing is lost.
+    Invariant: a requeued sample is drawn once more for each time it was requeued; all others once, in order.
     """
 
     def __init__(self, *, seed: int, fingerprint: str = "") -> None:
         """
         Args:
-            seed: of the places that samples put back go to.
-            fingerprint: the stream's; a state saved for another stream is refused.
+            seed: of the random positions of requeued samples.
+            fingerprint: of the stream; a state saved for another stream is refused.
         """
         self._seed = seed
         self._fingerprint = fingerprint
         self.consumed_samples = 0
-        """Samples drawn so far, repeated ones included."""
+        """Samples drawn so far, requeued ones included."""
         self._next_fresh = 0
         self._num_requeued = 0
-        # (number of samples drawn before it is due, order of putting back, sample index), as a heap
+        # heap of (consumed_samples from which it is due, requeue counter, sample index)
         self._put_back: list[tuple[int, int, int]] = []
 
     def take(self, num_samples: int) -> Draw:
@@ -190,24 +188,24 @@ class SampleCursor:
         return Draw(indices=tuple(indices), is_retry=tuple(is_retry))
 
     def peek(self, num_samples: int) -> Draw:
-        """What :meth:`take` would draw, without drawing it."""
+        """What :meth:`take` would return, without moving the cursor."""
         ahead = SampleCursor(seed=self._seed, fingerprint=self._fingerprint)
         ahead.load_state_dict(self.state_dict())
         return ahead.take(num_samples)
 
     def requeue(self, indices: Sequence[int], *, within: int) -> None:
-        """Put samples back, each at a random place among the next ``within`` draws.
+        """Schedule samples to be drawn again, each at a random position among the next ``within`` draws.
 
-        For the rule of the Ling report: when a loss spike makes a step be skipped, its data is tried again
-            later.
+        Used by the spike rule of the Ling report: the data of a step that was skipped for a loss spike is tried again
+        later.
         """
         for index in indices:
-            place = Shuffle(max(within, 1), self._seed, "requeue", self._num_requeued)(0)
-            heapq.heappush(self._put_back, (self.consumed_samples + place, self._num_requeued, index))
+            delay = Shuffle(max(within, 1), self._seed, "requeue", self._num_requeued)(0)
+            heapq.heappush(self._put_back, (self.consumed_samples + delay, self._num_requeued, index))
             self._num_requeued += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on, as numbers, strings and lists."""
+        """The state to resume from, as numbers, strings and lists."""
         return {
             "consumed_samples": self.consumed_samples,
             "next_fresh": self._next_fresh,
@@ -218,10 +216,10 @@ class SampleCursor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken.
+        """Resume from a :meth:`state_dict`.
 
         Raises:
-            DataError: the state belongs to another stream: its samples would be read twice or never.
+            DataError: the state belongs to another stream; samples would be read twice or never.
         """
         if state["fingerprint"] != self._fingerprint:
             raise DataError(

@@ -1,4 +1,4 @@
-"""Documents to token ids, in this process or in several, always in the order of the input."""
+"""Tokenise documents in one process or several; results come in the order of the input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BATCHES_AHEAD_PER_WORKER = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizeConfig:
-    """How documents become tokens. Example: ``TokenizeConfig(tokenizer_model="tok.model")``."""
+    """How documents are tokenised. Example: ``TokenizeConfig(tokenizer_model="tok.model")``."""
 
     tokenizer_type: TokenizerType = "sentencepiece"
     tokenizer_model: str
@@ -33,13 +33,12 @@ class TokenizeConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizedBatch:
-    """Some documents, in order. Example: two of 3 and 2 tokens: ``tokens=[5, 6, 1, 7, 1], lengths=(3,
-    2)``."""
+    """Some documents, in order. Example, documents of 3 and 2 tokens: ``tokens=[5, 6, 1, 7, 1], lengths=(3, 2)``."""
 
     tokens: np.ndarray
     lengths: tuple[int, ...]
     num_bytes: int
-    """Of input, left-out records included."""
+    """Bytes of input, skipped records included."""
     num_skipped: int
     """Records without text: empty ones, and files in folders that are not UTF-8 text."""
 
@@ -50,9 +49,9 @@ class TokenizedBatch:
 def tokenize_documents(
     records: Iterable[Record], config: TokenizeConfig, *, workers: int = 1
 ) -> Iterator[TokenizedBatch]:
-    """Tokenize records in ``workers`` processes; the result does not depend on their number.
+    """Tokenise records in ``workers`` processes; the result does not depend on their number.
 
-    At most a few batches per worker are in memory, however long the input.
+    At most a few batches per worker are in memory, whatever the length of the input.
 
     Raises:
         DataError: a record or the tokenizer cannot be read, or a worker was killed.

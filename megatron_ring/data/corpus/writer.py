@@ -1,6 +1,6 @@
-"""Writer of Megatron's indexed datasets: the bytes that Megatron's own builder writes, without importing it.
+"""Write Megatron's indexed datasets: the same bytes as Megatron's builder, without importing Megatron.
 
-That import takes seconds and needs torch; and Megatron's builder keeps a Python list of all documents.
+That import takes seconds and needs torch, and Megatron's builder keeps a Python list of all documents.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_ring.data.files import written_whole
 
 
 class CorpusWriter:
-    """Collects documents; made by :func:`write_corpus`. Memory: 4 bytes per document.
+    """Writes documents; opened by :func:`write_corpus`. Memory: 4 bytes per document.
 
     Example: ``writer.add(np.array([5, 6, 1]))`` appends one document of three tokens.
     """
@@ -38,7 +38,7 @@ class CorpusWriter:
         """Append one document of at least one token.
 
         Raises:
-            ValueError: a token id does not fit the vocabulary's type, or there is none.
+            ValueError: a token id does not fit the dtype, or the document is empty.
         """
         if not len(token_ids) or token_ids.min() < 0 or token_ids.max() > np.iinfo(self._dtype).max:
             raise ValueError(f"a document must hold token ids of type {self._dtype.name}")
@@ -60,23 +60,23 @@ class CorpusWriter:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Narrowest type that Megatron writes token ids of a vocabulary in."""
+    """The narrowest dtype in which Megatron writes token ids of this vocabulary."""
     return np.dtype("<u2" if vocab_size < 65500 else "<i4")
 
 
 @contextmanager
 def write_corpus(prefix: str | Path, *, vocab_size: int, manifest: dict[str, Any]) -> Iterator[CorpusWriter]:
-    """Write ``PREFIX.bin``, ``PREFIX.idx`` and a note of how they were made; all of them, or none.
+    """Write ``PREFIX.bin``, ``PREFIX.idx`` and ``PREFIX.meta.json``: all of them, or none.
 
     Args:
-        prefix: path without ending; older files of that name are replaced.
-        vocab_size: of the tokenizer; decides between 2 and 4 bytes per token.
-        manifest: what to note; the totals are added.
+        prefix: path without extension; older files of that name are replaced.
+        vocab_size: of the tokenizer; it decides between 2 and 4 bytes per token.
+        manifest: content of PREFIX.meta.json; the totals are added.
 
     Raises:
         DataError: the disk is full or the folder cannot be written.
     """
-    # the .idx last: without it a reader says "missing", whatever else is there
+    # the .idx last: readers refuse a corpus without it
     finals = (f"{prefix}.bin", manifest_path(prefix), f"{prefix}.idx")
     with written_whole(*finals) as (bin_path, note_path, idx_path):
         with bin_path.open("wb") as stream:

@@ -1,12 +1,16 @@
-"""Is one problem another one, written otherwise? What keeps held-out problems out of training.
+"""Compare problems regardless of formatting, to keep held-out problems out of training.
 
-Two problems are the same where the user's turns are, one after the other, once they are normalised: compatibility
-forms (NFKC) and upper case undone, characters without a width left out, dashes and quotation marks made plain, white
-space collapsed, and none left around an operator that had it on both sides; the fences of mathematics (dollars,
-``\\(``, ``\\[``) and of emphasis (stars, underscores) taken off, TeX's sizes and spaces are none (``\\left(``,
-``\\dfrac``, ``\\,``), and the punctuation of a sentence off the ends of its words
-(``. , ; : ? ! "``). What carries a meaning stays: signs, brackets, operators, points and commas inside numbers,
-exponents and factorials, so that ``2-3``, ``2 3``, ``2^3`` and ``23`` are four problems, and ``$2`` is not ``2``.
+Two problems are the same if the user's turns are equal, in order, after normalisation:
+
+- Unicode compatibility forms (NFKC) and case are folded, zero-width characters removed, dashes and quotation marks
+  replaced by plain ones;
+- white space is collapsed, and removed around an operator that has it on both sides;
+- delimiters of mathematics (dollars, ``\\(``, ``\\[``) and of emphasis (stars, underscores) are removed, and so are
+  TeX's sizes and spaces (``\\left(``, ``\\dfrac``, ``\\,``);
+- sentence punctuation (``. , ; : ? ! "``) is removed at the ends of words.
+
+Everything with a mathematical meaning stays: signs, brackets, operators, points and commas inside numbers, exponents
+and factorials. So ``2-3``, ``2 3``, ``2^3`` and ``23`` are four problems, and ``$2`` is not ``2``.
 """
 
 from __future__ import annotations
@@ -23,18 +27,18 @@ _PLAIN |= dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb", '"')
 _PLAIN |= dict.fromkeys("\u2018\u2019\u02bc`\u00b4", "'")
 _TABLE = str.maketrans(_PLAIN)
 _BEHIND = re.compile(r'(?:(?<=[^\W\d_]{2})!|[.,;:?"\u3002\u3001]|(?<=[?!"])!)+$')
-"""Sentence punctuation behind a word; behind a digit, a letter or a bracket ``!`` is a factorial."""
+"""Sentence punctuation after a word; after a digit, a single letter or a bracket, ``!`` is a factorial."""
 _BEFORE = re.compile('^["\u00bf\u00a1]+')
 
 _EMPHASIS = re.compile(
     r"(?<!\w)(?:\*\*\*(?![\s*])([^*]+)(?<!\s)\*\*\*(?!\*)|\*\*(?!\s)([^*]+)(?<!\s)\*\*|__(?=\w)([^_]+)(?<=[\w.?!])__"
-    # one star may be a product's, one underscore an index's: it is emphasis around whole words
+    # a single star may be a product, a single underscore a subscript: only around whole words they are emphasis
     r"|(?<!\*)\*(?=\w)([^*]+)(?<=[\w.?!])\*(?!\*)|_(?=[^\W_])([^_]+)(?<=[^\W_]|[.?!])_)(?!\w)"
 )
 _MARKED = re.compile(
     r"(?<!\\)\\(?:textbf|textit|textsl|emph|underline)\s?\{([^{}]*)\}|<(b|i|u|em|strong)>([^<]*)</\2>"
 )
-"""Emphasis of TeX's and of HTML's."""
+"""Emphasis in TeX and in HTML."""
 _SIZES = re.compile(
     r"(?<!\\)\\(?:left|right|bigg?[lrm]?)(?![a-z])\.?|(?<!\\)\\(?:(?:display|text)style(?![a-z])\s*|!)"
 )
@@ -42,7 +46,7 @@ _FRACTION = re.compile(r"(?<!\\)\\[dt]frac(?![a-z])")
 _TEX_SPACE = re.compile(r"(?<!\\)\\(?:[,;:> ]|q?quad(?![a-z]))")
 _FENCES = re.compile(
     r"\$\$([^$]+)\$\$"
-    # a price ends with a digit, and the next one begins behind a space: neither closes a formula
+    # prices: a dollar before a digit or after a space does not close a formula
     r"|\$(?!\s)([^$]+)(?<!\s)\$(?!\d)"
     r"|(?<!\\)\\[()\[\]]"
 )
@@ -55,10 +59,10 @@ def asked(turns: Sequence[str]) -> Asked:
 
 
 def is_among(turns: Asked, held_out: Collection[Asked]) -> bool:
-    """Is one of ``held_out`` asked in these turns, first turn or later, turn by turn?
+    """Do these turns contain all turns of one of ``held_out``, consecutively, from any turn on?
 
-    A conversation in which a held-out problem is asked, and then more, is that problem too; one that asks the last
-    turn of it alone ("Are you sure?") is not.
+    A conversation that continues after a held-out problem contains it. One with only the last turn of a held-out problem
+    ("Are you sure?") does not.
     """
     lengths = {len(problem) for problem in held_out}
     return any(
@@ -71,7 +75,7 @@ def is_among(turns: Asked, held_out: Collection[Asked]) -> bool:
 def _normal(text: str) -> str:
     # zero-width spaces, byte order marks, soft hyphens
     text = "".join(c for c in text if unicodedata.category(c) != "Cf")
-    # an exponent is no digit of the number under it
+    # NFKC would turn an exponent into a digit of its base
     text = "".join(f"^{c}" if unicodedata.decomposition(c).startswith("<super>") else c for c in text)
     text = unicodedata.normalize("NFKC", text.translate(_TABLE)).casefold().translate(_TABLE)
     text = _SIZES.sub("", _FRACTION.sub(r"\\frac", _TEX_SPACE.sub(" ", text)))

@@ -1,4 +1,4 @@
-"""Where problems come from: JSONL files, and reasoning-gym's generators."""
+"""Sources of problems: JSONL files, and reasoning-gym's generators."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from megatron_ring.errors import DataError
 
 GYM_DOMAIN = "reasoning_gym"
 GYM_SIZE = 100_000
-"""Problems of a generated source that names no size."""
+"""Number of problems of a generated source without a size parameter."""
 
 HASH_DEPENDENT = frozenset(
     {"codeio", "isomorphic_strings", "knight_swap", "list_functions", "polynomial_multiplication"}
     | {"ransom_note", "word_ladder"}
 )
-"""Data sets whose problems change from process to process, with Python's hash seed (reasoning-gym 0.1.25)."""
+"""Data sets whose problems depend on Python's hash seed and so differ between processes (reasoning-gym 0.1.25)."""
 
 UNSUITABLE = {
     "acre": "its problems depend on the size",
@@ -43,9 +43,9 @@ class PromptSource(Protocol):
 
     name: str
     num_left_out: int
-    """Problems outside the solve rates asked for."""
+    """Problems left out because their solve rate is outside the limits."""
     domains: frozenset[str]
-    """Domains of its problems: each needs a reward function."""
+    """Domains of its problems; each needs a reward function."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -62,12 +62,12 @@ def open_source(
 
     Args:
         source: see :class:`JsonlSource` and :class:`GymSource`.
-        solve_rate_min: leave out problems of a file with a recorded ``solve_rate`` below this,
-        solve_rate_max: and above this.
-        freezing: allow generators that repeat themselves in this process only.
+        solve_rate_min: problems of a file with a recorded ``solve_rate`` below this are left out.
+        solve_rate_max: and those above this.
+        freezing: allow generators whose problems differ between processes.
 
     Raises:
-        DataError: it cannot be read, or holds no problem.
+        DataError: the source cannot be read, or has no problems.
     """
     if source.startswith(GYM_PREFIX):
         return GymSource.parse(source, freezing=freezing)
@@ -77,9 +77,8 @@ def open_source(
 class JsonlSource:
     """Problems of a JSONL file.
 
-    Example of a line: ``{"prompt": "1 + 1 = ?", "domain": "math", "answer": "2", "solve_rate": 0.4}``. In place
-    of ``prompt`` (text) there may be ``messages``; in place of ``answer``, ``tests`` or a whole ``reference``.
-    :mod:`megatron_ring.data.prompts.problem_lines` says what else is read.
+    Example of a line: ``{"prompt": "1 + 1 = ?", "domain": "math", "answer": "2", "solve_rate": 0.4}``.
+    :mod:`megatron_ring.data.prompts.problem_lines` lists all keys.
     """
 
     def __init__(self, path: str | Path, *, solve_rate_min: float = 0.0, solve_rate_max: float = 1.0) -> None:
@@ -92,7 +91,7 @@ class JsonlSource:
             fields = parse_json(record.raw, record.origin, unique=True) if record.is_json else None
             if not isinstance(fields, dict):
                 raise DataError(
-                    f"{record.origin} is no JSON object; name a .jsonl file with one problem per line"
+                    f"{record.origin} is not a JSON object; name a .jsonl file with one problem per line"
                 )
             rate = fields.get("solve_rate")
             if rate is not None and not _is_rate(rate):
@@ -104,11 +103,11 @@ class JsonlSource:
                 self.num_left_out += 1
         if not self._problems:
             some = (
-                f"all {self.num_left_out} problems lie outside solve rates {solve_rate_min} to {solve_rate_max}; "
+                f"all {self.num_left_out} problems are outside solve rates {solve_rate_min} to {solve_rate_max}; "
                 "widen --solve-rate-min and --solve-rate-max"
             )
             raise DataError(
-                f"{path}: {some if self.num_left_out else 'no problems in it; write one JSON object per line'}"
+                f"{path}: {some if self.num_left_out else 'contains no problems; write one JSON object per line'}"
             )
         self.domains = frozenset(problem.domain for problem in self._problems)
         self.fingerprint = digest.hexdigest()
@@ -121,11 +120,11 @@ class JsonlSource:
 
 
 class GymSource:
-    """A reasoning-gym data set, whose problems are generated when they are asked for.
+    """A reasoning-gym data set, whose problems are generated when they are drawn.
 
-    Example: ``reasoning_gym:chain_sum?min_terms=2&max_terms=3&seed=7&size=10000``: ``seed`` and ``size`` as
-    here, all other parameters the data set's own. reasoning-gym makes problem i from seed + i; the seed is
-    therefore spread first, so that seeds 7 and 8 have (but for rare repetitions) no problem in common.
+    Example: ``reasoning_gym:chain_sum?min_terms=2&max_terms=3&seed=7&size=10000``. ``seed`` and ``size`` exist for every
+    data set; the other parameters are the data set's own. reasoning-gym makes problem i from seed + i, so the seed is
+    hashed first: seeds 7 and 8 share no problems, except for rare repetitions.
     """
 
     def __init__(
@@ -141,7 +140,7 @@ class GymSource:
         self.domains = frozenset({GYM_DOMAIN})
         self._dataset = dataset
         digest = hashlib.blake2b(str(seed).encode(), digest_size=8).digest()
-        # numpy's seeds end at 2**32
+        # numpy's seeds must be below 2**32
         spread = int.from_bytes(digest) % (1 << 31)
         create = _gym_factory()
         try:
@@ -159,10 +158,10 @@ class GymSource:
         """The data set of ``reasoning_gym:NAME?PARAMETERS``. Raises DataError as :func:`open_source`."""
         name, _, query = source.removeprefix(GYM_PREFIX).partition("?")
         if name in UNSUITABLE:
-            raise DataError(f"{source}: {UNSUITABLE[name]}; take another data set")
+            raise DataError(f"{source}: {UNSUITABLE[name]}; use another data set")
         if name in HASH_DEPENDENT and not freezing:
             raise DataError(
-                f"{source}: its problems differ from process to process (Python's hash seed); freeze them with "
+                f"{source}: its problems differ between processes (Python's hash seed); freeze them with "
                 f"tools/freeze_prompts.py --source '{source}' --output FILE.jsonl and name that file"
             )
         try:
@@ -171,14 +170,14 @@ class GymSource:
             raise DataError(f"{source}: parameters must be name=value, joined by &; see --help") from None
         size, seed = parameters.pop("size", GYM_SIZE), parameters.pop("seed", 0)
         if not isinstance(size, int) or not isinstance(seed, int) or size < 1:
-            raise DataError(f"{source}: size={size} and seed={seed} must be whole numbers, the size positive")
+            raise DataError(f"{source}: size={size} and seed={seed} must be integers, the size positive")
         return cls(name, size=size, seed=seed, parameters=parameters)
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __getitem__(self, index: int) -> Problem:
-        # what a checkpoint or another process gets back from JSON is what the verifier is given here
+        # through JSON, so that the verifier gets the same values here as from a checkpoint or another process
         entry = json.loads(json.dumps(self._entries[index], default=_plain))
         return Problem(
             domain=GYM_DOMAIN,
@@ -199,7 +198,7 @@ def _gym_factory() -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has no form for: numpy's numbers become Python's, fractions become text."""
+    """Values that JSON cannot represent: numpy's numbers become Python's, others (fractions) become strings."""
     return value.item() if hasattr(value, "item") else str(value)
 
 

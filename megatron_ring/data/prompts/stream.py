@@ -1,4 +1,4 @@
-"""Problems to answer: what a policy is asked, and what its answer is checked against."""
+"""The stream of prompts for rollouts and evaluations, each with the reference for its verifier."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ from megatron_ring.errors import DataError
 class Prompt:
     """One draw from the stream of problems.
 
-    ``uid`` counts the draws of a run (resumes included), so that no two prompts of a run share one.
-    ``tokens`` end with the generation prompt: a response goes on from there. ``domain`` names the reward
-    function; ``reference`` is what that function needs. ``asked`` is what tells the problem from others
-    (:mod:`megatron_ring.data.prompts.same_problem`).
+    ``uid`` counts the draws of a run (resumes included), so that it is unique in a run. ``tokens`` end with the
+    generation prompt; a response continues there. ``domain`` names the reward function and ``reference`` is its input.
+    ``asked`` identifies the problem (:mod:`megatron_ring.data.prompts.same_problem`).
 
     Example: ``Prompt(uid=17, domain="math", text="12 + 7 - 3 = ?", tokens=(5, 88, 41, 6),
     reference={"answer": "16"})``.
@@ -57,11 +56,11 @@ def open_prompts(
             :func:`~megatron_ring.data.prompts.sources.open_source`).
         tokenizer: its chat template is applied.
         settings: lengths, solve rates and the suffix.
-        seed: of the order; the same on every rank.
-        excluded: problems that must not come, such as those held out: what prompts have under ``asked``.
+        seed: of the shuffles; the same on every rank.
+        excluded: ``Prompt.asked`` of problems that must not be drawn, such as held-out ones.
 
     Raises:
-        DataError: a source cannot be read or holds no problem.
+        DataError: a source cannot be read or has no problems.
     """
     low, high = settings.solve_rate_min, settings.solve_rate_max
     sources = [
@@ -79,10 +78,10 @@ def open_prompts(
 
 
 class PromptStream:
-    """Problems to answer, epoch after epoch, blended by weight. Every rank moves its own copy alike.
+    """Prompts, epoch after epoch, blended by weight. Every rank has a copy and moves it in the same way.
 
-    Each source is passed through in a new order per epoch, at a rate given by its weight; a problem that is
-    left out (too long, or excluded) is replaced by the next one of its own source, so that shares stay exact.
+    Each source is read in a new order per epoch, at a rate given by its weight. A problem that is left out (too long, or
+    excluded) is replaced by the next one of the same source, so that the sources' shares stay exact.
 
     Example: ``PromptStream([(Fraction(1), source)], tokenizer, seed=1).next(512)``.
     """
@@ -99,12 +98,12 @@ class PromptStream:
     ) -> None:
         """
         Args:
-            sources: weight and problems of each.
+            sources: weight and problems of each source.
             tokenizer: its chat template is applied.
-            seed: of the order.
-            max_prompt_length: a prompt of more tokens, generation prompt included, is left out.
-            prompt_suffix: line behind the problem, in every domain but code.
-            excluded: problems that must not come, as prompts have them under ``asked``.
+            seed: of the shuffles.
+            max_prompt_length: a prompt with more tokens, generation prompt included, is left out.
+            prompt_suffix: a line after the problem, in every domain except code.
+            excluded: ``Prompt.asked`` of problems that must not be drawn.
         """
         self._sources = [source for _, source in sources]
         self._weights = [weight for weight, _ in sources]
@@ -119,11 +118,11 @@ class PromptStream:
         self._drawn = 0
         self._positions = [0] * len(sources)
         self.num_too_long = 0
-        """Prompts left out so far for their length; each epoch counts them again."""
+        """Prompts left out so far because of their length; each epoch counts them again."""
         self.num_excluded = 0
         """Prompts left out so far because they were excluded."""
         self.num_outside_solve_rates = sum(source.num_left_out for source in self._sources)
-        """Problems that the sources left out from the start."""
+        """Problems that the sources left out when they were opened."""
         identity = [(str(weight), source.fingerprint) for weight, source in sources]
         self.fingerprint = hashlib.blake2b(repr((identity, seed)).encode(), digest_size=8).hexdigest()
         """Equal fingerprints give equal problems in equal order."""
@@ -132,25 +131,25 @@ class PromptStream:
 
     @property
     def sources(self) -> Sequence[PromptSource]:
-        """Where the problems come from."""
+        """The sources of the problems, in the order of the blend."""
         return self._sources
 
     def next(self, count: int) -> list[Prompt]:
-        """The next ``count`` prompts; their uids go on from the last one's.
+        """The next ``count`` prompts, with consecutive uids.
 
         Raises:
-            DataError: a source holds no problem that may come, or the chat template refuses one.
+            DataError: a source has no problem that may be drawn, or the chat template refuses one.
         """
         return [self._draw() for _ in range(count)]
 
     def each_once(self, count: int) -> list[Prompt]:
-        """``count`` prompts, blended by weight, no problem twice: all that may come where they are fewer.
+        """``count`` different prompts, blended by weight; all there are, if they are fewer.
 
-        For evaluations, which would weigh a problem double that is asked twice: a prompt that a source repeats, or
-        two sources share, counts once. A source that is used up leaves its turns to the others.
+        Evaluations use it, so that each problem has the same weight: a prompt that a source repeats, or that two sources
+        share, is drawn once. When a source is exhausted, the other sources continue.
 
         Raises:
-            DataError: no source holds a problem that may come, or the chat template refuses one.
+            DataError: no source has a problem that may be drawn, or the chat template refuses one.
         """
         found: list[Prompt] = []
         asked: set[tuple[str, tuple[int, ...]]] = set()
@@ -175,7 +174,7 @@ class PromptStream:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on, as numbers, strings and lists."""
+        """The state to resume from, as numbers, strings and lists."""
         return {
             "drawn": self._drawn,
             "positions": list(self._positions),
@@ -185,14 +184,14 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken.
+        """Resume from a :meth:`state_dict`.
 
         Raises:
-            DataError: the state belongs to other problems: some would come twice or never.
+            DataError: the state belongs to other problems; some would be drawn twice or never.
         """
         if state["fingerprint"] != self.fingerprint:
             raise DataError(
-                f"the checkpoint was asking other problems (fingerprint {state['fingerprint']}, now "
+                f"the checkpoint was drawing other problems (fingerprint {state['fingerprint']}, now "
                 f"{self.fingerprint}); keep prompt_data, solve rates and seed, or start from its weights alone with "
                 "--pretrained-checkpoint and another --save"
             )
@@ -206,7 +205,7 @@ class PromptStream:
     def _draw(self) -> Prompt:
         place, _ = self._blend.locate(self._drawn)
         source = self._sources[place]
-        # to the end of a whole epoch: what is left of this one may lack what the next one begins with
+        # the rest of this epoch and all of the next: the rest alone may have no problem that may be drawn
         rest = -self._positions[place] % len(source)
         prompt = self._next_of(place, rest + len(source))
         if prompt is None:
@@ -214,7 +213,7 @@ class PromptStream:
         return prompt
 
     def _next_of(self, place: int, tries: int) -> Prompt | None:
-        """The next problem of a source that may come, among its next ``tries``."""
+        """The prompt of the next problem of a source that may be drawn, among its next ``tries`` problems."""
         source = self._sources[place]
         for _ in range(tries):
             epoch, index = divmod(self._positions[place], len(source))
@@ -227,18 +226,18 @@ class PromptStream:
         return None
 
     def _must_leave_some(self, source: PromptSource) -> None:
-        """Said at the start where it is known then; generated problems are seen when they come."""
+        """Refuse a file whose problems are all held out; generated problems are checked when they are drawn."""
         if not self._excluded or not isinstance(source, JsonlSource):
             return
         if all(is_among(asked(source[index].turns), self._excluded) for index in range(len(source))):
             raise DataError(
-                f"{source.name}: all of its {len(source)} problems are held out; name other problems, or take them out "
-                "of --eval-prompt-data"
+                f"{source.name}: all of its {len(source)} problems are held out; name other problems, or remove them "
+                "from --eval-prompt-data"
             )
 
     def _nothing_of(self, source: PromptSource) -> DataError:
         return DataError(
-            f"{source.name}: none of its {len(source)} problems may come ({self.num_too_long} longer than "
+            f"{source.name}: none of its {len(source)} problems may be drawn ({self.num_too_long} longer than "
             f"max_prompt_length={self._max_prompt_length} tokens, {self.num_excluded} excluded); raise "
             "--max-prompt-length or name other problems"
         )

@@ -1,9 +1,9 @@
-"""Conversations as text, and as token ids with a mask of what the model is to learn.
+"""Render conversations as token ids, with a mask of the tokens that carry loss.
 
-A message is a mapping with ``role`` (system, user, assistant) and ``content``. Reasoning stays in the
-content, between ``<think>`` and ``</think>``, where the template has no name for it. Only what the template writes
-becomes a control token: in a message such words are encoded as the text they are. In an answer ``<think>``,
-``</think>`` and what the tokenizer declares no special token keep their ids.
+A message is a mapping with ``role`` (system, user, assistant) and ``content``. If the template has no variable for
+reasoning, reasoning is written into the content, between ``<think>`` and ``</think>``. Only text of the template
+becomes control tokens: a message that spells one is encoded as plain text. Exceptions in answers: ``<think>``,
+``</think>`` and added tokens that the tokenizer does not declare special keep their ids.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from megatron_ring.data.text.tool_calls import fit_arguments
 from megatron_ring.errors import DataError
 
 _OF_RESULTS = ("name", "tool_call_id")
-"""Keys of a tool's result that say again what the call before it said."""
+"""Keys of a tool's result that repeat what the call already contains."""
 
 Sample = tuple[list[int], list[bool]]
-"""Token ids, and for each whether it is learned."""
+"""Token ids, and for each whether it carries loss."""
 
 
 def render_samples(tokenizer: Tokenizer, conversation: Conversation) -> list[Sample]:
-    """A conversation as what fine-tuning reads: token ids, and for each whether it is learned.
+    """A conversation as samples for fine-tuning: token ids, and for each whether it carries loss.
 
-    An answer counts from behind its generation prompt to its end, which is the stop token that the template puts
-    there, or the end of sequence where it has none: the model has to learn to stop. Prompt and answer are encoded
-    apart, so that a prompt has the same ids here and when an answer is sampled from it (:func:`render_prompt`).
+    The loss covers each answer from the end of its generation prompt to its stop token, inclusive: the model must learn
+    to stop. The stop token is the template's, or the end of sequence if the template writes none. Prompt and answer
+    are encoded separately, so that a prompt has the same ids here as in a rollout (:func:`render_prompt`).
 
-    One sample, where the template only adds to what it wrote for the turns before. Templates that write earlier turns
-    anew as a conversation grows (those that drop their reasoning) give one sample per learned answer: the
-    conversation up to it, with that answer as the last turn, as the model will see it.
+    If the template only appends as a conversation grows, there is one sample. A template that rewrites earlier turns
+    (for instance, drops their reasoning) gives one sample per learned answer: the conversation up to that answer, as
+    the model will see it at inference.
 
     Example, with one token per word: ``user: "hi"``, ``assistant: "yes"`` gives
     ids of ``<role> HUMAN </role> hi <role> ASSISTANT </role> yes <eos>`` and mask ``0 0 0 0 0 0 0 1 1``.
 
     Raises:
-        DataError: a key of a message, the tools or a name that the template does not read; the template refuses the
-            messages, drops an answer's reasoning, or writes an answer apart from its generation prompt.
+        DataError: the template does not read a key of a message, the tools or a variable; or it refuses the messages,
+            drops an answer's reasoning, or does not write an answer directly after its generation prompt.
     """
     rendered = _Rendered.of(tokenizer, conversation)
     for turn in rendered.turns:
@@ -56,9 +56,9 @@ def render_samples(tokenizer: Tokenizer, conversation: Conversation) -> list[Sam
 
 
 def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-    """Token ids of a conversation and the generation prompt: what an answer is sampled from.
+    """Token ids of a conversation and the generation prompt, from which an answer is sampled.
 
-    They are the first ids of :func:`render_samples` for the conversation with the answer.
+    :func:`render_samples` begins with the same ids for the conversation with the answer.
 
     Raises:
         DataError: as :func:`render_samples`.
@@ -72,21 +72,21 @@ def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
 
 
 class _Rewritten(DataError):
-    """The template writes earlier turns anew when a conversation grows."""
+    """The template rewrites earlier turns when a conversation grows."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
     index: int
     before: str
-    """The conversation up to the answer's generation prompt."""
+    """The conversation up to and including the answer's generation prompt."""
     after: str
     """The conversation with the answer as its last turn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Rendered:
-    """A conversation's texts, with marks in control tokens that are none (``mark`` is None without any)."""
+    """A conversation's texts, with marks in words that must not become control tokens (``mark`` is None without any)."""
 
     tokenizer: Tokenizer
     conversation: Conversation
@@ -140,13 +140,13 @@ class _Rendered:
         return ids + tail, mask + [False] * len(tail)
 
     def alone(self, turn: _Turn) -> Sample:
-        """The turn as the last one; what stands before it is context."""
+        """A sample whose last turn is ``turn``; the text before it is context without loss."""
         prompt_ids = self.encode(turn.before)
         answer_ids, _ = self.answer(turn)
         return prompt_ids + answer_ids, [False] * len(prompt_ids) + [True] * len(answer_ids)
 
     def answered(self) -> tuple[list[int], list[bool], str]:
-        """Ids and mask up to the last answer's end, and the text they stand for."""
+        """Ids and mask up to the last answer's end, and the text of these ids."""
         ids: list[int] = []
         mask: list[bool] = []
         done = ""
@@ -156,28 +156,28 @@ class _Rendered:
             ids += prompt_ids + answer_ids
             mask += [False] * len(prompt_ids)
             mask += [turn.index not in self.conversation.unlearned] * len(answer_ids)
-            # what a template puts behind the end (Qwen's newline) opens the next turn
+            # what a template writes after the stop token (Qwen's newline) belongs to the next turn
             done = turn.after[: len(turn.after) - len(rest)]
         return ids, mask, done
 
     def answer(self, turn: _Turn) -> tuple[list[int], str]:
-        """Ids of the turn's answer with its end, and the text behind them."""
+        """Ids of the turn's answer with its stop token, and the text after them."""
         if not turn.after.startswith(turn.before):
             raise DataError(
-                f"chat template writes the answer of message {turn.index} apart from its generation prompt, so it "
-                "cannot be told what is learned; correct the template, or set its names by --chat-template-kwargs"
+                f"chat template does not write the answer of message {turn.index} directly after its generation prompt, "
+                "so the answer's tokens cannot be found; correct the template, or set --chat-template-kwargs"
             )
         text = turn.after[len(turn.before) :]
         stops = self.tokenizer.stop_tokens
-        place, token = min(
+        start, token = min(
             ((text.find(token), token) for token in stops if token in text), default=(len(text), None)
         )
-        end = place + len(token or "")
+        end = start + len(token or "")
         stop_id = self.tokenizer.eos_id if token is None else stops[token]
-        return [*self.encode(text[:place]), stop_id], text[end:]
+        return [*self.encode(text[:start]), stop_id], text[end:]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a template's text, in which the end of sequence is one id whatever the tokenizer."""
+        """Token ids of a template's text; the end of sequence always becomes its one id."""
         first, *others = (self._plain(part) for part in text.split(self.tokenizer.eos_token))
         return first + [token for part in others for token in (self.tokenizer.eos_id, *part)]
 
@@ -192,33 +192,33 @@ class _Rendered:
         for thought in _thoughts(message):
             if thought not in shown:
                 raise DataError(
-                    f"chat template drops the reasoning of message {turn.index}; take another template, or remove "
-                    "the reasoning"
+                    f"chat template drops the reasoning of message {turn.index}; use another template, or remove the "
+                    "reasoning"
                 )
 
 
 def _thoughts(message: Message) -> Iterator[str]:
-    """The reasoning of an answer, wherever it stands, without the space around it."""
-    inside, _ = _apart(str(message.get("content")))
+    """The reasoning of an answer, from its content and its keys, without the white space around it."""
+    inside, _ = _split_reasoning(str(message.get("content")))
     for thought in (*inside, *(message[key] for key in REASONING if key in message)):
         if str(thought).strip():
             yield str(thought).strip()
 
 
-def _apart(content: str) -> tuple[list[str], str]:
-    """What stands between ``<think>`` and ``</think>``, and the rest; a thought that has no end is rest.
+def _split_reasoning(content: str) -> tuple[list[str], str]:
+    """The texts between ``<think>`` and ``</think>``, and the rest of the content; without ``</think>`` it is all rest.
 
-    Example: ``_apart("a<think>b</think>c") == (["b"], "ac")``.
+    Example: ``_split_reasoning("a<think>b</think>c") == (["b"], "ac")``.
     """
-    # by a walk: a pattern would look for the end anew from every beginning
+    # find() instead of a regular expression, which would be quadratic in the number of unclosed <think>
     thoughts: list[str] = []
     rest: list[str] = []
-    place = 0
-    while (begin := content.find("<think>", place)) >= 0 and (end := content.find("</think>", begin)) >= 0:
-        rest.append(content[place:begin])
+    start = 0
+    while (begin := content.find("<think>", start)) >= 0 and (end := content.find("</think>", begin)) >= 0:
+        rest.append(content[start:begin])
         thoughts.append(content[begin + len("<think>") : end])
-        place = end + len("</think>")
-    return thoughts, "".join([*rest, content[place:]])
+        start = end + len("</think>")
+    return thoughts, "".join([*rest, content[start:]])
 
 
 def _suffix(text: str, prefix: str) -> str:
@@ -228,47 +228,47 @@ def _suffix(text: str, prefix: str) -> str:
 
 
 def _must_be_read(tokenizer: Tokenizer, conversation: Conversation) -> None:
-    """Refuse what the template would drop in silence."""
+    """Refuse what the template would silently drop."""
     template = tokenizer.template
     if conversation.tools and not template.mentions("tools"):
         raise DataError(
-            "tools are not read by this chat template; remove them, or take a template that shows them"
+            "tools are not read by this chat template; remove them, or use a template that writes them"
         )
     for name in conversation.template_kwargs:
         if not template.mentions(name):
             raise DataError(f"chat_template_kwargs: this chat template does not read {name}; drop it")
     for number, message in enumerate(conversation.messages):
-        tells_again = _OF_RESULTS if str(message.get("role")).lower() in ("tool", "function") else ()
+        repeated = _OF_RESULTS if str(message.get("role")).lower() in ("tool", "function") else ()
         for key in message:
-            if key not in ("role", "content", *REASONING, *tells_again) and not template.reads(key):
+            if key not in ("role", "content", *REASONING, *repeated) and not template.reads(key):
                 raise DataError(
-                    f"message {number}: {key} is not read by this chat template; remove it, or take a template that "
-                    "shows it"
+                    f"message {number}: {key} is not read by this chat template; remove it, or use a template that "
+                    "writes it"
                 )
 
 
 def _must_be_shown(messages: Sequence[Message], text: str, without: Callable[[int], str]) -> None:
-    """Refuse a template whose ``text`` is the same ``without`` the content of a message: it passes the role over."""
+    """Refuse a template whose ``text`` is the same ``without`` the content of a message: it ignores that message."""
     for number, message in enumerate(messages):
-        content = _apart(str(message["content"]))[1].strip()
+        content = _split_reasoning(str(message["content"]))[1].strip()
         if content in text:
             continue
         try:
             dropped = without(number) == text
         except DataError:
-            # it does not bear an empty content, so it reads it
+            # the template refuses an empty content, so it reads the content
             continue
         if dropped:
             raise DataError(
-                f"chat template drops the content of message {number} (role {message['role']}); remove it, or take a "
-                "template that shows it"
+                f"chat template drops the content of message {number} (role {message['role']}); remove it, or use a "
+                "template that writes it"
             )
 
 
 def _guarded(
     tokenizer: Tokenizer, conversation: Conversation
 ) -> tuple[list[Message], list[Any] | None, dict[str, Any], str | None]:
-    """Messages, tools and further names as the template gets them, and the mark in them, if there is one."""
+    """Messages, tools and variables as the template gets them, and the mark used in them, if any."""
     strict, lenient = tokenizer.control_text
     everything = list(_texts([conversation.messages, conversation.tools, conversation.template_kwargs]))
     mark = free_mark(everything)
@@ -288,7 +288,7 @@ def _guarded(
         elif thought is not None:
             if "<think>" in message["content"] or "</think>" in message["content"]:
                 raise DataError(
-                    f"message {number} has its reasoning twice, beside the content and in it; keep one"
+                    f"message {number} has its reasoning twice, in its content and under a key; keep one"
                 )
             guarded["content"] = f"<think>{thought}</think>{guarded['content']}"
         messages.append(guarded)
@@ -311,7 +311,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _mapped(value: Any, change: Any) -> Any:
-    """``value`` with every text in it changed, keys as well: a function's argument may have any name."""
+    """``value`` with every string in it changed, keys included: a function's argument may have any name."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

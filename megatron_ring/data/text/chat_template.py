@@ -1,7 +1,7 @@
-"""Chat templates: jinja2's immutable sandbox, and as a program, the process that renders foreign ones within limits.
+"""Render chat templates in jinja2's immutable sandbox; run as a program, render untrusted ones within limits.
 
-Stdlib and jinja2 only: :mod:`megatron_ring.data.text.template_process` starts this file by its path. The sandbox keeps a
-template from reaching out; only a process keeps it from filling the memory or running for ever.
+It imports the standard library and jinja2 only, because :mod:`megatron_ring.data.text.template_process` starts this file
+by its path. The sandbox stops a template from reaching Python objects; limits on memory and time need a process.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY_BYTES = 2 << 30
-"""Address space of the process that renders."""
+"""Address space of the rendering process."""
 MAX_CHARACTERS = 1 << 23
-"""Longest text of a conversation, several times what the longest context holds: splitting more takes minutes."""
+"""Longest text of a conversation, several times the longest context: tokenising more would take minutes."""
 MAX_TEMPLATE = 1 << 20
-"""Longest template; published ones have some thousands of characters."""
+"""Longest template; published ones have a few thousand characters."""
 
 Text = tuple[int, bool]
-"""One text of a conversation: how many messages, and whether it ends with what precedes an answer."""
+"""One text of a conversation: how many messages it has, and whether it ends with the generation prompt."""
 
 
 def render_texts(
     template: str, messages: Sequence[Mapping[str, Any]], texts: Sequence[Text], names: Mapping[str, Any]
 ) -> list[str]:
-    """The first messages of a conversation as text, for each of ``texts``; ``names`` are what a template may read.
+    """The first messages of a conversation as text, for each of ``texts``; ``names`` are the template's other variables.
 
     Example: ``render_texts("{{ messages[0].content }}", [{"role": "user", "content": "hi"}], [(1, True)], {})``
-    is ``["hi"]``. Whatever jinja2 raises comes through.
+    is ``["hi"]``. Exceptions of jinja2 are passed on.
     """
     if len(template) > MAX_TEMPLATE:
         raise TemplateError(f"has {len(template):,} characters, more than {MAX_TEMPLATE:,}")
@@ -54,7 +54,7 @@ def render_texts(
 
 
 class _GenerationBlock(Extension):
-    """``{% generation %} ... {% endgeneration %}``, with which some templates mark answers: its body."""
+    """``{% generation %} ... {% endgeneration %}``, which marks answers in some templates; renders its body."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own interface
 
@@ -80,15 +80,15 @@ def _raise_template_error(message: str) -> None:
     raise TemplateError(message)
 
 
-def say(stream: IO[bytes], value: Any) -> None:
-    """One message of this process and the one that started it: its length, then JSON (half a surrogate pair passes)."""
+def write_message(stream: IO[bytes], value: Any) -> None:
+    """Write one message between this process and its parent: length, then JSON (lone surrogates are kept)."""
     data = json.dumps(value).encode()
     stream.write(len(data).to_bytes(8, "little") + data)
     stream.flush()
 
 
-def hear(stream: IO[bytes]) -> Any:
-    """The other side's next message; None when it is gone."""
+def read_message(stream: IO[bytes]) -> Any:
+    """The other side's next message; None when its end is closed."""
     head = stream.read(8)
     if head is None or len(head) < 8:
         return None
@@ -98,17 +98,17 @@ def hear(stream: IO[bytes]) -> Any:
 
 
 def main() -> None:
-    """Answer ``[template, messages, texts, names]`` with ``{"texts": [...]}`` or ``{"error": reason}``.
+    """Answer requests ``[template, messages, texts, names]`` with ``{"texts": [...]}`` or ``{"error": reason}``.
 
-    The first word of the command line is how many seconds of processor an answer may take.
+    The first argument is the CPU seconds that one request may take.
     """
     seconds = float(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     inbox, outbox = sys.stdin.buffer, sys.stdout.buffer
-    while (request := hear(inbox)) is not None:
-        # not handled, on purpose: a signal's handler would wait for the end of one long multiplication
+    while (request := read_message(inbox)) is not None:
+        # no Python handler on purpose: it would run only after a long multiplication ends; the default action kills
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
         try:
             answer: dict[str, Any] = {"texts": render_texts(*request)}
@@ -119,7 +119,7 @@ def main() -> None:
         except Exception as error:
             answer = {"error": " ".join(str(error).split())[:300] or type(error).__name__}
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        say(outbox, answer)
+        write_message(outbox, answer)
 
 
 if __name__ == "__main__":

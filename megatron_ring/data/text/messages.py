@@ -1,16 +1,17 @@
-"""One line of a chat file or a problem as a conversation: which keys say something, and which are refused.
+"""Read one line of a chat file or a problem as a conversation: which keys are read, ignored or refused.
 
-Of a message, ``role`` and ``content`` are read, and
+Keys of a message that are read:
 
-- ``reasoning_content`` (or ``reasoning``, ``thinking``) of an answer, which stands before its content;
-- ``weight`` (or ``loss``, ``train``, ``trainable``, ``loss_mask``) of an answer: 0 or false keeps it, but teaches
-  nothing of it;
-- whatever the chat template itself asks for, such as ``tool_calls`` or ``name`` (a tool's result may keep its ``name``
-  and ``tool_call_id`` beside a template that does not).
+- ``role`` and ``content``;
+- ``reasoning_content`` (or ``reasoning``, ``thinking``) of an answer, which comes before its content;
+- ``weight`` (or ``loss``, ``train``, ``trainable``, ``loss_mask``) of an answer: with 0 or false it is context
+  without loss;
+- keys that the chat template reads, such as ``tool_calls`` or ``name``. A tool's result may have ``name`` and
+  ``tool_call_id`` even if the template does not read them.
 
-Of a line, ``messages``, ``tools``, ``system`` and ``chat_template_kwargs``. Keys that are known to say nothing about
-the text are passed over (:data:`NOTES`), empty values are as good as none, and every other key of a message is refused
-by name; of a line, those of :data:`_NOT_READ`.
+Keys of a line that are read: ``messages``, ``tools``, ``system`` and ``chat_template_kwargs``. The keys in
+:data:`NOTES` and keys with empty values are ignored. Every other key of a message is refused by name, and so are the
+keys of a line in :data:`_NOT_READ`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _NAMES = (
 )
 _FIGURES = "timestamp created created_at date model language lang finish_reason tokens num_tokens token_count"
 NOTES = frozenset(f"{_NAMES} {_FIGURES}".split())
-"""Keys of a message that say nothing about the text."""
+"""Keys of a message that do not affect the text."""
 
 _NOT_READ = {
     "functions": "write them under tools",
@@ -41,26 +42,26 @@ _NOT_READ = {
     "enable_thinking": "write it under chat_template_kwargs",
     "thinking": "write it into the answer's message",
     "reasoning_content": "write it into the answer's message",
-    "reasoning": "write a thought into the answer's message, a switch (on, off) under chat_template_kwargs or system",
+    "reasoning": "write a text into the answer's message, a switch (on, off) under chat_template_kwargs or system",
     "weight": "write it into the answer's message",
     "loss": "write it into the answer's message",
     "train": "write it into the answer's message",
     "trainable": "write it into the answer's message",
     "loss_mask": "write it into the answer's message",
-    "label": "drop it, and the lines that are not to be imitated",
+    "label": "drop it, and the lines that must not be imitated",
     "chosen": "write the answer to imitate into messages, and drop it",
     "rejected": "write the answer to imitate into messages, and drop it",
     "images": "only text can be learned; leave the line out",
     "videos": "only text can be learned; leave the line out",
     "audios": "only text can be learned; leave the line out",
     "documents": "write them into the messages",
-    "conversations": "keep messages or them",
+    "conversations": "keep either messages or conversations",
     "system_prompt": "write it under system",
     "system_message": "write it under system",
     "reasoning_effort": "write it under chat_template_kwargs",
-    "kto_tag": "drop it, and the lines that are not to be imitated",
+    "kto_tag": "drop it, and the lines that must not be imitated",
 }
-"""Keys of a line that would mean something, and what to do about them."""
+"""Keys of a line that are not supported, and the remedy for each."""
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _THINKING_PARTS = ("thinking", "reasoning")
@@ -69,30 +70,30 @@ _OURS = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token",
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversation:
-    """What a template is given.
+    """The input of a chat template.
 
     Example: ``Conversation(messages=({"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}))``.
     """
 
     messages: tuple[Message, ...]
-    """Content is text; reasoning, under the first name of :data:`REASONING`, is text as well."""
+    """Content is text; so is reasoning, under the first name of :data:`REASONING`."""
     unlearned: frozenset[int] = frozenset()
-    """Numbers of the answers of weight 0."""
+    """Indices of the answers with weight 0."""
     tools: list[Any] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """What the template is told beside, such as ``{"enable_thinking": False}``."""
+    """Other variables of the template, such as ``{"enable_thinking": False}``."""
 
     def notes(self) -> dict[str, Any]:
-        """The keys of a line that say what the messages do not."""
+        """The keys of a line besides its messages."""
         found: dict[str, Any] = {"tools": self.tools} if self.tools else {}
         return found | ({"chat_template_kwargs": dict(self.template_kwargs)} if self.template_kwargs else {})
 
 
 def read_conversation(fields: Mapping[str, Any], origin: str, messages: Any = None) -> Conversation:
-    """The conversation of a line's object, or of ``messages`` and the keys beside them.
+    """The conversation of a line's object; ``messages``, if given, replaces its messages.
 
     Raises:
-        DataError: no list of messages with role and content, or a key that means something and is not read.
+        DataError: no list of messages with role and content, or a key that matters and is not supported.
     """
     messages = fields.get("messages") if messages is None else messages
     if not isinstance(messages, list) or not messages:
@@ -103,7 +104,9 @@ def read_conversation(fields: Mapping[str, Any], origin: str, messages: Any = No
     system = fields.get("system")
     if not _empty(system):
         if not isinstance(system, str) or any(_role(message) == "system" for message in messages):
-            raise DataError(f"{origin}: system must be text, and no message the system's beside it; keep one")
+            raise DataError(
+                f"{origin}: system must be text, without a message of role system; keep one of the two"
+            )
         messages = [{"role": "system", "content": system}, *messages]
     read: list[Message] = []
     unlearned: set[int] = set()
@@ -161,7 +164,7 @@ def _message(message: Any, where: str) -> Message:
 
 
 def _content(content: Any, where: str, answers: bool) -> tuple[str | None, str]:
-    """The text, and the reasoning among its parts."""
+    """The text of a content, and the reasoning in its parts."""
     if content is None or isinstance(content, str):
         return content, ""
     if not isinstance(content, list):
@@ -185,10 +188,10 @@ def _learned(message: Mapping[str, Any], where: str) -> bool:
     given = {key: message[key] for key in WEIGHTS if message.get(key) is not None}
     for key, value in given.items():
         if value not in (0, 1) or isinstance(value, str):
-            raise DataError(f"{where}: {key}={_shown(value)} must be 0 or 1: an answer is learned or not")
+            raise DataError(f"{where}: {key}={_shown(value)} must be 0 or 1; other weights are not supported")
         if value and _role(message) != "assistant":
             raise DataError(
-                f"{where}: {key}={_shown(value)}, but only answers are learned; drop it or set it to 0"
+                f"{where}: {key}={_shown(value)}, but only answers carry loss; drop it or set it to 0"
             )
     if len(set(map(bool, given.values()))) > 1:
         raise DataError(f"{where} has {' and '.join(given)}, which differ; keep one")
@@ -197,7 +200,7 @@ def _learned(message: Mapping[str, Any], where: str) -> bool:
 
 def _tools(tools: Any, origin: str) -> list[Any] | None:
     if isinstance(tools, str) and tools.strip():
-        # columns of one type, as tables of data sets have them
+        # tables of data sets store it as a JSON string, since a column has one type
         tools = parse_json(tools, f"{origin}: tools")
     if _empty(tools):
         return None

@@ -1,4 +1,4 @@
-"""Foreign chat templates, each rendered in a process of its own that may be killed."""
+"""Render untrusted chat templates in a separate process that can be killed."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_ring.data.text import chat_template
-from megatron_ring.data.text.chat_template import Text, hear, say
+from megatron_ring.data.text.chat_template import Text, read_message, write_message
 from megatron_ring.errors import DataError
 
 CPU_SECONDS = 10.0
-"""Of processor, for all texts of one conversation; seconds of the clock would depend on the neighbours."""
+"""CPU time for all texts of one conversation; wall time would depend on the load of the machine."""
 WALL_SECONDS = 300
-"""After which a process that does not answer is given up, however busy the machine."""
+"""Wall time after which a process that does not answer is killed."""
 
 
 class TemplateProcess:
-    """Renders what :func:`~megatron_ring.data.text.chat_template.render_texts` does, in a process with limits.
+    """Runs :func:`~megatron_ring.data.text.chat_template.render_texts` in a process with limits on memory and time.
 
-    It is started by the first call and ends with this one. Example:
+    The first call starts the process; it ends with this object. Example:
     ``TemplateProcess().render("{{ messages[0].content }}", messages, [(1, False)], {})``.
     """
 
@@ -42,17 +42,17 @@ class TemplateProcess:
         """As :func:`~megatron_ring.data.text.chat_template.render_texts`.
 
         Raises:
-            DataError: the template is broken, reaches for what the sandbox forbids, refuses the messages, or takes
-                more time or memory than a template may.
+            DataError: the template is broken, uses what the sandbox forbids, refuses the messages, or exceeds its time or
+                memory.
         """
         process = self._process = self._process or _start(self._cpu_seconds)
         assert process.stdin is not None and process.stdout is not None
         answer = None
         with contextlib.suppress(BrokenPipeError):
-            say(process.stdin, [template, messages, texts, names])
+            write_message(process.stdin, [template, messages, texts, names])
             answer = _answer(process.stdout)
         if answer is None:
-            raise failed(self._last_word(process))
+            raise failed(self._exit_reason(process))
         if "error" in answer:
             raise failed(answer["error"])
         return answer["texts"]
@@ -64,7 +64,7 @@ class TemplateProcess:
             self._process.communicate()
             self._process = None
 
-    def _last_word(self, process: subprocess.Popen[bytes]) -> str:
+    def _exit_reason(self, process: subprocess.Popen[bytes]) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(1)
         code = process.poll()
@@ -81,14 +81,14 @@ class TemplateProcess:
 
 
 def failed(reason: str) -> DataError:
-    """The line about a template that cannot be rendered."""
+    """The error for a template that cannot be rendered."""
     return DataError(
         f"chat template failed: {reason}; check the messages' role and content, and the template"
     )
 
 
 def _start(cpu_seconds: float) -> subprocess.Popen[bytes]:
-    # -P: the folder of that file holds modules whose names others may have
+    # -P: do not put that file's folder, whose module names may shadow others, on the import path
     command = [sys.executable, "-P", str(Path(chat_template.__file__)), str(cpu_seconds)]
     try:
         return subprocess.Popen(
@@ -96,12 +96,12 @@ def _start(cpu_seconds: float) -> subprocess.Popen[bytes]:
         )
     except OSError as error:
         raise DataError(
-            f"no process can be started for the chat template ({error.strerror}); free some"
+            f"cannot start a process for the chat template ({error.strerror}); end other processes"
         ) from None
 
 
 def _answer(stream: IO[bytes]) -> Any:
-    # not select: a trainer with many open files gives the pipe a number that it cannot take
+    # poll instead of select, which cannot handle the file descriptors above 1023 of a trainer with many open files
     poll = select.poll()
     poll.register(stream, select.POLLIN)
-    return hear(stream) if poll.poll(1000 * WALL_SECONDS) else None
+    return read_message(stream) if poll.poll(1000 * WALL_SECONDS) else None

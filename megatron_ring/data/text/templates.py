@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: what it reads, and the texts that it makes."""
+"""A tokenizer's chat template: which variables it reads, and rendering."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHAT_SYMBOLS = (
     "<think>",
     "</think>",
 )
-"""Symbols that our tokenizers hold as single tokens; the longest that fits is taken."""
+"""Symbols that are single tokens in our tokenizers; the longest match is taken."""
 
 BAILING_TEMPLATE = """\
 {%- for message in messages -%}
@@ -38,13 +38,13 @@ BAILING_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<role>ASSISTANT</role>' -}}{%- endif -%}
 """
-"""Ling's and Ring's turns, ``<role>HUMAN</role>...<role>ASSISTANT</role>...``, each answer ended."""
+"""The format of Ling and Ring, ``<role>HUMAN</role>...<role>ASSISTANT</role>...``, an end of sequence after answers."""
 
 
 class ChatTemplate:
     """Example: ``ChatTemplate("{{ messages[0].content }}", {}).render(messages, [(1, True)])``.
 
-    A template that came with a tokenizer is rendered in a process with limits, ours (``trusted``) in this one.
+    A template from a tokenizer's files is rendered in a process with limits, our own (``trusted``) in this process.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class ChatTemplate:
     ):
         """
         Args:
-            source: jinja2; None where there is no template, which is said when one is needed.
+            source: jinja2 text; None if there is no template, which is an error only when one is needed.
             special_tokens: e.g. ``{"eos_token": "<|endoftext|>"}``.
-            trusted: it is ours.
+            trusted: the template is part of this package.
             where: the tokenizer's file, for messages.
         """
         self._source, self._special_tokens, self._where = source, dict(special_tokens), where
@@ -65,21 +65,21 @@ class ChatTemplate:
 
     @property
     def source(self) -> str:
-        """Raises DataError where there is none."""
+        """The template's text. Raises DataError if there is no template."""
         if self._source is None:
             raise DataError(
-                f"no chat template beside {self._where}; put chat_template.jinja or a tokenizer_config.json "
+                f"no chat template in the folder of {self._where}; put chat_template.jinja or a tokenizer_config.json "
                 "with chat_template there"
             )
         return self._source
 
     @cached_property
     def argument_forms(self) -> tuple[bool, bool]:
-        """Does it take a call's arguments as a text, and as an object? See :mod:`megatron_ring.data.text.tool_calls`."""
+        """See :data:`megatron_ring.data.text.tool_calls.ArgumentForms`."""
         return argument_forms(self.render)
 
     def use(self, names: Mapping[str, Any]) -> None:
-        """Give the template these names with every conversation. Raises DataError for one that it does not read."""
+        """Set these variables for every conversation. Raises DataError for one that the template does not read."""
         for name in names:
             if not self.mentions(name):
                 raise DataError(f"chat_template_kwargs: this chat template does not read {name}; drop it")
@@ -96,23 +96,23 @@ class ChatTemplate:
         """The first messages as text, for each of ``texts``.
 
         Raises:
-            DataError: the template is broken, reaches for what the sandbox forbids, refuses the messages, or takes
-                more time or memory than a template may.
+            DataError: the template is broken, uses what the sandbox forbids, refuses the messages, or exceeds its time or
+                memory.
         """
         given = {**self._special_tokens, **self._names, **(names or {}), "tools": tools}
         if self._process is not None:
             return self._process.render(self.source, list(messages), list(texts), given)
         try:
             return render_texts(self.source, messages, texts, given)
-        except Exception as error:  # jinja2 lets through whatever an expression raises
+        except Exception as error:  # jinja2 passes on whatever an expression raises
             raise failed(" ".join(str(error).split()) or type(error).__name__) from error
 
     def _mentions(self, name: str) -> bool:
-        """Is ``name`` a word of the template?"""
+        """Does ``name`` occur in the template as a word?"""
         return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
 
     def _reads(self, key: str) -> bool:
-        """Does it ask a message for ``key``? A tool's or a parameter's own name is not a message's."""
+        """Does the template read ``key`` of a message (not of a tool or a parameter)?"""
         owner = r"(?<!\w)(?!tool|func|param|arg)\w+"
         word = re.escape(key)
         form = rf"{owner}(?:\.{word}\b(?!\s*\()|\[\s*['\"]{word}['\"]\s*\]|\.get\(\s*['\"]{word}['\"])"

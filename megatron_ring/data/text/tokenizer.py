@@ -1,4 +1,4 @@
-"""Text to token ids and back: sentencepiece models and Hugging Face tokenizers, without transformers."""
+"""Encode and decode text with sentencepiece models and Hugging Face tokenizers, without transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TokenizerType = Literal["sentencepiece", "huggingface"]
 
 
 class Tokenizer(Protocol):
-    """What the package asks of a tokenizer.
+    """What the package needs of a tokenizer.
 
     Example: a tokenizer of 2048 tokens may have ``eos_id=1``, ``pad_id=1``, ``bos_id=None`` and
     ``encode("a cat") == [97, 1311]``.
@@ -31,43 +31,42 @@ class Tokenizer(Protocol):
     eos_id: int
     """End of a document, and of an answer."""
     eos_token: str
-    """The end of sequence as templates spell it."""
+    """Text of the end of sequence in templates."""
     pad_id: int
-    """Fills slots that hold no token; the end of sequence where the tokenizer has no padding token of its
-    own."""
+    """Id in padding slots; the end of sequence if the tokenizer has no padding token."""
     bos_id: int | None
-    """Start of a sequence, for tokenizers that have one."""
+    """Start of a sequence, if the tokenizer has one."""
     fingerprint: str
     """Hash of the tokenizer's file: equal fingerprints give equal ids."""
     template: ChatTemplate
     stop_tokens: dict[str, int]
-    """What ends an answer, as text and id: the end of sequence, and those of generation_config.json."""
+    """Text and id of the tokens that end an answer: the end of sequence, and those of generation_config.json."""
     stop_ids: tuple[int, ...]
-    """Ids that end a response: those of stop_tokens, and what the run adds."""
+    """Ids that end a response: those of stop_tokens, and those that the run adds."""
     control_text: tuple[ControlText, ControlText]
-    """Tokens that nobody's text may become, and those that an answer may not."""
+    """Tokens that a message must not be encoded to, and those that an answer must not be encoded to."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``. No token is added; chat symbols in the text become their own ids.
 
-        Unpaired surrogates (half an emoji, from JSON) become question marks: UTF-8 cannot say them.
+        Unpaired surrogates (half an emoji, from JSON) become question marks, since UTF-8 cannot encode them.
         """
         ...
 
     def encode_marked(self, text: str, mark: str) -> list[int]:
-        """As :meth:`encode`, of text in which ``mark`` stands inside of what is to stay text; without the mark's ids.
+        """As :meth:`encode` for a text with marks (see :mod:`megatron_ring.data.text.control_text`), without their ids.
 
         Raises:
-            DataError: this tokenizer cannot keep them apart.
+            DataError: this tokenizer merges a mark with other characters.
         """
         ...
 
     def encode_document(self, text: str) -> list[int]:
-        """As :meth:`encode`, but no word of the text begins, ends or pads a document."""
+        """As :meth:`encode`, but no part of the text becomes a start, end or padding token."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the ids; start, padding and special tokens that end a response give none."""
+        """Text of the ids; start, padding and stop tokens are left out."""
         ...
 
     def render(
@@ -78,7 +77,7 @@ class Tokenizer(Protocol):
         tools: Sequence[Any] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[str]:
-        """The first messages as text, for each of ``texts``; :mod:`megatron_ring.data.text.chat` gives ids."""
+        """The first messages as text, for each of ``texts``; :mod:`megatron_ring.data.text.chat` encodes them."""
         ...
 
     def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -99,13 +98,13 @@ def load_tokenizer(
     Args:
         tokenizer_type: ``sentencepiece`` (a .model file) or ``huggingface`` (tokenizer.json or its folder).
         tokenizer_model: the file or folder.
-        vocab_size: the model's vocabulary, if the tokenizer is to fit one.
-        chat_template_kwargs: names that the chat template is given with every conversation.
-        stop_token_ids: ids that end a response, beside the tokenizer's own.
+        vocab_size: the model's vocabulary size; a tokenizer with more tokens is refused.
+        chat_template_kwargs: variables for the chat template, for every conversation.
+        stop_token_ids: ids that end a response, in addition to the tokenizer's own.
 
     Raises:
         DataError: no file is named, it is missing, corrupt, without an end-of-sequence token, or has more
-            tokens than ``vocab_size``; or its chat template does not read a name that it is given.
+            tokens than ``vocab_size``; or its chat template does not read one of the variables.
     """
     if not tokenizer_model:
         raise DataError("tokenizer_model is not set; name a file, or make one with tools/train_tokenizer.py")
@@ -134,7 +133,7 @@ def load_tokenizer(
 
 DOCUMENT_MARK = "\ue000"
 _MARKUP = re.compile(r"(?!<0x[0-9A-F]{2}>)<[^\s<>]+>")
-"""Added tokens that are somebody's marks; the bytes of sentencepiece are none."""
+"""Added tokens that look like markup; sentencepiece's byte tokens are excluded."""
 _THINK = ("<think>", "</think>")
 
 _EXPECTED = {
@@ -144,7 +143,7 @@ _EXPECTED = {
 
 
 class _Base:
-    """What both kinds share."""
+    """Code that both kinds of tokenizer share."""
 
     template: ChatTemplate
     vocab_size: int
@@ -192,7 +191,7 @@ class _Base:
         self._document_text = ControlText(document)
 
     def stop_at(self, token_ids: Sequence[int]) -> None:
-        """End responses at these ids as well. Raises DataError for one outside of the vocabulary."""
+        """End responses at these ids too. Raises DataError for an id outside the vocabulary."""
         for token in token_ids:
             if not 0 <= token < self.vocab_size:
                 raise DataError(
@@ -223,8 +222,8 @@ class SentencePieceTokenizer(_Base):
                 raise RuntimeError("empty or unreadable")
         except RuntimeError as error:
             raise DataError(
-                f"tokenizer_model={path} is not a sentencepiece model, or a broken one; copy it again, or "
-                "set tokenizer_type=huggingface for a tokenizer.json"
+                f"tokenizer_model={path} is not a sentencepiece model, or is damaged; copy it again, or set "
+                "tokenizer_type=huggingface for a tokenizer.json"
             ) from error
         self.vocab_size: int = self._processor.get_piece_size()
         self.eos_id: int = self._processor.eos_id()
@@ -238,21 +237,21 @@ class SentencePieceTokenizer(_Base):
         self.stop_tokens = {self.eos_token: self.eos_id}
         pieces = map(self._processor.id_to_piece, range(self.vocab_size))
         control = [piece for piece in pieces if piece in CHAT_SYMBOLS or _MARKUP.fullmatch(piece)]
-        # control pieces never come out of text: only our own words for the end of sequence do
+        # sentencepiece never encodes text to control pieces; only eos_token is replaced by our own code
         self._set_control_text([*control, self.eos_token], (), [self.eos_token])
         self.stop_at(())
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(_sayable(text))
+        return self._processor.encode(_encodable(text))
 
     def _text_of(self, token_id: int) -> str:
         return self._processor.id_to_piece(token_id)
 
     def encode_marked(self, text: str, mark: str) -> list[int]:
-        text = _sayable(text)
+        text = _encodable(text)
         found = self._processor.encode(text, return_type="proto").pieces
         size = len(mark.encode())
-        # positions are of bytes
+        # sentencepiece's offsets count bytes
         pieces = text.split(mark)
         ends = itertools.accumulate(len(piece.encode()) + size for piece in pieces[:-1])
         spans = [(piece.begin, piece.end) for piece in found]
@@ -260,31 +259,33 @@ class SentencePieceTokenizer(_Base):
 
     def decode(self, token_ids: Sequence[int]) -> str:
         silent = self._silent
-        # rows of a padded embedding beyond the vocabulary can be sampled, but have no text
+        # ids of padded vocabulary rows can be sampled, but have no text
         return self._processor.decode(
             [int(i) for i in token_ids if i not in silent and 0 <= i < self.vocab_size]
         )
 
 
 class HuggingFaceTokenizer(_Base):
-    """A tokenizer.json, with the special tokens and chat template that lie beside it."""
+    """A tokenizer.json, with the special tokens and chat template of its folder."""
 
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer as FastTokenizer
 
         file = path / "tokenizer.json" if path.is_dir() else path
         if not file.is_file():
-            raise DataError(f"tokenizer_model={path} holds no tokenizer.json; save the fast tokenizer there")
+            raise DataError(
+                f"tokenizer_model={path} contains no tokenizer.json; save the fast tokenizer there"
+            )
         content = read_bytes(file)
         try:
             self._tokenizer = FastTokenizer.from_buffer(content)
-        except Exception as error:  # the Rust library raises bare Exception, whatever is wrong
+        except Exception as error:  # the Rust library raises plain Exception for every error
             reason = " ".join(str(error).split())[:120]
             raise DataError(
                 f"{file} is not a Hugging Face tokenizer ({reason}); copy it again, "
                 "or set tokenizer_type=sentencepiece for a .model file"
             ) from error
-        # batching settings stored in the file would cut or pad documents
+        # truncation and padding settings in the file would change documents
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._file = file
@@ -304,7 +305,7 @@ class HuggingFaceTokenizer(_Base):
         self.stop_at(())
 
     def _find_control_text(self, template: str) -> None:
-        """Special tokens; and added ones that the template writes, or that look like marks (<tool_call>)."""
+        """Special tokens, and added ones that the template writes or that look like markup (<tool_call>)."""
         added = self._tokenizer.get_added_tokens_decoder().values()
         special = {token.content for token in added if token.special} | {*self._special_tokens.values()}
         plain = {token.content for token in added} - special
@@ -315,13 +316,13 @@ class HuggingFaceTokenizer(_Base):
         self._set_control_text(special | marks, marks, ends | {*self.stop_tokens})
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(_sayable(text), add_special_tokens=False).ids
+        return self._tokenizer.encode(_encodable(text), add_special_tokens=False).ids
 
     def _text_of(self, token_id: int) -> str:
         return self._tokenizer.id_to_token(token_id) or ""
 
     def encode_marked(self, text: str, mark: str) -> list[int]:
-        text = _sayable(text)
+        text = _encodable(text)
         found = self._tokenizer.encode(text, add_special_tokens=False)
         marks = [place for place, character in enumerate(text) if character == mark]
         return without_marks(found.ids, found.offsets, marks, 1)
@@ -335,16 +336,16 @@ class HuggingFaceTokenizer(_Base):
         token = self._special_tokens.get(name)
         if token is None:
             raise DataError(
-                f"no {name} is named beside {self._file}; put tokenizer_config.json or "
+                f"no {name} is named in the folder of {self._file}; put tokenizer_config.json or "
                 "special_tokens_map.json there"
             )
         token_id = self._tokenizer.token_to_id(token)
         if token_id is None:
-            raise DataError(f"{name} {token!r} is not in {self._file}; copy the files beside it again")
+            raise DataError(f"{name} {token!r} is not in {self._file}; copy the files of its folder again")
         return token_id
 
 
-def _sayable(text: str) -> str:
+def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:

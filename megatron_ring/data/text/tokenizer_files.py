@@ -1,4 +1,4 @@
-"""The files beside a tokenizer.json: special tokens, chat template, and what ends an answer."""
+"""Files in a tokenizer's folder: special tokens, chat template and stop tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_ring.plain import read_plain
 
 
 def read_settings(folder: Path) -> tuple[dict[str, str], str | None]:
-    """Special tokens by name, and the chat template, from the files beside a tokenizer.json."""
+    """Special tokens by name, and the chat template, from the folder of a tokenizer.json."""
     settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     tokens: dict[str, str] = {}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
@@ -31,10 +31,10 @@ def read_settings(folder: Path) -> tuple[dict[str, str], str | None]:
 
 
 def further_stops(folder: Path, text_of: Callable[[int], str | None]) -> dict[str, int]:
-    """Text and id of each end of sequence that the model's files name: one, or a list.
+    """Text and id of each end of sequence in generation_config.json and config.json.
 
     Raises:
-        DataError: one is no token of the tokenizer, whose ``text_of`` gives None.
+        DataError: an id is not a token of the tokenizer (its ``text_of`` returns None).
     """
     found: dict[str, int] = {}
     for name in ("generation_config.json", "config.json"):
@@ -45,7 +45,7 @@ def further_stops(folder: Path, text_of: Callable[[int], str | None]) -> dict[st
             text = text_of(token_id) if _is_id(token_id) else None
             if text is None:
                 raise DataError(
-                    f"{folder / name}: eos_token_id={token_id!r} is no token of the tokenizer beside it; correct it"
+                    f"{folder / name}: eos_token_id={token_id!r} is not a token of the tokenizer in that folder; correct it"
                 )
             found[text] = token_id
     return found
@@ -61,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Raises DataError where it cannot be read."""
+    """The file's content. Raises DataError if it cannot be read."""
     try:
         return read_plain(path)
     except OSError as error:

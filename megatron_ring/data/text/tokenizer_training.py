@@ -1,4 +1,4 @@
-"""Make a sentencepiece BPE tokenizer out of documents."""
+"""Train a sentencepiece BPE tokenizer on documents."""
 
 from __future__ import annotations
 
@@ -27,34 +27,33 @@ def train_tokenizer(
     split_digits: bool = True,
     symbols: Sequence[str] = (),
 ) -> int:
-    """Train on documents and write a .model file, whole or not at all. The same input gives the same bytes.
+    """Train on documents and write a complete .model file or none. The same input gives the same bytes.
 
-    Text survives encoding and decoding unchanged: no normalisation, all whitespace kept, unseen characters as
-        bytes.
-    Reserved: the end of sequence and the chat symbols of :data:`~megatron_ring.data.text.templates.CHAT_SYMBOLS`.
+    Encoding and decoding do not change a text: no normalisation, all white space kept, unseen characters as bytes.
+    Reserved tokens: the end of sequence and the chat symbols of :data:`~megatron_ring.data.text.templates.CHAT_SYMBOLS`.
 
     Args:
-        documents: text; read once, but all of it is held in memory.
+        documents: text; read once, and held in memory.
         path: of the .model file.
-        vocab_size: tokens wanted.
-        split_digits: each digit is its own token, so that numbers look alike wherever they stand.
-        symbols: further text that is always one token, such as ``\\boxed{``.
+        vocab_size: number of tokens.
+        split_digits: each digit is its own token, so that a number's tokens do not depend on its context.
+        symbols: other strings that are always one token, such as ``\\boxed{``.
 
     Returns:
-        Tokens in the vocabulary.
+        Number of tokens in the vocabulary.
 
     Raises:
-        DataError: the text is too little for so many tokens, the vocabulary too small, or the file cannot be
+        DataError: there is too little text for the vocabulary, the vocabulary is too small, or the file cannot be
             written.
     """
     from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
     reserved = _reserved(symbols, vocab_size)
     model = io.BytesIO()
-    # whole before training starts: the trainer would turn an error of the reader into one of its own
+    # read everything before training: the trainer would replace the reader's error with its own
     chunks = list(_chunks(documents))
     if not chunks:
-        raise DataError("the input holds no text to train a tokenizer on; check --input")
+        raise DataError("the input contains no text to train a tokenizer on; check --input")
     with written_whole(path) as (temporary,):
         try:
             SentencePieceTrainer.train(
@@ -65,7 +64,7 @@ def train_tokenizer(
                 byte_fallback=True,
                 split_digits=split_digits,
                 character_coverage=0.9995,
-                # nothing about the text is changed on the way in
+                # the text is not changed
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,
                 add_dummy_prefix=False,
@@ -77,7 +76,7 @@ def train_tokenizer(
                 bos_id=-1,
                 pad_id=-1,
                 eos_piece=EOS_PIECE,
-                # the number is written into the file, and more are no faster
+                # the number is stored in the file, and more threads are not faster
                 num_threads=1,
                 minloglevel=2,
             )
@@ -88,12 +87,12 @@ def train_tokenizer(
 
 
 def _reserved(symbols: Sequence[str], vocab_size: int) -> list[str]:
-    """The chat symbols and further ones, once each, if they leave room for anything else."""
-    # sentencepiece looks for symbols in text whose spaces it has replaced
+    """The chat symbols and ``symbols``, once each. Raises DataError if the vocabulary has no room for other tokens."""
+    # sentencepiece matches symbols in text whose spaces it has replaced
     spaced = [symbol.replace(" ", "\u2581") for symbol in symbols]
     reserved = list(dict.fromkeys([*CHAT_SYMBOLS, *spaced]))
     if "" in reserved:
-        raise DataError("a symbol is empty; name text that is to be one token")
+        raise DataError("a symbol is empty; name a string that must be one token")
     least = _MIN_VOCAB_SIZE + len(reserved) - len(CHAT_SYMBOLS)
     if vocab_size < least + 1:
         raise DataError(f"vocab_size={vocab_size} must exceed the {least} reserved tokens; try 2048")
@@ -101,8 +100,7 @@ def _reserved(symbols: Sequence[str], vocab_size: int) -> list[str]:
 
 
 def _chunks(documents: Iterable[str]) -> Iterator[bytes]:
-    """Documents in pieces of a few kilobytes, cut at line ends where there are any: the trainer drops longer
-    ones."""
+    """Documents in pieces of a few kilobytes, cut at line ends if possible: the trainer drops longer pieces."""
     for document in documents:
         chunk = ""
         for line in document.splitlines(keepends=True):
@@ -125,6 +123,6 @@ def _explained(error: RuntimeError, vocab_size: int) -> DataError:
         )
     if found := re.search(r"required_chars\. \d+ vs (\d+)", reason):
         return DataError(
-            f"vocab_size={vocab_size} does not hold the text's characters; set more than {found[1]}"
+            f"vocab_size={vocab_size} has no room for the text's characters; set more than {found[1]}"
         )
     return DataError(f"sentencepiece cannot train vocab_size={vocab_size}: {reason}; check the input")

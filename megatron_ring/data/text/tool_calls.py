@@ -1,9 +1,9 @@
-"""Arguments of tool calls, in the form that a chat template takes, and tables' fillers.
+"""Convert arguments of tool calls to the form that a chat template expects, and remove null keys added by tables.
 
-OpenAI writes arguments as a text of JSON, others as an object. Some templates take both, some turn the text into JSON
-a second time (Qwen2.5, gpt-oss) or fail at it (GLM), some paste an object as Python prints it: each template is asked
-once, with a call of no meaning. A table of a data set has every key of any row in each row, null where the row has
-none: in a tool's description and among a call's arguments such keys are left out again.
+OpenAI writes arguments as a JSON string, others as an object. Some templates accept both, some quote the string a
+second time (Qwen2.5, gpt-oss) or fail on it (GLM), some print an object as Python does. Each template is tested once
+with a dummy call. Tables of data sets give every row the keys of all rows, with null for missing ones; such keys are
+removed from tool descriptions and from arguments.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _MAY_BE_NULL = ("default", "const", "example")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 """Keywords of a schema whose keys are names."""
 _VALUES = ("enum", "examples", *_MAY_BE_NULL)
-"""Keywords of a schema that hold values of the parameter, null among them."""
+"""Keywords of a schema whose values are values of the parameter, which may be null."""
 
 
 def argument_forms(render: Callable[..., list[str]]) -> ArgumentForms:
-    """Does the template write a call's arguments as they are meant where they are a text, and where they are an object?
+    """Test the template of ``render`` with a dummy call.
 
-    Example: ``(False, True)`` for ``{{ call.arguments | tojson }}``, which would quote a text again.
+    Example: ``(False, True)`` for ``{{ call.arguments | tojson }}``, which would quote a string again.
     """
     text = json.dumps(_PROBE)
     as_text = _rendered(render, text)
@@ -42,10 +42,10 @@ def fit_arguments(
     tools: Sequence[Any] | None,
     forms: Callable[[], ArgumentForms],
 ) -> tuple[Mapping[str, Any], ...]:
-    """``messages`` with their calls' arguments in a form that the template takes.
+    """``messages`` with the arguments of their calls in one of the template's ``forms``.
 
     Raises:
-        DataError: arguments must become an object, and are none.
+        DataError: the template needs an object, and the arguments are not one.
     """
     if not any(isinstance(message.get("tool_calls"), list) for message in messages):
         return tuple(messages)
@@ -70,9 +70,9 @@ def fit_arguments(
 
 
 def without_nulls(tool: Any, *, named: bool = False) -> Any:
-    """A tool's description without keys that say nothing: no keyword of a schema is null but those that hold values.
+    """A tool's description without null keys, except schema keywords whose value may be null (``default``).
 
-    Where keys are names (``named``), such as a parameter's that is called ``default``, no null is kept.
+    If keys are names (``named``), as under ``properties``, null is never kept, even under the name ``default``.
     """
     if isinstance(tool, list):
         return [without_nulls(inner) for inner in tool]
@@ -114,7 +114,7 @@ def _rendered(render: Callable[..., list[str]], arguments: Any) -> str:
 
 
 def _declared(tools: Sequence[Any]) -> dict[str, Mapping[str, Any]]:
-    """The parameters of each tool that describes them."""
+    """The parameters of each tool that declares them."""
     found: dict[str, Mapping[str, Any]] = {}
     for tool in tools:
         inner = tool.get("function", tool) if isinstance(tool, Mapping) else {}

@@ -70,7 +70,7 @@ def test_another_tokenizers_corpus_is_refused(
     prefix = write_documents([[1, 2]], **note)
     assert open_corpus([prefix], "1").train.num_tokens == 2
     with pytest.raises(
-        DataError, match=r"made with another tokenizer \(other.model, 32000 tokens\) than the run's \(600"
+        DataError, match=r"made with another tokenizer \(other.model, 32000 tokens\) than this run's \(600"
     ):
         open_corpus([prefix], "1", tokenizer=sentencepiece)
     prefix = write_documents([[1, 2]], tokenizer_fingerprint=sentencepiece.fingerprint)

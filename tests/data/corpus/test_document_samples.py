@@ -92,7 +92,7 @@ def test_splits_without_a_sample_are_refused():
     with pytest.raises(DataError, match="train split of in-memory is empty: none of its 2 documents"):
         samples_of(empty, 2)
     with pytest.raises(
-        DataError, match=r"has 8 tokens, a sample takes seq_length\+1=9; raise .* lower seq_length"
+        DataError, match=r"has 8 tokens, a sample needs seq_length\+1=9; raise .* lower seq_length"
     ):
         samples_of(distinct_documents([4, 4]), 8)
     assert samples_of(distinct_documents([4, 4]), 7).samples_per_epoch == 1

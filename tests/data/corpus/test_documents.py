@@ -78,7 +78,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes,
 def test_inputs_that_are_not_there_are_named(tmp_path: Path):
     with pytest.raises(DataError, match=r"input .*nowhere does not exist"):
         texts(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"input folder .* holds no files"):
+    with pytest.raises(DataError, match=r"input folder .* contains no files"):
         texts(tmp_path)
 
 
@@ -107,16 +107,20 @@ def test_unicode_with_its_mark_is_read_as_what_it_is(tmp_path: Path, encoding: s
         (
             "a.jsonl",
             '{"text": "x"}\n'.encode("utf-16-le"),
-            "a.jsonl is UTF-16 without its mark; convert it to UTF-8",
+            "a.jsonl is UTF-16 without a byte order mark; convert it to UTF-8",
         ),
         (
             "a.jsonl",
             '{"text": "x"}\n'.encode("utf-16-be"),
-            "a.jsonl is UTF-16 without its mark; convert it to UTF-8",
+            "a.jsonl is UTF-16 without a byte order mark; convert it to UTF-8",
         ),
-        ("a.txt", "one two".encode("utf-16-le"), "a.txt is UTF-16 without its mark; convert it to UTF-8"),
-        ("a.jsonl", b"\xff\xfe{\x00\x00", "a.jsonl is not the UTF-16 that its first bytes say"),
-        ("a.txt", b"\xff\xfe{\x00\x00", "a.txt is not the UTF-16 that its first bytes say"),
+        (
+            "a.txt",
+            "one two".encode("utf-16-le"),
+            "a.txt is UTF-16 without a byte order mark; convert it to UTF-8",
+        ),
+        ("a.jsonl", b"\xff\xfe{\x00\x00", "a.jsonl is not UTF-16, which its byte order mark declares"),
+        ("a.txt", b"\xff\xfe{\x00\x00", "a.txt is not UTF-16, which its byte order mark declares"),
         ("a.jsonl", b'{"text": "\xe9"}', "a.jsonl:1 is not UTF-8"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl:1 is nested too deeply, more than 64 deep"),
     ],

@@ -89,7 +89,7 @@ def test_a_corpus_cut_short_anywhere_is_refused(write_documents: Callable[..., s
         content = path.read_bytes()
         for size in range(len(content)):
             path.write_bytes(content[:size])
-            with pytest.raises(DataError, match=r"cut short|describes|must begin with MMIDIDX"):
+            with pytest.raises(DataError, match=r"truncated|describes|must begin with MMIDIDX"):
                 open_indexed(prefix)
         path.write_bytes(content)
     assert documents_of(prefix) == DOCUMENTS
@@ -110,7 +110,7 @@ def test_a_bin_of_another_corpus_is_refused(write_documents: Callable[..., str])
         pytest.param(0, b"XMIDIDX", r"corpus\.idx is not a Megatron index", id="magic"),
         pytest.param(9, struct.pack("<Q", 2), "index version 2, only version 1 is known", id="version"),
         pytest.param(
-            17, b"\x07", "tokens are float32 numbers; token ids must be integers", id="float tokens"
+            17, b"\x07", "tokens as float32 numbers; token ids must be integers", id="float tokens"
         ),
         pytest.param(17, b"\x63", r"an unknown type \(code 99\)", id="unknown type"),
         pytest.param(17, b"\x04", "lengths and byte offsets contradict", id="other type"),

@@ -112,7 +112,7 @@ def test_prefetched_samples_are_the_same():
 def test_a_token_beyond_the_vocabulary_is_refused(token: int, shown: str):
     stream = PretrainStream(split_of(share_of([5, token, 6, 7])), seq_length=3, seed=0, vocab_size=600)
     with pytest.raises(
-        DataError, match=f"in-memory.bin holds token id {shown}, the model has vocab_size=600"
+        DataError, match=f"in-memory.bin contains token id {shown}, the model has vocab_size=600"
     ):
         stream.sample(0)
 

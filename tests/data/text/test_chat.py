@@ -138,7 +138,7 @@ def test_messages_that_are_none_are_refused(
 def test_a_tokenizer_without_template_says_so(huggingface_folder: Path, tmp_path: Path):
     shutil.copy(huggingface_folder / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
-    with pytest.raises(DataError, match=r"no chat template beside .*tokenizer\.json"):
+    with pytest.raises(DataError, match=r"no chat template in the folder of .*tokenizer\.json"):
         HuggingFaceTokenizer(tmp_path).apply_chat_template(CONVERSATION)
 
 

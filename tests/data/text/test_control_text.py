@@ -177,7 +177,7 @@ def test_a_tokenizer_that_loses_the_mark_refuses_in_one_line(huggingface_folder:
     fast = Fast.from_file(str(tmp_path / "hf" / "tokenizer.json"))
     fast.normalizer = normalizers.Replace("\ue000", "")
     fast.save(str(tmp_path / "hf" / "tokenizer.json"))
-    with pytest.raises(DataError, match="cannot say the control tokens"):
+    with pytest.raises(DataError, match="cannot encode the control tokens"):
         render_samples(HuggingFaceTokenizer(tmp_path / "hf"), spoken("<|im_start|>"))
 
 

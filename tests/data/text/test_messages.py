@@ -113,7 +113,7 @@ CALL = {"tool_calls": [{"type": "function", "function": {"name": "w", "arguments
         (line({"content": "4"}, chat_template_kwargs={"messages": []}), "must not set messages"),
         (line({"content": "4"}, images=["a.png"]), "images=.*; only text can be learned"),
         ({"messages": [{"role": "user", "content": "q", "reasoning": "r"}]}, "reasoning belongs to an answer"),
-        ({"messages": [{"role": "user", "content": "q", "train": True}]}, "only answers are learned"),
+        ({"messages": [{"role": "user", "content": "q", "train": True}]}, "only answers carry loss"),
         ({"messages": [{"role": "tool", "content": "q"}]}, "role tool is unknown; use system, user or assistant"),
         ({"messages": [{"from": "human", "value": "q"}]}, "message 0 must have a role and a content"),
     ],
@@ -229,7 +229,7 @@ def test_an_answer_ends_with_the_stop_token_of_its_template(huggingface_folder, 
     with pytest.raises(DataError, match=r"stop_token_ids=9999 must be below the tokenizer's"):
         load_tokenizer("huggingface", tmp_path / "hf", stop_token_ids=[9999])
     (tmp_path / "hf" / "config.json").write_text('{"eos_token_id": 7777}')
-    with pytest.raises(DataError, match=r"config.json: eos_token_id=7777 is no token of the tokenizer"):
+    with pytest.raises(DataError, match=r"config.json: eos_token_id=7777 is not a token of the tokenizer"):
         HuggingFaceTokenizer(tmp_path / "hf")
 
 
@@ -260,7 +260,7 @@ def test_a_key_that_is_there_twice_is_refused(line):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('[{"messages": []}]', "a.jsonl:1 is a JSON list, no object; write one conversation per line"),
+        ('[{"messages": []}]', "a.jsonl:1 is a JSON list, not an object; write one conversation per line"),
         (
             '{"conversations": [{"from": "human", "value": "q"}]}',
             "(ShareGPT) each from as role (human is user",

@@ -118,7 +118,7 @@ def test_missing_tokenizers_are_named(tmp_path: Path, sentencepiece_file: Path):
         load_tokenizer("sentencepiece", tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"is a folder; name the sentencepiece \.model file in it"):
         load_tokenizer("sentencepiece", tmp_path)
-    with pytest.raises(DataError, match=r"holds no tokenizer\.json"):
+    with pytest.raises(DataError, match=r"contains no tokenizer\.json"):
         load_tokenizer("huggingface", tmp_path)
     with pytest.raises(DataError, match="tokenizer_type=wordpiece is unknown; use"):
         load_tokenizer("wordpiece", sentencepiece_file)  # type: ignore[arg-type]
@@ -128,7 +128,7 @@ def test_a_sentencepiece_file_cut_short_is_refused(sentencepiece_file: Path, tmp
     content = sentencepiece_file.read_bytes()
     for size in (0, 1, 100, len(content) // 2, len(content) - 1):
         (tmp_path / "cut.model").write_bytes(content[:size])
-        with pytest.raises(DataError, match="is not a sentencepiece model, or a broken one"):
+        with pytest.raises(DataError, match="is not a sentencepiece model, or is damaged"):
             load_tokenizer("sentencepiece", tmp_path / "cut.model")
 
 
@@ -142,7 +142,7 @@ def test_each_kind_refuses_the_other_with_the_remedy(sentencepiece_file: Path, h
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (None, "no eos_token is named beside"),
+        (None, "no eos_token is named in the folder of"),
         ("{", r"tokenizer_config\.json is not JSON"),
         ("[]", "is a JSON list, not an object"),
         ('{"eos_token": "<nope>"}', r"eos_token '<nope>' is not in .*tokenizer\.json"),
@@ -185,9 +185,9 @@ def test_training_is_deterministic_and_digits_can_stay_together(tmp_path: Path):
     ("documents", "vocab_size", "message"),
     [
         (["hello"], 2048, r"vocab_size=2048 is more than the text supports; set at most \d+, or add text"),
-        (["".join(map(chr, range(0x4E00, 0x5600)))] * 3, 300, "does not hold the text's characters"),
+        (["".join(map(chr, range(0x4E00, 0x5600)))] * 3, 300, "has no room for the text's characters"),
         (["hello"], 100, "vocab_size=100 must exceed the 265 reserved tokens; try 2048"),
-        ([], 300, "holds no text to train a tokenizer on"),
+        ([], 300, "contains no text to train a tokenizer on"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_trained_is_explained(
