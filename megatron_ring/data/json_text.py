@@ -34,5 +34,5 @@ def counts_in(values: Mapping[str, Any], key: str, counts: Any = None) -> list[i
     """``values[key]`` (or ``counts``, a part of it), which must be a list of integers from 0."""
     counts = values[key] if counts is None else counts
     if not isinstance(counts, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in counts):
-        raise ValueError(f"says {key}={str(values[key])[:40]!r}, which is not a count")
+        raise ValueError(f"has {key}={str(values[key])[:40]!r}, which is not a count")
     return counts

@@ -1,6 +1,6 @@
-"""The workshop: the model's hot loops, each usable alone, on CUDA (Triton) and on the CPU (C++ or torch).
+"""The model's performance-critical ops, each usable alone, on CUDA (Triton) and on the CPU (C++ or torch).
 
-``dispatch`` says which code runs; every op's ``reference.py`` says what it computes.
+``dispatch`` selects the implementation; ``reference.py`` of each op defines what it computes.
 """
 
 from megatron_ring.kernels.decode_attention import decode_attention

@@ -1,9 +1,9 @@
-"""Which code runs a kernel: one rule, said once in the log.
+"""Select the implementation of a kernel: one rule, logged once.
 
 CUDA tensor -> Triton; CPU tensor -> ``torch.ops.megatron_ring`` if the extension was built and
-``MEGATRON_RING_EXT`` is not ``0``, else plain torch. A kernel has one name and one signature in all three
-places: ``implementation(x, "permute").combine_rows(...)`` is ``permute/kernel.py``'s, the extension's or
-``permute/reference.py``'s.
+``MEGATRON_RING_EXT`` is not ``0``, else plain torch. A kernel has the same name and signature in all three
+places: ``implementation(x, "permute").combine_rows(...)`` calls ``permute/kernel.py``, the extension or
+``permute/reference.py``.
 """
 
 import functools
@@ -26,7 +26,7 @@ _forced: Backend | None = None
 
 
 def backend(tensor: Tensor) -> Backend:
-    """The backend that serves ``tensor``'s device."""
+    """The backend for ``tensor``'s device."""
     if _forced is not None:
         return _forced
     if tensor.is_cuda:
@@ -35,7 +35,7 @@ def backend(tensor: Tensor) -> Backend:
 
 
 def implementation(tensor: Tensor, folder: str) -> Any:
-    """What holds the kernels of ``folder`` for ``tensor``: a module, or ``torch.ops.megatron_ring``."""
+    """The kernels of ``folder`` for ``tensor``: a module, or ``torch.ops.megatron_ring``."""
     name = backend(tensor)
     if name == "native":
         return torch.ops.megatron_ring
@@ -46,7 +46,7 @@ def implementation(tensor: Tensor, folder: str) -> Any:
 
 @contextmanager
 def force(name: Backend) -> Iterator[None]:
-    """Run one backend whatever the device: for tests (Triton's interpreter on the CPU) and for benchmarks."""
+    """Use one backend on every device: for tests (Triton's interpreter on the CPU) and for benchmarks."""
     global _forced
     before, _forced = _forced, name
     try:
@@ -58,7 +58,7 @@ def force(name: Backend) -> Iterator[None]:
 
 
 def native_is_available() -> bool:
-    """True where CPU tensors run in C++."""
+    """True if CPU tensors use the C++ extension."""
     return _cpu_backend() == "native"
 
 
@@ -88,7 +88,7 @@ def _cpu_backend() -> Backend:
 
 @functools.cache
 def _native_is_built() -> bool:
-    """Load the extension, which registers its ops, if it was built; a broken one raises."""
+    """Import the extension, which registers its ops, if it was built. A broken extension raises."""
     if importlib.util.find_spec("megatron_ring._C") is None:
         return False
     importlib.import_module("megatron_ring._C")

@@ -1,9 +1,8 @@
 """Packed causal self-attention.
 
-Legend: T tokens, H query heads, G key/value heads, C channels per head, D model width. ``hidden_T1D`` is
-Megatron's
-[sequence, batch = 1, hidden]; under sequence parallelism its T is this rank's share and the projections
-gather and scatter it.
+Legend: T tokens, H query heads, G key/value heads, C channels per head, D model width. ``hidden_T1D`` is Megatron's
+[sequence, batch = 1, hidden]. Under sequence parallelism its T is this rank's share; the projections gather and
+scatter it.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class RingSelfAttention(SelfAttention):
-    """Megatron's projections around head norms, rotary positions and one packed core attention.
+    """Megatron's projections, with head norms, rotary positions and packed core attention between them.
 
-    Upstream's ``forward`` loops over segments on the host for rotary and carries every inference mode; this
-    one has positions given per token, norms and rotates in one kernel, and has one cache for generation.
+    Upstream's ``forward`` loops over segments on the host for rotary positions and contains every inference mode. This
+    one gets a position per token, normalises and rotates in one kernel, and supports one cache for generation.
     """
 
     def forward(self, hidden_T1D: Tensor, packed: PackedInputs, rotary_2TR: Tensor) -> Tensor:
@@ -59,7 +58,7 @@ class RingSelfAttention(SelfAttention):
         return HeadNorms(self.q_layernorm.weight, self.k_layernorm.weight, self.config.layernorm_epsilon)
 
     def _decode(self, mixed_TGMC: Tensor, view: CacheView, rotary_2TR: Tensor) -> Tensor:
-        """One new token of each sequence, which attends over its slot's positions up to its own."""
+        """One new token per sequence; it attends over its slot's positions up to its own."""
         context_THC = decode_attention(
             mixed_TGMC,
             rotary_2TR,
@@ -85,9 +84,7 @@ class RingSelfAttention(SelfAttention):
 
 
 class PackedCoreAttention(nn.Module):
-    """Causal attention inside each segment: variable-length flash attention on CUDA in half precision, else SDPA
-    per segment.
-    """
+    """Causal attention inside each segment: variable-length flash attention on CUDA in half precision, else SDPA."""
 
     def __init__(self, config, layer_number: int, attn_mask_type, attention_type: str, **_ignored: object):
         super().__init__()
@@ -136,7 +133,7 @@ def segment_attention(
 def varlen_attention(
     q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, packed: PackedInputs, scale: float
 ) -> Tensor:
-    """flash-attn where installed, else torch's own variable-length kernel."""
+    """flash-attn if it is installed, else torch's variable-length kernel."""
     cu, longest = packed.cu_seqlens_q, packed.max_seqlen_q
     flash_attn = _flash_attn()
     if flash_attn is None:
@@ -151,14 +148,14 @@ def varlen_attention(
         longest,
         softmax_scale=scale,
         causal=True,
-        # torch's own kernel asks torch; this one has to be told
+        # torch's kernel reads this flag itself
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 
 @functools.cache
 def _flash_attn() -> Callable[..., Tensor] | None:
-    """Asked once: an import that fails is tried anew each time, which takes a third of a millisecond."""
+    """Cached: a failing import is retried each time, which takes a third of a millisecond."""
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
@@ -168,9 +165,9 @@ def _flash_attn() -> Callable[..., Tensor] | None:
 
 @functools.cache
 def torch_varlen() -> Callable[..., Tensor]:
-    """torch's own kernel for segments of any length, causal, for fewer key heads than query heads."""
+    """torch's variable-length kernel: causal, with fewer key heads than query heads."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # later versions of torch want to be told that there are fewer key heads, earlier ones do not know the word
+    # newer versions of torch require this argument for fewer key heads, older ones do not have it
     options = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     return functools.partial(varlen_attn, window_size=(-1, 0), **options)

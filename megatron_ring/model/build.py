@@ -1,4 +1,4 @@
-"""Ring, said in Megatron specs: the model and how to build this rank's part of it.
+"""The Ring model in Megatron specs, and how to build this rank's part of it.
 
 Legend: T token slots, D model width, V vocabulary shard of this tensor rank.
 """
@@ -31,9 +31,9 @@ from megatron_ring.runtime.topology import Topology
 
 @dataclass(frozen=True, kw_only=True)
 class Logits:
-    """What the last pipeline stage answers: this tensor rank's columns of the logits.
+    """Output of the last pipeline stage: this tensor rank's columns of the logits.
 
-    ``main_TV`` predicts the next token, ``mtp_TV[d]`` the one ``d + 1`` places further on. Columns from
+    ``main_TV`` predicts the next token, ``mtp_TV[d]`` the token ``d + 1`` positions after it. Columns from
     ``vocab_size - vocab_start`` on are padding.
     """
 
@@ -45,7 +45,7 @@ class Logits:
 
 
 class RingModel(GPTModel):
-    """Megatron's GPT model with packed inputs, a cache, NormHead and multi-token prediction that also scores."""
+    """Megatron's GPT model with packed inputs, a KV cache, NormHead, and multi-token prediction without labels."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class RingModel(GPTModel):
             )
 
     def forward(self, microbatch: Microbatch, packed: PackedInputs) -> Any:
-        """Hidden states [T, 1, D] for the next stage, or the last stage's answer: :class:`Logits`."""
+        """Hidden states [T, 1, D] for the next stage; on the last stage, :class:`Logits`."""
         rotary_2TR = self._rotary(microbatch.positions_T, packed)
         embedded = self._embed(microbatch.tokens_T, microbatch.positions_T) if self.pre_process else None
         hidden_T1D = self.decoder(
@@ -103,7 +103,7 @@ class RingModel(GPTModel):
     def _answer(
         self, microbatch: Microbatch, hidden_T1D: Tensor, packed: PackedInputs, rotary_2TR: Tensor
     ) -> Any:
-        """What the last stage makes of its final hidden states."""
+        """The last stage's output from its final hidden states."""
         if packed.cache is not None and packed.cache.rows_R is not None:
             hidden_T1D = self._rows(hidden_T1D, packed.cache.rows_R)
         further = self.mtp_process and packed.cache is None
@@ -131,8 +131,8 @@ class RingModel(GPTModel):
         return project(self.output_layer, hidden_T1D).squeeze(1)
 
     def _rows(self, hidden_T1D: Tensor, rows_R: Tensor) -> Tensor:
-        """The rows whose logits are wanted; under sequence parallelism this rank's share of them. Gathers over
-        the tensor-parallel group.
+        """The rows whose logits are needed; under sequence parallelism this rank's share of them, gathered over the
+        tensor-parallel group.
         """
         if not self.config.sequence_parallel:
             return hidden_T1D[rows_R]
@@ -147,7 +147,7 @@ class RingModel(GPTModel):
         Upstream's block requires labels and rolls tokens segment by segment on the host.
         """
         outputs = []
-        # recorded routes are those of the model's own layers
+        # routes are replayed and recorded for the main layers only
         packed = replace(packed, routes_LTK=None, recorded=None)
         for depth, layer in enumerate(self.mtp.layers, start=1):
             tokens_T = microbatch.shifted(microbatch.tokens_T, fill=0, by=depth)
@@ -181,9 +181,7 @@ def build_model(
     seed: int,
     kind: type[RingModel] = RingModel,
 ) -> list[RingModel]:
-    """This rank's model chunks on ``device``: one, or one per virtual pipeline stage; weights as ``seed``
-    says.
-    """
+    """This rank's model chunks on ``device``, initialised from ``seed``: one, or one per virtual pipeline stage."""
     config = transformer_config(model, parallel)
     stages = [None] if topology.vpp_size == 1 else list(range(topology.vpp_size))
     chunks = [kind(model, parallel, config, topology, vp_stage=stage).to(device) for stage in stages]
@@ -193,9 +191,7 @@ def build_model(
 
 
 def sharding_metadata(topology: Topology) -> dict[str, Any]:
-    """How Megatron is to lay out its sharded state dicts: layer by layer, optimizer state in the
-    parameters' shapes.
-    """
+    """Options of Megatron's sharded state dicts: layer by layer, optimizer state in the parameters' shapes."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,

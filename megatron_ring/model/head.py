@@ -17,8 +17,8 @@ class NormHead(ColumnParallelLinear):
     """The vocabulary-parallel output layer with ``hidden / norm`` as its input.
 
     ``(hidden / norm) @ weight.T == hidden @ (weight / norm).T``, and scaling the hidden states costs T*D
-    where scaling the weight costs V*D. The weight is read inside ``forward`` only: Megatron may still be
-    gathering it before.
+    where scaling the weight costs V*D. The weight is read inside ``forward`` only, because Megatron may still be
+    gathering it before that.
     """
 
     def __init__(self, *sizes: int, vocab_size: int, **options: object):
@@ -30,8 +30,8 @@ class NormHead(ColumnParallelLinear):
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, the weight does not change and its norm is computed once. Communicates over the
-        tensor-parallel group on entry.
+        """Compute the norm once for a block in which the weight does not change. Communicates over the tensor-parallel
+        group on entry.
         """
         self.held_inverse_D = norm_head_inverse(self.weight, self.num_real_rows, self.tp_group)
         try:
@@ -59,12 +59,11 @@ def norm_head_scale(hidden_T1D: Tensor, weight_VD: Tensor, num_rows: int, tp_gro
 
 
 def norm_head_inverse(weight_VD: Tensor, num_rows: int, tp_group) -> Tensor:
-    """``1 / norm`` [D] in fp32, where norm[d] is the L2 norm of the weight's column d over the whole vocabulary
-    (plus 1e-7).
+    """``1 / norm`` [D] in fp32; norm[d] is the L2 norm of the weight's column d over the whole vocabulary, plus 1e-7.
 
-    Communicates over the tensor-parallel group (one all-reduce of D sums): this rank holds ``weight_VD``,
-    of which the first ``num_rows`` rows are real; padded ones do not count. The norm is detached, as in the
-    published training code (BailingMoe; Ling report, NormHead).
+    Communicates over the tensor-parallel group (one all-reduce of D sums). ``weight_VD`` is this rank's shard; only its
+    first ``num_rows`` rows count, the others are padding. The norm is detached, as in the published training code
+    (BailingMoe; Ling report, NormHead).
     """
     with torch.no_grad():
         squares_D = weight_VD[:num_rows].float().square().sum(0)

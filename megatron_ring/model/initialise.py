@@ -1,10 +1,9 @@
-"""Initial weights that depend on the seed and the tensor's name only: one seed gives one model at every
+"""Initial weights that depend only on the seed and the tensor's name, so that a seed gives the same model at every
 layout.
 
-Megatron draws from one generator per rank in the order of construction, so the same seed gives other
-weights at another layout. Its own initialisation still runs, for it also marks parameters as
-tensor-parallel; here each tensor (and each expert) has a generator of its own, draws its whole, and keeps
-its shard.
+Megatron draws from one generator per rank in the order of construction, so its weights depend on the layout. Its
+initialisation still runs, because it also marks parameters as tensor-parallel. Here each tensor (and each expert) has
+its own generator; every rank draws the whole tensor and keeps its shard.
 """
 
 from __future__ import annotations

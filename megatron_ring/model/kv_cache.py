@@ -1,4 +1,4 @@
-"""Keys and values of tokens already read, and how one forward pass writes and reads them.
+"""The KV cache of generation, and how one forward pass writes and reads it.
 
 Legend: S slots (sequences that are decoded at the same time), L positions, T tokens of a pass, G key/value heads
 of this tensor rank, C channels per head.
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 LENGTH_MULTIPLE = 64
-"""Positions are added in these steps."""
+"""The number of positions is a multiple of this."""
 
 
 class KvCache:
-    """Keys and values [S + 1, L, G, C] of every layer of this rank; grows when more slots or positions are needed.
+    """Keys and values [S + 1, L, G, C] of every layer of this rank; it grows when more slots or positions are needed.
 
-    The last row takes what padding writes, and is never read by a real token.
+    Padding tokens write to the last row, which no other token reads.
 
     Example: ``KvCache({1: (2, 32), 2: (2, 32)}, torch.float32, torch.device("cpu"))`` for two layers with 2
     heads of 32 channels.
@@ -41,24 +41,24 @@ class KvCache:
         return self.num_slots
 
     def reserve(self, num_slots: int, length: int) -> None:
-        """Have room for ``num_slots`` slots of ``length`` positions; what is cached stays."""
+        """Make room for ``num_slots`` slots of ``length`` positions; cached values are kept."""
         if num_slots <= self.num_slots and length <= self.length:
             return
         if length > self.length:
-            # a third more than before, so that growing token by token copies each one a few times at most
+            # at least a third more than before, so that growing token by token copies each value only a few times
             length = max(length, self.length + self.length // 3)
             length = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         num_slots, length = max(num_slots, self.num_slots), max(length, self.length)
         for store in (self.keys, self.values):
             for layer, old in store.items():
-                # zeros, since attention multiplies what lies beyond a sequence's end with a weight of 0
+                # zeros, since attention multiplies values past a sequence's end by a weight of 0
                 new = old.new_zeros(num_slots + 1, length, *old.shape[2:])
                 new[: self.num_slots, : self.length] = old[: self.num_slots]
                 store[layer] = new
         self.num_slots, self.length = num_slots, length
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         for store in (self.keys, self.values):
             for layer, old in store.items():
                 store[layer] = old.new_empty(1, 0, *old.shape[2:])
@@ -74,10 +74,10 @@ class KvCache:
 
 @dataclass(kw_only=True)
 class CacheView:
-    """Where one pass writes, and whether it attends over the cache (``decoding``) or over its own segments.
+    """Where one pass writes in the cache, and whether it attends over the cache (``decoding``) or its own segments.
 
-    ``slots_T`` and ``positions_T`` (int64) place every token. ``rows_R``, where given, are the tokens whose logits
-    are wanted.
+    ``slots_T`` and ``positions_T`` (int64) are every token's slot and position. ``rows_R``, if given, are the indices of
+    the tokens whose logits are needed.
 
     Example, one step of three sequences that are 4, 9 and 7 tokens long: ``CacheView(cache=cache,
     slots_T=tensor([0, 1, 5]), positions_T=tensor([4, 9, 7]), decoding=True)``.
@@ -90,7 +90,7 @@ class CacheView:
     rows_R: Tensor | None = None
 
     def write(self, layer: int, k_TGC: Tensor, v_TGC: Tensor) -> None:
-        """Keep the pass's keys and values of ``layer``."""
+        """Store the keys and values of ``layer`` for the tokens of this pass."""
         flat_T = self.slots_T * self.cache.length + self.positions_T
         for store, x_TGC in ((self.cache.keys, k_TGC), (self.cache.values, v_TGC)):
             store[layer].flatten(0, 1).index_copy_(0, flat_T, x_TGC)

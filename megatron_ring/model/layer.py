@@ -19,11 +19,11 @@ from megatron_ring.model.packed import PackedInputs
 
 
 class RingTransformerLayer(TransformerLayer):
-    """Megatron's layer with a forward pass of its own.
+    """Megatron's layer with its own forward pass.
 
-    Upstream's forward hands the MLP no more than a padding mask (and multi-token-prediction layers not even
-    that); here both halves get the whole :class:`PackedInputs`. The MLP is built here because upstream
-    passes process groups only to its own MLP classes.
+    Upstream's forward passes the MLP only a padding mask (and nothing in multi-token-prediction layers); here both
+    halves get the whole :class:`PackedInputs`. The MLP is built here because upstream passes process groups only to its
+    own MLP classes.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class RingTransformerLayer(TransformerLayer):
     def _after_norm(
         self, norm: nn.Module, half: Callable[[Tensor], Tensor], hidden_T1D: Tensor, recompute: bool
     ) -> Tensor:
-        """``half(norm(hidden))``. With ``recompute`` the normed values are given up once ``half`` has read them,
-        and made again in place when the gradient of its output arrives.
+        """``half(norm(hidden))``. With ``recompute`` the normalised values are freed after ``half`` has read them, and
+        recomputed in place when the gradient of its output arrives.
         """
         if not (recompute and self.training):
             return half(norm(hidden_T1D))
-        # its default for fp8 means that there is some
+        # the default of this argument would enable fp8
         checkpoint = tensor_parallel.random.CheckpointWithoutOutput(fp8=None)
         output_T1D = half(checkpoint.checkpoint(norm, hidden_T1D))
         checkpoint.discard_output_and_register_recompute(output_T1D)

@@ -1,4 +1,4 @@
-"""Megatron's parallel linears without what only training or several ranks need."""
+"""Call Megatron's parallel linears without the overhead that only training or several ranks need."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
-    """``linear(x)``; one product where no gradient is wanted and no rank shares the work.
+    """``linear(x)``; a plain product if there is no gradient and no tensor parallelism.
 
-    Upstream's wrappers around it cost more than the product of one decoded token's row.
+    For the row of one decoded token, upstream's wrappers cost more than the product.
     """
     bare = type(linear) is ColumnParallelLinear or type(linear) is RowParallelLinear
     if bare and not torch.is_grad_enabled() and linear.config.tensor_model_parallel_size == 1:

@@ -1,14 +1,12 @@
-"""The mixture-of-experts layer: route, send rows to their experts, compute, bring them back.
+"""The mixture-of-experts layer: route, send rows to their experts, compute, return the results.
 
-Legend: T tokens of this rank, N rows (a row is one token for one expert), D model width, F expert width per
-rank, E experts, e experts of
-this rank, K experts per token.
+Legend: T tokens of this rank, N rows (a row is one token for one expert), D model width, F expert width per rank,
+E experts, e experts of this rank, K experts per token.
 
-With one rank in the expert group the rows are sorted, computed and summed where they are. With more, one
-all-to-all sends each row to its expert's rank and one brings the result back. Expert tensor parallelism
-needs no collective of its own: a row goes to each of the ``etp`` ranks that hold a slice of its expert,
-every one returns its partial sum, and the sum over a token's rows (``combine``) adds the slices as it adds
-the experts.
+With one rank in the expert group, rows are sorted, computed and summed locally. With more ranks, one all-to-all sends
+each row to its expert's rank and another returns the result. Expert tensor parallelism needs no extra collective: a row
+is sent to all ``etp`` ranks that have a slice of its expert, each returns a partial sum, and the sum over a token's rows
+(``combine``) adds the slices together with the experts.
 """
 
 from __future__ import annotations
@@ -37,8 +35,8 @@ from megatron_ring.runtime import device
 class RingExperts(MegatronModule):
     """This rank's experts: ``fc1_weight`` [e, 2, F, D] (gate, up) and ``fc2_weight`` [e, D, F].
 
-    Both carry ``allreduce = False`` at every expert-parallel size, so that Megatron keeps them in the expert
-    optimizer whatever the layout and checkpoints reshard across expert parallelism.
+    Both have ``allreduce = False`` at every expert-parallel size, so that Megatron keeps them in the expert optimizer at
+    every layout and checkpoints can be resharded across expert parallelism.
     """
 
     def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection):
@@ -55,8 +53,8 @@ class RingExperts(MegatronModule):
             set_tensor_model_parallel_attributes(weight, True, 2, 1)
 
     def forward(self, rows_ND: Tensor, offsets_e: Tensor, probs_N: Tensor) -> Tensor:
-        """Weighted expert outputs of rows sorted by local expert; a partial sum under expert tensor
-        parallelism. Where Megatron's DDP keeps ``main_grad``, the weight gradients are added into it as they are made.
+        """Weighted expert outputs of rows sorted by local expert; partial sums under expert tensor parallelism. If
+        Megatron's DDP provides ``main_grad``, the backward pass adds the weight gradients directly into it.
         """
         weights = self.fc1_weight, self.fc2_weight
         main = None
@@ -65,7 +63,7 @@ class RingExperts(MegatronModule):
         return expert_mlp(rows_ND, *weights, offsets_e, probs_N, main_grads=main)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None):
-        """Experts are cut along their own axis by ``ep`` and along F by ``etp``."""
+        """Experts are sharded along the expert axis by ``ep`` and along F by ``etp``."""
         groups = self.pg_collection
         ahead = len(sharded_offsets)
         ep_cut = (ahead, groups.ep.rank(), groups.ep.size())
@@ -109,13 +107,11 @@ class RingMoELayer(BaseMoELayer):
             )
         modules = config.recompute_modules or [] if config.recompute_granularity == "selective" else []
         self.recompute = "moe" in modules
-        # they are in the whole layer's checkpoint already
+        # with "moe" the whole layer is recomputed, shared experts included
         self.recompute_shared_experts = "shared_experts" in modules and not self.recompute
 
     def forward(self, hidden_T1D: Tensor, packed: PackedInputs) -> Tensor:
-        """Output [T, 1, D]: routed experts plus shared experts. Communicates over the expert and tensor
-        groups.
-        """
+        """Output [T, 1, D]: routed experts plus shared experts. Communicates over the expert and tensor groups."""
         if self.recompute and self.training:
             return tensor_parallel.checkpoint(lambda x: self._forward(x, packed), False, hidden_T1D)
         return self._forward(hidden_T1D, packed)
@@ -142,7 +138,7 @@ class RingMoELayer(BaseMoELayer):
         return combine(self.experts(rows_ND, index.offsets_E, probs_N), index)
 
     def _compute_there(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
-        """All-to-all over the expert (times expert tensor) group, there and back."""
+        """All-to-all over the expert (times expert tensor) group, forth and back."""
         e, W = self.experts.num_local, self.exchange_group.size()
         slots_TS = self._slot_experts(routing.experts_TK)
         index = route_index(slots_TS, W * e)
@@ -173,8 +169,8 @@ class RingMoELayer(BaseMoELayer):
     def _slot_experts(self, experts_TK: Tensor) -> Tensor:
         """Destination of every row as ``rank * e + local expert``; one per expert tensor rank, [T, K * etp].
 
-        Ranks of the exchange group are numbered ``ep_rank * etp + etp_rank``. The dropped marker E stays
-        last.
+        Ranks of the exchange group are numbered ``ep_rank * etp + etp_rank``. Dropped rows (expert id E) get the id after
+        the last destination.
         """
         e, etp = self.experts.num_local, self.etp_size
         ranks_TK1 = (experts_TK // e).unsqueeze(-1) * etp

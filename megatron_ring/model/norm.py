@@ -1,4 +1,4 @@
-"""RMSNorm that knows sequence parallelism."""
+"""RMSNorm with support for sequence parallelism."""
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -10,8 +10,8 @@ from megatron_ring.kernels import rms_norm
 class RingRMSNorm(nn.Module):
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, computed in fp32.
 
-    Under sequence parallelism every tensor rank sees other tokens; ``weight.sequence_parallel`` makes
-    Megatron sum the weight's gradient over the tensor-parallel group (the stock wrapper refuses instead).
+    Under sequence parallelism every tensor rank has different tokens; with ``weight.sequence_parallel`` Megatron sums the
+    weight's gradient over the tensor-parallel group (upstream's wrapper refuses sequence parallelism).
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_ignored: object):

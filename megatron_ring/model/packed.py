@@ -1,4 +1,4 @@
-"""What travels through the layers beside the hidden states: the packed batch in Megatron's ``thd`` words."""
+"""Inputs of the layers besides the hidden states: the packed batch in Megatron's ``thd`` format."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_ring.model.kv_cache import CacheView
 
 @dataclass(frozen=True, kw_only=True)
 class RouterStepInfo:
-    """How the router takes part in this step; ``None`` in its place means scoring: no losses, no counting.
+    """The router's part in a training step; ``None`` instead of it means scoring, without losses and statistics.
 
-    ``loss_scale`` is dp_size / (valid tokens of the whole step): a microbatch's balance loss counts in
-    proportion to its valid tokens, and DDP's averaging over data-parallel ranks is undone. ``warmup`` is a
-    in the stochastic routing warm-up ``a*s + (1-a)*(mu + sigma*noise)`` (1.0 = no noise).
+    ``loss_scale`` is dp_size / (valid tokens of the whole step): a microbatch's balance loss is weighted by its valid
+    tokens, and dp_size cancels DDP's averaging over data-parallel ranks. ``warmup`` is ``a`` in the stochastic routing
+    warm-up ``a*s + (1-a)*(mu + sigma*noise)`` (1.0 = no noise).
 
     Example: 2 microbatches on each of 4 ranks, 100 valid tokens each: ``RouterStepInfo(loss_scale=4 / 800)``.
     """
@@ -29,11 +29,11 @@ class RouterStepInfo:
 
 @dataclass
 class PackedInputs(PackedSeqParams):
-    """Segments for attention, validity for the router, and, where asked, routes to replay or a cache to fill.
+    """Segments for attention, valid tokens for the router, and optionally routes to replay or a KV cache.
 
-    ``routes_LTK`` (integer expert ids per layer with experts, token and rank) replays a recorded routing;
-    rows of -1 are unknown and routed anew. ``recorded``, where given, is filled by the routers: experts [T, K]
-    of this rank's tokens by layer with experts, counted from 0. ``cache`` makes the pass one of generation.
+    ``routes_LTK`` (integer expert ids for each layer with experts, token and choice) is a recorded routing to replay;
+    rows of -1 are unknown, and the router routes them. ``recorded``, if given, is filled by the routers: index of the
+    layer with experts, from 0 -> experts [T, K] of this rank's tokens. With ``cache`` the pass is part of generation.
     """
 
     segment_lengths: tuple[int, ...] = ()
@@ -52,7 +52,7 @@ def pack_inputs(
     routes_LTK: Tensor | None = None,
     recorded: dict[int, Tensor] | None = None,
 ) -> PackedInputs:
-    """The microbatch as the layers read it."""
+    """The layers' inputs for a microbatch."""
     longest = max(microbatch.segment_lengths)
     return PackedInputs(
         qkv_format="thd",

@@ -1,4 +1,4 @@
-"""The router: which experts each token visits, and how much each counts.
+"""The router: the experts of each token, and their weights.
 
 Legend: T tokens of this rank, E experts, K experts per token, D model width.
 
@@ -9,9 +9,9 @@ Megatron's scale: 1 when balanced)::
 
 and z-loss ``Z = mean(logsumexp(logits)^2)``. Over a step the losses are ``a_balance * sum_m (n_m / N) B_m``
 and ``a_z * sum_m (n_m / N) Z_m`` with n_m the microbatch's valid tokens and N their sum over microbatches
-and data-parallel ranks. Both gradients are known in closed form where the forward pass ends, so they enter
-the backward pass as constants and their coefficients mean the same at every layout; padding is in none of
-the sums.
+and data-parallel ranks. Both gradients are known in closed form at the end of the forward pass. They enter the
+backward pass as constants, so that the coefficients have the same meaning at every layout. Padding is in none of the
+sums.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from megatron_ring.kernels import Routing, route
 from megatron_ring.model.packed import PackedInputs
 
 NO_ROUTE = -1
-"""Expert id, in routes to replay, of a token whose routing is unknown: it is routed anew."""
+"""Expert id in ``routes_LTK`` for a token without a recorded route; the router routes it."""
 
 _MOMENTUM = 0.9
 """Decay per step of the running mean and variance of the logits (stochastic warm-up)."""
 
 
 class _AttachGradients(torch.autograd.Function):
-    """Identity on ``probs``; in the backward pass sends constant gradients into the routing statistics."""
+    """Identity on ``probs``; its backward pass adds constant gradients for the routing statistics."""
 
     @staticmethod
     def forward(ctx, probs_TK, prob_sum_E, z_sum, d_prob_sum_E, d_z_sum):
@@ -48,12 +48,12 @@ class _AttachGradients(torch.autograd.Function):
 
 
 class RingRouter(nn.Module):
-    """Scores, top-k choice, balance and z-loss, expert bias, stochastic warm-up and replay for one layer.
+    """Scores, top-k selection, balance and z-loss, expert bias, stochastic warm-up and replay for one layer.
 
-    Buffers: ``expert_bias`` [E] is part of the checkpoint where the model has one. The step statistics
-    (``load_E``, ``balance_sum``, ``z_sum``, logit moments, and under replay ``flips``: choices that differ
-    from the router's own, choices compared, tokens without recorded routes) are sums over the step's
-    microbatches on this rank; the engine reduces and clears them.
+    Buffers: ``expert_bias`` [E], if the model has one, is part of the checkpoint. The step statistics are sums over the
+    step's microbatches on this rank, which the engine reduces and clears: ``load_E``, ``balance_sum``, ``z_sum``, logit
+    moments, and with replay ``flips`` (choices that differ from the router's own, choices compared, tokens without
+    recorded routes).
     """
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, pg_collection: ProcessGroupCollection):
@@ -115,7 +115,7 @@ class RingRouter(nn.Module):
         )
 
     def _replay(self, logits_TE: Tensor, valid_T: Tensor, replay_TK: Tensor, learning: bool) -> Routing:
-        """Route by the recorded choices, by our own where there are none, and count how far they differ."""
+        """Route by the recorded choices, or by our own where there are none, and count the differences."""
         own_TK = self._route(logits_TE.detach(), valid_T).experts_TK
         replay_TK = replay_TK.long()
         known_T = (replay_TK != NO_ROUTE).all(-1)
@@ -157,10 +157,10 @@ class RingRouter(nn.Module):
         return routing._replace(probs_TK=probs_TK)
 
     def _warm_up(self, logits_TE: Tensor, valid_T: Tensor, share: float, learning: bool) -> Tensor:
-        """``a*s + (1-a)*(mu + sigma*noise)`` with last step's running statistics (Ling report)."""
+        """``a*s + (1-a)*(mu + sigma*noise)`` with the running statistics of earlier steps (Ling report)."""
         if learning:
             with torch.no_grad():
-                # all rows, padding as 0: how many are valid is known on the device, and nothing waits for it
+                # all rows, with padding as 0: selecting valid rows would make the host wait for their number
                 kept_TE = torch.where(valid_T[:, None], logits_TE, 0).double()
                 count = valid_T.sum().double() * logits_TE.shape[1]
                 self.logit_moments += torch.stack((count, kept_TE.sum(), kept_TE.square().sum()))
@@ -182,7 +182,7 @@ class RingRouter(nn.Module):
             count = moments[0].clamp(min=1)
             mean = moments[1] / count
             std = (moments[2] / count - mean**2).clamp(min=0).sqrt()
-            # where no logits were counted the statistics stay, which the host need not know
+            # without counted logits the statistics stay; decided on the device, so that the host does not wait
             weight = (1 - _MOMENTUM) * (moments[0] > 0).float()
             self.logit_mean.lerp_(mean.float(), weight)
             self.logit_std.lerp_(std.float(), weight)

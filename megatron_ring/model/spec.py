@@ -1,4 +1,4 @@
-"""Which class stands at each place of the model: Megatron's spec, filled from a backend provider."""
+"""Megatron's layer spec, which names the class of each module, filled from a backend provider."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_ring.model.norm import RingRMSNorm
 
 
 class RingBackend(LocalSpecProvider):
-    """Megatron's own parallel linears, our norm and our packed attention."""
+    """Megatron's parallel linears, our norm and our packed attention."""
 
     def layer_norm(self, rms_norm: bool = True, for_qk: bool = False) -> type:
         return RingRMSNorm
@@ -36,10 +36,10 @@ class RingBackend(LocalSpecProvider):
 
 
 def require_backend(model: ModelConfig) -> None:
-    """See that what ``transformer_impl`` names can be imported, before anything is started for it.
+    """Check, before anything is started, that the library of ``transformer_impl`` can be imported.
 
     Raises:
-        ConfigError: Transformer Engine is asked for and not installed.
+        ConfigError: Transformer Engine is configured and not installed.
     """
     if model.transformer_impl == "local":
         return
@@ -99,7 +99,7 @@ def layer_spec(model: ModelConfig, is_moe: bool) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            # experts take their input from the router too, so their norm cannot hide inside a linear
+            # the router needs the normalised input too, so the norm before experts cannot be fused into a linear
             pre_mlp_layernorm=norm if is_moe or not fused else IdentityOp,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,

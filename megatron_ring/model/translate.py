@@ -1,4 +1,4 @@
-"""Our configuration in Megatron's words: the only place that makes a ``TransformerConfig``."""
+"""Translate our configuration to Megatron's: the only place that makes a ``TransformerConfig``."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def params_dtype(parallel: ParallelConfig) -> torch.dtype:
 def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Translate a validated configuration.
 
-    Router losses, expert bias and replay are our router's business (:mod:`megatron_ring.model.router`), so
-    Megatron's own balance loss, z-loss and bias update stay off; the loss is normalised by our objective, so
-    ``calculate_per_token_loss`` stays off too.
+    Our router implements router losses, expert bias and replay (:mod:`megatron_ring.model.router`), so Megatron's
+    balance loss, z-loss and bias update are off. Our objective has its own denominator, so
+    ``calculate_per_token_loss`` is off too.
     """
     dtype = params_dtype(parallel)
     vpp = parallel.num_virtual_stages_per_pipeline_rank
@@ -71,14 +71,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         recompute_num_layers=parallel.recompute_num_layers if full else None,
         recompute_modules=list(parallel.recompute_modules) if granularity == "selective" else None,
         batch_p2p_sync=False,
-        # with batched calls the two directions between the same two ranks (pp 2) are matched wrongly
+        # batched calls mismatch the two directions between the same two ranks (pp 2)
         batch_p2p_comm=vpp == 1,
         overlap_p2p_comm=vpp > 1,
-        # outputs that were sent on are kept: freeing them needs custom_backward, which skips autograd's
-        # checks
+        # outputs that were sent are kept: freeing them needs custom_backward, which skips autograd's checks
         deallocate_pipeline_outputs=False,
         calculate_per_token_loss=False,
-        # the session's choice; upstream looks the embedding up by indexing then
+        # set by the session; upstream then looks up the embedding by indexing
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         transformer_impl=model.transformer_impl,
     )
@@ -91,7 +90,7 @@ def _moe_fields(model: ModelConfig) -> dict[str, object]:
     return {
         "num_moe_experts": model.num_experts,
         "moe_router_topk": model.moe_router_topk,
-        # Megatron's name for a weight that is the score over all experts: of one expert it is (kernels.route)
+        # Megatron's name for weights that are softmax scores over all experts, as for top-1 (kernels.route)
         "moe_router_pre_softmax": model.moe_router_topk == 1,
         "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size or None,

@@ -1,4 +1,4 @@
-"""A value model: Ring's layers under a head that says one number per token instead of a vocabulary of them.
+"""A value model: Ring's layers with a head that outputs one number per token.
 
 Legend: T token slots, D model width.
 """
@@ -25,16 +25,16 @@ from megatron_ring.runtime.topology import Topology
 
 @dataclass(frozen=True, kw_only=True)
 class Values:
-    """What the last stage of a :class:`ValueModel` answers: fp32 [T], the same on every tensor rank.
+    """Output of the last stage of a :class:`ValueModel`: fp32 [T], the same on every tensor rank.
 
-    The value at position p is that of the text up to and with token p, before token p + 1 is sampled.
+    The value at position p is that of the text up to and including token p, before token p + 1 is sampled.
     """
 
     values_T: Tensor
 
 
 class ValueHead(MegatronModule):
-    """``hidden . weight``, whole on every tensor rank."""
+    """``hidden . weight``, not sharded: every tensor rank has the whole weight."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config=config)
@@ -45,7 +45,7 @@ class ValueHead(MegatronModule):
 
 
 class ValueModel(RingModel):
-    """Ring with a value head in the output layer's place."""
+    """Ring with a value head instead of the output layer."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class ValueModel(RingModel):
     ):
         super().__init__(model, parallel, config, topology, vp_stage)
         if self.post_process:
-            # upstream's sharded state dict asks for this name
+            # upstream's sharded state dict needs this name
             del self.output_layer
             self.output_layer = ValueHead(config)
 
@@ -66,7 +66,7 @@ class ValueModel(RingModel):
     ) -> Any:
         """Gathers the sequence over the tensor-parallel group where it is split."""
         if self.config.sequence_parallel:
-            # every tensor rank computes the same loss of all tokens: its gradient is split, not summed
+            # every tensor rank computes the same loss over all tokens, so its gradient is split, not summed
             hidden_T1D = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_T1D, tensor_parallel_output_grad=False, group=self.tp_group
             )

@@ -1,15 +1,14 @@
-"""What a step optimises: an objective turns the last stage's logits into one sum.
+"""Objectives: the loss sum of a microbatch from the last pipeline stage's logits.
 
-The engine divides that sum by the objective's normaliser, which is a property of the whole step (every
-microbatch of every data-parallel rank), never of one microbatch: so a token weighs the same wherever it is
-packed.
+The engine divides the sum by the objective's denominator. The denominator is a property of the whole step (every
+microbatch of every data-parallel rank), never of one microbatch, so that a token's weight does not depend on packing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,8 +22,8 @@ from megatron_ring.model.build import Logits
 class LossTerms:
     """One microbatch's share of the objective.
 
-    ``loss_sum`` is differentiable; ``sums`` are detached scalars that the engine adds up over the step,
-    each over its own weight; of ``peaks`` it takes the largest. Example:
+    ``loss_sum`` is differentiable. ``sums`` and ``peaks`` are detached scalars: over the step, the engine adds up the
+    sums and takes the maximum of the peaks. Example:
     ``LossTerms(loss_sum=tensor(812.4), sums={"lm_loss": tensor(806.1)})``.
     """
 
@@ -34,20 +33,25 @@ class LossTerms:
 
 
 class Objective(Protocol):
-    """A pure function of logits and microbatch, and what its sum is divided by."""
+    """A pure function of logits and microbatch, and its denominator."""
 
     sum_names: tuple[str, ...]
     peak_names: tuple[str, ...]
 
     def local_denominator(self, microbatches: Sequence[Microbatch]) -> float:
-        """This rank's part of the normaliser; the engine sums it over data-parallel ranks."""
+        """This rank's part of the denominator; the engine sums it over data-parallel ranks."""
         ...
 
     def __call__(self, logits: Logits, microbatch: Microbatch) -> LossTerms: ...
 
 
-def logprob(logits_TV: Tensor, targets_T: Tensor, logits: Logits, **options: object) -> tuple[Tensor, Tensor]:
-    """log p of the targets (0 where ignored) and entropy. Communicates over the tensor-parallel group."""
+def logprob(
+    logits_TV: Tensor, targets_T: Tensor, logits: Logits, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """log p of the targets (0 if ignored), and entropy unless ``with_entropy=False``.
+
+    ``options`` are those of :func:`~megatron_ring.kernels.token_logprob`. Communicates over the tensor-parallel group.
+    """
     group = logits.tp_group if logits.tp_group.size() > 1 else None
     return token_logprob(
         logits_TV,
@@ -61,7 +65,7 @@ def logprob(logits_TV: Tensor, targets_T: Tensor, logits: Logits, **options: obj
 
 @dataclass(frozen=True, kw_only=True)
 class NextTokenObjective:
-    """Cross entropy of the next token, plus multi-token prediction where the model has it.
+    """Cross entropy of the next token, plus multi-token prediction if the model has it.
 
     ``sum_t mask_t * -log p(y_t)  +  (mtp_loss_scaling_factor / depths) * sum_d sum_t mask_(t+d) * -log
     p_d(y_(t+d))``, divided by the step's loss tokens.

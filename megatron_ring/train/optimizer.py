@@ -1,11 +1,13 @@
-"""Megatron's AdamW, distributed or plain, around our settings."""
+"""Build Megatron's data-parallel wrapper and AdamW, distributed or plain, from our settings."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.config.train import TrainConfig
@@ -67,13 +69,13 @@ def build_optimizer(
         overlap_param_gather=parallel.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(
-        config, chunks, use_gloo_process_groups=False, pg_collection=topology.groups
+        config, [*chunks], use_gloo_process_groups=False, pg_collection=topology.groups
     )
     for group in optimizer.param_groups:
-        # upstream leaves applying its own multiplier to its scheduler, which has no place here
+        # upstream applies this multiplier in its scheduler, which is not used here
         group["weight_decay"] = train.weight_decay * group["wd_mult"]
         if "foreach" in group:
-            # torch's AdamW loops over parameters on the host otherwise
+            # otherwise torch's AdamW loops over parameters on the host
             group["fused"], group["foreach"] = True, False
     return optimizer
 
@@ -85,14 +87,14 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
 
 @torch.no_grad()
 def clip_and_step(optimizer: MegatronOptimizer, grad_norm: float) -> None:
-    """Clip by the global norm already known and update; gathers the new parameters.
+    """Clip by the given global norm and update; gathers the new parameters.
 
-    Upstream's own clipping goes parameter by parameter where there is no Transformer Engine or apex.
+    Upstream's clipping loops over parameters if Transformer Engine and apex are not installed.
     """
-    for part in optimizer.chained_optimizers:
+    for part in cast(ChainedOptimizer, optimizer).chained_optimizers:
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         limit = part.config.clip_grad
         if gradients and 0 < limit < grad_norm + CLIP_EPSILON:
-            torch._foreach_mul_(gradients, limit / (grad_norm + CLIP_EPSILON))
+            torch._foreach_mul_(gradients, limit / (grad_norm + CLIP_EPSILON))  # pyright: ignore[reportPrivateImportUsage]
     optimizer.step_with_ready_grads()

@@ -1,4 +1,4 @@
-"""Routing replay seen from the engine: routes that travel with microbatches, and how far they are from own.
+"""Routing replay for the engine: recorded routes of microbatches, and the rate at which routers would choose others.
 
 Legend: L layers with experts, T token slots, t those of this tensor rank, K experts per token.
 """
@@ -20,10 +20,10 @@ from megatron_ring.runtime.topology import Topology
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayReport:
-    """How replayed routes differed from what the routers would have chosen, over valid tokens.
+    """How replayed routes differ from the routers' own choices, over valid tokens.
 
-    Per layer with experts: choices replayed and compared (``compared``), those of them that are not among the
-    router's own (``flipped``), and tokens without recorded routes, which were routed anew (``missing``).
+    Per layer with experts: replayed choices (``compared``), those of them that the router itself would not choose
+    (``flipped``), and tokens without recorded routes, which the router routed (``missing``).
 
     Example: ``ReplayReport(flipped=(12.0, 24.0), compared=(1200.0, 1200.0), missing=(0.0, 0.0), topk=2)``.
     """
@@ -40,11 +40,11 @@ class ReplayReport:
 
     @property
     def missing_share(self) -> float:
-        """Share of (token, layer) that were routed anew."""
+        """Share of (token, layer) pairs without recorded routes."""
         return sum(self.missing) / max(sum(self.compared) / self.topk + sum(self.missing), 1.0)
 
     def __add__(self, other: ReplayReport) -> ReplayReport:
-        """Both together."""
+        """The report over the tokens of both."""
 
         def added(one: tuple[float, ...], two: tuple[float, ...]) -> tuple[float, ...]:
             return tuple(a + b for a, b in zip(one, two, strict=True))
@@ -58,15 +58,15 @@ class ReplayReport:
 
 
 def routes_of(microbatch: Microbatch) -> Tensor | None:
-    """The routes that a microbatch carries for replay; plain ones carry none."""
+    """The recorded routes of a microbatch, or None."""
     return getattr(microbatch, "routes_LTK", None)
 
 
 def replay_report(routers: Sequence[RingRouter], model: ModelConfig, device: torch.device) -> ReplayReport:
-    """Collective over the world, whose collectives take tensors on ``device``."""
+    """Sum of the routers' counts. Collective over the world; ``device`` is where its collectives need tensors."""
     counts_L3 = torch.zeros(model.num_moe_layers, 3, dtype=torch.float64, device=device)
     for router in routers:
-        # multi-token-prediction layers never replay: theirs are 0
+        # multi-token-prediction layers never replay: their counts are 0
         counts_L3[router.row] += router.flips
     torch.distributed.all_reduce(counts_L3)
     flipped, compared, missing = (tuple(row) for row in counts_L3.T.tolist())
@@ -76,19 +76,19 @@ def replay_report(routers: Sequence[RingRouter], model: ModelConfig, device: tor
 def whole_routes(
     recorded: dict[int, Tensor], num_slots: int, config: RunConfig, topology: Topology
 ) -> Tensor:
-    """int16 [L, T, K] on the host from what this rank's routers recorded of one microbatch.
+    """Routes that this rank's routers recorded for one microbatch: int16 [L, T, K] on the host.
 
-    Communicates over the tensor-parallel group where tokens are split over it.
+    Communicates over the tensor-parallel group if tokens are split over it.
     """
     shape = (config.model.num_moe_layers, num_slots, config.model.moe_router_topk)
     routes_LTK = torch.full(shape, NO_ROUTE, dtype=torch.int16)
     if not recorded:
-        # a stage of dense layers alone
+        # a pipeline stage with dense layers only
         return routes_LTK
     rows = sorted(recorded)
     whole_lTK = torch.stack([recorded[row] for row in rows]).to(torch.int16)
     if config.parallel.sequence_parallel and topology.tp_size > 1:
-        # gloo knows no 16-bit integers
+        # gloo does not support 16-bit integers
         own_bytes = whole_lTK.view(torch.uint8)
         parts = [torch.empty_like(own_bytes) for _ in range(topology.tp_size)]
         torch.distributed.all_gather(parts, own_bytes, group=topology.groups.tp)

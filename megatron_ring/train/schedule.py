@@ -1,5 +1,6 @@
-"""Learning rate, global batch size and spike rule as pure functions of the step: nothing to save but the
-step itself.
+"""Schedules: learning rate and global batch size are pure functions of the step or of the samples consumed.
+
+:class:`SpikeRule` is the exception: it has state, which checkpoints contain.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from megatron_ring.config.train import TrainConfig
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of step ``step`` (from 0), in Megatron's terms.
+    """Learning rate of step ``step`` (from 0), as in Megatron.
 
-    Linear warm-up to ``lr`` over ``lr_warmup_iters``, then by ``lr_decay_style`` until ``lr_decay_iters``,
-    ``min_lr`` after.
+    Linear warm-up to ``lr`` over ``lr_warmup_iters`` steps, then ``lr_decay_style`` until ``lr_decay_iters``, then
+    ``min_lr``.
     """
     warmup, end = config.lr_warmup_iters, config.lr_decay_iters or config.train_iters
     if step < warmup:
@@ -34,7 +35,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def _warmup_stable_decay(step: int, end: int, config: TrainConfig) -> float:
-    """``lr`` until the last ``lr_wsd_decay_iters`` steps, then an anneal of the chosen form to ``min_lr``."""
+    """``lr`` until the last ``lr_wsd_decay_iters`` steps, then a decay of ``lr_wsd_decay_style`` to ``min_lr``."""
     anneal = config.lr_wsd_decay_iters or 0
     start = end - anneal
     if step < start or anneal == 0:
@@ -53,11 +54,10 @@ def _warmup_stable_decay(step: int, end: int, config: TrainConfig) -> float:
 
 
 def global_batch_size(consumed_samples: int, config: TrainConfig) -> int:
-    """Samples of the step that starts after ``consumed_samples``: batch-size warm-up as Megatron's
-    ``--rampup-batch-size``.
+    """Samples in the step that starts after ``consumed_samples``; warm-up as Megatron's ``--rampup-batch-size``.
 
-    ``(start, increment, samples)``: the batch grows from start to global_batch_size by increment, in equal
-    shares of ``samples``.
+    ``(start, increment, samples)``: the batch grows from ``start`` to ``global_batch_size`` in steps of ``increment``,
+    which are spaced equally over the first ``samples`` samples.
     """
     if config.rampup_batch_size is None:
         return config.global_batch_size
@@ -70,12 +70,10 @@ def global_batch_size(consumed_samples: int, config: TrainConfig) -> int:
 
 @dataclass
 class SpikeRule:
-    """Loss spikes (Ling report): skip the update, bring the data back later, and lower the rate if it
-    spikes again.
+    """Loss spikes (Ling report): skip the update and retry the data later; if it spikes again, lower the learning rate.
 
-    A step spikes when its loss exceeds ``factor`` times the mean of the last ``window`` accepted losses.
-    ``judge`` answers the multiplier for the learning rate: 1 normally, 0 to skip, ``retry_lr_factor`` when
-    retried data spikes once more.
+    A step spikes if its loss exceeds ``factor`` times the mean of the last ``window`` accepted losses. ``judge`` returns
+    the multiplier of the learning rate: 1 normally, 0 to skip the update, ``retry_lr_factor`` if retried data spikes.
 
     Example: factor 2, window 4, losses 3, 3, 3, 3, then 7: multipliers 1, 1, 1, 1, 0.
     """
@@ -101,5 +99,5 @@ class SpikeRule:
     def load_state_dict(self, state: dict[str, list[float]]) -> None:
         losses = state["losses"]
         if not isinstance(losses, list) or not all(type(loss) in (int, float) for loss in losses):
-            raise ValueError("says losses that are no list of numbers")
+            raise ValueError(f"has losses={str(losses)[:40]!r}, which is not a list of numbers")
         self.losses = deque(losses)

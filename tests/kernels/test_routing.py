@@ -283,11 +283,11 @@ def test_the_docstring_example_holds(backend):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"topk": 9}, "topk=9 must lie in 1..num_experts=8"),
+        ({"topk": 9}, "topk=9 must be in 1..num_experts=8"),
         ({"topk": 2, "score_function": "relu"}, "score_function='relu'"),
         ({"topk": 2, "num_groups": 3, "group_topk": 1}, "num_groups=3 must divide num_experts=8"),
         ({"topk": 2, "num_groups": 4, "group_topk": 5}, "group_topk=5"),
-        ({"topk": 3, "num_groups": 4, "group_topk": 1}, "hold fewer than topk=3"),
+        ({"topk": 3, "num_groups": 4, "group_topk": 1}, "have fewer than topk=3"),
         ({"topk": 2, "replay_TK": torch.zeros(4, 3, dtype=torch.long)}, "replay of shape (4, 3)"),
     ],
 )

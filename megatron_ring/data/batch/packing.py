@@ -91,7 +91,7 @@ def pack(num_tokens: Sequence[int], *, capacity: int, dp_size: int, multiple_of:
     ranks = _even_ranks(num_tokens, _level(num_tokens, bins, capacity, dp_size), dp_size)
     rounds = -(-max(len(ranks[0]), 1) // multiple_of) * multiple_of
     turns = _alternate(rounds)
-    placements = []
+    placements: list[tuple[tuple[int, ...], ...]] = []
     for rank in ranks:
         # sorted by cost, so that microbatch j has a similar cost on every rank
         rank = sorted(rank, key=lambda bin: -_attention(num_tokens, bin))

@@ -1,7 +1,7 @@
-"""One decoding step's attention in Triton; the launcher has its reference's name and signature.
+"""One decoding step's attention in Triton; the launcher has the name and signature of its reference.
 
 Legend: T tokens, G key/value heads, R query heads that share one, M = R + 2, C channels per head, S cache rows, L
-positions (BR, BL, BC: their blocks), H half of the rotated channels. A program holds one token's R queries and walks
+positions (BR, BL, BC: their blocks), H half of the rotated channels. A program holds one token's R queries and loops
 over the positions, so each key and value is read once.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_ring.kernels.qk_norm_rope.kernel import qk_norm_rope
 
-# fusing multiply and add is pinned because triton's default is about to change
+# fused multiply-add is set explicitly because Triton's default is about to change
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 

@@ -22,13 +22,13 @@ def decode_attention(
     scale: float,
     norms: HeadNorms | None = None,
 ) -> Tensor:
-    """Norm and rotate, keep key and value, and attend: context [T, G * R, C] in mixed's dtype.
+    """Normalise, rotate, write key and value to the cache, attend: context [T, G * R, C] in mixed's dtype.
 
-    ``mixed_TGMC`` holds the R queries, the key and the value of every group, as Megatron's ``linear_qkv`` lays
-    them out. Queries and keys are normed (where ``norms`` are given), and their first 2 H channels rotated by
+    ``mixed_TGMC`` contains the R queries, the key and the value of every group, in the layout of Megatron's
+    ``linear_qkv``. Queries and keys are normalised (if ``norms`` are given), and their first 2 H channels are rotated by
     cos and sin ``rotary_2TH`` (fp32), channel i with i + H. Key and value are **written into** the cache at row
-    ``rows[t]``, position ``positions[t]`` (int64); each query then attends over its row's positions up to its own:
-    ``softmax(scale * q k^T) v``, accumulated in fp32. What the cache holds further on is not read.
+    ``rows[t]``, position ``positions[t]`` (int64). Then each query attends over its row's positions up to its own:
+    ``softmax(scale * q k^T) v``, accumulated in fp32. Later positions of the cache are not read.
 
     Example, one head of one channel, no rotation, scale 1, at position 1 of a cache whose position 0 holds k = 0
     and v = 1: ``mixed = [[[[0.], [5.], [3.]]]]`` (q, k, v) gives ``[[[2.]]]`` and leaves k = 5, v = 3 at

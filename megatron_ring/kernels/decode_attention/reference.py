@@ -1,4 +1,4 @@
-"""One decoding step's attention said as maths, on any device.
+"""One decoding step's attention in plain PyTorch, on any device.
 
 Legend: T tokens, G key/value heads, R query heads that share one, M = R + 2, C channels per head, S cache rows, L
 positions, H half of the rotated channels.
@@ -22,7 +22,7 @@ def decode_attention(
     k_weight_C: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Scores of the longest sequence's positions for all tokens, masked beyond each one's own."""
+    """Scores are computed up to the longest sequence's position for all tokens, then masked after each token's own."""
     q_THC, keys_TGC, values_TGC = qk_norm_rope(mixed_TGMC, rotary_2TH, q_weight_C, k_weight_C, eps)
     keys_SLGC[rows_T, positions_T] = keys_TGC
     values_SLGC[rows_T, positions_T] = values_TGC

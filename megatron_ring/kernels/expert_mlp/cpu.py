@@ -1,5 +1,4 @@
-"""The experts' SwiGLU network without a GPU: the extension's one-expert-per-thread pass, or torch's grouped
-products.
+"""The experts' SwiGLU network on the CPU: the extension (one expert per thread), or torch's grouped products.
 
 Legend: N rows sorted by expert, D model width, F expert width, e local experts.
 """
@@ -24,7 +23,7 @@ def forward(
     probs_N: Tensor | None,
     keep_z: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``(y_ND, z_N2F)``; z only where kept."""
+    """``(y_ND, z_N2F)``; z is None unless ``keep_z``."""
     if _native(x_ND):
         return torch.ops.megatron_ring.expert_mlp_forward(
             x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, keep_z
@@ -45,7 +44,7 @@ def backward(
     needs: tuple[bool, bool, bool],
     main_grads: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``(dx, dw_up, dw_down, dprobs)``, None where not needed or added into its main_grad."""
+    """``(dx, dw_up, dw_down, dprobs)``; None for a gradient that is not needed or was added into its main_grad."""
     needs_x, needs_up, needs_down = needs
     up_main, down_main = main_grads
     if _native(x_ND):
@@ -61,7 +60,7 @@ def backward(
         dw_down = grouped_tn(dy_ND, h_NF, offsets_e, down_main) if needs_down else None
     return (
         dx_ND if needs_x else None,
-        dw_up.view(w_up_e2FD.shape) if needs_up and up_main is None else None,
+        dw_up.view(w_up_e2FD.shape) if needs_up and up_main is None and dw_up is not None else None,
         dw_down if needs_down and down_main is None else None,
-        None if probs_N is None else dprobs_N.to(probs_N.dtype),
+        None if probs_N is None or dprobs_N is None else dprobs_N.to(probs_N.dtype),
     )

@@ -1,13 +1,13 @@
-"""The experts' SwiGLU network in Triton: two kernels of its own around the grouped products.
+"""The experts' SwiGLU network in Triton: two fused kernels, and the grouped GEMM for the other products.
 
-Legend: N rows sorted by expert, D model width, F expert width, e local experts. Both kernels walk the tiles
-as the grouped GEMM does (see there) and finish the activation in the epilogue, while the products are still
+Legend: N rows sorted by expert, D model width, F expert width, e local experts. Both kernels loop over tiles
+like the grouped GEMM (see there) and compute the activation in the epilogue, while the products are still
 in registers:
 
 - ``expert_up_kernel``: gate and up in two accumulators; writes h = silu(gate) up p and, for training, z = [gate,
   up].
-- ``expert_down_backward_kernel``: dh = dy Wdown; from it and z writes dz, h again for the weight gradient, and per
-  column block a partial sum of dp = <dh, silu(gate) up>: no atomics, so the result does not depend on the
+- ``expert_down_backward_kernel``: dh = dy Wdown; from dh and z it writes dz, h (again, for the weight gradient), and per
+  column block a partial sum of dp = <dh, silu(gate) up>. It uses no atomics, so the result does not depend on the
   order of the programs.
 """
 
@@ -114,8 +114,8 @@ def _finish_down(gate_desc, up_desc, dgate_desc, dup_desc, h_desc, row, end, col
     """Activation gradient of some columns; returns their share of dp, one value per row."""
     gate = gate_desc.load([row, column]).to(tl.float32)
     up = up_desc.load([row, column]).to(tl.float32)
-    # a NaN stays a NaN; the use of dh keeps the activation in the product's register layout, without which
-    # the compiler computes it a second time in the layout that h is stored from
+    # a NaN stays a NaN; the use of dh keeps the activation in the product's register layout, otherwise the
+    # compiler computes it a second time in the layout from which h is stored
     gate = tl.where(dh == dh, gate, dh)
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
@@ -136,7 +136,7 @@ def up_swiglu(
     keep_z: bool,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``h_NF = silu(gate) up p`` and, where kept, ``z_N2F = [gate, up]``; contiguous inputs, N > 0."""
+    """``h_NF = silu(gate) up p`` and, with ``keep_z``, ``z_N2F = [gate, up]``; contiguous inputs, N > 0."""
     N, (e, _, F, D) = x_ND.shape[0], w_up_e2FD.shape
     h_NF = x_ND.new_empty(N, F)
     z_N2F = x_ND.new_empty(N, 2 * F) if keep_z else None
@@ -186,7 +186,7 @@ def forward(x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, keep_z):
 
 
 def backward(dy_ND, x_ND, w_up_e2FD, w_down_eDF, offsets_e, probs_N, z_N2F, needs, main_grads):
-    """``(dx, dw_up, dw_down, dprobs)``, None where not needed or added into a main_grad."""
+    """``(dx, dw_up, dw_down, dprobs)``; None for a gradient that is not needed or was added into a main_grad."""
     dz_N2F, h_NF, dprobs_N = down_backward(
         dy_ND.contiguous(), w_down_eDF.contiguous(), z_N2F, offsets_e, probs_N
     )

@@ -1,4 +1,4 @@
-"""The experts' SwiGLU network said as maths, differentiable by autograd, in any floating dtype."""
+"""The experts' SwiGLU network in plain PyTorch, differentiable by autograd, in any floating dtype."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def expert_mlp(
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """fp32 for 16-bit floats; fp32 and fp64 as they are."""
+    """16-bit floats as fp32; fp32 and fp64 unchanged."""
     return tensor.float() if tensor.element_size() == 2 else tensor
 
 

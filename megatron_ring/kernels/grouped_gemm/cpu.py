@@ -1,9 +1,7 @@
-"""Grouped GEMM without Triton: on the CPU, ``F.grouped_mm`` where it takes the operands, else the reference's
-loop.
+"""Grouped GEMM without Triton: ``F.grouped_mm`` if it supports the operands, else the reference's loop.
 
-``F.grouped_mm`` is a C++ loop over ``mm`` without Python's cost per expert. It refuses fp64 and any leading
-dimension that is not a multiple of 16 bytes, and leaves rows past the last offset unwritten; both are handled
-here.
+``F.grouped_mm`` is a C++ loop over ``mm``, without Python overhead per expert. It refuses fp64 and leading dimensions
+that are not a multiple of 16 bytes, and does not write rows past the last offset; both are handled here.
 """
 
 import torch
@@ -16,7 +14,7 @@ _GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _taken_by_grouped_mm(*tensors: Tensor) -> bool:
-    """True where torch's CPU kernel takes every operand: dtype, rows of 16 bytes, nothing empty, expanded."""
+    """True if torch's CPU kernel supports every operand: dtype, rows of 16 bytes, not empty, not expanded."""
     return all(
         t.device.type == "cpu"
         and t.dtype in _GROUPED_MM_DTYPES

@@ -1,15 +1,15 @@
 """Grouped GEMM in Triton: persistent programs over ragged tiles, forward, input gradient and weight gradient.
 
 Legend: N rows sorted by expert, D and F widths, e local experts. M/N/K in tile sizes (BM, BN, BK) are the
-product's own rows, columns and reduction. Offsets are inclusive cumulative row counts, int32.
+product's rows, columns and reduction. Offsets are inclusive cumulative row counts, int32.
 
-No host synchronisation: every program derives the tiles from the offsets. Within an expert, tiles go in
-groups of GROUP row blocks so that programs running together share weight columns in L2. Rows past the last
-offset are one more, virtual expert with nothing to reduce: its tiles store the zeros.
+No host synchronisation: every program derives the tiles from the offsets. Within an expert, tiles are ordered in
+groups of GROUP row blocks so that concurrent programs share weight columns in L2. Rows past the last offset form
+one more, virtual expert without a reduction: its tiles store zeros.
 
-A ragged descriptor ends where the access says, with the hardware's own bounds check, so that a tile hanging
-over the end of its expert reads zeros there and writes nothing: two leading dimensions shift the base by
-wrapping around 64-bit addresses, the device of triton.tools.ragged_tma.
+The end of a ragged descriptor is an argument of each access and uses the hardware's bounds check: the part of a tile
+past its expert's end reads zeros and writes nothing. Two leading dimensions shift the base address by wrapping around
+64 bits (the method of triton.tools.ragged_tma).
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# the interpreter multiplies bf16 wrongly: there, and only there, tiles are widened before a product
+# the interpreter multiplies bf16 wrongly; only there, tiles are converted to fp32 before a product
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -36,7 +36,7 @@ class Tiles:
     group: int = 8
 
     def options(self) -> dict:
-        """Launch options; fusing multiply and add is pinned because triton's default is about to change."""
+        """Launch options; fused multiply-add is set explicitly because Triton's default is about to change."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
@@ -175,7 +175,7 @@ def tiles_for(kind: str, dtype: torch.dtype, arch: int | None = None) -> Tiles:
     """Tile sizes of one kernel on the current device, or on ``arch`` (80, 90, 100). ``kind``: rows, weight,
     up or down.
 
-    Chosen by the compiled profile (no spills, loop bound by the tensor cores), not yet by timing on a GPU.
+    Chosen from the compiled code (no spills, loop limited by the tensor cores), not yet from timing on a GPU.
     """
     if INTERPRETED:
         return Tiles(16, 32, 16, group=2)
@@ -195,30 +195,30 @@ def num_programs(device: torch.device) -> int:
 
 
 def arithmetic(dtype: torch.dtype) -> dict:
-    """How products of ``dtype`` are taken: fp32 follows torch.set_float32_matmul_precision."""
+    """How products of ``dtype`` are computed: fp32 follows torch.set_float32_matmul_precision."""
     precision = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
     return {"UPCAST": INTERPRETED and dtype == torch.bfloat16, "PRECISION": precision}
 
 
 def ragged(x_NC: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    """Descriptor of the rows before an end that each access names: see load_rows and store_rows."""
+    """Descriptor of the rows before an end that is an argument of each access: see load_rows and store_rows."""
     # coordinates (2^30, end, 2^30 - end + row) add up to 2^30 (2^34 - pitch) + 2^30 pitch + row pitch
-    # elements, and 2^64 elements are no bytes modulo 2^64; the third one leaves its bound, 2^30, where row
-    # reaches end
+    # elements, and 2^64 elements are 0 bytes modulo 2^64; the third coordinate reaches its bound, 2^30, when
+    # row reaches end
     pitch = x_NC.stride(0)
     shape = [0x7FFF0000, 0x7FFF0000, 0x40000000, x_NC.shape[1]]
     return TensorDescriptor(x_NC, shape, [2**34 - pitch, pitch, pitch, 1], [1, 1, *block])
 
 
 def plain(tensor: Tensor, block: tuple[int, ...]) -> TensorDescriptor:
-    """Descriptor of a whole tensor; blocks hanging over its edge read zeros there."""
+    """Descriptor of a whole tensor; the part of a block outside of it reads zeros."""
     return TensorDescriptor.from_tensor(tensor, list(block))
 
 
 def taken(*tensors: Tensor) -> bool:
-    """True where the tensor copy engine can address every operand: 16-byte rows, nothing empty, not fp64.
+    """True if the tensor memory accelerator can address every operand: 16-byte rows, not empty, not fp64.
 
-    What it cannot - widths no real model has, and doubles - goes the reference's way, also on a GPU.
+    Other operands (fp64, and widths that no real model has) use the reference, also on a GPU.
     """
     return all(
         t.numel() > 0 and t.dtype != torch.float64 and t.shape[-1] * t.element_size() % 16 == 0

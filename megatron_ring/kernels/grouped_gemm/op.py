@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megatron_ring.kernels import dispatch
 from megatron_ring.kernels.grouped_gemm import cpu
@@ -18,23 +18,22 @@ def grouped_gemm(
 ) -> Tensor:
     """``y[n] = w[expert of n] @ x[n]``, accumulated in fp32 (fp64 for fp64 inputs).
 
-    ``offsets_e`` (int32) holds inclusive cumulative row counts: expert i owns rows ``[offsets[i-1],
-    offsets[i])``. Rows past ``offsets[-1]`` belong to no expert: their output is zero and they get and give
-    no gradient. An empty expert's weight gradient is zero. With ``main_grad_eFD`` (fp32, or the weight's
-    dtype) the weight gradient is added into that buffer in the backward pass and ``w_eFD.grad`` is left
-    alone.
+    ``offsets_e`` (int32) are inclusive cumulative row counts: expert i has rows ``[offsets[i-1], offsets[i])``.
+    Rows past ``offsets[-1]`` belong to no expert: their output and gradient are zero, and they do not contribute to
+    weight gradients. An empty expert's weight gradient is zero. With ``main_grad_eFD`` (fp32, or the weight's dtype)
+    the backward pass adds the weight gradient into that buffer and does not set ``w_eFD.grad``.
 
     Two experts, three rows, D = F = 1, weights 2 and 10; the third row is dropped::
 
         x = [[1.], [3.], [7.]], w = [[[2.]], [[10.]]], offsets = [1, 2]  ->  y = [[2.], [30.], [0.]]
 
-    Kept for the backward pass: the inputs x, w and offsets, nothing else.
+    Saved for backward: x, w and offsets only.
     """
     return _GroupedGemm.apply(x_ND, w_eFD, offsets_e, main_grad_eFD)
 
 
 def kernels_for(x_ND: Tensor, w_eFD: Tensor) -> Any:
-    """The module whose three products serve these operands: see ``dispatch`` and ``kernel.taken``."""
+    """The module with the three products for these operands: see ``dispatch`` and ``kernel.taken``."""
     if dispatch.backend(x_ND) == "triton":
         from megatron_ring.kernels.grouped_gemm import kernel
 
@@ -45,7 +44,7 @@ def kernels_for(x_ND: Tensor, w_eFD: Tensor) -> Any:
 
 class _GroupedGemm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x_ND, w_eFD, offsets_e, main_grad_eFD):
+    def forward(ctx, x_ND, w_eFD, offsets_e, main_grad_eFD):
         ctx.save_for_backward(x_ND, w_eFD, offsets_e)
         ctx.main_grad_eFD = main_grad_eFD
         return kernels_for(x_ND, w_eFD).grouped_nt(x_ND, w_eFD, offsets_e)

@@ -1,4 +1,4 @@
-"""Grouped GEMM said as maths: a loop over the experts, in any floating dtype, on any device.
+"""Grouped GEMM in plain PyTorch: a loop over the experts, in any floating dtype, on any device.
 
 Legend: N rows sorted by expert, D input width, F output width, e local experts. ``offsets_e`` holds inclusive
 cumulative row counts: expert i owns rows ``[offsets[i-1], offsets[i])``; rows past ``offsets[-1]`` belong to

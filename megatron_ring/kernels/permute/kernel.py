@@ -1,4 +1,4 @@
-"""Permute and combine in Triton; every launcher has its reference's name and signature.
+"""Permute and combine in Triton; every launcher has the name and signature of its reference.
 
 Legend: T tokens, D model width, K experts per token, N = T*K sorted rows. Row numbers are int64 throughout,
 so offsets do not wrap however many rows there are.
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# fusing multiply and add is pinned because triton's default is about to change
+# fused multiply-add is set explicitly because Triton's default is about to change
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -96,7 +96,7 @@ def combine_backward_kernel(
         tl.store(dy_ptr + at, dy.to(dy_ptr.dtype.element_ty), mask=inside)
     if WEIGHT_GRADIENT:
         tl.store(dweights_ptr + t * K + k, dweight.to(dweights_ptr.dtype.element_ty), mask=k < K)
-    # the rows of dropped slots lie past the last offset: the programs share them out and zero them
+    # the rows of dropped slots are past the last offset: the programs divide them and zero them
     used = tl.load(offsets_ptr + E - 1).to(tl.int64)
     zero = tl.zeros([BD], dy_ptr.dtype.element_ty)
     for n in range(used + t, num_rows, tl.num_programs(0)):

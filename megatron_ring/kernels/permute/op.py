@@ -1,11 +1,11 @@
-"""``permute`` and ``combine``: rows into expert order and back, each the other's transpose, without atomics.
+"""``permute`` and ``combine``: rows to expert order and back, without atomics. Each is the other's transpose.
 
 Legend: T tokens, D model width, K experts per token, N = T*K sorted rows.
 """
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megatron_ring.kernels import dispatch
 from megatron_ring.kernels.route_index import RouteIndex
@@ -18,7 +18,7 @@ def permute(x_TD: Tensor, index: RouteIndex) -> Tensor:
 
         x = [[1.], [2.]]  ->  [[1.], [1.], [2.], [0.]]
 
-    Backward sums each token's K row gradients in fp32. Kept for it: the index, nothing of x.
+    Backward sums each token's K row gradients in fp32. Saved for backward: the index, nothing of x.
     """
     if torch.is_grad_enabled():
         return _Permute.apply(x_TD, index.offsets_E, index.gather_N, index.position_TK)
@@ -28,11 +28,11 @@ def permute(x_TD: Tensor, index: RouteIndex) -> Tensor:
 def combine(y_ND: Tensor, index: RouteIndex, weights_TK: Tensor | None = None) -> Tensor:
     """``out[t] = sum over k of weights[t, k] * y[position[t, k]]``, in fp32, rounded once: [T, D].
 
-    Without weights each counts 1; dropped slots (position -1) add nothing. Example, index as in ``permute``::
+    Without weights each weight is 1; dropped slots (position -1) add nothing. Example, index as in ``permute``::
 
         y = [[1.], [10.], [100.], [7.]], weights = [[.5, 2.], [9., .1]]  ->  [[7.], [10.]]
 
-    Kept for backward: the index, the weights, and y only if the weights need a gradient.
+    Saved for backward: the index, the weights, and y only if the weights need a gradient.
     """
     if torch.is_grad_enabled():
         return _Combine.apply(y_ND, weights_TK, index.position_TK, index.offsets_E)
@@ -41,7 +41,7 @@ def combine(y_ND: Tensor, index: RouteIndex, weights_TK: Tensor | None = None) -
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x_TD, offsets_E, gather_N, position_TK):
+    def forward(ctx, x_TD, offsets_E, gather_N, position_TK):
         ctx.save_for_backward(position_TK)
         return dispatch.implementation(x_TD, "permute").permute_rows(x_TD, gather_N, offsets_E)
 
@@ -55,7 +55,7 @@ class _Permute(torch.autograd.Function):
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, y_ND, weights_TK, position_TK, offsets_E):
+    def forward(ctx, y_ND, weights_TK, position_TK, offsets_E):
         keep_y = weights_TK is not None and ctx.needs_input_grad[1]
         ctx.save_for_backward(position_TK, offsets_E, weights_TK, y_ND if keep_y else None)
         ctx.num_rows = y_ND.shape[0]

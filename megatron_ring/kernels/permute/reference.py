@@ -1,7 +1,7 @@
-"""Permute and combine said as maths, with their backwards, in any floating dtype, on any device.
+"""Permute and combine in plain PyTorch, with their backwards, in any floating dtype, on any device.
 
-Legend: T tokens, D model width, K experts per token, N = T*K sorted rows. ``position_TK`` holds each slot's
-sorted row, -1 where dropped. Sums run in fp32 (fp64 for fp64 rows) and are rounded once.
+Legend: T tokens, D model width, K experts per token, N = T*K sorted rows. ``position_TK`` is each slot's
+sorted row, -1 if dropped. Sums are in fp32 (fp64 for fp64 rows) and rounded once.
 """
 
 import torch
@@ -49,12 +49,12 @@ def combine_rows_backward(
     """
     dout = _wide(dout_TD)
     dy_ND = dout_TD.new_zeros(num_rows, dout_TD.shape[1])
-    dw_TK = None if y_ND is None else torch.zeros_like(weights_TK)
+    dw_TK = None if y_ND is None or weights_TK is None else torch.zeros_like(weights_TK)
     for k in range(position_TK.shape[1]):
         tokens = (position_TK[:, k] >= 0).nonzero().squeeze(1)
         rows = position_TK[tokens, k]
         kept_nD = dout.index_select(0, tokens)
-        if y_ND is not None:
+        if y_ND is not None and dw_TK is not None:
             dw_TK[tokens, k] = (kept_nD * y_ND.index_select(0, rows).to(dout.dtype)).sum(-1).to(dw_TK.dtype)
         if weights_TK is not None:
             kept_nD = kept_nD * weights_TK[tokens, k, None].to(dout.dtype)

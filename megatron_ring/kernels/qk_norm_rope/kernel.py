@@ -1,8 +1,8 @@
-"""Head norms and rotary positions in Triton; every launcher has its reference's name and signature.
+"""Head norms and rotary positions in Triton; every launcher has the name and signature of its reference.
 
 Legend: T tokens, G key/value heads, R query heads that share one, M = R + 2 (BM: padded), C channels per head (BC:
 padded), H half of the rotated channels. A program holds the heads of one group of one token: an item. Each channel
-is loaded beside the one it is rotated with, which the cache still has.
+is loaded together with its rotation partner, which is still in the cache.
 """
 
 import torch
@@ -10,21 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# fusing multiply and add is pinned because triton's default is about to change
+# fused multiply-add is set explicitly because Triton's default is about to change
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-# programs of the backward pass, each with its own partial sums of the weights' gradients: fixed, for determinism
+# programs of the backward pass, each with its own partial sums of the weights' gradients; fixed for determinism
 PARTS = 1024
 
 
 @triton.jit
 def _other(c, H):
-    """The channel that c is rotated with; itself where it is not rotated."""
+    """The channel that c is rotated with; c itself if it is not rotated."""
     return tl.where(c < H, c + H, tl.where(c < 2 * H, c - H, c))
 
 
 @triton.jit
 def _angles(rotary_ptr, t, c, tokens, H, ACC: tl.constexpr):
-    """cos and signed sin of every channel: what comes from the other channel is subtracted in the first half."""
+    """cos and signed sin of every channel: in the first half, the partner's term is subtracted."""
     turned = c < 2 * H
     at = t * H + tl.where(c < H, c, c - H)
     cos = tl.load(rotary_ptr + at, mask=turned, other=1.0).to(ACC)
@@ -73,7 +73,7 @@ def qk_norm_rope_kernel(
         r = 1.0 / tl.sqrt(tl.sum(x * x, 1) / C + eps)[:, None]
         x = x * r * _weights(q_weight_ptr, k_weight_ptr, c, is_query, C, ACC)
         other = other * r * _weights(q_weight_ptr, k_weight_ptr, partner, is_query, C, ACC)
-        # rounded as a norm of its own would
+        # rounded as a separate norm op would
         x = x.to(own.dtype).to(ACC)
         other = other.to(own.dtype).to(ACC)
     cos, sin = _angles(rotary_ptr, item // G, c, tokens, H, ACC)
@@ -129,7 +129,7 @@ def qk_norm_rope_backward_kernel(
         other = tl.load(dq_ptr + q_row + partner[None, :], mask=query & within, other=0.0).to(ACC)
         other += tl.load(dk_ptr + kv_row + partner[None, :], mask=key & within, other=0.0).to(ACC)
         cos, sin = _angles(rotary_ptr, item // G, c, tokens, H, ACC)
-        # turned back: the sines change sign
+        # inverse rotation: the sines change sign
         dx = (dy * cos[None, :] - other * sin[None, :]).to(narrow.dtype).to(ACC)
         at = (item * (R + 2) + m)[:, None] * C + c[None, :]
         if NORM:

@@ -1,4 +1,4 @@
-"""``qk_norm_rope``: queries, keys and values of the attention's fused projection, normed and rotated.
+"""``qk_norm_rope``: queries, keys and values from the attention's fused projection, normalised and rotated.
 
 Legend: T tokens, G key/value heads, R query heads that share one, M = R + 2, C channels per head, H half of the rotated
 channels.
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megatron_ring.kernels import dispatch
 
@@ -26,14 +26,14 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(queries [T, G * R, C], keys [T, G, C], values [T, G, C])`` in mixed's dtype, contiguous.
 
-    ``mixed_TGMC`` holds the R queries, the key and the value of every group, as Megatron's ``linear_qkv`` lays
-    them out. Queries and keys are normed (where ``norms`` are given), rounded, and their first 2 H channels rotated
-    by cos and sin ``rotary_2TH`` (fp32), channel i with i + H. Everything runs in fp32 (fp64 for fp64).
+    ``mixed_TGMC`` contains the R queries, the key and the value of every group, in the layout of Megatron's
+    ``linear_qkv``. Queries and keys are normalised (if ``norms`` are given) and rounded; then their first 2 H channels
+    are rotated by cos and sin ``rotary_2TH`` (fp32), channel i with i + H. Arithmetic is in fp32 (fp64 for fp64).
 
     Example, one head of two channels, a quarter turn: ``mixed = [[[[1., 2.], [3., 4.], [5., 6.]]]]`` and
     ``rotary = [[[0.]], [[1.]]]`` give q ``[[[-2., 1.]]]``, k ``[[[-4., 3.]]]`` and v ``[[[5., 6.]]]``.
 
-    Kept for backward: mixed, the angles and the weights; the norms are computed again.
+    Saved for backward: mixed, the angles and the weights; the norms are recomputed.
     """
     q_weight_C, k_weight_C, eps = norms if norms is not None else (None, None, 0.0)
     if torch.is_grad_enabled():
@@ -44,7 +44,7 @@ def qk_norm_rope(
 
 class _QkNormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, mixed_TGMC, rotary_2TH, q_weight_C, k_weight_C, eps):
+    def forward(ctx, mixed_TGMC, rotary_2TH, q_weight_C, k_weight_C, eps):
         mixed_TGMC = mixed_TGMC.contiguous()
         ctx.save_for_backward(mixed_TGMC, rotary_2TH, q_weight_C, k_weight_C)
         ctx.eps = eps

@@ -1,4 +1,4 @@
-"""Head norms and rotary positions said as maths, with their backward, on any device.
+"""Head norms and rotary positions in plain PyTorch, with their backward, on any device.
 
 Legend: T tokens, G key/value heads, R query heads that share one, M = R + 2, C channels per head, H half of the rotated
 channels.
@@ -32,7 +32,7 @@ def qk_norm_rope_backward(
 ) -> tuple[Tensor, Tensor]:
     """``(dmixed_TGMC, dweights_2C)``, the weights' gradients in fp32 (fp64), zeros without norms.
 
-    A rotation is turned back by its negative angles.
+    The gradient of a rotation is the rotation by the negative angles.
     """
     q_TGRC, k_TG1C, _ = _parts(mixed_TGMC)
     back_2TH = torch.stack((rotary_2TH[0], -rotary_2TH[1]))
@@ -43,7 +43,7 @@ def qk_norm_rope_backward(
 
 
 def rotate(x_TGRC: Tensor, rotary_2TH: Tensor) -> Tensor:
-    """Turn the first 2 H channels of every head by its position's angles; the rest passes (partial rotary)."""
+    """Rotate the first 2 H channels of every head by its position's angles; the others are unchanged (partial rotary)."""
     cos, sin = rotary_2TH[:, :, None, None]
     half = rotary_2TH.shape[-1]
     wide = torch.promote_types(x_TGRC.dtype, torch.float32)

@@ -1,6 +1,6 @@
-"""RMSNorm in Triton; every launcher has its reference's name and signature.
+"""RMSNorm in Triton; every launcher has the name and signature of its reference.
 
-Legend: T rows, D width (BD: D padded to a power of two). A program holds whole rows, so each is read once.
+Legend: T rows, D width (BD: D padded to a power of two). A program holds whole rows, so that each is read once.
 """
 
 import torch
@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# fusing multiply and add is pinned because triton's default is about to change
+# fused multiply-add is set explicitly because Triton's default is about to change
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-# programs of the backward pass, each with its own partial sum of the weight's gradient: fixed, for determinism
+# programs of the backward pass, each with its own partial sum of the weight's gradient; fixed for determinism
 PARTS = 512
 
 

@@ -5,7 +5,7 @@ Legend: T rows, D width.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megatron_ring.kernels import dispatch
 
@@ -17,7 +17,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float = 1e-6) -> Tensor:
 
         x = [3., 4.], weight = [1., 2.], eps = 0  ->  [.8485, 2.2627]
 
-    Kept for backward: x, the weight, and one number per row.
+    Saved for backward: x, the weight, and one number per row.
     """
     if torch.is_grad_enabled():
         return _RmsNorm.apply(x, weight_D, eps)
@@ -27,7 +27,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float = 1e-6) -> Tensor:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x, weight_D, eps):
+    def forward(ctx, x, weight_D, eps):
         x_TD = x.reshape(-1, x.shape[-1]).contiguous()
         y_TD, r_T = dispatch.implementation(x, "rms_norm").rms_norm(x_TD, weight_D, eps)
         ctx.save_for_backward(x_TD, weight_D, r_T)

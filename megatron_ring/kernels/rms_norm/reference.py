@@ -1,6 +1,6 @@
-"""RMSNorm said as maths, with its backward, in any floating dtype, on any device.
+"""RMSNorm in plain PyTorch, with its backward, in any floating dtype, on any device.
 
-Legend: T rows, D width. Everything runs in fp32 (fp64 for fp64 rows) and is rounded once.
+Legend: T rows, D width. Arithmetic is in fp32 (fp64 for fp64 rows), and results are rounded once.
 """
 
 import torch

@@ -1,9 +1,9 @@
-"""The sorted order of the slots in Triton; the launcher has its reference's name and signature.
+"""The sorted order of the slots in Triton; the launcher has the name and signature of its reference.
 
 Legend: T tokens, E experts, K experts per token, N = T*K slots.
 
-No atomics and no host synchronisation, so the order is deterministic. One launch: the program of expert e reads
-all ids (they stay in L2), which tells it where its rows begin without hearing from the others.
+No atomics and no host synchronisation, so the order is deterministic. One launch: the program of each expert reads
+all ids (they stay in L2) and counts where its rows begin, without communication between programs.
 """
 
 import torch
@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# fusing multiply and add is pinned because triton's default is about to change
+# fused multiply-add is set explicitly because Triton's default is about to change
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-# slots that a program holds at once, of many and of few: two binaries, whatever a step of decoding has
+# slots that a program holds at once, for many and for few slots: two binaries serve every decoding step
 SLOTS, FEW_SLOTS = 4096, 512
 
 
@@ -21,7 +21,7 @@ SLOTS, FEW_SLOTS = 4096, 512
 def route_index_kernel(
     experts_ptr, offsets_ptr, gather_ptr, position_ptr, slots, E, K: tl.constexpr, BS: tl.constexpr
 ):
-    # program E takes the dropped slots: they lie behind all others
+    # program E places the dropped slots after all others
     mine = tl.program_id(0)
     lane = tl.arange(0, BS)
     begin = tl.zeros([], tl.int64)

@@ -12,7 +12,7 @@ from megatron_ring.kernels import dispatch
 
 
 class RouteIndex(NamedTuple):
-    """Where each (token, k) slot lies once the slots are sorted by expert, then token, then k.
+    """The position of each (token, k) slot after sorting the slots by expert, then token, then k.
 
     Example, experts_TK = [[1, 0], [2, 1]] of 2 experts (id 2: dropped)::
 
@@ -20,16 +20,16 @@ class RouteIndex(NamedTuple):
     """
 
     offsets_E: Tensor
-    """int32 inclusive cumulative counts: expert i owns sorted rows [offsets[i-1], offsets[i])"""
+    """int32 inclusive cumulative counts: expert i has sorted rows [offsets[i-1], offsets[i])"""
     gather_N: Tensor
-    """int64 token of each sorted row; entries past offsets[-1] (dropped slots) are 0 and mean nothing"""
+    """int64 token of each sorted row; entries past offsets[-1] (dropped slots) are 0 and have no meaning"""
     position_TK: Tensor
-    """int64 sorted row of each slot; -1 where dropped"""
+    """int64 sorted row of each slot; -1 if dropped"""
 
 
 @torch.no_grad()
 def route_index(experts_TK: Tensor, num_experts: int) -> RouteIndex:
-    """Sort the slots by expert, stably, without a host synchronisation; ids outside [0, E) are dropped."""
+    """Stable sort of the slots by expert, without host synchronisation; ids outside [0, E) are dropped."""
     return RouteIndex(
         *dispatch.implementation(experts_TK, "route_index").route_index(experts_TK, num_experts)
     )

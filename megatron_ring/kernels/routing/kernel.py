@@ -1,9 +1,9 @@
-"""Routing in Triton; every launcher has its reference's name and signature.
+"""Routing in Triton; every launcher has the name and signature of its reference.
 
 Legend: T tokens, E experts (EP: E padded to a power of two), K experts per token, G groups.
 
 No atomics and no host synchronisation, so every result is deterministic. ``route`` is one launch over the
-tokens and one small one that adds up the per-block statistics in a fixed order.
+tokens and a small one that sums the per-block statistics in a fixed order.
 """
 
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from megatron_ring.kernels.routing.reference import SUM_EPSILON
 
-# fusing multiply and add is pinned because triton's default is about to change
+# fused multiply-add is set explicitly because Triton's default is about to change
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
 def best_of(score, open_TE, lane, none):
-    """Per row: the largest open score and its lowest index (``none`` where nothing is open)."""
+    """Per row: the largest open score and its lowest index (``none`` if nothing is open)."""
     value = tl.max(tl.where(open_TE, score, -float("inf")), 1)
     index = tl.min(tl.where(open_TE & (score == value[:, None]), lane, none), 1)
     return value, index
@@ -29,7 +29,7 @@ def best_of(score, open_TE, lane, none):
 def open_groups(
     score, inside, lane, size, G: tl.constexpr, GP: tl.constexpr, TOP: tl.constexpr, none: tl.constexpr
 ):
-    """True at the experts of each row's best TOP groups; a group scores the sum of its best two."""
+    """True at the experts of each row's best TOP groups; a group's score is the sum of its best two."""
     group_lane = tl.arange(0, GP)[None, :]
     group_score = tl.full([score.shape[0], GP], -float("inf"), score.dtype)
     for g in tl.static_range(G):
@@ -74,7 +74,7 @@ def choose(
     REPLAYED: tl.constexpr,
     BT: tl.constexpr,
 ):
-    """Experts [BT, KP] best first (E: dropped), their entries of ``weighed``, and a 1 at every one taken."""
+    """Experts [BT, KP], best first (E: dropped); their entries of ``weighed``; and a 1 at every chosen expert."""
     experts = tl.full([BT, KP], E, tl.int64)
     chosen = tl.zeros([BT, KP], weighed.dtype)
     taken = tl.zeros([BT, EP], tl.int32)
@@ -96,7 +96,7 @@ def choose(
 
 @triton.jit
 def weights_of(chosen, kept, epsilon: tl.constexpr, K: tl.constexpr, SIGMOID: tl.constexpr):
-    """Weights [BT, KP] of what ``choose`` has chosen: of several divided by their sum, of one its score."""
+    """Weights [BT, KP] of the chosen experts: scores divided by their sum; for K = 1 the score itself."""
     if not SIGMOID and K > 1:
         high = tl.max(tl.where(kept, chosen, -float("inf")), 1)
         chosen = tl.exp(chosen - high[:, None])
@@ -172,7 +172,7 @@ def route_kernel(
         score = tl.where(lane < E, 1.0 / (1.0 + tl.exp(-x)), 0.0)
 
     selection = score
-    # softmax orders as its logits do, and they do not tie by underflow
+    # softmax keeps the order of its logits, and logits do not tie by underflow
     if not SIGMOID and not BIASED and G == 0:
         selection = x
     if BIASED:
@@ -181,7 +181,7 @@ def route_kernel(
     if G > 0 and not REPLAYED:
         open_TE = open_groups(selection, inside, lane, E // G, G, GP, TOP, EP)
 
-    # several of softmax are weighed by their logits: no 0/0 however small their scores
+    # weights of softmax with K > 1 use the logits: no 0/0 for tiny scores
     weighed = score
     if not SIGMOID and K > 1:
         weighed = x
@@ -283,12 +283,12 @@ def route_backward_kernel(
 
 
 def _tokens_per_block(padded_experts: int, scores: int = 2048) -> int:
-    """Keep a tile at about ``scores`` scores: 2048 are 16 values per thread."""
+    """So many that a tile has about ``scores`` scores: 2048 are 16 values per thread."""
     return max(1, min(32, scores // padded_experts))
 
 
 def _tokens_per_backward_block(padded_experts: int) -> int:
-    """Half as many: the backward pass holds two tiles more, and must not spill."""
+    """Half as many: the backward pass holds two more tiles and must not spill registers."""
     return _tokens_per_block(padded_experts, 1024)
 
 

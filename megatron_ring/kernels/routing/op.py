@@ -7,31 +7,31 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megatron_ring.errors import ConfigError
 from megatron_ring.kernels import dispatch
 
 
 class Routing(NamedTuple):
-    """What the router decided for T tokens.
+    """The router's result for T tokens.
 
     Example, two tokens and three experts, top-2, softmax; the second token is padding::
 
         logits = [[1., 0., 1.], [9., 9., 9.]], valid = [True, False]
         probs = [[.5, .5], [0., 0.]], experts = [[0, 2], [3, 3]], counts = [1, 0, 1]
 
-    and top-1 of two experts, whose score is its weight: logits = [[1., 1.]], probs = [[.5]], experts = [[0]].
+    and top-1 of two experts, where the weight is the score: logits = [[1., 1.]], probs = [[.5]], experts = [[0]].
     """
 
     probs_TK: Tensor
-    """combine weights, fp32 (fp64 for fp64 logits); 0 where dropped"""
+    """combine weights, fp32 (fp64 for fp64 logits); 0 if dropped"""
     experts_TK: Tensor
-    """int64 expert ids, best first; E where dropped"""
+    """int64 expert ids, best first; E if dropped"""
     counts_E: Tensor
     """int64 assignments of valid tokens to each expert"""
     prob_sum_E: Tensor
-    """sum over valid tokens of their softmax probabilities, or of their sigmoid scores / their row's sum"""
+    """sum over valid tokens of the softmax probabilities, or of the sigmoid scores divided by their row's sum"""
     z_sum: Tensor
     """sum over valid tokens of logsumexp(logits)^2, a scalar"""
 
@@ -48,20 +48,20 @@ def route(
     valid_T: Tensor | None = None,
     replay_TK: Tensor | None = None,
 ) -> Routing:
-    """Choose K experts per token and weigh them; probs, prob_sum and z_sum pass gradients to the logits.
+    """Select K experts per token and their weights; probs, prob_sum and z_sum are differentiable in the logits.
 
-    softmax: scores are the softmax over all E, weights the chosen scores renormalised to ``scaling_factor``.
+    softmax: scores are the softmax over all E; weights are the chosen scores, renormalised to ``scaling_factor``.
     sigmoid: weights are the chosen *unbiased* scores / (their sum + 1e-20) * ``scaling_factor``.
     ``topk=1``: the weight is the (unbiased) score * ``scaling_factor``, as in the gates published with BailingMoe
-    and BailingMoeV2 (``BailingMoeGate``, ``BailingMoeV2Gate``); divided by its own sum it would be a constant.
-    ``expert_bias_E`` is added for selection only and gets no gradient. With ``num_groups`` only the best
-    ``group_topk`` groups of consecutive experts may be chosen from, a group scoring the sum of its best two.
-    Of equal scores the lowest expert index wins, at every step, on every backend.
+    and BailingMoeV2 (``BailingMoeGate``, ``BailingMoeV2Gate``); divided by its own sum it would be constant.
+    ``expert_bias_E`` is added for selection only and gets no gradient. With ``num_groups``, experts are selected from
+    the best ``group_topk`` groups of consecutive experts; a group's score is the sum of its best two.
+    Among equal scores the lowest expert index is selected, on every backend.
 
-    A token with ``valid_T`` False is dropped: its experts are all E, its probs 0, and it enters no statistic.
-    ``replay_TK`` fixes the experts (weights still come from the full scores); ids outside [0, E) are dropped.
+    A token with ``valid_T`` False is dropped: its experts are all E, its probs 0, and it is in no statistic.
+    ``replay_TK`` sets the experts (weights still come from the full scores); ids outside [0, E) are dropped.
 
-    Kept for backward: the logits, the chosen experts and ``valid_T``; scores are computed again.
+    Saved for backward: the logits, the chosen experts and ``valid_T``; scores are recomputed.
     """
     _check(logits_TE, topk, score_function, num_groups, group_topk, replay_TK)
     if logits_TE.element_size() == 2:
@@ -77,7 +77,7 @@ def route(
 
 class _Route(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, logits_TE, options):
+    def forward(ctx, logits_TE, options):
         _, ctx.sigmoid, _, _, _, ctx.scaling_factor, valid_T, _ = options
         kernels = dispatch.implementation(logits_TE, "routing")
         probs_TK, experts_TK, counts_E, prob_sum_E, z_sum = kernels.route(logits_TE, *options)
@@ -109,15 +109,15 @@ def _check(
     if score_function not in ("softmax", "sigmoid"):
         raise ConfigError(f"score_function={score_function!r} is not known; use 'softmax' or 'sigmoid'")
     if not 1 <= topk <= num_experts:
-        raise ConfigError(f"topk={topk} must lie in 1..num_experts={num_experts}")
+        raise ConfigError(f"topk={topk} must be in 1..num_experts={num_experts}")
     if num_groups:
         if num_experts % num_groups:
             raise ConfigError(f"num_groups={num_groups} must divide num_experts={num_experts}")
         if not 1 <= group_topk <= num_groups:
-            raise ConfigError(f"group_topk={group_topk} must lie in 1..num_groups={num_groups}")
+            raise ConfigError(f"group_topk={group_topk} must be in 1..num_groups={num_groups}")
         if group_topk * (num_experts // num_groups) < topk:
             raise ConfigError(
-                f"group_topk={group_topk} groups of {num_experts // num_groups} experts hold fewer than "
+                f"group_topk={group_topk} groups of {num_experts // num_groups} experts have fewer than "
                 f"topk={topk}; raise group_topk"
             )
     if replay_TK is not None and replay_TK.shape != (logits_TE.shape[0], topk):

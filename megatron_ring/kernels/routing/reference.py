@@ -1,4 +1,4 @@
-"""Routing said as maths: differentiable by autograd, any floating dtype, any device.
+"""Routing in plain PyTorch: differentiable by autograd, any floating dtype, any device.
 
 Legend: T tokens, E experts, K experts per token.
 """
@@ -11,9 +11,9 @@ SUM_EPSILON = 1e-20
 
 
 def group_mask(selection_TE: Tensor, num_groups: int, group_topk: int) -> Tensor:
-    """True at the experts of each token's best ``group_topk`` groups; a group scores the sum of its best two.
+    """True at the experts of each token's best ``group_topk`` groups; a group's score is the sum of its best two.
 
-    Experts ``[g * E/num_groups, (g+1) * E/num_groups)`` form group g. Ties: the lowest group wins.
+    Experts ``[g * E/num_groups, (g+1) * E/num_groups)`` form group g. Ties: the lowest group is selected.
     """
     tokens, experts = selection_TE.shape
     grouped = selection_TE.view(tokens, num_groups, experts // num_groups)
@@ -24,7 +24,7 @@ def group_mask(selection_TE: Tensor, num_groups: int, group_topk: int) -> Tensor
 
 
 def top_k(scores_TE: Tensor, k: int) -> Tensor:
-    """Indices of the k largest, best first, of equals the lowest (``torch.topk`` promises no order)."""
+    """Indices of the k largest, best first; ties: the lowest index (``torch.topk`` does not define their order)."""
     return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
@@ -37,10 +37,10 @@ def select(
     num_groups: int,
     group_topk: int,
 ) -> Tensor:
-    """The experts each token visits [T, K], best first.
+    """The selected experts of each token [T, K], best first.
 
-    Selection is by score (+ bias). Softmax without bias or groups selects by the logits themselves, which
-    order alike and cannot tie by underflow.
+    Selection is by score (+ bias). Softmax without bias or groups selects by the logits, which have the same order and
+    do not tie by underflow.
     """
     plain = not sigmoid and expert_bias_E is None and not num_groups
     selection_TE = logits_TE if plain else scores_TE
@@ -53,16 +53,16 @@ def select(
 
 
 def weigh(logits_TE: Tensor, scores_TE: Tensor, index_TK: Tensor, kept_TK: Tensor, sigmoid: bool) -> Tensor:
-    """Weights [T, K] of the experts ``index_TK``, 0 where not kept: their scores divided by their sum.
+    """Weights [T, K] of the experts ``index_TK``: their scores divided by their sum; 0 if not kept.
 
-    Of one expert alone (K = 1) that would be 1 whatever the logits are; it keeps its score.
+    For K = 1 that would always be 1, so the weight is the score itself.
     """
     chosen_TK = scores_TE.gather(1, index_TK).masked_fill(~kept_TK, 0)
     if index_TK.shape[1] == 1:
         return chosen_TK
     if sigmoid:
         return chosen_TK / (chosen_TK.sum(-1, keepdim=True) + SUM_EPSILON)
-    # renormalised softmax is the softmax of the chosen logits: no 0/0 however small the chosen scores
+    # renormalised softmax equals the softmax of the chosen logits, without 0/0 for tiny scores
     chosen_TK = logits_TE.gather(1, index_TK).masked_fill(~kept_TK, -torch.inf)
     nothing_T1 = ~kept_TK.any(-1, keepdim=True)
     return chosen_TK.masked_fill(nothing_T1, 0).softmax(-1).masked_fill(~kept_TK, 0)

@@ -1,6 +1,6 @@
-"""Sampling in Triton; the launcher has its reference's name and signature.
+"""Sampling in Triton; the launcher has the name and signature of its reference.
 
-Legend: T rows, V vocabulary (BV: its block). A program reads its row twice: for its mass, then for the token.
+Legend: T rows, V vocabulary (BV: its block). A program reads its row twice: for the total mass, then for the token.
 """
 
 import torch
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# fusing multiply and add is pinned because triton's default is about to change
+# fused multiply-add is set explicitly because Triton's default is about to change
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 

@@ -1,4 +1,4 @@
-"""``sample_token``: inverse-CDF sampling with the uniform numbers given, and log p of what was taken.
+"""``sample_token``: inverse-CDF sampling with given uniform numbers, and log p of the sampled token.
 
 Legend: T rows, V vocabulary.
 """
@@ -17,12 +17,12 @@ def sample_token(
 ) -> tuple[Tensor, Tensor]:
     """``(tokens_T int64, logp_T)``: a token of each row, and its log p under ``softmax(logits / temperature)``.
 
-    The token is the first, in vocabulary order, at which the cumulated mass of the allowed tokens exceeds
-    ``uniform`` (in [0, 1)) of their total. ``top_k`` > 0 allows the K most likely tokens, then ``top_p`` < 1 the
-    most likely of those that make up ``top_p`` of their mass; what ties with the last one is allowed too. log p
-    is that of the full softmax, whatever is allowed, in fp32 (fp64 for fp64 logits). Temperature 0 takes the most
-    likely token (the first of equals), with log p at temperature 1. A row with NaN or +inf gives some token of
-    the vocabulary and log p NaN.
+    The token is the first, in vocabulary order, at which the cumulative mass of the allowed tokens exceeds
+    ``uniform`` (in [0, 1)) of their total. ``top_k`` > 0 allows the K most likely tokens; ``top_p`` < 1 then allows the
+    most likely of these up to ``top_p`` of their mass. Ties with the last allowed token are allowed too. log p is that
+    of the full softmax, without ``top_k`` and ``top_p``, in fp32 (fp64 for fp64 logits). Temperature 0 takes the most
+    likely token (ties: the lowest index), with log p at temperature 1. A row with NaN or +inf gives any token of the
+    vocabulary and log p NaN.
 
     Example, p = [.5, .25, .25]::
 
@@ -50,7 +50,7 @@ def _greedy(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _threshold(logits_TV: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor | None:
-    """The smallest allowed logit of each row; None where all are."""
+    """The smallest allowed logit of each row; None if all are allowed."""
     V = logits_TV.shape[1]
     bounded = 0 < top_k < V
     if top_p >= 1:
@@ -59,6 +59,6 @@ def _threshold(logits_TV: Tensor, temperature: float, top_p: float, top_k: int) 
     best_TK = logits_TV.topk(kept, -1).values
     mass_TK = (best_TK.double() / temperature).softmax(-1)
     before_TK = cumulated(mass_TK) - mass_TK
-    # the best token is always allowed: no mass comes before it, but of a row that is not finite nothing compares
+    # the best token is always allowed; clamp is for rows that are not finite, where no comparison is true
     last_T = ((before_TK < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)
     return best_TK.gather(1, last_T).squeeze(1)

@@ -1,4 +1,4 @@
-"""Sampling said as maths, on any device.
+"""Sampling in plain PyTorch, on any device.
 
 Legend: T rows, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Log-probability and entropy in Triton; every launcher has its reference's name and signature.
+"""Log-probability and entropy in Triton; every launcher has the name and signature of its reference.
 
 Legend: T tokens, V vocabulary columns of this rank. Forward reads each logit once (one program per token),
 backward reads and writes each once.
@@ -11,7 +11,7 @@ from torch import Tensor
 
 # columns a program holds at once
 BLOCK = 4096
-# fusing multiply and add is pinned because triton's default is about to change
+# fused multiply-add is set explicitly because Triton's default is about to change
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 # a thread holds two sums for each of its columns: with 8 warps one of them is spilled on sm_100
 PARTIALS = OPTIONS | {"num_warps": 16}

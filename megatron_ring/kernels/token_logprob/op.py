@@ -1,4 +1,4 @@
-"""``token_logprob``: log p of the taken token and entropy, vocabulary-parallel, one pass and one collective.
+"""``token_logprob``: log p of the target token and entropy, vocabulary-parallel, one pass and one collective.
 
 Legend: T tokens, V vocabulary columns of this rank.
 """
@@ -6,7 +6,7 @@ Legend: T tokens, V vocabulary columns of this rank.
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from megatron_ring.errors import ConfigError
 from megatron_ring.kernels import dispatch
@@ -24,24 +24,23 @@ def token_logprob(
     with_entropy: bool = True,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Communicates: one all_gather of [T, 4] over ``group`` (if given); every rank of it must call.
+    """Communicates: one all_gather of [T, 4] over ``group`` (if given); all its ranks must call.
 
-    Returns ``(logp_T, entropy_T)`` in nats, fp32 (fp64 for fp64 logits), of ``softmax(logits /
-    temperature)``, both differentiable; entropy is None without ``with_entropy``. ``logits_TV`` are this
-    rank's columns, the first being vocabulary id ``vocab_start``; columns with id >= ``vocab_size`` are
-    padding and ignored.
+    Returns ``(logp_T, entropy_T)`` in nats, fp32 (fp64 for fp64 logits), of ``softmax(logits / temperature)``, both
+    differentiable; entropy is None without ``with_entropy``. ``logits_TV`` are this rank's columns; the first one has
+    vocabulary id ``vocab_start``. Columns with id >= ``vocab_size`` are padding and ignored.
 
-    A target outside the vocabulary (-100, say) gives log p 0, entropy 0 and gradient 0; a negative or >=
-    ``vocab_size`` one is not even read. The gradient is exact on every rank when the loss is the same on
-    every rank of ``group`` (no communication in backward).
+    A target outside the vocabulary (such as -100) gives log p 0, entropy 0 and gradient 0; rows with a negative target or
+    one >= ``vocab_size`` are not read. The gradient is exact on every rank if the loss is the same on all ranks of
+    ``group`` (no communication in backward).
 
-    Example, uniform over two columns, the third being padding (vocab_size = 2)::
+    Example, uniform over two columns; the third is padding (vocab_size = 2)::
 
         logits = [[3., 3., 9.], [0., 0., 0.]], targets = [1, -100]
         ->  logp = [-.6931, 0.], entropy = [.6931, 0.]
 
-    Kept for backward: the logits themselves (no copy), and four numbers per token. ``inplace_backward``
-    writes the gradient over the logits, so their values must not be needed after backward.
+    Saved for backward: the logits (no copy) and four numbers per token. ``inplace_backward`` overwrites the logits with
+    the gradient, so their values must not be needed after backward.
     """
     if temperature <= 0:
         raise ConfigError(f"temperature={temperature} must be > 0")
@@ -52,7 +51,7 @@ def token_logprob(
 
 
 def _local_targets(targets_T: Tensor, vocab_start: int, columns: int, vocab_size: int | None) -> Tensor:
-    """Column of each target in this shard, -1 where another shard may have it, -2 where no shard has it."""
+    """Column of each target in this shard; -1 if another shard may have it, -2 if no shard has it."""
     local_T = targets_T - vocab_start
     local_T = torch.where((local_T >= 0) & (local_T < columns), local_T, -1)
     nowhere_T = targets_T < 0
@@ -64,7 +63,7 @@ def _local_targets(targets_T: Tensor, vocab_start: int, columns: int, vocab_size
 class _TokenLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx,
         logits_TV,
         targets_T,
         temperature,

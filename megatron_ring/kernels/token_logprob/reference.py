@@ -1,12 +1,12 @@
-"""Log-probability and entropy said as maths, in row chunks that bound the memory; any floating dtype.
+"""Log-probability and entropy in plain PyTorch, in row chunks that bound the memory; any floating dtype.
 
 Legend: T tokens, V vocabulary columns of this rank. With the shard's maximum logit m and temperature tau, a
-shard is summed up by four numbers per token (``token_logprob_partials``)::
+shard is reduced to four numbers per token (``token_logprob_partials``)::
 
     m = max x,  z = (x - m) / tau,  s = sum exp(z),  a = sum z exp(z),  x_target (+inf: in another shard)
 
-which ``merge`` combines over shards. Centring everything on the maximum keeps log p and entropy exact where
-logits are far from 0, and holds for a shard of -inf alone.
+which ``merge`` combines over shards. Subtracting the maximum keeps log p and entropy accurate for logits far from 0,
+and also handles a shard of -inf only.
 """
 
 import torch
@@ -26,7 +26,7 @@ def _wide(logits_tV: Tensor) -> Tensor:
 
 
 def token_logprob_partials(logits_TV: Tensor, local_T: Tensor, columns: int, temperature: float) -> Tensor:
-    """[T, 4] partial sums of this shard. ``local_T``: the target's column, -1 elsewhere, -2 to skip it."""
+    """[T, 4] partial sums of this shard. ``local_T``: the target's column; -1 in another shard, -2 to skip the row."""
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
     out_T4 = torch.zeros(logits_TV.shape[0], 4, dtype=wide, device=logits_TV.device)
     out_T4[:, 0], out_T4[:, 3] = -torch.inf, torch.inf
@@ -50,7 +50,7 @@ def token_logprob_partials(logits_TV: Tensor, local_T: Tensor, columns: int, tem
 def merge(partials_RT4: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(logp_T, entropy_T, max_T, log_sum_T, found_T)`` from the partials of R shards.
 
-    ``log p(x) = (x - max) / temperature - log_sum``. Where no shard has the target, log p and entropy are 0.
+    ``log p(x) = (x - max) / temperature - log_sum``. If no shard has the target, log p and entropy are 0.
     """
     m_RT, s_RT, a_RT, target_RT = partials_RT4.unbind(-1)
     max_T, target_T = m_RT.amax(0), target_RT.amin(0)

@@ -109,9 +109,7 @@ def test_a_bin_of_another_corpus_is_refused(write_documents: Callable[..., str])
     [
         pytest.param(0, b"XMIDIDX", r"corpus\.idx is not a Megatron index", id="magic"),
         pytest.param(9, struct.pack("<Q", 2), "index version 2, only version 1 is known", id="version"),
-        pytest.param(
-            17, b"\x07", "tokens as float32 numbers; token ids must be integers", id="float tokens"
-        ),
+        pytest.param(17, b"\x07", "tokens as float32 numbers; token ids must be integers", id="float tokens"),
         pytest.param(17, b"\x63", r"an unknown type \(code 99\)", id="unknown type"),
         pytest.param(17, b"\x04", "lengths and byte offsets contradict", id="other type"),
         pytest.param(18, struct.pack("<Q", 2**61), "but its header describes", id="sequence count"),
