@@ -10,8 +10,8 @@
 namespace megatron_ring {
 namespace {
 
-// mixed [T, G, R + 2, C]: R queries, key and value of every group. The key and value are kept at (row, position); the
-// queries attend over positions 0 to theirs: [T, G * R, C]
+// mixed [T, G, R + 2, C]: R queries, key and value of every group. Key and value are written to the cache at (row,
+// position); the queries attend over positions 0 to their own: [T, G * R, C]
 Tensor decode_attention(const Tensor& mixed_in, const Tensor& rotary_in, const Tensor& keys, const Tensor& values,
                         const Tensor& rows_in, const Tensor& positions_in, double scale, const OptionalTensor& q_weight,
                         const OptionalTensor& k_weight, double eps) {

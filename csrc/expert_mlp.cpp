@@ -1,9 +1,9 @@
 // The experts' SwiGLU network on the CPU: torch.ops.megatron_ring.expert_mlp_forward / expert_mlp_backward.
 //
-// One thread takes one expert at a time and keeps its gate, up and hidden rows in its own cache between the products;
-// torch's per-expert products would each split over all threads and stream every intermediate through memory. An expert
-// that holds more than a fair share of the rows is done first, alone, with all threads in its products. The products
-// themselves are torch's (MKL or oneDNN).
+// Each thread computes one expert at a time and keeps its gate, up and hidden rows in its cache between the products;
+// torch's per-expert products would each use all threads and stream every intermediate through memory. An expert with
+// more than an equal share of the rows is computed first, alone, with all threads in its products. The products are
+// torch's (MKL or oneDNN).
 //
 // Legend: N rows sorted by expert, D model width, F expert width, e local experts. offsets are inclusive cumulative row
 // counts; rows past the last offset belong to no expert.
@@ -68,8 +68,8 @@ std::vector<Span> spans_of(const Tensor& offsets_e, int64_t rows) {
   return spans;
 }
 
-// calls work(span) for every expert: those above a fair share one by one with all threads inside, then the rest, the
-// largest first, one thread each; all of them one by one when there is little to do
+// calls work(span) for every expert: those above an equal share one by one, with all threads inside; then the others,
+// largest first, one thread each. If there is little work, all of them one by one
 template <typename Work>
 void for_each_expert(std::vector<Span> spans, int64_t work_per_row, const Work& work) {
   std::stable_sort(spans.begin(), spans.end(),
@@ -156,7 +156,7 @@ void weight_gradient(
   }
 }
 
-// (dx, dw_up, dw_down, dprobs); a gradient that is not asked for, or that was added to a main_grad, is an empty tensor
+// (dx, dw_up, dw_down, dprobs); a gradient that is not needed, or that was added to a main_grad, is an empty tensor
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dy_in, const Tensor& x_in, const Tensor& w_up_e2FD, const Tensor& w_down_eDF,
     const Tensor& offsets_e, const OptionalTensor& probs_N, const Tensor& z, bool needs_x, bool needs_up,

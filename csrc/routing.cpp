@@ -14,7 +14,7 @@ constexpr double kSumEpsilon = 1e-20;
 // tokens per partial sum: fixed, so that the statistics do not depend on the number of threads
 constexpr int64_t kTokens = 64;
 
-// the k largest of n, best first, of equals the lowest index; only[i / group] false leaves i out
+// indices of the k largest of n, best first; ties: the lowest index. i is skipped if only[i / group] is false
 template <class A>
 void top_k(const A* score, int64_t n, int64_t k, const char* only, int64_t group, int64_t* best) {
   int64_t count = 0;
@@ -70,7 +70,7 @@ template <class A>
 void weigh(const A* logit, const A* score, const int64_t* chosen, int64_t topk, int64_t experts, bool sigmoid,
            A scaling, A* weight) {
   if (topk == 1) {
-    // divided by their sum it would be 1 whatever the logits are
+    // divided by its own sum it would always be 1
     *weight = *chosen < experts ? score[*chosen] * scaling : A(0);
     return;
   }
@@ -82,7 +82,7 @@ void weigh(const A* logit, const A* score, const int64_t* chosen, int64_t topk, 
     sum += weight[k];
   }
   if (!sigmoid && !(sum > A(1e-6))) {
-    // replayed experts may have scores next to 0: renormalised softmax is also the softmax of the chosen logits
+    // replayed experts may have scores near 0; renormalised softmax equals the softmax of the chosen logits
     sum = 0;
     for (int64_t k = 0; k < topk; ++k) {
       weight[k] = chosen[k] < experts ? std::exp(logit[chosen[k]] - max) : A(0);
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route(const Tensor& logits_in
             best[k] = e >= 0 && e < experts ? e : experts;
           }
         } else {
-          // softmax orders as its logits do, and they do not tie by underflow
+          // softmax keeps the order of its logits, and logits do not tie by underflow
           select(sigmoid || add || num_groups ? score.data() : row, experts, best);
         }
         weigh<A>(row, score.data(), best, topk, experts, sigmoid, static_cast<A>(scaling), weight + t * topk);

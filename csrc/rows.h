@@ -1,5 +1,5 @@
-// Work on single rows, without torch: every inner loop of the extension. simd_rows.h holds the code; it is compiled
-// once per instruction set (rows_*.cpp) and chosen at run time, so one binary runs on any x86-64 or aarch64.
+// Operations on single rows, without torch: every inner loop of the extension. The code is in simd_rows.h; it is
+// compiled once per instruction set (rows_*.cpp) and selected at run time, so one binary runs on any x86-64 or aarch64.
 //
 // S is the stored type; A, the arithmetic type, is float for 16-bit and 32-bit floats and double for double.
 #pragma once

@@ -1,4 +1,4 @@
-// The rows with AVX2 and FMA, whatever the flags of the build; empty off x86-64.
+// The row operations with AVX2 and FMA, independent of the build's flags; empty on other processors than x86-64.
 #if defined(__x86_64__)
 #include <cmath>
 #include <cstring>

@@ -1,4 +1,4 @@
-// What every op here needs from torch: dispatch over stored types, typed pointers, checked arguments.
+// Helpers for all ops: dispatch over stored types, typed pointers, argument checks.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -50,7 +50,7 @@ auto over_floats(at::ScalarType dtype, const char* op, F&& f) {
     case at::kHalf:
       return f(f16{});
     default:
-      TORCH_CHECK(false, "megatron_ring::", op, ": dtype ", dtype, " is not a float type it knows");
+      TORCH_CHECK(false, "megatron_ring::", op, ": dtype ", dtype, " is not a float type (fp64, fp32, bf16, fp16)");
   }
 }
 

@@ -1,8 +1,8 @@
 // Matrix products of bfloat16 on a processor that has no instructions for them: in fp32, rounded once.
 //
-// torch hands such products to oneDNN, whose code for bfloat16 begins at AVX-512; before that it is a plain loop, ten
-// times slower than converting both operands and multiplying in fp32. While the switch is on, torch's own products of
-// matrices on the CPU take that way; other dtypes go where they always went. Switching off restores torch's kernels.
+// torch uses oneDNN for such products, which has fast bfloat16 code from AVX-512 on; without it, its plain loop is ten
+// times slower than converting both operands and multiplying in fp32. While this is on, torch's matrix products of
+// bfloat16 on the CPU do that; other dtypes are not affected. Switching it off restores torch's kernels.
 #include <ATen/native/Resize.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/bmm_cpu_dispatch.h>
@@ -68,7 +68,7 @@ Tensor& addmm_(Tensor& x, const Tensor& a, const Tensor& b, const Scalar& beta, 
   return all_bf16(x, a, b) ? x.copy_(wide_addmm(x, a, b, beta, alpha)) : at::cpu::addmm_(x, a, b, beta, alpha);
 }
 
-// torch warns that its kernels are replaced, which is what was asked for
+// torch warns that its kernels are replaced, which is intended here
 struct Silence : c10::WarningHandler {
   void process(const c10::Warning&) override {}
 };

@@ -12,7 +12,7 @@ from megatron_ring.plain import TooDeepError, json_value
 def parse_json(
     text: str | bytes, origin: str, remedy: str = "write one object per line", *, unique: bool = False
 ) -> Any:
-    """The value of ``text``. With ``unique``, a key that stands twice in an object is an error.
+    """The value of ``text``. With ``unique``, a duplicate key in an object is an error.
 
     Raises:
         DataError: not JSON, or nested too deeply; the message begins with ``origin`` and ends with ``remedy``.

@@ -56,7 +56,7 @@ def backend(model: ModelConfig) -> BackendSpecProvider:
     """The provider that ``transformer_impl`` names.
 
     Raises:
-        ConfigError: Transformer Engine is asked for and not installed.
+        ConfigError: Transformer Engine is configured and not installed.
     """
     require_backend(model)
     if model.transformer_impl == "local":

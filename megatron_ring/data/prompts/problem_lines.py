@@ -95,8 +95,8 @@ def read_problem(fields: Mapping[str, Any], origin: str) -> Problem:
         raise DataError(f"{origin}: the last message has role {messages[-1]['role']}, it must have role user")
     if not isinstance(domain, str) or not domain:
         raise DataError(f"{origin}: domain={domain!r} must name a reward function, such as math or code")
-    told = {key: fields[key] for key in _OF_TEMPLATE if key in fields}
-    conversation = read_conversation(told, origin, messages)
+    template_fields = {key: fields[key] for key in _OF_TEMPLATE if key in fields}
+    conversation = read_conversation(template_fields, origin, messages)
     if not str(conversation.messages[-1]["content"]).strip():
         raise DataError(f"{origin}: the problem is empty; write it, or remove the line")
     _must_ask_the_same(fields, messages, conversation, origin)
@@ -134,9 +134,9 @@ def _must_ask_the_same(
     if isinstance(prompt, str):
         same = any(f" {' '.join(prompt.split())} " in f" {text} " for text in asked)
     else:
-        told = all(map(_is_message, prompt)) if isinstance(prompt, list) else False
+        are_messages = isinstance(prompt, list) and all(map(_is_message, prompt))
         same = (
-            told
+            are_messages
             and [
                 " ".join(str(message["content"]).split())
                 for message in read_conversation({}, origin, prompt).messages
@@ -192,7 +192,9 @@ def _as_list(tests: Any, origin: str, given_name: str) -> dict[str, Any]:
     inputs, outputs, name = tests["inputs"], tests.get("outputs"), tests.get("fn_name")
     others = [key for key in tests if key not in ("inputs", "outputs", "fn_name")]
     if others:
-        raise DataError(f"{origin}: tests have a key {others[0]}, which is not read beside inputs; drop it")
+        raise DataError(
+            f"{origin}: tests have a key {others[0]}, which is not supported together with inputs; drop it"
+        )
     if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
         raise DataError(
             f"{origin}: tests must have as many outputs as inputs, as two lists; add what is missing"

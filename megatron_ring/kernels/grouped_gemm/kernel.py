@@ -106,7 +106,7 @@ def product(a, b, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_weight(w_desc, expert, row, column):
-    """Block of one expert's matrix as it lies in memory; zeros outside the matrix."""
+    """Block of one expert's matrix, in its layout in memory; zeros outside the matrix."""
     return tl.reshape(w_desc.load([expert, row, column]), [w_desc.block_shape[1], w_desc.block_shape[2]])
 
 
