@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,10 +22,11 @@ from megatron_ring.data.batch.bins import best_fit
 from megatron_ring.data.batch.microbatch import Microbatch, pack_microbatch
 from megatron_ring.data.corpus.documents import Record, read_records
 from megatron_ring.data.json_text import count_in, parse_json
+from megatron_ring.data.processes import map_in_processes, open_tokenizer
 from megatron_ring.data.shuffle import Shuffle
 from megatron_ring.data.text.chat import Sample, render_samples
 from megatron_ring.data.text.messages import Conversation, read_conversation
-from megatron_ring.data.text.tokenizer import Tokenizer, TokenizerType, load_tokenizer
+from megatron_ring.data.text.tokenizer import Tokenizer, TokenizerType
 from megatron_ring.errors import DataError
 
 MAX_OPEN = 64
@@ -113,7 +111,7 @@ def load_conversations(
     read = _Reader(
         tokenizer_type=tokenizer_type, tokenizer_model=tokenizer_model, names=dict(chat_template_kwargs or {})
     )
-    parts = list(_tokenised(_tasks(paths), read, workers))
+    parts = list(map_in_processes(read, _tasks(paths), workers))
     lengths = np.concatenate([part[2] for part in parts]) if parts else np.zeros(0, np.int64)
     if not len(lengths):
         raise DataError(
@@ -241,7 +239,7 @@ class _Reader:
     names: dict[str, Any]
 
     def __call__(self, records: Sequence[Record]) -> _Part:
-        tokenizer = _tokenizer(self.tokenizer_type, self.tokenizer_model)
+        tokenizer = open_tokenizer(self.tokenizer_type, self.tokenizer_model)
         tokenizer.template.use(self.names)
         ids: list[int] = []
         learned: list[bool] = []
@@ -257,11 +255,6 @@ class _Reader:
         return np.array(ids, np.int32), np.array(learned, bool), np.array(lengths, np.int64), split
 
 
-@lru_cache(maxsize=2)
-def _tokenizer(tokenizer_type: TokenizerType, tokenizer_model: str) -> Tokenizer:
-    return load_tokenizer(tokenizer_type, tokenizer_model)
-
-
 def _tasks(paths: Sequence[str | Path]) -> Iterator[list[Record]]:
     task: list[Record] = []
     for record in read_records(paths):
@@ -271,19 +264,6 @@ def _tasks(paths: Sequence[str | Path]) -> Iterator[list[Record]]:
             task = []
     if task:
         yield task
-
-
-def _tokenised(tasks: Iterator[list[Record]], read: _Reader, workers: int) -> Iterator[_Part]:
-    if workers < 1:
-        yield from map(read, tasks)
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            yield from pool.map(read, tasks)
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"one of num_workers={workers} processes died, perhaps for lack of memory; use fewer"
-            ) from error
 
 
 def _samples(record: Record, tokenizer: Tokenizer) -> list[Sample]:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_ring.data.corpus.documents import Record, record_text
 from megatron_ring.data.corpus.writer import token_dtype
-from megatron_ring.data.text.tokenizer import Tokenizer, TokenizerType, load_tokenizer
-from megatron_ring.errors import DataError
+from megatron_ring.data.processes import map_in_processes, open_tokenizer
+from megatron_ring.data.text.tokenizer import TokenizerType
 
 _BATCH_BYTES = 1 << 18
-_BATCHES_AHEAD_PER_WORKER = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,31 +51,7 @@ def tokenize_documents(
     Raises:
         DataError: a record or the tokenizer cannot be read, or a worker was killed.
     """
-    if workers <= 1:
-        tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
-        for batch in _batches(records):
-            yield _tokenize(batch, config, tokenizer)
-        return
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(config,),
-    )
-    pending: deque[Future[TokenizedBatch]] = deque()
-    try:
-        for batch in _batches(records):
-            pending.append(pool.submit(_run_worker, batch))
-            if len(pending) >= _BATCHES_AHEAD_PER_WORKER * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"one of {workers} tokenizer processes died, perhaps for lack of memory; use fewer workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+    yield from map_in_processes(_Tokenise(config), _batches(records), workers if workers > 1 else 0)
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -96,38 +67,31 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _tokenize(records: Sequence[Record], config: TokenizeConfig, tokenizer: Tokenizer) -> TokenizedBatch:
-    token_ids: list[int] = []
-    lengths: list[int] = []
-    num_skipped = 0
-    for record in records:
-        text = record_text(record, config.json_keys)
-        ids = tokenizer.encode_document(text) if text else []
-        if not ids:
-            num_skipped += 1
-            continue
-        token_ids += ids
-        if config.append_eod:
-            token_ids.append(tokenizer.eos_id)
-        lengths.append(len(ids) + config.append_eod)
-    return TokenizedBatch(
-        tokens=np.array(token_ids, dtype=token_dtype(tokenizer.vocab_size)),
-        lengths=tuple(lengths),
-        num_bytes=sum(len(record.raw) for record in records),
-        num_skipped=num_skipped,
-    )
+@dataclass(frozen=True, slots=True)
+class _Tokenise:
+    """Tokenises records; it is pickled to worker processes."""
 
+    config: TokenizeConfig
 
-# set once in each worker process
-_run_here: Callable[[Sequence[Record]], TokenizedBatch] | None = None
-
-
-def _start_worker(config: TokenizeConfig) -> None:
-    global _run_here
-    tokenizer = load_tokenizer(config.tokenizer_type, config.tokenizer_model)
-    _run_here = lambda records: _tokenize(records, config, tokenizer)  # noqa: E731
-
-
-def _run_worker(records: Sequence[Record]) -> TokenizedBatch:
-    assert _run_here is not None
-    return _run_here(records)
+    def __call__(self, records: Sequence[Record]) -> TokenizedBatch:
+        config = self.config
+        tokenizer = open_tokenizer(config.tokenizer_type, config.tokenizer_model)
+        token_ids: list[int] = []
+        lengths: list[int] = []
+        num_skipped = 0
+        for record in records:
+            text = record_text(record, config.json_keys)
+            ids = tokenizer.encode_document(text) if text else []
+            if not ids:
+                num_skipped += 1
+                continue
+            token_ids += ids
+            if config.append_eod:
+                token_ids.append(tokenizer.eos_id)
+            lengths.append(len(ids) + config.append_eod)
+        return TokenizedBatch(
+            tokens=np.array(token_ids, dtype=token_dtype(tokenizer.vocab_size)),
+            lengths=tuple(lengths),
+            num_bytes=sum(len(record.raw) for record in records),
+            num_skipped=num_skipped,
+        )
