@@ -34,6 +34,7 @@ LEVELS = {
     "report": 7,
     "stages": 8,
     "launch": 9,
+    "__main__": 10,
 }
 SAYS_CUDA = {"runtime/device.py", "runtime/megatron_cpu.py"}
 SAYS_MEGATRON = ("runtime/", "model/", "train/", "checkpoint/", "rl/rollout")

@@ -39,6 +39,26 @@ def format_config(config: RunConfig, only: Collection[str] | None = None) -> str
     return "\n".join(lines)
 
 
+def format_changed(config: RunConfig, only: Collection[str] | None = None) -> str:
+    """``name=value`` of what differs from the defaults, of all sections or ``only`` some, as lines of 118 characters.
+
+    Example line: ``"  num_layers=2 seq_length=256 lr=0.002"``; of a config of defaults, ``"  nothing"``.
+    """
+    values = flat(config)
+    lines = [" "]
+    for s in settings().values():
+        if values[s.name] == s.default or (only is not None and s.section not in only):
+            continue
+        word = f" {s.name}={_toml(values[s.name])}"
+        if lines[-1] != " " and len(lines[-1] + word) > _LINE_WIDTH:
+            lines.append(" ")
+        lines[-1] += word
+    return "  nothing" if lines == [" "] else "\n".join(lines)
+
+
+_LINE_WIDTH = 118
+
+
 def _toml(value: Any) -> str:
     if value is None:
         return '"none"'

@@ -285,6 +285,8 @@ def _checkpoint_problems(c: CheckpointConfig) -> Iterator[str]:
 def _logging_problems(g: LoggingConfig) -> Iterator[str]:
     if g.log_interval < 1:
         yield f"log_interval={g.log_interval} must be at least 1; set --log-interval 1"
+    if g.log_interval_seconds < 0:
+        yield f"log_interval_seconds={g.log_interval_seconds} must not be negative; 0 prints every progress line"
     if g.peak_tflops < 0:
         yield f"peak_tflops={g.peak_tflops} must not be negative; 0 means unknown"
     if g.profile and not 0 <= g.profile_step_start < g.profile_step_end:

@@ -5,11 +5,16 @@ An entry point is ``run_entry(main)`` under ``if __name__ == "__main__"``, and i
 torch.
 """
 
+import contextlib
+import json
 import os
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, Literal, NoReturn
 
 from megatron_ring.checkpoint.run_lock import check_run_folder
 from megatron_ring.config.load import parse_command
@@ -29,8 +34,7 @@ def run_entry(main: Callable[[], object]) -> NoReturn:
     prints.
     """
     end_with_launcher()
-    # Megatron-Core warns at import about each optional package that is not installed
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    _dependency_warnings("ignore")
     try:
         main()
     except (RingError, KeyboardInterrupt) as caught:
@@ -38,8 +42,18 @@ def run_entry(main: Callable[[], object]) -> NoReturn:
         line = " ".join(str(error).split())
         if _is_speaker(line) if error.speaks is None else error.speaks:
             print(f"error: {line}", file=sys.stderr, flush=True)
+        _tell_torchrun(line)
         sys.exit(error.exit_code)
     sys.exit(0)
+
+
+def exit_on_sigterm() -> None:
+    """From now on a terminated command cleans up as an interrupted one does, and exits with 143."""
+
+    def leave(number: int, _: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def start(argv: Sequence[str] | None = None, *, stage: Stage = "pretrain") -> RunConfig:
@@ -51,6 +65,8 @@ def start(argv: Sequence[str] | None = None, *, stage: Stage = "pretrain") -> Ru
     command = parse_command(sys.argv[1:] if argv is None else argv)
     world_size = command.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     validate(command.config, world_size, stage)
+    if command.config.logging.log_level == "debug":
+        _dependency_warnings("default")
     if command.dry_run:
         if _rank() == 0:
             plan = dry_run(command.config, world_size, stage=stage, styled=sys.stdout.isatty())
@@ -59,6 +75,35 @@ def start(argv: Sequence[str] | None = None, *, stage: Stage = "pretrain") -> Ru
     check_inputs(command.config, stage)
     check_run_folder(command.config.checkpoint.save, is_main=_rank() == 0)
     return command.config
+
+
+def _dependency_warnings(action: Literal["ignore", "default"]) -> None:
+    """What only the authors of our dependencies can act on: hidden from the start, shown by ``--log-level debug``.
+
+    Python's own ``-W`` and PYTHONWARNINGS go before.
+    """
+    if sys.warnoptions:
+        return
+    # what is deprecated in torch is put down to its caller, which is ours
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings(
+            action, category=category, module=r"(torch|megatron|megatron_ring|tensorboard)(\.|$)"
+        )
+    # at import, about each optional package that is not installed
+    warnings.filterwarnings(action, category=UserWarning, module=r"megatron\.core(\.|$)")
+
+
+def _tell_torchrun(line: str) -> None:
+    """Leave the line where torchrun looks for it: its report of the root cause then holds it.
+
+    torchrun prints a traceback of its own before the report, whatever a rank does; ``ring launch`` prints neither.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        said = {"message": f"error: {line}", "extraInfo": {"timestamp": str(int(time.time()))}}
+        # the line is on stderr in any case
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": said}), encoding="utf-8")
 
 
 def _rank() -> int:

@@ -1,28 +1,38 @@
-"""torchrun, with one line where it prints a page: ``python -m megatron_ring.launch.ranks FLAG ... SCRIPT FLAG ...``.
+"""torchrun, with one line where it prints a page: ``ring launch FLAG ... COMMAND FLAG ...``, and for scripts
+``python -m megatron_ring.launch.ranks FLAG ... SCRIPT FLAG ...``.
 
-torchrun's own launcher ends a run whose rank has failed with a traceback of itself and a table, whatever the rank said;
-its exit code is 1 whatever the rank's was. Here the rank's own lines stay the last word, and its exit code is the
-run's: 2 for a mistake of the user's, 75 where a peer was lost, 128 + n for signal n (130 for Ctrl-C).
+When a rank fails, torchrun prints a traceback of its own and a table, and exits with 1. Here the rank's own lines come
+last, and the exit code is the rank's: 2 for a user's mistake, 75 for a lost peer, 128 + n for signal n (130: Ctrl-C).
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from signal import SIGTERM
 from typing import Any, NoReturn
 
-from megatron_ring.errors import Interrupted
+from megatron_ring.errors import ConfigError, Interrupted
+from megatron_ring.launch.ring import find
 from megatron_ring.runtime.orphans import PEER_IS_GONE, name_launcher
 
 _SPOKEN = (2, 130)
 """Exit codes of ranks that have said their line: a user's mistake, Ctrl-C."""
 
 
-def main(argv: Sequence[str] | None = None) -> NoReturn:
+def launch() -> NoReturn:
+    """``ring launch``: ranks that run a command of ``ring``."""
+    main(["-m", *sys.argv[1:]], check=_command)
+
+
+def main(argv: Sequence[str] | None = None, check: Callable[[Any], None] = lambda _: None) -> NoReturn:
+    """Start the ranks that torchrun's words ``argv`` describe (``sys.argv`` by default), wait, exit with their code.
+
+    ``check`` sees the words once torchrun has read them, before anything starts.
+    """
     try:
-        failed = _run(list(sys.argv[1:] if argv is None else argv))
+        failed = _run(list(sys.argv[1:] if argv is None else argv), check)
     except KeyboardInterrupt:
         # before there are ranks
         print(f"error: {Interrupted()}", file=sys.stderr, flush=True)
@@ -30,7 +40,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(failed)
 
 
-def _run(argv: list[str]) -> int:
+def _command(arguments: Any) -> None:
+    """torchrun takes the first word that is no flag of its own for a module: it is one of our commands."""
+    name = arguments.training_script
+    if not find(name).several:
+        raise ConfigError(f"command {name} runs in one process; call it without launch: ring {name}")
+    arguments.training_script_args.insert(0, name)
+    arguments.training_script = "megatron_ring"
+
+
+def _run(argv: list[str], check: Callable[[Any], None]) -> int:
     """Start the ranks and wait for them; the exit code."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -42,7 +61,9 @@ def _run(argv: list[str]) -> int:
     name_launcher()
     torchrun: Any = run
     try:
-        torchrun.run(torchrun.parse_args(argv))
+        arguments = torchrun.parse_args(argv)
+        check(arguments)
+        torchrun.run(arguments)
     except ChildFailedError as error:
         failures: dict[int, Any] = error.failures
         # a rank that was ended because of another is no cause

@@ -74,6 +74,7 @@ class MetricsLogger:
         *,
         total_steps: int,
         log_interval: int,
+        log_interval_seconds: float = 0.0,
         resume_step: int = 0,
         tensorboard_dir: str | Path | None = None,
         metrics_file: str | Path | None = None,
@@ -92,6 +93,7 @@ class MetricsLogger:
                 is written.
             total_steps: optimizer steps in the whole run, those before a resume included.
             log_interval: steps between progress lines; the first and the last step always have one.
+            log_interval_seconds: wall-clock seconds between two progress lines, at least.
             resume_step: steps done before this start. What the file says about later steps, from a run that
                 was killed, is dropped. At 0 an earlier file is moved to ``metrics.jsonl.old``.
             world_size: devices, for model FLOP utilisation.
@@ -126,7 +128,7 @@ class MetricsLogger:
             self._file = MetricsFile(Path(path), resume_step)
         wall_before = 0.0 if self._file is None else self._file.wall_seconds
         self._start = time.perf_counter() - wall_before
-        self._progress = ProgressLine(total_steps, log_interval, shown)
+        self._progress = ProgressLine(total_steps, log_interval, log_interval_seconds, shown)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self._write({"kind": "run", "step": resume_step, "time": now, **started})
 

@@ -11,11 +11,15 @@ _ETA_STEPS = 100
 
 
 class ProgressLine:
-    """The console's lines: one every ``log_interval`` steps, plain in a log, coloured in a terminal."""
+    """The console's lines: one every ``log_interval`` steps, ``least_seconds`` apart, coloured in a terminal."""
 
-    def __init__(self, total_steps: int, log_interval: int, shown: tuple[str, ...]) -> None:
+    def __init__(
+        self, total_steps: int, log_interval: int, least_seconds: float, shown: tuple[str, ...]
+    ) -> None:
         self._total_steps = total_steps
         self._log_interval = log_interval
+        self._least_seconds = least_seconds
+        self._printed_at = 0.0
         self._shown = shown
         self._console = Console(highlight=False, soft_wrap=True)
         self._ends: deque[float] = deque(maxlen=_ETA_STEPS + 1)
@@ -34,7 +38,7 @@ class ProgressLine:
         mfu: float | None,
         wall_seconds: float,
     ) -> None:
-        """Count one step in; ``wall_seconds`` is the time since the run's start at its end."""
+        """Count one step in; ``wall_seconds`` is the time from the run's start to the step's end."""
         is_first = self._first_step_seconds is None
         if is_first:
             self._first_step_seconds = seconds
@@ -43,8 +47,10 @@ class ProgressLine:
         self._seconds += seconds
         if self._shown and self._shown[0] in values:
             self._means.append(values[self._shown[0]])
-        if not (is_first or step % self._log_interval == 0 or step == self._total_steps):
+        is_due = step % self._log_interval == 0 and wall_seconds >= self._printed_at + self._least_seconds
+        if not (is_first or is_due or step == self._total_steps):
             return
+        self._printed_at = wall_seconds
         parts = {name: values[name] for name in self._shown if name in values}
         if self._means:
             parts = {self._shown[0]: 0.0, **parts, self._shown[0]: sum(self._means) / len(self._means)}

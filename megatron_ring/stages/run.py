@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 
 from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.checkpoint.run_lock import hold_run_folder
-from megatron_ring.config.dump import dump_toml, format_config
+from megatron_ring.config.dump import dump_toml, format_changed
 from megatron_ring.config.model_stats import count_parameters, flops_per_token
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.stage_rules import STAGE_SECTIONS, Stage
@@ -263,6 +263,7 @@ class StageRun:
             self.run_dir(),
             total_steps=self.config.train.train_iters,
             log_interval=settings.log_interval,
+            log_interval_seconds=settings.log_interval_seconds,
             resume_step=self.step,
             tensorboard_dir=settings.tensorboard_dir,
             metrics_file=settings.metrics_file,
@@ -280,7 +281,6 @@ class StageRun:
         run_dir = self.run_dir()
         if not self.session.is_writer:
             return
-        log.info("%s", format_config(self.config, STAGE_SECTIONS[self.stage]))
         if run_dir is not None:
             try:
                 run_dir.mkdir(parents=True, exist_ok=True)
@@ -290,6 +290,9 @@ class StageRun:
                 raise ConfigError(
                     f"{flag} {run_dir}: {error.strerror}; name a folder that can be written"
                 ) from None
+        changed = format_changed(self.config, STAGE_SECTIONS[self.stage])
+        where = "--dry-run" if run_dir is None else run_dir / "config.toml"
+        log.info("settings that differ from the defaults (all of them: %s):\n%s", where, changed)
 
     def _write_sample(self) -> None:
         """What the model says now, for the report."""

@@ -109,6 +109,16 @@ def test_inside_the_process_group_one_rank_says_the_line_even_if_only_it_fails(s
     assert "Traceback" not in done[0].stderr + done[1].stderr
 
 
+def test_torchruns_report_of_the_root_cause_holds_the_line(tmp_path: Path):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    file = tmp_path / "error.json"
+    done = run(RAISES.format(body='raise DataError("x")'), TORCHELASTIC_ERROR_FILE=str(file))
+    assert (done.returncode, done.stderr) == (2, "error: x\n")
+    report = str(ChildFailedError("ring", {0: ProcessFailure(0, 1, done.returncode, str(file))}))
+    assert "traceback : error: x\n" in report and "exitcode  : 2" in report
+
+
 def test_start_validates_against_the_launchers_count():
     done = run(STARTS, "--preset", "ring_lite_tiny", "--expert-model-parallel-size", "4", WORLD_SIZE="2")
     assert done.returncode == 2

@@ -184,6 +184,15 @@ def test_progress_lines_come_at_the_interval_and_at_both_ends(tmp_path, capsys, 
     assert "ETA" not in lines[-1]
 
 
+def test_progress_lines_are_seconds_apart_and_metrics_are_of_every_step(tmp_path, capsys, clock):
+    with MetricsLogger(tmp_path, total_steps=25, log_interval=2, log_interval_seconds=20.0) as metrics:
+        log_steps(metrics, 1, 25, clock, seconds=3.0)
+    steps = re.findall(r"^step +(\d+)", capsys.readouterr().out, re.MULTILINE)
+    # the first ends after 3 seconds: the next line may come after 23, with step 8
+    assert steps == ["1", "8", "16", "24", "25"]
+    assert [r["step"] for r in of_kind(tmp_path / "metrics.jsonl", "train")] == list(range(1, 26))
+
+
 def test_progress_loss_is_the_mean_since_the_line_before(capsys):
     with MetricsLogger(None, total_steps=99, log_interval=2) as metrics:
         for step, loss in enumerate([8.0, 4.0, 1.0, 2.0], start=1):

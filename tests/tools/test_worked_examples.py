@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
+from megatron_ring.data.conversations import read_line
+from megatron_ring.data.corpus.documents import read_records
 from megatron_ring.data.prompts.sources import GymSource
 from megatron_ring.errors import DataError
-from tools.make_worked_examples import SLIPS, WorkedExamplesConfig, running_sum, worked_examples
+from tools.make_worked_examples import SLIPS, WorkedExamplesConfig, main, running_sum, worked_examples
 
 
 def steps(answer: str) -> list[tuple[int, str, int, int]]:
@@ -71,3 +75,22 @@ def test_an_impossible_teacher_is_one_line(settings, said):
 def test_no_sum_no_answer():
     with pytest.raises(DataError, match="does not end in a sum"):
         running_sum("Who are you?")
+
+
+def test_the_file_holds_conversations(tmp_path: Path, capsys):
+    out = tmp_path / "sums.jsonl"
+    main(["--count", "20", "--slip-share", "0.25", "--max-digits", "1", "--output", str(out)])
+    assert capsys.readouterr().out == f"{out}: 20 worked examples, 25% of them with a slip\n"
+    conversations = [read_line(record).messages for record in read_records([out])]
+    assert len(conversations) == 20
+    assert all([message["role"] for message in one] == ["user", "assistant"] for one in conversations)
+    assert json.loads(out.read_text().splitlines()[0])["messages"][1]["content"].startswith("<think>")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["--count", "0"], "count=0 must be at least 1"), (["--min-terms", "9"], "max_terms")]
+)
+def test_a_mistake_leaves_no_file(words: list[str], said: str, tmp_path: Path):
+    with pytest.raises(DataError, match=said):
+        main([*words, "--output", str(tmp_path / "out.jsonl")])
+    assert list(tmp_path.iterdir()) == []

@@ -7,15 +7,12 @@ import pytest
 from megatron_ring.data.text.tokenizer import load_tokenizer
 from tests.helpers.paths import python_path
 
-TOOL = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
-
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, TOOL, *map(str, words)],
+        [sys.executable, "-m", "megatron_ring", "tokenizer", *map(str, words)],
         capture_output=True,
         text=True,
-        cwd=TOOL.parents[1],
         env={"PYTHONPATH": python_path(), "PATH": ""},
     )
 

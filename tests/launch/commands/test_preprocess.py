@@ -16,8 +16,7 @@ from megatron_ring.data.text.tokenizer import load_tokenizer
 from megatron_ring.data.text.tokenizer_training import train_tokenizer
 from tests.helpers.paths import python_path
 
-ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, str(ROOT / "tools" / "preprocess_data.py")]
+COMMAND = [sys.executable, "-m", "megatron_ring", "preprocess"]
 ENVIRONMENT = {"PYTHONPATH": python_path(), "PATH": "", "OMP_NUM_THREADS": "1"}
 
 

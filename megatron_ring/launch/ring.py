@@ -1,0 +1,97 @@
+"""The installed command: ``ring COMMAND FLAG ...``. A command imports what it needs and no more.
+
+To add one, write its ``main`` in ``launch/commands/`` and a row below.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, NoReturn
+
+from megatron_ring import __version__
+from megatron_ring.errors import ConfigError
+from megatron_ring.launch.entry import run_entry
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One row of ``ring --help``.
+
+    Example: ``Command("count what fits", "megatron_ring.launch.commands.plan:main")``.
+    """
+
+    does: str
+    target: str
+    """``module:name`` of a function without arguments that reads ``sys.argv``."""
+    several: bool = False
+    """May ``ring launch`` start it in several processes?"""
+
+    def load(self) -> Callable[[], Any]:
+        module, name = self.target.split(":")
+        return getattr(import_module(module), name)
+
+
+_HERE = "megatron_ring.launch"
+
+COMMANDS = {
+    "tokenizer": Command("train a tokenizer", f"{_HERE}.commands.tokenizer:main"),
+    "preprocess": Command("turn text into a corpus", f"{_HERE}.commands.preprocess:main"),
+    "prompts": Command("write a source of problems to a file", f"{_HERE}.commands.prompts:main"),
+    "pretrain": Command("pre-train a model on a corpus", f"{_HERE}.commands.stages:pretrain", several=True),
+    "sft": Command("fine-tune a model on conversations", f"{_HERE}.commands.stages:sft", several=True),
+    "rl": Command(
+        "train a model by reinforcement learning with C3PO", f"{_HERE}.commands.stages:rl", several=True
+    ),
+    "launch": Command(
+        "run pretrain, sft or rl in several processes of this machine", f"{_HERE}.ranks:launch"
+    ),
+    "plan": Command("list the layouts that fit a cluster's memory", f"{_HERE}.commands.plan:main"),
+    "report": Command("draw a run's report, or several runs side by side", f"{_HERE}.commands.report:main"),
+}
+
+_HELP = """\
+usage: ring COMMAND [FLAG ...]        ring COMMAND --help lists a command's flags
+
+{rows}
+
+One machine:    ring launch --nproc-per-node 8 rl --config run.toml     (torchrun's flags, then the command)
+Several:        srun ring rl --config run.toml, or torchrun ... -m megatron_ring rl --config run.toml
+"""
+
+
+def main() -> NoReturn:
+    """What the console script and ``python -m megatron_ring`` call; exits as :func:`run_entry` does."""
+    run_entry(_main)
+
+
+def find(name: str) -> Command:
+    """The command of that name.
+
+    Raises:
+        ConfigError: there is none; the line names the closest one.
+    """
+    if name in COMMANDS:
+        return COMMANDS[name]
+    close = get_close_matches(name, COMMANDS, n=1)
+    raise ConfigError(
+        f"command {name} does not exist; " + (f"did you mean {close[0]}?" if close else "see ring --help")
+    )
+
+
+def _main() -> None:
+    words = sys.argv[1:]
+    if words[:1] in ([], ["--help"], ["-h"]):
+        width = max(map(len, COMMANDS))
+        print(
+            _HELP.format(rows="\n".join(f"  {name:<{width}}  {row.does}" for name, row in COMMANDS.items())),
+            end="",
+        )
+    elif words[0] == "--version":
+        print(f"megatron_ring {__version__}")
+    else:
+        command = find(words[0])
+        # what argparse calls the program
+        sys.argv = [f"ring {words[0]}", *words[1:]]
+        command.load()()
