@@ -8,19 +8,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from megatron_ring.report.facts import rows, run_facts, shown
+from megatron_ring.report.facts import quantities, rows, run_facts, shown
 from megatron_ring.report.read import Run, read_run
+from megatron_ring.report.topics import headline
+
+_EVALS = ("perplexity", "accuracy")
+"""What a validation adds to the quantities of the steps."""
 
 
 def summary_table(run: Run) -> Table:
-    """First, best and last value of every quantity."""
+    """First, best and last value of what the run is judged by."""
     table = Table(
         title=Text(run.name, style="bold"), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False
     )
     table.add_column("", style="dim", no_wrap=True)
     for head in ("first", "best", "last"):
         table.add_column(head, justify="right", no_wrap=True)
-    for row in rows(run):
+    for row in rows(run, [*headline(quantities(run)), *_EVALS]):
         best = "" if row.best is None else f"{shown(row.name, row.best)} @ {row.best_step}"
         table.add_row(Text(row.label), shown(row.name, row.first), best, shown(row.name, row.last))
     return table
@@ -43,6 +47,9 @@ def print_summary(
     console = console or Console(highlight=False)
     run = read_run(run_dir)
     console.print(summary_table(run))
+    rest = len(rows(run)) - summary_table(run).row_count
+    if rest:
+        console.print(f"  {rest} more quantities are in its report", style="dim")
     _pairs(console, list(run_facts(run).items()))
     if run.sample:
         console.print(Text("\nwhat it writes", style="bold"))

@@ -1,5 +1,6 @@
 """What a run amounts to, in words and a few numbers: for the page and the console alike."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,10 @@ from megatron_ring.config.run import RunConfig
 from megatron_ring.config.settings import settings
 from megatron_ring.observe.progress import count, duration
 from megatron_ring.report.read import Run, Series
+from megatron_ring.report.topics import headline
 
 # names that are not a quantity of the run's own
 _BOOKKEEPING = {"kind", "step", "tokens", "seconds", "wall_seconds"}
-_FIRST_SHOWN = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,31 +35,34 @@ class Row:
 
 
 def quantities(run: Run) -> list[str]:
-    """Names of what was logged per step, the usual ones first; phases are not among them."""
-    names = dict.fromkeys(name for record in run.train for name in record)
+    """Names of what was logged per step or validation, those that a run is judged by first; phases are not among them."""
+    names = dict.fromkeys(name for record in (*run.train, *run.evals) for name in record)
     own = [name for name in names if name not in _BOOKKEEPING and not name.startswith("seconds_")]
-    usual = [name for name in _FIRST_SHOWN if name in own]
-    return usual + [name for name in own if name not in _FIRST_SHOWN]
+    return list(dict.fromkeys([*headline(own), *own]))
 
 
-def rows(run: Run) -> list[Row]:
-    """First, best and last of every quantity, validation directly after training."""
+def rows(run: Run, names: Iterable[str] | None = None) -> list[Row]:
+    """First, best and last of every quantity, or of ``names``; validation directly after training."""
     found: list[Row] = []
-    for name in quantities(run):
+    for name in quantities(run) if names is None else names:
         found += _row(label(name), name, run.series(name))
         found += _row(f"validation {label(name)}", name, run.eval_series(name))
-    eval_names = dict.fromkeys(name for record in run.evals for name in record)
-    for name in eval_names:
-        if name not in _BOOKKEEPING and name not in quantities(run):
-            found += _row(f"validation {label(name)}", name, run.eval_series(name))
     return found
 
 
 def label(name: str) -> str:
-    """A name as people say it. Example: ``label("tokens_per_second")`` is ``"tokens per second"``."""
-    return {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "mfu": "MFU"}.get(
-        name, name.replace("_", " ")
-    )
+    """A metric as people say it, below its topic's title.
+
+    Example: ``label("c3po/responses_cut")`` is ``"responses cut"``, ``label("status/wrong")`` ``"judged wrong"``.
+    """
+    said = {
+        "lr": "learning rate",
+        "grad_norm": "gradient norm",
+        "loss_tokens": "trained tokens per step",
+        "mfu": "MFU",
+    }
+    bare = name.removeprefix("c3po/").removeprefix("packing/").replace("status/", "judged ")
+    return said.get(name, bare.replace("_", " "))
 
 
 def shown(name: str, value: float) -> str:
@@ -69,6 +73,8 @@ def shown(name: str, value: float) -> str:
         return count(value)
     if name == "lr":
         return f"{value:.2e}" if value else "0"
+    if value == int(value) and (value == 0 or abs(value) >= 10):
+        return f"{value:,.0f}"
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
 
 

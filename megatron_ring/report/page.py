@@ -13,8 +13,9 @@ from megatron_ring.config.dump import dump_toml
 from megatron_ring.errors import DataError
 from megatron_ring.observe.progress import duration
 from megatron_ring.report import picture
-from megatron_ring.report.facts import differences, label, phase_seconds, rows, run_facts, shown
+from megatron_ring.report.facts import differences, label, phase_seconds, quantities, rows, run_facts, shown
 from megatron_ring.report.read import Run, read_run
+from megatron_ring.report.topics import SPEED, by_topic
 
 _CSS = """
 :root { color-scheme: light; --ink: #1f2933; --muted: #6b7785; --line: #e6e9ed; --accent: #0b63a5; }
@@ -42,7 +43,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 thead th { font-size: 12.5px; }
 .n { text-align: right; white-space: nowrap; }
 .n small { color: var(--muted); margin-left: 6px; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 0 18px; }
+h3 { font-size: 14px; margin: 16px 0 10px; }
 .bar { display: flex; height: 26px; border-radius: 6px; overflow: hidden; margin-bottom: 12px; }
 .key { display: flex; flex-wrap: wrap; gap: 4px 22px; font-size: 14px; font-variant-numeric: tabular-nums; }
 .key i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 7px; }
@@ -50,7 +51,9 @@ thead th { font-size: 12.5px; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere;
   font: 13px/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 summary { cursor: pointer; font-weight: 600; font-size: 17px; }
-details pre { margin-top: 14px; }
+summary small { color: var(--muted); font-size: 13px; font-weight: 400; margin-left: 14px; }
+details > *:nth-child(2) { margin-top: 14px; }
+.panels { margin-top: 22px; }
 @media print { body { background: #fff; } .card, .tile { break-inside: avoid; } }
 """
 
@@ -65,11 +68,10 @@ def render_report(run_dir: str | Path, out_html: str | Path) -> Path:
         _head(run.name, _subtitle(run)),
         _tiles(run),
         _curves([run]),
-        f'<div class="columns">{_rows_card(run)}{_facts_card(run)}</div>',
-        _phases_card(run),
-        _others([run]),
+        *_topic_cards([run]),
         _sample_card(run, "What the trained model writes"),
         _responses_card(run),
+        _facts_card(run),
         _config_card(run),
     ]
     return _write(out_html, run.name, parts, [run])
@@ -84,12 +86,11 @@ def render_comparison(run_dirs: Sequence[str | Path], out_html: str | Path) -> P
     parts = [
         _head(title, "Side by side: same axes, one colour a run"),
         _curves(runs),
-        _by_run("Last values, and the best", runs, _last_and_best(runs)),
         _by_run("Settings that differ", runs, _escaped(differences(runs))),
+        *_topic_cards(runs),
         _by_run(
             "Runs", runs, _escaped({name: [of_run.get(name, "") for of_run in facts] for name in labels})
         ),
-        _others(runs),
         *(_sample_card(run, f"What {run.name} writes") for run in runs),
     ]
     return _write(out_html, title, parts, runs)
@@ -155,7 +156,8 @@ def _tiles(run: Run) -> str:
 
 
 def _curves(runs: Sequence[Run]) -> str:
-    image = _image(picture.draw(runs, ""), "Loss, learning rate, gradient norm and speed by step")
+    shown_here = [picture.main_quantity(runs), *picture.small_quantities(runs)]
+    image = _image(picture.draw(runs, ""), f"{', '.join(map(label, shown_here))} by step")
     if all(len(run.train) < picture.SMOOTH_FROM for run in runs):
         return _card("", image)
     note = "Lines are running means over a fiftieth of the run"
@@ -163,9 +165,36 @@ def _curves(runs: Sequence[Run]) -> str:
     return _card("", f'{image}<p class="note">{note}</p>')
 
 
-def _others(runs: Sequence[Run]) -> str:
-    figure = picture.draw_others(runs)
-    return "" if figure is None else _card("Other quantities", _image(figure, "Other quantities by step"))
+def _topic_cards(runs: Sequence[Run]) -> list[str]:
+    """A card for each topic, folded but the first: quantities first, best and last, and a panel for each that changes."""
+    topics = by_topic(name for run in runs for name in quantities(run))
+    drawn = {picture.main_quantity(runs), *picture.small_quantities(runs)}
+    cards: list[str] = []
+    for topic, names in topics.items():
+        table = (
+            _rows_table(runs[0], names) if len(runs) == 1 else _run_table(runs, _last_and_best(runs, names))
+        )
+        figure = picture.draw_panels(runs, [name for name in names if name not in drawn])
+        image = "" if figure is None else f'<div class="panels">{_image(figure, f"{topic} by step")}</div>'
+        phases = _phases(runs[0]) if topic == SPEED and len(runs) == 1 else ""
+        if table:
+            cards.append(_folded(topic, _digest(runs, names), f"{phases}{table}{image}", is_open=not cards))
+    return cards
+
+
+def _digest(runs: Sequence[Run], names: Sequence[str]) -> str:
+    """The last values of a topic's first quantities, for its folded line; nothing for several runs."""
+    if len(runs) > 1:
+        return ""
+    last = [(name, values[-1]) for name in names if (values := runs[0].series(name).values)]
+    return ", ".join(f"{label(name)} {shown(name, value)}" for name, value in last[:3])
+
+
+def _folded(title: str, digest: str, inside: str, *, is_open: bool = False) -> str:
+    """A section that a reader opens; ``inside`` is HTML."""
+    opened = " open" if is_open else ""
+    head = f"<summary>{escape(title)}<small>{escape(digest)}</small></summary>"
+    return f'<section class="card"><details{opened}>{head}{inside}</details></section>'
 
 
 def _image(figure: Figure, alternative: str) -> str:
@@ -173,15 +202,14 @@ def _image(figure: Figure, alternative: str) -> str:
     return f'<img alt="{escape(alternative)}" src="data:image/svg+xml;base64,{data}">'
 
 
-def _rows_card(run: Run) -> str:
+def _rows_table(run: Run, names: Sequence[str]) -> str:
     body = "".join(
-        f"<tr><th>{escape(row.label)}</th>{_cell(shown(row.name, row.first))}"
+        f'<tr><th title="{escape(row.name)}">{escape(row.label)}</th>{_cell(shown(row.name, row.first))}'
         f"{_cell(_best(row.name, row.best, row.best_step))}{_cell(shown(row.name, row.last))}</tr>"
-        for row in rows(run)
+        for row in rows(run, names)
     )
     head = "".join(f'<th class="n">{name}</th>' for name in ("first", "best", "last"))
-    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return _card("First, best, last", table)
+    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>" if body else ""
 
 
 def _card(title: str, inside: str) -> str:
@@ -205,7 +233,7 @@ def _facts_card(run: Run) -> str:
     return _card("The run", f"<table><tbody>{body}</tbody></table>")
 
 
-def _phases_card(run: Run) -> str:
+def _phases(run: Run) -> str:
     phases = phase_seconds(run)
     if not phases:
         return ""
@@ -224,7 +252,7 @@ def _phases_card(run: Run) -> str:
         for name, spent in phases.items()
     )
     title = f"Where the {1000 * total:,.0f} ms of a step go"
-    return _card(title, f'<div class="bar">{bar}</div><div class="key">{key}</div>')
+    return f'<h3>{title}</h3><div class="bar">{bar}</div><div class="key">{key}</div>'
 
 
 def _sample_card(run: Run, title: str) -> str:
@@ -249,12 +277,11 @@ def _responses_card(run: Run) -> str:
 def _config_card(run: Run) -> str:
     if run.config is None:
         return ""
-    text = escape(dump_toml(run.config))
-    return _card("", f"<details><summary>All settings</summary><pre>{text}</pre></details>")
+    return _folded("All settings", "", f"<pre>{escape(dump_toml(run.config))}</pre>")
 
 
-def _last_and_best(runs: Sequence[Run]) -> dict[str, list[str]]:
-    tables = [{row.label: row for row in rows(run)} for run in runs]
+def _last_and_best(runs: Sequence[Run], names: Sequence[str]) -> dict[str, list[str]]:
+    tables = [{row.label: row for row in rows(run, names)} for run in runs]
     cells: dict[str, list[str]] = {}
     for name in dict.fromkeys(text for table in tables for text in table):
         cells[name] = []
@@ -268,7 +295,11 @@ def _last_and_best(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def _by_run(title: str, runs: Sequence[Run], cells: dict[str, list[str]]) -> str:
-    """A table with a column per run; ``cells`` hold HTML."""
+    """A card with a column per run; ``cells`` hold HTML."""
+    return _card(title, _run_table(runs, cells)) if cells else ""
+
+
+def _run_table(runs: Sequence[Run], cells: dict[str, list[str]]) -> str:
     if not cells:
         return ""
     head = "".join(
@@ -279,8 +310,7 @@ def _by_run(title: str, runs: Sequence[Run], cells: dict[str, list[str]]) -> str
         f"<tr><th>{escape(name)}</th>" + "".join(_cell(cell) for cell in row) + "</tr>"
         for name, row in cells.items()
     )
-    table = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return _card(title, table)
+    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _escaped(cells: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from megatron_ring.report.facts import label, quantities
 from megatron_ring.report.read import Run, Series
+from megatron_ring.report.topics import headline
 
 INK, MUTED, GRID, PAPER = "#1f2933", "#6b7785", "#e6e9ed", "#ffffff"
 # told apart also by readers who are colour-blind (Okabe and Ito, darkened for white paper)
@@ -22,8 +23,8 @@ TRAIN_COLOUR, EVAL_COLOUR = COLOURS[0], COLOURS[1]
 SMOOTH_FROM = 100
 # points a line is thinned to: more than a page can show
 _POINTS = 1000
-# panels beside the loss
-_SMALL = ("lr", "grad_norm", "tokens_per_second")
+# small panels in a row
+_COLUMNS = 3
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -57,53 +58,47 @@ class _Line:
 
 
 def draw(runs: Sequence[Run], title: str) -> Figure:
-    """The main quantity and its validation large; learning rate, gradient norm and speed small below."""
+    """The main quantity and its validation large; the others that a run is judged by small below."""
     with matplotlib.rc_context(_STYLE):
         main = main_quantity(runs)
-        small = [name for name in _SMALL if name != main and any(run.series(name).values for run in runs)]
-        rows = 2 if small else 1
+        small = small_quantities(runs)
+        rows = -(-len(small) // _COLUMNS)
         lines = _main_lines(runs, main)
-        figure = Figure(figsize=(10, 6.4 if small else 4.4), facecolor=PAPER)
-        widest = max((_width(figure, line.text) for line in lines), default=0.0)
-        grid = figure.add_gridspec(
-            rows,
-            max(len(small), 1),
-            height_ratios=[2.1, 1][:rows],
-            hspace=0.38,
-            wspace=0.24,
-            left=0.06 if title else 0.045,
-            right=0.98 - widest,
-            top=0.88 if title else 0.955,
-            bottom=0.09 if title else 0.07,
-        )
-        figure.text(0.06, 0.95, title, fontsize=14, fontweight="bold")
-        _main_panel(figure.add_subplot(grid[0, :]), runs, main, lines)
-        for column, name in enumerate(small):
-            _panel(figure.add_subplot(grid[1, column]), runs, name)
+        # inches: what is above the panels, the large one, each row of small ones, what is below
+        above, large, low, below = 0.75 if title else 0.3, 3.1, 1.5, 0.5
+        gap = 0.65
+        height = above + large + rows * (gap + low) + below
+        figure = Figure(figsize=(10, height), facecolor=PAPER)
+        left, right = 0.06, 0.98 - max((_width(figure, line.text) for line in lines), default=0.0)
+        figure.text(left, 1 - 0.36 / height, title, fontsize=14, fontweight="bold")
+        bottom = height - above - large
+        axes = figure.add_axes((left, bottom / height, right - left, large / height))
+        _main_panel(axes, runs, main, lines)
+        if small:
+            grid = figure.add_gridspec(
+                rows, min(len(small), _COLUMNS), hspace=gap / low, wspace=0.24, left=left, right=0.98,
+                top=(bottom - gap) / height, bottom=below / height,
+            )  # fmt: skip
+            for index, name in enumerate(small):
+                _panel(figure.add_subplot(grid[index // _COLUMNS, index % _COLUMNS]), runs, name)
         return figure
 
 
-def draw_others(runs: Sequence[Run]) -> Figure | None:
-    """A small panel for every further quantity that changes; None when there is none."""
-    names = dict.fromkeys(name for run in runs for name in quantities(run))
-    others = [
-        name
-        for name in names
-        if name not in (main_quantity(runs), *_SMALL)
-        and any(len(set(run.series(name).values)) > 1 for run in runs)
-    ]
-    if not others:
+def draw_panels(runs: Sequence[Run], names: Sequence[str]) -> Figure | None:
+    """A small panel for each quantity of ``names`` that changes; None when none does."""
+    names = [name for name in names if any(len(set(run.series(name).values)) > 1 for run in runs)]
+    if not names:
         return None
     with matplotlib.rc_context(_STYLE):
-        columns, rows = 3, -(-len(others) // 3)
+        rows = -(-len(names) // _COLUMNS)
         height = 2.2 * rows
         figure = Figure(figsize=(10, height), facecolor=PAPER)
         grid = figure.add_gridspec(
-            rows, columns, hspace=0.55, wspace=0.24, left=0.045, right=0.985,
+            rows, _COLUMNS, hspace=0.55, wspace=0.24, left=0.045, right=0.985,
             top=1 - 0.28 / height, bottom=0.42 / height,
         )  # fmt: skip
-        for index, name in enumerate(others):
-            _panel(figure.add_subplot(grid[index // columns, index % columns]), runs, name)
+        for index, name in enumerate(names):
+            _panel(figure.add_subplot(grid[index // _COLUMNS, index % _COLUMNS]), runs, name)
         return figure
 
 
@@ -153,8 +148,14 @@ def thin(series: Series, points: int = _POINTS) -> tuple[Series, Series]:
 
 def main_quantity(runs: Sequence[Run]) -> str:
     """What the runs are about: the reward where there is one, else the loss, else the first quantity."""
-    names = ("reward", "loss", *quantities(runs[0]))
-    return next(name for name in names if any(run.series(name).values for run in runs))
+    names = [name for run in runs for name in quantities(run) if run.series(name).values]
+    return next(name for name in ("reward", "loss", *names) if name in names)
+
+
+def small_quantities(runs: Sequence[Run]) -> list[str]:
+    """What is drawn small below the main quantity."""
+    names = headline(name for run in runs for name in quantities(run) if run.series(name).values)
+    return [name for name in names if name != main_quantity(runs)]
 
 
 def _main_lines(runs: Sequence[Run], name: str) -> list[_Line]:
@@ -226,9 +227,12 @@ def _panel(axes: Axes, runs: Sequence[Run], name: str) -> None:
     low, high = min(everything), max(everything)
     if name == "grad_norm" and low > 0 and high / low > 50:
         axes.set_yscale("log")
-    elif name in ("lr", "tokens_per_second", "mfu", "grad_norm"):
+        # plain digits: a power of ten would be set in a mathematical font, which may not be installed
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda *_: "")
+    elif name in ("lr", "tokens_per_second", "loss_tokens", "mfu", "grad_norm", "response_length"):
         axes.set_ylim(0, (high or 1.0) * 1.08)
-    if name == "tokens_per_second":
+    if name in ("tokens_per_second", "loss_tokens"):
         axes.yaxis.set_major_formatter(lambda value, _: _tick(value, high))
     if name == "lr":
         axes.yaxis.set_major_formatter(lambda value, _: _scientific(value))

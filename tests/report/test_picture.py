@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from megatron_ring.observe.metrics import MetricsLogger
-from megatron_ring.report.picture import _apart, _scientific, _tick, draw, draw_others, smooth, thin, to_png
+from megatron_ring.report.picture import _apart, _scientific, _tick, draw, draw_panels, smooth, thin, to_png
 from megatron_ring.report.read import Series, read_run
 
 
@@ -68,11 +68,45 @@ def test_names_end_inside_the_picture(write_run):
 
 
 def test_quantities_that_never_change_get_no_panel(write_run, tmp_path):
-    assert "Balance loss" in texts(draw_others([read_run(write_run())]))
+    names = ["loss", "balance_loss"]
+    assert "Balance loss" in texts(draw_panels([read_run(write_run())], names))
     with MetricsLogger(tmp_path / "still", total_steps=2, log_interval=2) as metrics:
         for step in (1, 2):
             metrics.log(step, {"loss": 1.0, "balance_loss": 1.0}, tokens=1, seconds=1.0)
-    assert draw_others([read_run(tmp_path / "still")]) is None
+    assert draw_panels([read_run(tmp_path / "still")], names) is None
+
+
+def test_reinforcement_learning_begins_with_the_papers_curves(tmp_path):
+    values = {
+        "loss": 0.1,
+        "lr": 1e-3,
+        "reward": 0.5,
+        "response_length": 9.0,
+        "entropy": 0.3,
+        "grad_norm": 1.0,
+    }
+    with MetricsLogger(tmp_path, total_steps=2, log_interval=2) as metrics:
+        for step in (1, 2):
+            metrics.log(step, values | {"loss_tokens": 64.0}, tokens=100, seconds=1.0)
+    titles = [axes.get_title(loc="left") for axes in draw([read_run(tmp_path)], "rl").axes]
+    assert titles == [
+        "Reward", "Response length", "Entropy", "Gradient norm", "Trained tokens per step", "Tokens per second",
+        "Learning rate",
+    ]  # fmt: skip
+
+
+def test_no_text_asks_for_a_mathematical_font(tmp_path):
+    """A font that is not installed is a warning for each text; powers of ten would ask for one."""
+    with MetricsLogger(tmp_path, total_steps=2, log_interval=2) as metrics:
+        for step, grad_norm in ((1, 0.001), (2, 500.0)):
+            metrics.log(step, {"loss": 1.0, "grad_norm": grad_norm}, tokens=1, seconds=1.0)
+    figure = draw([read_run(tmp_path)], "wide")
+    figure.canvas.draw()
+    scales = [axes.get_yscale() for axes in figure.axes]
+    assert "log" in scales
+    axes = figure.axes[scales.index("log")]
+    said = [label.get_text() for label in axes.get_yticklabels(which="both")]
+    assert any(said) and not any("$" in text for text in said)
 
 
 @pytest.mark.parametrize("values", [{"loss": 2.0}, {"reward": 0.5}, {}])
