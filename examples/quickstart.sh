@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup_env.sh
 setup_env
-export PYTHONWARNINGS=ignore
+ring="${PYTHON%/*}/ring"
 
 run="${1:-runs/quickstart}"
 if [ -e "$run" ]; then
@@ -18,25 +18,25 @@ fi
 mkdir -p "$run"
 
 # the model is so small that two processes of one thread train it faster than one of two threads
-launch=("$PYTHON")
+launch=("$ring")
 if [ "$(nproc)" -ge 2 ]; then
     export OMP_NUM_THREADS=1
-    launch=("$PYTHON" -m megatron_ring.launch.ranks --standalone --nproc-per-node 2)
+    launch=("$ring" launch --standalone --nproc-per-node 2)
 fi
 
-_stage() {  # _stage NAME FOLDER [FLAG ...]: examples/NAME_ring.py with its tiny settings, files in FOLDER
+_stage() {  # _stage NAME FOLDER [FLAG ...]: ring NAME with its tiny settings, files in FOLDER
     local name="$1" folder="$2"
     shift 2
-    "${launch[@]}" "examples/${name}_ring.py" --config "examples/tiny/$name.toml" --tokenizer-model "$run/tokenizer.model" \
+    "${launch[@]}" "$name" --config "examples/tiny/$name.toml" --tokenizer-model "$run/tokenizer.model" \
         --save "$folder" --load "$folder" --metrics-file "$folder/metrics.jsonl" "$@"
 }
 
 _say "1/7 training a tokenizer on the standard library's sources"
-"$PYTHON" tools/train_tokenizer.py --builtin-corpus --max-mb 4 --vocab-size 2048 \
+"$ring" tokenizer --builtin-corpus --max-mb 4 --vocab-size 2048 \
     --symbol '\boxed{' 'State the final answer to the following arithmetic problem:' --output "$run/tokenizer.model"
 
 _say "2/7 writing the corpus"
-"$PYTHON" tools/preprocess_data.py --builtin-corpus --max-mb 4 --append-eod \
+"$ring" preprocess --builtin-corpus --max-mb 4 --append-eod \
     --tokenizer-model "$run/tokenizer.model" --output-prefix "$run/corpus"
 
 _say "3/7 pre-training a 1.1M-parameter Ring mixture-of-experts"
@@ -63,34 +63,30 @@ _stage rl "$run/rl" --pretrained-checkpoint "$run/sft"
 
 _say "7/7 report"
 for stage in pretrain sft_careful sft rl; do
-    "$PYTHON" tools/report.py "$run/$stage" --out "$run/$stage/report.html"
+    "$ring" report "$run/$stage" --out "$run/$stage/report.html" >/dev/null
 done
-"$PYTHON" - "$run" <<'PY'
+"$PYTHON" - "$run" "$ring" <<'PY'
 import sys
 from pathlib import Path
 
 from megatron_ring.report.console import print_summary
 
-run = Path(sys.argv[1])
-python = Path(sys.executable).relative_to(Path.cwd()) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"
+run, ring = Path(sys.argv[1]), Path(sys.argv[2])
+ring = ring.relative_to(Path.cwd()) if ring.is_relative_to(Path.cwd()) else ring
 print_summary(
     run / "rl",
     files=[
         ("report", run / "rl/report.html"),
-        ("picture", run / "rl/loss.png"),
+        ("earlier stages", f"{run}/pretrain, {run}/sft_careful and {run}/sft: report.html"),
         ("responses", run / "rl/samples.jsonl"),
-        ("earlier stages", run / "pretrain/report.html"),
-        ("", run / "sft_careful/report.html"),
-        ("", run / "sft/report.html"),
         ("checkpoints", run / "rl"),
     ],
     next_commands=[
-        ("train it further", f"{python} examples/rl_ring.py --config {run}/rl/config.toml --train-iters 120"),
-        ("C3PO beside GRPO, three seeds each", f"{python} tools/benchmark/c3po_grpo.py --start {run}"),
-        ("see the plan of Ring-lite itself on 64 GPUs", f"{python} examples/rl_ring.py "
-         "--config examples/ring_lite/rl_math.toml --dry-run --world-size 64"),
-        ("every setting", f"{python} examples/rl_ring.py --help"),
-        ("pass the tests", "bash tests/run.sh"),
+        ("train it further", f"{ring} rl --config {run}/rl/config.toml --train-iters 120"),
+        ("C3PO beside GRPO, three seeds each", f"{ring.with_name('python')} tools/benchmark/c3po_grpo.py --start {run}"),
+        ("the plan of Ring-lite itself on 64 GPUs",
+         f"{ring} rl --config examples/ring_lite/rl_math.toml --dry-run --world-size 64"),
+        ("all commands", f"{ring} --help"),
     ],
 )
 PY

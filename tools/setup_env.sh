@@ -75,7 +75,13 @@ _fingerprint() {  # where it is, too: the environment of a copy would import the
         megatron_ring/__init__.py; } | sha256sum | cut -c1-16)
 }
 
-_pip() { "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"; }
+_pip() {  # pip's own words only where it fails
+    local log
+    log="$("$PYTHON" -m pip install --quiet --disable-pip-version-check "$@" 2>&1)" || {
+        echo "$log" >&2
+        return 1
+    }
+}
 
 _is_locked() {  # is this one of the machines whose files requirements*.lock lists?
     [ "${RING_HASHES:-1}" != 0 ] && "$PYTHON" - <<'COVERED'

@@ -74,7 +74,7 @@ class LoggingConfig:
 
     log_interval: int = 1
     """Steps between progress lines, as long as they are log_interval_seconds apart."""
-    log_interval_seconds: float = 20.0
+    log_interval_seconds: float = 30.0
     """Seconds between progress lines at least; 0 prints every one. Metrics are written at every step."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard events."""

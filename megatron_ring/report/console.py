@@ -12,6 +12,8 @@ from megatron_ring.report.facts import quantities, rows, run_facts, shown
 from megatron_ring.report.read import Run, read_run
 from megatron_ring.report.topics import headline
 
+_FACTS = ("Size", "Layout", "Processes", "Steps", "Tokens", "Wall time", "Resumed")
+"""What the console says of a run; its report has more."""
 _EVALS = ("perplexity", "accuracy")
 """What a validation adds to the quantities of the steps."""
 
@@ -42,15 +44,15 @@ def print_summary(
     Plain text unless stdout is a terminal. Commands stay on one line each, so that they can be copied.
 
     Example: ``print_summary("runs/tiny", files=[("report", "runs/tiny/report.html")],
-    next_commands=[("compare two runs", "python tools/report.py runs/a runs/b")])``
+    next_commands=[("compare two runs", "ring report runs/a runs/b")])``
     """
     console = console or Console(highlight=False)
     run = read_run(run_dir)
     console.print(summary_table(run))
     rest = len(rows(run)) - summary_table(run).row_count
     if rest:
-        console.print(f"  {rest} more quantities are in its report", style="dim")
-    _pairs(console, list(run_facts(run).items()))
+        console.print(f"  {rest} more are in the report", style="dim")
+    _pairs(console, [(name, text) for name, text in run_facts(run).items() if name in _FACTS])
     if run.sample:
         console.print(Text("\nwhat it writes", style="bold"))
         console.print(Text(run.sample.strip()), soft_wrap=True)
