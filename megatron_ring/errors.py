@@ -10,7 +10,7 @@ class RingError(Exception):
 
     exit_code = 2
     speaks: bool | None = None
-    """Is this rank the one of its run to say the line? None where nobody has asked."""
+    """Should this rank print the line? None: not decided yet."""
 
 
 class ConfigError(RingError):
@@ -26,7 +26,7 @@ class CheckpointError(RingError):
 
 
 class RolloutError(RingError):
-    """A generation engine failed or answered something that cannot be used."""
+    """A generation engine failed, or returned something that cannot be used."""
 
 
 class RewardError(RingError):

@@ -1,6 +1,6 @@
-"""Files that a user or a stranger names, and JSON that they wrote.
+"""Read files whose name or contents come from outside.
 
-Opening never waits, as a named pipe would make ``open`` wait for ever; what JSON is refused for is one line.
+Opening never blocks, whatever the path is: a named pipe would block ``open`` for ever. Bad JSON gives a one-line reason.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_DEPTH = 64
-"""Lists and objects inside one another; beyond it Python's own recursion would end what reads the value."""
+"""How deep lists and objects may be nested: below the depth at which Python's recursion limit stops a reader."""
 
 
 class TooDeepError(ValueError):
-    """JSON of more than ``MAX_DEPTH`` lists and objects inside one another."""
+    """JSON nested more than ``MAX_DEPTH`` deep."""
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """``path`` for reading; never waits, as opening a named pipe or a terminal would.
+    """Open ``path`` for reading, without blocking on a named pipe or a terminal.
 
     Raises:
-        OSError: it is not there, or it is no plain file; ``strerror`` says which.
+        OSError: it does not exist or is no regular file; ``strerror`` says which.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
@@ -41,7 +41,7 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 def read_plain(path: Path, max_bytes: int = 1 << 40) -> bytes:
-    """All of a plain file of at most ``max_bytes``.
+    """The contents of a regular file of at most ``max_bytes``.
 
     Raises:
         OSError: see :func:`open_plain`; or it is longer.
@@ -54,10 +54,10 @@ def read_plain(path: Path, max_bytes: int = 1 << 40) -> bytes:
 
 
 def json_value(text: str | bytes, *, unique: bool = True) -> Any:
-    """The value of JSON ``text``; with ``unique``, no object may have a key twice: readers differ in which they take.
+    """The value of JSON ``text``. ``unique`` refuses an object with a repeated key, of which readers keep different ones.
 
     Raises:
-        TooDeepError: it is nested too deeply.
+        TooDeepError: it is nested more than ``MAX_DEPTH`` deep.
         ValueError: it is no JSON; the message is one line.
     """
     try:
@@ -66,7 +66,7 @@ def json_value(text: str | bytes, *, unique: bool = True) -> Any:
     except RecursionError:
         value, deep = None, True
     except ValueError as error:
-        # of a number of 4301 digits, Python names a remedy that is a programmer's
+        # for a number of over 4300 digits Python adds a remedy for programmers
         raise ValueError(str(error).partition("; use sys.")[0]) from None
     if deep:
         raise TooDeepError(f"nested too deeply, more than {MAX_DEPTH} deep")
@@ -85,7 +85,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _openings(text: str | bytes) -> int:
     if isinstance(text, str):
         return text.count("[") + text.count("{")
-    # in UTF-16 and UTF-32, which JSON may be, these bytes are there as well
+    # JSON may be UTF-16 or UTF-32; these bytes occur there as well
     return text.count(b"[") + text.count(b"{")
 
 

@@ -1,4 +1,4 @@
-"""What a run would be, printed without allocating anything or importing torch."""
+"""``--dry-run``: the plan of a run, without allocating anything or importing torch."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""What every entry point does first and last: read its command line, and end a user's mistake in one line.
+"""What every entry point does first and last: read its command line, and report a user's mistake in one line.
 
 An entry point is ``run_entry(main)`` under ``if __name__ == "__main__"``, and its ``main`` begins with
 ``config = start()``. Import the stage after that line: a wrong command line or ``--dry-run`` then costs no
@@ -30,8 +30,8 @@ def run_entry(main: Callable[[], object]) -> NoReturn:
     """Run ``main`` and exit: 0 when it returns, 2 after ``error: ...`` on stderr when it raises a RingError, 130
     after such a line when somebody pressed Ctrl-C.
 
-    Any other exception is ours and keeps its traceback. Of several processes that meet the same error one
-    prints.
+    Any other exception is a bug of ours and keeps its traceback. If several processes raise the same error, one
+    prints it.
     """
     end_with_launcher()
     _dependency_warnings("ignore")
@@ -40,7 +40,7 @@ def run_entry(main: Callable[[], object]) -> NoReturn:
     except (RingError, KeyboardInterrupt) as caught:
         error = caught if isinstance(caught, RingError) else Interrupted()
         line = " ".join(str(error).split())
-        if _is_speaker(line) if error.speaks is None else error.speaks:
+        if _prints(line) if error.speaks is None else error.speaks:
             print(f"error: {line}", file=sys.stderr, flush=True)
         _tell_torchrun(line)
         sys.exit(error.exit_code)
@@ -48,7 +48,7 @@ def run_entry(main: Callable[[], object]) -> NoReturn:
 
 
 def exit_on_sigterm() -> None:
-    """From now on a terminated command cleans up as an interrupted one does, and exits with 143."""
+    """Make SIGTERM clean up and exit with 143, as Ctrl-C cleans up."""
 
     def leave(number: int, _: object) -> NoReturn:
         sys.exit(128 + number)
@@ -78,30 +78,30 @@ def start(argv: Sequence[str] | None = None, *, stage: Stage = "pretrain") -> Ru
 
 
 def _dependency_warnings(action: Literal["ignore", "default"]) -> None:
-    """What only the authors of our dependencies can act on: hidden from the start, shown by ``--log-level debug``.
+    """Hide or show warnings that only the authors of our dependencies can act on; ``--log-level debug`` shows them.
 
-    Python's own ``-W`` and PYTHONWARNINGS go before.
+    Python's own ``-W`` and PYTHONWARNINGS take precedence.
     """
     if sys.warnoptions:
         return
-    # what is deprecated in torch is put down to its caller, which is ours
+    # a deprecation in torch is attributed to its caller, which may be a module of ours
     for category in (DeprecationWarning, FutureWarning):
         warnings.filterwarnings(
             action, category=category, module=r"(torch|megatron|megatron_ring|tensorboard)(\.|$)"
         )
-    # at import, about each optional package that is not installed
+    # at import, for each optional package that is not installed
     warnings.filterwarnings(action, category=UserWarning, module=r"megatron\.core(\.|$)")
 
 
 def _tell_torchrun(line: str) -> None:
-    """Leave the line where torchrun looks for it: its report of the root cause then holds it.
+    """Write the line to the error file that torchrun names, so that its root-cause report shows it.
 
-    torchrun prints a traceback of its own before the report, whatever a rank does; ``ring launch`` prints neither.
+    torchrun still prints its own traceback before that report, whatever a rank does; ``ring launch`` prints neither.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         said = {"message": f"error: {line}", "extraInfo": {"timestamp": str(int(time.time()))}}
-        # the line is on stderr in any case
+        # not worth an error: the line is on stderr already
         with contextlib.suppress(OSError):
             Path(file).write_text(json.dumps({"message": said}), encoding="utf-8")
 
@@ -110,12 +110,11 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _is_speaker(line: str) -> bool:
+def _prints(line: str) -> bool:
     """Should this process print the error?
 
-    Without a process group every process has read the same command line: the first of each node speaks. With
-    one, an error may be one rank's alone: the first rank to write the line into the group's store speaks for
-    it.
+    Without a process group local rank 0 of each node prints: all have read the same command line. With one, the
+    first rank to claim the message in the group's store prints it: an error may be a single rank's.
     """
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
@@ -125,5 +124,5 @@ def _is_speaker(line: str) -> bool:
         mine = str(_rank())
         return store.compare_set(f"megatron_ring/error/{line}", "", mine).decode() == mine
     except (RuntimeError, ConnectionError):
-        # the store lives in rank 0: it is gone because rank 0 has failed, and spoken, already
+        # the store lives in rank 0: it is gone because rank 0 has failed and printed already
         return False

@@ -1,4 +1,4 @@
-"""torchrun, with one line where it prints a page: ``ring launch FLAG ... COMMAND FLAG ...``, and for scripts
+"""torchrun with short errors: ``ring launch FLAG ... COMMAND FLAG ...``, and for scripts
 ``python -m megatron_ring.launch.ranks FLAG ... SCRIPT FLAG ...``.
 
 When a rank fails, torchrun prints a traceback of its own and a table, and exits with 1. Here the rank's own lines come
@@ -18,18 +18,18 @@ from megatron_ring.launch.ring import find
 from megatron_ring.runtime.orphans import PEER_IS_GONE, name_launcher
 
 _SPOKEN = (2, 130)
-"""Exit codes of ranks that have said their line: a user's mistake, Ctrl-C."""
+"""Exit codes of ranks that have printed their own line: a user's mistake, Ctrl-C."""
 
 
 def launch() -> NoReturn:
-    """``ring launch``: ranks that run a command of ``ring``."""
+    """``ring launch``: start ranks that run a command of ``ring``."""
     main(["-m", *sys.argv[1:]], check=_command)
 
 
 def main(argv: Sequence[str] | None = None, check: Callable[[Any], None] = lambda _: None) -> NoReturn:
-    """Start the ranks that torchrun's words ``argv`` describe (``sys.argv`` by default), wait, exit with their code.
+    """Start ranks from torchrun's arguments ``argv`` (``sys.argv`` by default), wait, exit with their code.
 
-    ``check`` sees the words once torchrun has read them, before anything starts.
+    ``check`` gets torchrun's parsed arguments before anything starts, and may change them.
     """
     try:
         failed = _run(list(sys.argv[1:] if argv is None else argv), check)
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None, check: Callable[[Any], None] = lambd
 
 
 def _command(arguments: Any) -> None:
-    """torchrun takes the first word that is no flag of its own for a module: it is one of our commands."""
+    """What torchrun parsed as a module to run is the name of one of our commands."""
     name = arguments.training_script
     if not find(name).several:
         raise ConfigError(f"command {name} runs in one process; call it without launch: ring {name}")

@@ -1,4 +1,4 @@
-"""The installed command: ``ring COMMAND FLAG ...``. A command imports what it needs and no more.
+"""The installed command: ``ring COMMAND FLAG ...``. Each command imports only what it needs.
 
 To add one, write its ``main`` in ``launch/commands/`` and a row below.
 """

@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics.jsonl, TensorBoard, Weights & Biases and a progress line."""
+"""Report a run's metrics: to metrics.jsonl, TensorBoard, Weights & Biases and the console."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class PhaseTimer:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def drain(self) -> dict[str, float]:
-        """Seconds per phase; counting starts afresh."""
+        """Seconds per phase since the last call."""
         seconds, self._seconds = self._seconds, {}
         return seconds
 
@@ -170,7 +170,7 @@ class MetricsLogger:
         self._progress.show_eval(step, numbers)
 
     def close(self) -> None:
-        """Say that the run ended by itself and close the sinks."""
+        """Record that the run ended normally and close the sinks."""
         if self._is_writer:
             wall = time.perf_counter() - self._start
             phases = {f"seconds_{name}": spent for name, spent in self.phase.drain().items()}
@@ -207,7 +207,7 @@ class MetricsLogger:
 
 
 class _TensorBoard:
-    """TensorBoard's events; what happens to them ends no training."""
+    """TensorBoard's events; a failure to write them does not end the training."""
 
     def __init__(self, writer: Any, folder: str | Path):
         self._writer, self._folder = writer, folder
@@ -215,7 +215,7 @@ class _TensorBoard:
         threading.excepthook = self._thread_ended
 
     def add(self, step: int, scalars: Mapping[str, float]) -> _TensorBoard | None:
-        """None after a failure, which is said once."""
+        """Write the scalars; None after a failure, which is logged once."""
         try:
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, step)
@@ -242,7 +242,7 @@ class _TensorBoard:
         threading.excepthook = self._hook
 
     def _thread_ended(self, ended: threading.ExceptHookArgs) -> None:
-        """The writer's thread hands its error on to the next call: no traceback of it beside."""
+        """The writer's thread raises its error again in the next call, so its own traceback is not printed."""
         if not (issubclass(ended.exc_type, OSError) and type(ended.thread).__name__ == "_AsyncWriterThread"):
             self._hook(ended)
 
@@ -263,7 +263,7 @@ def _open_tensorboard(folder: str | Path, resume_step: int) -> _TensorBoard | No
 
 
 def _open_wandb(project: str, run_dir: str | Path | None, resume_step: int, facts: dict[str, Any]) -> Any:
-    """A W&B run for this start; all starts of a run folder share its name as their group."""
+    """A W&B run for this start; all starts in one folder have the folder's name as their group."""
     wandb: Any = importlib.import_module("wandb")
     name = "run" if run_dir is None else Path(run_dir).resolve().name
     try:

@@ -1,4 +1,4 @@
-"""The file metrics.jsonl: one JSON object a line, each step once, whole lines whatever happens.
+"""The file metrics.jsonl: one JSON object per line, each step once; no failure leaves half a line in the middle.
 
 ``kind`` says what a record is, ``step`` how many optimizer steps are done:
 
@@ -6,7 +6,7 @@
 - ``train``: one step; tokens, seconds, tokens_per_second, mfu where a peak is known, the stage's own values,
   ``seconds_NAME`` for each phase, wall_seconds (since the first start, without what a killed run lost)
 - ``eval``: a validation after that step
-- ``end``: the run ended by itself
+- ``end``: the run ended normally
 
 A number that is not finite is null: JSON has no NaN.
 """
@@ -60,11 +60,11 @@ def is_step(value: Any) -> bool:
 
 _MOST = 1e300
 FIGURES = ("tokens", "seconds", "wall_seconds")
-"""What every step's record has."""
+"""Keys of every step's record."""
 
 
 def _is_record(record: Any) -> bool:
-    """Does it say what a reader counts on, in the types of the list above?"""
+    """Has it the keys that readers rely on, with the types listed at the top?"""
     if (
         not isinstance(record, dict)
         or not isinstance(record.get("kind"), str)
@@ -80,10 +80,10 @@ def _is_record(record: Any) -> bool:
 
 
 class MetricsFile:
-    """Appends whole lines: a kill cuts short the last at most, a full disk none."""
+    """Appends whole lines. A kill can cut the last line short; a full disk cannot."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        """Keep what is said about steps up to ``resume_step``; ``wall_seconds`` is the time they took."""
+        """Keep the records of steps up to ``resume_step``; ``wall_seconds`` is the time those steps took."""
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The console's progress line, and how numbers are worded for people."""
+"""The console's progress lines, and numbers formatted for people."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ _ETA_STEPS = 100
 
 
 class ProgressLine:
-    """The console's lines: one every ``log_interval`` steps, ``least_seconds`` apart, coloured in a terminal."""
+    """A line every ``log_interval`` steps, at least ``least_seconds`` apart; coloured in a terminal."""
 
     def __init__(
         self, total_steps: int, log_interval: int, least_seconds: float, shown: tuple[str, ...]
@@ -67,7 +67,7 @@ class ProgressLine:
         self._print("eval", "bold green", step, [_labelled(name, value) for name, value in values.items()])
 
     def _step_seconds(self) -> float:
-        """Mean time from step to step lately, validations and saves included; not the first: it warms up."""
+        """Mean seconds between the last steps, validations and saves included; the first step, a warm-up, is left out."""
         if len(self._ends) < 2:
             assert self._first_step_seconds is not None
             return self._first_step_seconds
@@ -83,7 +83,7 @@ class ProgressLine:
 
 
 _COUNTS = ("problems",)
-"""Values that are whole numbers, whatever their size."""
+"""Values shown without decimals."""
 
 
 def _labelled(name: str, value: float) -> str:
@@ -104,7 +104,7 @@ def count(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time in its two largest units. Example: ``duration(7509)`` is ``"2h 05m"``."""
+    """A duration in its two largest units. Example: ``duration(7509)`` is ``"2h 05m"``."""
     whole = round(seconds)
     for unit, small, size, part in (("d", "h", 86400, 3600), ("h", "m", 3600, 60), ("m", "s", 60, 1)):
         if whole >= size:

@@ -1,4 +1,4 @@
-"""``samples.jsonl``: responses of a step for a person to read. Rows in, rows out."""
+"""``samples.jsonl``: some responses of a step, for people to read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ResponseLog:
                     write_durably(self._path, "".join(map(_line, kept)))
 
     def is_due(self, step: int) -> bool:
-        """Does this process keep rows of that step?"""
+        """Should this process write rows of that step?"""
         return self._path is not None and step % self._every == 0
 
     def write(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
@@ -60,7 +60,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _line(row: dict) -> str:
-    """Readable in every script; half a surrogate pair, which no file can hold, as JSON's escape."""
+    """JSON with non-ASCII text as it is; an unpaired surrogate, which UTF-8 cannot encode, is escaped."""
     text = json.dumps(row, ensure_ascii=False) + "\n"
     return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
 

@@ -1,4 +1,4 @@
-"""The table a run ends with on the console."""
+"""The summary that the console shows of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +13,13 @@ from megatron_ring.report.read import Run, read_run
 from megatron_ring.report.topics import headline
 
 _FACTS = ("Size", "Layout", "Processes", "Steps", "Tokens", "Wall time", "Resumed")
-"""What the console says of a run; its report has more."""
+"""Facts shown on the console; the report has more."""
 _EVALS = ("perplexity", "accuracy")
-"""What a validation adds to the quantities of the steps."""
+"""Quantities that only validations have."""
 
 
 def summary_table(run: Run) -> Table:
-    """First, best and last value of what the run is judged by."""
+    """First, best and last value of the headline quantities."""
     table = Table(
         title=Text(run.name, style="bold"), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False
     )
@@ -39,7 +39,7 @@ def print_summary(
     next_commands: Sequence[tuple[str, str]] = (),
     console: Console | None = None,
 ) -> None:
-    """Print what a run came to: its quantities, facts and sample, where its files are, what to try next.
+    """Print a run's results: quantities, facts, sample text, where its files are, what to run next.
 
     Plain text unless stdout is a terminal. Commands stay on one line each, so that they can be copied.
 

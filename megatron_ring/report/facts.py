@@ -1,4 +1,4 @@
-"""What a run amounts to, in words and a few numbers: for the page and the console alike."""
+"""Facts and figures of a run, for the page and the console."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Row:
 
 
 def quantities(run: Run) -> list[str]:
-    """Names of what was logged per step or validation, those that a run is judged by first; phases are not among them."""
+    """Names of what was logged per step or validation, headline quantities first, without the phases."""
     names = dict.fromkeys(name for record in (*run.train, *run.evals) for name in record)
     own = [name for name in names if name not in _BOOKKEEPING and not name.startswith("seconds_")]
     return list(dict.fromkeys([*headline(own), *own]))
@@ -79,7 +79,7 @@ def shown(name: str, value: float) -> str:
 
 
 def phase_seconds(run: Run) -> dict[str, float]:
-    """Mean seconds a step by phase, longest first, then ``other``, in no phase; empty without phases."""
+    """Mean seconds per step of each phase, longest first, then ``other``: the time in no phase. Empty without phases."""
     totals: dict[str, float] = {}
     for record in run.train:
         for name, value in record.items():
@@ -96,7 +96,7 @@ def phase_seconds(run: Run) -> dict[str, float]:
 
 
 def run_facts(run: Run) -> dict[str, str]:
-    """Label -> text: size, layout, batch, how far and how long."""
+    """Label -> text: size, layout, batch, steps, duration."""
     facts: dict[str, str] = {}
     if run.config is not None:
         facts |= _config_facts(run.config, run.world_size)

@@ -1,4 +1,4 @@
-"""The report of a run, or of several side by side: one HTML file that needs nothing else, and loss.png."""
+"""The report of a run, or of several side by side: one self-contained HTML file, and loss.png."""
 
 import base64
 import os
@@ -97,7 +97,7 @@ def render_comparison(run_dirs: Sequence[str | Path], out_html: str | Path) -> P
 
 
 def _write(out_html: str | Path, title: str, parts: Sequence[str], runs: Sequence[Run]) -> Path:
-    """Write page and picture; neither is ever half there."""
+    """Write page and picture, each in one step: a reader never sees half a file."""
     out = Path(out_html)
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -183,7 +183,7 @@ def _topic_cards(runs: Sequence[Run]) -> list[str]:
 
 
 def _digest(runs: Sequence[Run], names: Sequence[str]) -> str:
-    """The last values of a topic's first quantities, for its folded line; nothing for several runs."""
+    """Last values of a topic's first three quantities, beside its title; empty for several runs."""
     if len(runs) > 1:
         return ""
     last = [(name, values[-1]) for name in names if (values := runs[0].series(name).values)]
@@ -191,7 +191,7 @@ def _digest(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _folded(title: str, digest: str, inside: str, *, is_open: bool = False) -> str:
-    """A section that a reader opens; ``inside`` is HTML."""
+    """A section that can be folded; ``inside`` is HTML."""
     opened = " open" if is_open else ""
     head = f"<summary>{escape(title)}<small>{escape(digest)}</small></summary>"
     return f'<section class="card"><details{opened}>{head}{inside}</details></section>'
@@ -318,7 +318,7 @@ def _escaped(cells: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def _told_apart(runs: Sequence[Run]) -> list[Run]:
-    """The runs, those of one name called by their path instead."""
+    """The runs; those that share a name are named by their path."""
     names = _names(runs)
     return [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
 

@@ -1,4 +1,4 @@
-"""The curves of one run or several, drawn to be read without a legend: each line is named where it ends."""
+"""The curves of one or several runs. There is no legend: each line is named at its end."""
 
 import io
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class _Line:
 
 
 def draw(runs: Sequence[Run], title: str) -> Figure:
-    """The main quantity and its validation large; the others that a run is judged by small below."""
+    """The main quantity and its validation large, the other headline quantities small below."""
     with matplotlib.rc_context(_STYLE):
         main = main_quantity(runs)
         small = small_quantities(runs)
@@ -147,13 +147,13 @@ def thin(series: Series, points: int = _POINTS) -> tuple[Series, Series]:
 
 
 def main_quantity(runs: Sequence[Run]) -> str:
-    """What the runs are about: the reward where there is one, else the loss, else the first quantity."""
+    """The quantity drawn large: the reward if there is one, else the loss, else the first quantity."""
     names = [name for run in runs for name in quantities(run) if run.series(name).values]
     return next(name for name in ("reward", "loss", *names) if name in names)
 
 
 def small_quantities(runs: Sequence[Run]) -> list[str]:
-    """What is drawn small below the main quantity."""
+    """The headline quantities that are drawn small."""
     names = headline(name for run in runs for name in quantities(run) if run.series(name).values)
     return [name for name in names if name != main_quantity(runs)]
 

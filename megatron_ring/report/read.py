@@ -1,4 +1,4 @@
-"""A run as its folder tells it: metrics.jsonl, and config.toml and sample.txt where they are."""
+"""Read a run's folder: metrics.jsonl, and config.toml and sample.txt if they exist."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +36,13 @@ class Run:
     evals: list[dict[str, Any]]
     """Records of validations, in order, one per step."""
     ended: bool
-    """True when the run ended by itself after its last step."""
+    """True when the run ended normally after its last step."""
     wall_seconds: float
     config: RunConfig | None
     sample: str | None
     """Text the trained model wrote."""
     responses: tuple[dict[str, Any], ...] = ()
-    """Best and worst responses of the last step of which some were kept (``samples.jsonl``)."""
+    """Best and worst responses of the last step in ``samples.jsonl``."""
 
     def series(self, name: str) -> Series:
         """The values of ``name`` over the steps. Example: ``run.series("grad_norm")``."""
@@ -79,7 +79,7 @@ def read_run(path: str | Path) -> Run:
             raise DataError(
                 f"metrics file {file}: step {record['step']} has no {missing[0]}; repair the file or name another run"
             )
-    # a resume may validate the same step again: the later word holds
+    # a resume may validate the same step again: the later record counts
     evals = {record["step"]: record for record in records if record["kind"] == "eval"}
     folder = file.parent
     config, sample = folder / "config.toml", folder / "sample.txt"

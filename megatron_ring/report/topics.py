@@ -1,4 +1,4 @@
-"""The report's topics, and the curves it begins with. A metric that no topic names is in ``OTHER``."""
+"""The topics of a report, and the quantities it begins with. A metric that no topic names goes to ``OTHER``."""
 
 from collections.abc import Iterable
 
@@ -23,20 +23,20 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "Mismatch of rollout and trainer": ("mismatch", "mismatch_max", "older_policy_share", "masked_fraction"),
     SPEED: ("tokens_per_second", "mfu"),
 }  # fmt: skip
-"""Topic -> names of metrics, the telling ones first; a name that ends in ``/`` stands for all that begin so."""
+"""Topic -> names of metrics, the most important first; a name that ends in ``/`` is a prefix."""
 
 OTHER = "Other"
 
 
 def by_topic(names: Iterable[str]) -> dict[str, list[str]]:
-    """Topic -> those of ``names`` that belong there, in the order above; topics without one are left out.
+    """Topic -> the ``names`` that belong to it, in the order above; empty topics are left out.
 
     Example: ``by_topic(["lr", "mine", "reward"])`` is ``{"What was learnt": ["reward"], "Optimizer step": ["lr"],
     "Other": ["mine"]}``.
     """
     left = list(dict.fromkeys(names))
     found: dict[str, list[str]] = {}
-    # a full name goes before the prefix of another topic
+    # an exact name wins over a prefix of another topic
     full = {entry: topic for topic, entries in TOPICS.items() for entry in entries}
     for topic, entries in TOPICS.items():
         for entry in entries:
@@ -48,7 +48,7 @@ def by_topic(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def headline(names: Iterable[str]) -> list[str]:
-    """What a run is judged by, the most telling first: the paper's curves for reinforcement learning, else the loss."""
+    """The quantities to look at first: the paper's curves for reinforcement learning, else loss and speed."""
     names = set(names)
     paper = (
         "reward",
