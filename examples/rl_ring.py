@@ -4,15 +4,7 @@ Every setting is a flag (``--help``); ``--dry-run`` prints the plan and stops. S
 srun.
 """
 
-from megatron_ring.launch.entry import run_entry, start
+from megatron_ring.launch.entry import run_stage
 
-
-def main() -> None:
-    config = start(stage="rl")
-    from megatron_ring.stages.rl import train_rl
-
-    train_rl(config)
-
-
-if __name__ == "__main__":
-    run_entry(main)
+if __name__ == "__main__":  # checkpoint writers spawn and import this file again
+    run_stage("rl")

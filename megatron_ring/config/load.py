@@ -35,7 +35,7 @@ def load_config(argv: Sequence[str]) -> RunConfig:
     """The config that flags ``argv`` describe: preset < TOML (``--config FILE``) < flags.
 
     Raises ConfigError (unknown flag or key, wrong type, unreadable file) in one line; rules between settings
-    are :func:`megatron_ring.config.validate.validate`'s.
+    are :func:`megatron_ring.config.check.validate`'s.
     """
     return _config(_parser(run_options=False), argv)[0]
 
@@ -151,7 +151,7 @@ def _parser(*, run_options: bool) -> argparse.ArgumentParser:
         parser.add_argument("--world-size", metavar="N", help="processes to plan a dry run for")
     groups = {section: parser.add_argument_group(section) for section in sections()}
     for setting in settings().values():
-        help_text = f"{setting.doc} (default: {_shown(setting.default)})".replace("%", "%%")
+        help_text = setting.help.replace("%", "%%")
         options: dict[str, Any] = {"dest": setting.name, "default": argparse.SUPPRESS, "help": help_text}
         group = groups[setting.section]
         if setting.name.startswith("no_"):
@@ -167,11 +167,3 @@ def _parser(*, run_options: bool) -> argparse.ArgumentParser:
             options |= {"nargs": "+" if many else 1, "metavar": metavar}
         group.add_argument(setting.flag, **options)
     return parser
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(str(item) for item in cast("tuple[Any, ...]", value)) or "empty"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return "none" if value is None else str(value)

@@ -1,9 +1,19 @@
 """What the model is, in Megatron's words; Hugging Face's words live only in the checkpoint maps."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
+
+from megatron_ring.config.ranges import Above, AtLeast, AtMost
 
 Family = Literal["bailing_moe", "bailing_moe_v2", "qwen2"]
+
+MOST = 1 << 24
+"""Of any size: larger ones multiply to what no tensor can have, and torch's answer to that is a traceback."""
+MOST_LAYERS = 1 << 14
+"""Of layers and of experts."""
+Size = Annotated[int, Above(0), AtMost(MOST)]
+SizeOrOff = Annotated[int, AtLeast(0, remedy="0 turns it off"), AtMost(MOST)]
+CoefficientOrOff = Annotated[float, AtLeast(0, remedy="0 turns it off")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,31 +27,31 @@ class ModelConfig:
 
     family: Family = "qwen2"
     """Published architecture this is a member of; names the map from and to Hugging Face checkpoints."""
-    num_layers: int = 4
+    num_layers: Annotated[int, Above(0), AtMost(MOST_LAYERS)] = 4
     """Transformer layers, without multi-token-prediction layers."""
-    hidden_size: int = 128
+    hidden_size: Size = 128
     """Width of the residual stream (D)."""
-    ffn_hidden_size: int = 384
+    ffn_hidden_size: SizeOrOff = 384
     """Width of the MLP in dense layers; unused where every layer has experts."""
-    num_attention_heads: int = 4
+    num_attention_heads: Size = 4
     """Query heads per layer."""
-    num_query_groups: int = 2
+    num_query_groups: Size = 2
     """Key/value heads per layer (grouped-query attention)."""
-    kv_channels: int = 32
+    kv_channels: Size = 32
     """Width of one attention head."""
-    vocab_size: int = 2048
+    vocab_size: Size = 2048
     """Vocabulary of the tokenizer the model was made for, before padding."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: Size = 128
     """The embedding is padded to a multiple of this times the tensor-parallel size, as in Megatron."""
-    max_position_embeddings: int = 4096
+    max_position_embeddings: Size = 4096
     """Longest sequence the model is meant for, in tokens."""
-    norm_epsilon: float = 1e-6
+    norm_epsilon: Annotated[float, Above(0)] = 1e-6
     """Epsilon of every RMSNorm."""
-    init_method_std: float = 0.006
+    init_method_std: Annotated[float, Above(0)] = 0.006
     """Standard deviation of the initial weights."""
-    rotary_base: float = 600000.0
+    rotary_base: Annotated[float, Above(0)] = 600000.0
     """Base (theta) of rotary position embeddings."""
-    rotary_percent: float = 1.0
+    rotary_percent: Annotated[float, Above(0, at_most=1, remedy="1 rotates whole heads")] = 1.0
     """Share of each head's width that is rotated."""
     add_qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""
@@ -49,44 +59,44 @@ class ModelConfig:
     """RMSNorm on every query and key head before rotary (BailingMoeV2)."""
     norm_head: bool = False
     """Divide each column of the output weight by its norm over the vocabulary (NormHead, BailingMoe)."""
-    num_experts: int = 0
+    num_experts: Annotated[int, AtLeast(0, remedy="0 turns it off"), AtMost(MOST_LAYERS)] = 0
     """Routed experts per mixture-of-experts layer; 0 makes the model dense."""
-    moe_router_topk: int = 2
+    moe_router_topk: Annotated[int, AtLeast(1, remedy="try 2"), AtMost(MOST)] = 2
     """Routed experts per token; unused in a dense model. With 1 a weight is the expert's score, not normalised."""
-    moe_ffn_hidden_size: int = 64
+    moe_ffn_hidden_size: Size = 64
     """Width of one routed expert (F)."""
-    moe_shared_expert_intermediate_size: int = 0
+    moe_shared_expert_intermediate_size: SizeOrOff = 0
     """Total width of the shared experts, one MLP that every token passes; 0 for none."""
-    first_k_dense_replace: int = 0
+    first_k_dense_replace: SizeOrOff = 0
     """The first k layers have a dense MLP of width ffn_hidden_size in place of experts."""
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     """softmax: over all experts, top-k renormalised to 1. sigmoid: per expert, top-k divided by their sum."""
-    moe_router_num_groups: int = 0
+    moe_router_num_groups: SizeOrOff = 0
     """Groups of experts for group-limited routing; 0 for none."""
-    moe_router_group_topk: int = 0
+    moe_router_group_topk: SizeOrOff = 0
     """Groups a token may choose experts from; 0 without groups."""
-    moe_router_topk_scaling_factor: float = 1.0
+    moe_router_topk_scaling_factor: Annotated[float, Above(0)] = 1.0
     """Factor on the routing weights after normalisation (on the score with moe_router_topk 1)."""
     moe_router_enable_expert_bias: bool = False
     """Select by score plus a per-expert bias that is moved towards balance without gradients."""
-    mtp_num_layers: int = 0
+    mtp_num_layers: Annotated[int, AtLeast(0, remedy="0 turns it off"), AtMost(MOST_LAYERS)] = 0
     """Multi-token-prediction layers after the last layer (BailingMoeV2; used in training only)."""
-    mtp_loss_scaling_factor: float = 0.1
+    mtp_loss_scaling_factor: CoefficientOrOff = 0.1
     """Weight of the multi-token-prediction loss, averaged over its layers."""
-    moe_router_bias_update_rate: float | None = None
+    moe_router_bias_update_rate: CoefficientOrOff | None = None
     """Step by which the expert bias moves after each optimizer step.
 
     None means 1e-3, and 0 in reinforcement learning: a bias that moves changes routes without a gradient.
     """
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     """Precision of router logits and scores."""
-    moe_aux_loss_coeff: float = 0.0
+    moe_aux_loss_coeff: CoefficientOrOff = 0.0
     """Weight of the balance loss, which is 1 when balanced."""
-    moe_z_loss_coeff: float = 0.0
+    moe_z_loss_coeff: CoefficientOrOff = 0.0
     """Weight of the router z-loss (mean squared logsumexp of the logits)."""
     freeze_moe_router: bool = False
     """Keep the router's weights (and expert bias) as they are."""
-    moe_router_warmup_iters: int = 0
+    moe_router_warmup_iters: SizeOrOff = 0
     """Steps W of stochastic routing warm-up; 0 for none.
 
     Logits s become a*s + (1-a)*(mu + sigma*noise), a = min(step/W, 1), mu and sigma running statistics of s.

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_ring.config.ranges import Count
+
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]
 
 
@@ -14,15 +16,15 @@ class ParallelConfig:
     tp 2, dp 4.
     """
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: Count = 1
     """Processes that share each matrix outside the experts (tp)."""
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: Count = 1
     """Pipeline stages (pp)."""
-    num_virtual_stages_per_pipeline_rank: int = 1
+    num_virtual_stages_per_pipeline_rank: Count = 1
     """Model chunks per pipeline stage for the interleaved schedule (vpp); 1 is plain 1F1B."""
-    expert_model_parallel_size: int = 1
+    expert_model_parallel_size: Count = 1
     """Processes the routed experts are spread over (ep)."""
-    expert_tensor_parallel_size: int = 1
+    expert_tensor_parallel_size: Count = 1
     """Processes that share each expert's matrices (etp); not tied to tp."""
     context_parallel_size: int = 1
     """Processes that share a sequence; not supported, must be 1."""
@@ -38,7 +40,7 @@ class ParallelConfig:
     """What is recomputed in the backward pass: nothing, whole layers, or the modules of recompute_modules."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     """full only: units of recompute_num_layers layers (uniform), or only the stage's first layers (block)."""
-    recompute_num_layers: int = 1
+    recompute_num_layers: Count = 1
     """full only: layers per checkpointed unit (uniform), or layers recomputed per stage (block)."""
     recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)
     """selective only: the modules that are recomputed; layernorm means the two norms of each layer."""
@@ -46,5 +48,5 @@ class ParallelConfig:
     """Compute in bfloat16 with fp32 main parameters and gradients; otherwise all in fp32."""
     fp8: str | None = None
     """8-bit floating point; not supported, must be none."""
-    distributed_timeout_minutes: int = 10
+    distributed_timeout_minutes: Count = 10
     """Minutes a collective may wait for the other processes."""

@@ -1,10 +1,11 @@
 """One frozen object for a run: model, layout, training, data, checkpoints and logging."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.parallel import ParallelConfig
+from megatron_ring.config.ranges import AtLeast, CountOrOff
 from megatron_ring.config.rl import BudgetConfig, ObjectiveConfig, RewardConfig, RolloutConfig
 from megatron_ring.config.sft import SftConfig
 from megatron_ring.config.train import TrainConfig
@@ -30,7 +31,7 @@ class DataConfig:
     """Names that the chat template is given, as a JSON object such as {"enable_thinking": false}."""
     reset_at_document: bool = True
     """Attention and positions start afresh at each document within a sample."""
-    num_workers: int = 0
+    num_workers: Annotated[int, AtLeast(0, remedy="0 reads in the training process")] = 0
     """Reader threads; 0 reads in the training process."""
 
 
@@ -47,11 +48,11 @@ class CheckpointConfig:
     """Folder to load the latest checkpoint from."""
     pretrained_checkpoint: str | None = None
     """Folder whose latest weights start the run as long as --load holds no checkpoint yet."""
-    save_interval: int = 0
+    save_interval: CountOrOff = 0
     """Steps between checkpoints; 0 saves only at the end."""
     async_save: bool = False
     """Write checkpoints beside training, from a snapshot."""
-    keep_last_n: int = 0
+    keep_last_n: CountOrOff = 0
     """Newest checkpoints to keep, counted back from the one just saved; 0 keeps all."""
     finetune: bool = False
     """Load weights only and start at step 0."""
@@ -72,9 +73,9 @@ class LoggingConfig:
     Example: ``LoggingConfig(log_interval=10, metrics_file="runs/a/metrics.jsonl")``.
     """
 
-    log_interval: int = 1
+    log_interval: Annotated[int, AtLeast(1, remedy="set --log-interval 1")] = 1
     """Steps between progress lines, as long as they are log_interval_seconds apart."""
-    log_interval_seconds: float = 30.0
+    log_interval_seconds: Annotated[float, AtLeast(0, remedy="0 prints every progress line")] = 30.0
     """Seconds between progress lines at least; 0 prints every one. Metrics are written at every step."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard events."""
@@ -84,11 +85,11 @@ class LoggingConfig:
     """Weights & Biases project."""
     profile: bool = False
     """Write a torch trace of the steps profile_step_start to profile_step_end."""
-    profile_step_start: int = 10
+    profile_step_start: CountOrOff = 10
     """First profiled step."""
-    profile_step_end: int = 12
+    profile_step_end: CountOrOff = 12
     """Step before which profiling stops."""
-    peak_tflops: float = 0.0
+    peak_tflops: Annotated[float, AtLeast(0, remedy="0 means unknown")] = 0.0
     """Peak of one device in TFLOP/s, for model FLOP utilisation; 0 when unknown."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe messages that are shown."""

@@ -1,18 +1,20 @@
 """Every setting by its flat name: where it lives, what it may hold, and what its docstring says.
 
-The dataclasses are the only place where a setting is stated; flags, TOML keys, help and the printed form are
-read from them here.
+The dataclasses are the only place where a setting is stated; flags, TOML keys, help, the printed form and the checks
+of single values are read from them here.
 """
 
 import ast
 import inspect
+import math
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from megatron_ring.config.ranges import Range
 from megatron_ring.config.run import RunConfig
 from megatron_ring.errors import ConfigError
 
@@ -39,10 +41,23 @@ class Setting:
     """What a tuple holds."""
     length: int | None = None
     """How many items a tuple holds; None for any number."""
+    ranges: tuple[Range, ...] = ()
+    """What a number, or each item of a tuple, may be."""
 
     @property
     def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return flag(self.name)
+
+    @property
+    def help(self) -> str:
+        """Docstring, range and default, as ``--help`` shows them."""
+        facts = [*(each.words for each in self.ranges), f"default: {_shown(self.default)}"]
+        return f"{self.doc} ({'; '.join(facts)})"
+
+
+def flag(name: str) -> str:
+    """Example: ``flag("num_layers")`` is ``"--num-layers"``."""
+    return "--" + name.replace("_", "-")
 
 
 @cache
@@ -57,7 +72,7 @@ def settings() -> dict[str, Setting]:
     """Flat name -> setting, for every field of every section."""
     found: dict[str, Setting] = {}
     for section, cls in sections().items():
-        hints, docs = get_type_hints(cls), _field_docs(cls)
+        hints, docs = get_type_hints(cls, include_extras=True), _field_docs(cls)
         for f in fields(cls):
             assert f.name not in found, f"two sections have a field {f.name}"
             assert f.default is not MISSING, f"{cls.__name__}.{f.name} needs a default"
@@ -104,8 +119,16 @@ def from_toml(setting: Setting, value: Any) -> Any:
         raise wrong from None
 
 
-def type_problem(setting: Setting, value: Any) -> str | None:
-    """What is wrong with a value's type or choice, in words; None when it fits the field."""
+def value_problems(section: object) -> Iterator[str]:
+    """What is wrong with the single values of one section, such as a ``ModelConfig``: type, choice or range."""
+    for f in fields(cast("Any", section)):
+        problem = _value_problem(settings()[f.name], getattr(section, f.name))
+        if problem is not None:
+            yield problem
+
+
+def _value_problem(setting: Setting, value: Any) -> str | None:
+    remedy = f"set {setting.flag}"
     if value is None:
         fits = setting.optional
     elif setting.kind is tuple:
@@ -117,7 +140,24 @@ def type_problem(setting: Setting, value: Any) -> str | None:
             _checked(setting, value)
         except ValueError:
             fits = False
-    return None if fits else f"{setting.name}={value!r} must be {_wanted(setting)}"
+    if not fits:
+        return f"{setting.name}={value!r} must be {_wanted(setting)}; {remedy}"
+    for item in () if value is None else _items(value):
+        shown = f"{setting.name}={item}" if item is value else f"{setting.name}={_shown(value)}: {item}"
+        if isinstance(item, float) and not math.isfinite(item):
+            return f"{shown} must be finite; {remedy}"
+        for allowed in setting.ranges:
+            if not allowed.holds(item):
+                return f"{shown} must be {allowed.words}; {allowed.remedy or remedy}"
+    return None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(str(item) for item in cast("tuple[Any, ...]", value)) or "empty"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "none" if value is None else str(value)
 
 
 def _is_a(kind: type, value: Any) -> bool:
@@ -159,12 +199,14 @@ def _setting(section: str, name: str, hint: Any, default: Any, doc: str) -> Sett
     if get_origin(hint) in (Union, types.UnionType):
         (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
         optional = True
-    item, length = str, None
+    hint, ranges = _ranges(hint)
+    item, length, kind, choices = str, None, hint, ()
     if get_origin(hint) is tuple:
         inner = get_args(hint)
         length = None if inner[-1] is Ellipsis else len(inner)
-        item, choices = _choices(inner[0])
-        kind: type = tuple
+        item, ranges = _ranges(inner[0])
+        item, choices = _choices(item)
+        kind = tuple
     else:
         kind, choices = _choices(hint)
     return Setting(
@@ -177,7 +219,16 @@ def _setting(section: str, name: str, hint: Any, default: Any, doc: str) -> Sett
         doc=doc,
         item=item,
         length=length,
+        ranges=ranges,
     )
+
+
+def _ranges(hint: Any) -> tuple[Any, tuple[Range, ...]]:
+    """The bare type of a field and what is annotated on it."""
+    if get_origin(hint) is not Annotated:
+        return hint, ()
+    bare, *allowed = get_args(hint)
+    return bare, tuple(allowed)
 
 
 def _choices(hint: Any) -> tuple[type, tuple[str, ...]]:

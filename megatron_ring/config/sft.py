@@ -1,6 +1,9 @@
 """Supervised fine-tuning on conversations."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from megatron_ring.config.ranges import Above, AtLeast
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,9 +17,9 @@ class SftConfig:
     """Chat JSONL files, one conversation a line under "messages"."""
     sft_eval_data: tuple[str, ...] = ()
     """Chat JSONL files for the validation loss."""
-    sft_epochs: float = 3.0
+    sft_epochs: Annotated[float, Above(0, remedy="try 3")] = 3.0
     """Passes over the data; sets train_iters when that is 0."""
-    sft_warmup_fraction: float = 0.01
+    sft_warmup_fraction: Annotated[float, AtLeast(0, below=1, remedy="try 0.01")] = 0.01
     """Share of train_iters that warms up; sets lr_warmup_iters when that is 0."""
     sft_save_every_epoch: bool = False
     """Save a checkpoint after each pass over the data, beside those of save_interval."""

@@ -1,7 +1,9 @@
 """How the model is trained: batches, length, optimizer, schedule, and what to do about loss spikes."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from megatron_ring.config.ranges import Above, AtLeast, Count, CountOrOff, ZeroOrAbove
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12,55 +14,55 @@ class TrainConfig:
     lr=1e-3)``.
     """
 
-    seed: int = 1234
+    seed: Annotated[int, AtLeast(0, below=2**63, remedy="try 1234")] = 1234
     """Seed of initial weights, data order and routing noise."""
-    micro_batch_size: int = 1
+    micro_batch_size: Count = 1
     """Samples per forward pass on one data-parallel process."""
-    global_batch_size: int = 8
+    global_batch_size: Count = 8
     """Samples per optimizer step, summed over data-parallel processes."""
-    rampup_batch_size: tuple[int, int, int] | None = None
+    rampup_batch_size: tuple[Count, Count, Count] | None = None
     """Batch-size warm-up (start, increment, samples): start grows to global_batch_size over those samples."""
-    seq_length: int = 256
+    seq_length: Count = 256
     """Tokens per sample."""
-    train_iters: int = 100
+    train_iters: CountOrOff = 100
     """Steps in the whole run, those before a resume included; an RL step has minibatches_per_step updates."""
-    eval_interval: int = 0
+    eval_interval: CountOrOff = 0
     """Steps between validations; 0 for none."""
-    eval_iters: int = 10
+    eval_iters: CountOrOff = 10
     """Global batches per validation."""
-    lr: float = 3e-4
+    lr: Annotated[float, Above(0, remedy="try 3e-4")] = 3e-4
     """Highest learning rate."""
-    min_lr: float = 0.0
+    min_lr: Annotated[float, AtLeast(0)] = 0.0
     """Learning rate at the end of the decay."""
     lr_decay_style: Literal["constant", "cosine", "WSD", "inverse-square-root"] = "cosine"
     """Shape of the schedule after warm-up."""
-    lr_warmup_iters: int = 0
+    lr_warmup_iters: CountOrOff = 0
     """Steps of linear warm-up from 0 to lr."""
-    lr_decay_iters: int | None = None
+    lr_decay_iters: Annotated[int, AtLeast(1, remedy="drop it to decay over train_iters")] | None = None
     """Step at which the decay has ended; none means train_iters."""
-    lr_wsd_decay_iters: int = 0
+    lr_wsd_decay_iters: CountOrOff = 0
     """WSD only: length of the final decay, in steps."""
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
     """WSD only: shape of the final decay."""
-    weight_decay: float = 0.1
+    weight_decay: Annotated[float, AtLeast(0)] = 0.1
     """Decoupled weight decay (AdamW); not on biases and norms."""
-    adam_beta1: float = 0.9
+    adam_beta1: Annotated[float, AtLeast(0, below=1, remedy="try 0.9")] = 0.9
     """AdamW's first-moment decay."""
-    adam_beta2: float = 0.95
+    adam_beta2: Annotated[float, AtLeast(0, below=1, remedy="try 0.95")] = 0.95
     """AdamW's second-moment decay."""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, Above(0, remedy="try 1e-8")] = 1e-8
     """AdamW's epsilon."""
-    clip_grad: float = 1.0
+    clip_grad: Annotated[float, AtLeast(0)] = 1.0
     """Largest global gradient norm; 0 for no clipping."""
-    loss_spike_factor: float = 0.0
+    loss_spike_factor: Annotated[float, ZeroOrAbove(1, remedy="try 1.5")] = 0.0
     """Skip an update whose loss exceeds this times the running mean of recent losses; 0 for off."""
-    loss_spike_window: int = 100
+    loss_spike_window: Annotated[int, AtLeast(1, remedy="try 100")] = 100
     """Steps in that running mean; nothing is skipped before it is full."""
-    loss_spike_retry_lr_factor: float = 0.5
+    loss_spike_retry_lr_factor: Annotated[float, Above(0, at_most=1, remedy="try 0.5")] = 0.5
     """Factor on the learning rate of a step whose samples spiked before and spike again."""
-    exit_interval: int = 0
+    exit_interval: CountOrOff = 0
     """Save and exit when the step is a multiple of this; 0 for off."""
-    exit_duration_in_mins: float = 0.0
+    exit_duration_in_mins: Annotated[float, AtLeast(0)] = 0.0
     """Save and exit after this many minutes; 0 for off."""
     deterministic: bool = False
     """Only bit-reproducible operations (slower on a GPU; the CPU always is)."""

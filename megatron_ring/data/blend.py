@@ -37,41 +37,6 @@ class Blend:
         return dataset, period * self._counts[dataset] + int(self._index_in_period[slot])
 
 
-def parse_blend(words: Sequence[str], setting: str) -> list[tuple[Fraction, str]]:
-    """Weight and source of each dataset of a blend. Weights are read as decimal fractions, exactly.
-
-    Args:
-        words: ``(source,)``, whose weight is 1, or ``(weight, source, weight, source, ...)``.
-        setting: name of the setting, for error messages.
-
-    Example: ``parse_blend(("3", "a", "1", "b"), "data_path")`` is ``[(3, "a"), (1, "b")]``.
-
-    Raises:
-        DataError: there are no words, a source has no weight, or a weight is not a positive number.
-    """
-    words = [str(word) for word in words]
-    if not words:
-        raise DataError(f"{setting} is empty; name a source, or weight source weight source ...")
-    if len(words) == 1:
-        return [(Fraction(1), words[0])]
-    shown = f"{setting}={' '.join(words)}"
-    rule = "a blend is weight source weight source ..."
-    if len(words) % 2:
-        raise DataError(f"{shown} has {len(words)} words; {rule}")
-    blend: list[tuple[Fraction, str]] = []
-    for word, source in zip(words[::2], words[1::2], strict=True):
-        try:
-            weight = Fraction(word)
-        except (ValueError, ZeroDivisionError):
-            raise DataError(
-                f"{shown}: {word!r} is not a weight; {rule}, e.g. 0.5 {words[0]} 0.5 {words[1]}"
-            ) from None
-        if weight <= 0:
-            raise DataError(f"{shown}: weight {word} must be positive; leave out what must not be read")
-        blend.append((weight, source))
-    return blend
-
-
 def _whole_counts(weights: Sequence[Fraction]) -> list[int]:
     """Samples of each dataset per period of the schedule."""
     total = sum(weights, Fraction(0))

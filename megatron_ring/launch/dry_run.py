@@ -23,12 +23,12 @@ from megatron_ring.config.model_stats import (
 )
 from megatron_ring.config.rl import rollout_concurrency
 from megatron_ring.config.run import RunConfig
-from megatron_ring.config.stage_rules import STAGE_SECTIONS, Stage
+from megatron_ring.config.stages import stage_spec
 
 MAX_RANK_ROWS = 64
 
 
-def dry_run(config: RunConfig, world_size: int, *, stage: Stage = "pretrain", styled: bool = False) -> str:
+def dry_run(config: RunConfig, world_size: int, *, stage: str = "pretrain", styled: bool = False) -> str:
     """The whole config, layout, sizes and memory of a valid ``config`` on ``world_size`` processes, as text.
 
     ``styled`` adds terminal colours. Memory is weights, gradients and optimizer state; activations come on
@@ -37,7 +37,7 @@ def dry_run(config: RunConfig, world_size: int, *, stage: Stage = "pretrain", st
     sink = io.StringIO()
     console = Console(file=sink, width=110, force_terminal=styled, color_system="auto" if styled else None)
     parts = (
-        ("Config (* differs from the default)", Text(format_config(config, STAGE_SECTIONS[stage]))),
+        ("Config (* differs from the default)", Text(format_config(config, stage_spec(stage).sections))),
         ("Parameters", _parameters(config)),
         ("Step", _step(config, world_size, stage)),
         ("Pipeline stages", _stages(config, world_size)),
@@ -81,12 +81,13 @@ def _parameters(config: RunConfig) -> Table:
     return _pairs(rows if model.is_moe else rows[:-1])
 
 
-def _step(config: RunConfig, world_size: int, stage: Stage) -> Table:
+def _step(config: RunConfig, world_size: int, stage: str) -> Table:
+    samples = "rollout" in stage_spec(stage).sections
     rows = [
         ("processes", f"{world_size:,}"),
         ("data parallel", f"{data_parallel_size(config.parallel, world_size):,}"),
         ("expert data parallel", f"{expert_data_parallel_size(config.parallel, world_size):,}"),
-        *(_rollout_rows(config) if stage == "rl" else _batch_rows(config, world_size)),
+        *(_rollout_rows(config) if samples else _batch_rows(config, world_size)),
     ]
     if not config.model.is_moe:
         rows = [row for row in rows if row[0] != "expert data parallel"]

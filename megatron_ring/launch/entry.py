@@ -1,11 +1,12 @@
 """What every entry point does first and last: read its command line, and report a user's mistake in one line.
 
-An entry point is ``run_entry(main)`` under ``if __name__ == "__main__"``, and its ``main`` begins with
-``config = start()``. Import the stage after that line: a wrong command line or ``--dry-run`` then costs no
-torch.
+A stage's entry point is ``run_stage("pretrain")`` under ``if __name__ == "__main__"``; any other command's is
+``run_entry(main)``. A stage's code is imported when its command line is known to be right: a wrong one or
+``--dry-run`` costs no torch.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -17,10 +18,10 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from megatron_ring.checkpoint.run_lock import check_run_folder
+from megatron_ring.config.check import check_inputs, validate
 from megatron_ring.config.load import parse_command
 from megatron_ring.config.run import RunConfig
-from megatron_ring.config.stage_rules import Stage
-from megatron_ring.config.validate import check_inputs, validate
+from megatron_ring.config.stages import stage_spec
 from megatron_ring.errors import Interrupted, RingError
 from megatron_ring.launch.dry_run import dry_run
 from megatron_ring.runtime.orphans import end_with_launcher
@@ -56,7 +57,18 @@ def exit_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
-def start(argv: Sequence[str] | None = None, *, stage: Stage = "pretrain") -> RunConfig:
+def run_stage(name: str) -> NoReturn:
+    """Run the stage ``name`` as this process's command line says, and exit like :func:`run_entry`."""
+
+    def main() -> None:
+        config = start(stage=name)
+        module, _, function = stage_spec(name).entry.partition(":")
+        getattr(importlib.import_module(module), function)(config)
+
+    run_entry(main)
+
+
+def start(argv: Sequence[str] | None = None, *, stage: str = "pretrain") -> RunConfig:
     """The validated config of this command line (``sys.argv`` by default), the inputs of ``stage`` found.
 
     With ``--dry-run`` prints the plan on rank 0 instead and exits 0. Raises RingError, before any process

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ring.config.check import problems
 from megatron_ring.config.layout import num_microbatches, stage_layers
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.model_stats import rank_memory
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.config.run import RunConfig
-from megatron_ring.config.validate import problems
 from megatron_ring.launch.dry_run import gib
 
 USABLE = 0.9

@@ -24,7 +24,6 @@ from megatron_ring.checkpoint.folder import CRITIC
 from megatron_ring.checkpoint.format import read_attachment
 from megatron_ring.checkpoint.origin import critic_folder, must_be_same, origin_of
 from megatron_ring.config.run import RunConfig
-from megatron_ring.config.stage_rules import Stage
 from megatron_ring.data.prompts.stream import Prompt, PromptStream, open_prompts
 from megatron_ring.observe.metrics import MetricsLogger
 from megatron_ring.observe.responses import ResponseLog
@@ -79,7 +78,7 @@ def train_rl(config: RunConfig) -> None:
 class RlRun(StageRun):
     """The parts of one RL run and its step."""
 
-    stage: ClassVar[Stage] = "rl"
+    stage: ClassVar[str] = "rl"
     shown: ClassVar[tuple[str, ...]] = ("reward", "response_length", "entropy", "grad_norm")
     validates_at_start: ClassVar[bool] = True
 

@@ -17,7 +17,7 @@ from megatron_ring.checkpoint.run_lock import hold_run_folder
 from megatron_ring.config.dump import dump_toml, format_changed
 from megatron_ring.config.model_stats import count_parameters, flops_per_token
 from megatron_ring.config.run import RunConfig
-from megatron_ring.config.stage_rules import STAGE_SECTIONS, Stage
+from megatron_ring.config.stages import stage_spec
 from megatron_ring.data.text.messages import parse_template_kwargs
 from megatron_ring.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_ring.durable import write_durably
@@ -64,7 +64,7 @@ def open_stage(config: RunConfig) -> Iterator[Session]:
 class StageRun:
     """One run of a stage on one process. Every rank of the world makes the same calls."""
 
-    stage: ClassVar[Stage]
+    stage: ClassVar[str]
     shown: ClassVar[tuple[str, ...]] = ("loss", "lr", "grad_norm")
     """Values of the progress line."""
     validates_at_start: ClassVar[bool] = False
@@ -290,7 +290,7 @@ class StageRun:
                 raise ConfigError(
                     f"{flag} {run_dir}: {error.strerror}; name a folder that can be written"
                 ) from None
-        changed = format_changed(self.config, STAGE_SECTIONS[self.stage])
+        changed = format_changed(self.config, stage_spec(self.stage).sections)
         where = "--dry-run" if run_dir is None else run_dir / "config.toml"
         log.info("settings that differ from the defaults (all of them: %s):\n%s", where, changed)
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from megatron_ring.config.rules.training import schedule_problems
 from megatron_ring.config.run import RunConfig
-from megatron_ring.config.validate import schedule_problems
 from megatron_ring.data.batch.microbatch import Microbatch
 from megatron_ring.data.conversations import SftStream, load_conversations
 from megatron_ring.data.text.messages import parse_template_kwargs

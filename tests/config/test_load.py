@@ -172,7 +172,7 @@ def test_the_printed_form_stars_what_differs_from_the_default():
 def test_config_needs_no_torch():
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['megatron'] = None\n"
-        "import megatron_ring.config.validate as v\n"
+        "import megatron_ring.config.check as v\n"
         "from megatron_ring.config.load import load_config\n"
         "v.validate(load_config(['--preset', 'ring_lite']), 8)"
     )

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ring.data.blend import FINEST, Blend, parse_blend
+from megatron_ring.data.blend import FINEST, Blend
 from megatron_ring.errors import DataError
 
 
@@ -40,25 +40,3 @@ def test_weights_without_a_small_denominator_are_rounded():
 def test_a_weight_that_would_vanish_is_refused():
     with pytest.raises(DataError, match=r"a blend weight is 1.0e-07 of the whole"):
         Blend([Fraction(1, 10**7), 1 - Fraction(1, 10**7)])
-
-
-def test_blend_weights_are_exact():
-    expected = [(Fraction(1, 10), "a"), (Fraction(1, 5), "b")]
-    assert parse_blend(["0.1", "a", "0.2", "b"], "data_path") == expected
-    assert parse_blend(["a"], "data_path") == [(1, "a")]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "data_path is empty; name a source"),
-        (["1", "a", "2"], "has 3 words; a blend is weight source"),
-        (["a", "b"], "'a' is not a weight; a blend is weight source weight source"),
-        (["1/0", "b"], "'1/0' is not a weight"),
-        (["1", "a", "-2", "b"], "weight -2 must be positive"),
-        (["nan", "a", "2", "b"], "'nan' is not a weight"),
-    ],
-)
-def test_a_blend_that_is_none_is_refused(words: list[str], message: str):
-    with pytest.raises(DataError, match=message):
-        parse_blend(words, "data_path")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ring.config.check import validate
 from megatron_ring.config.load import load_config
-from megatron_ring.config.validate import validate
 from tests.helpers.paths import python_path
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+from megatron_ring.config.check import validate
 from megatron_ring.config.load import load_config
 from megatron_ring.config.parallel import RecomputeModule
-from megatron_ring.config.validate import validate
 from megatron_ring.launch.plan import USABLE, activation_bytes, feasible_layouts, layout_flags
 from tests.helpers.paths import python_path
 

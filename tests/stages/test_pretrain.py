@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ring.config.check import validate
 from megatron_ring.config.load import config_from_mapping
-from megatron_ring.config.validate import validate
 from megatron_ring.data.corpus.writer import write_corpus
 from megatron_ring.errors import RingError
 from megatron_ring.runtime.session import open_session

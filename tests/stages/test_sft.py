@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ring.config.check import validate
 from megatron_ring.config.load import config_from_mapping
-from megatron_ring.config.validate import validate
 from megatron_ring.data.corpus.builtin import builtin_documents
 from megatron_ring.data.text.tokenizer_training import train_tokenizer
 from megatron_ring.errors import CheckpointError, ConfigError, DataError

@@ -55,8 +55,8 @@ def ours(a: argparse.Namespace) -> Iterator[tuple[Callable[[int], int], int]]:
     import torch
 
     torch.set_num_threads(a.threads)
+    from megatron_ring.config.check import validate
     from megatron_ring.config.load import config_from_mapping
-    from megatron_ring.config.validate import validate
     from megatron_ring.data.prompts.stream import Prompt
     from megatron_ring.rl.rollout.inprocess import InProcessEngine, Request, SamplingParams
     from megatron_ring.runtime.session import open_session

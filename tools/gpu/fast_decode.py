@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ring.config.check import validate
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.presets import PRESETS
-from megatron_ring.config.validate import validate
 from megatron_ring.kernels import decode_attention, expert_mlp, qk_norm_rope, sample_token
 from megatron_ring.model.build import build_model
 from megatron_ring.model.head import NormHead

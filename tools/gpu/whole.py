@@ -28,11 +28,11 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from megatron_ring.config.check import validate
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.model_stats import count_parameters, flops_per_token, rank_memory
 from megatron_ring.config.presets import PRESETS
 from megatron_ring.config.run import RunConfig
-from megatron_ring.config.validate import validate
 from megatron_ring.data.batch.microbatch import Microbatch, pack_microbatch
 from megatron_ring.launch.plan import activation_bytes
 from megatron_ring.observe.metrics import MetricsLogger

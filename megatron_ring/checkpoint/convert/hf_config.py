@@ -23,7 +23,7 @@ from megatron_ring.checkpoint.convert.hf_rules import (
 )
 from megatron_ring.checkpoint.plain_files import read_json
 from megatron_ring.config.model import Family, ModelConfig
-from megatron_ring.config.model_rules import model_problems
+from megatron_ring.config.rules.model import model_problems
 from megatron_ring.errors import CheckpointError
 
 ARCHITECTURES: dict[str, Family] = {keys.architecture: family for family, keys in KEYS.items()}

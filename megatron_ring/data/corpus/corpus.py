@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from megatron_ring.data.blend import parse_blend
+from megatron_ring.config.blend import parse_blend
 from megatron_ring.data.corpus.indexed import IndexedCorpus, open_indexed
 from megatron_ring.data.text.tokenizer import Tokenizer
 from megatron_ring.errors import DataError
@@ -87,11 +87,12 @@ def open_corpus(data_path: Sequence[str], split: str, *, tokenizer: Tokenizer | 
         tokenizer: the run's; a corpus whose manifest names another tokenizer is refused.
 
     Raises:
-        DataError: the blend or the split cannot be parsed, a file is missing or damaged, or the tokenizer differs.
+        ConfigError: data_path is no blend.
+        DataError: it is empty, the split cannot be parsed, a file is missing or damaged, or the tokenizer differs.
     """
     names = ("train", "valid", "test")
     shares_of_split = parse_split(split)
-    blend = parse_blend(data_path, "data_path")
+    blend = parse_blend("data_path", data_path, "prefix")
     total = sum((weight for weight, _ in blend), Fraction(0))
     corpora = [open_indexed(prefix) for _, prefix in blend]
     for corpus in corpora:

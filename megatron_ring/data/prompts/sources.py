@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl
 
-from megatron_ring.config.stage_rules import GYM_PREFIX
+from megatron_ring.config.rl import GYM_PREFIX
 from megatron_ring.data.corpus.documents import read_records
 from megatron_ring.data.json_text import parse_json
 from megatron_ring.data.prompts.problem_lines import Problem, read_problem

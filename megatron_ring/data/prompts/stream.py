@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from megatron_ring.config.blend import parse_blend
 from megatron_ring.config.rl import RolloutConfig
-from megatron_ring.data.blend import Blend, parse_blend
+from megatron_ring.data.blend import Blend
 from megatron_ring.data.json_text import count_in, counts_in
 from megatron_ring.data.prompts.problem_lines import Problem
 from megatron_ring.data.prompts.same_problem import Asked, asked, is_among
@@ -65,7 +66,7 @@ def open_prompts(
     low, high = settings.solve_rate_min, settings.solve_rate_max
     sources = [
         (weight, open_source(source, solve_rate_min=low, solve_rate_max=high))
-        for weight, source in parse_blend(words, "prompt_data")
+        for weight, source in parse_blend("prompt_data", words, "source")
     ]
     return PromptStream(
         sources,

@@ -17,9 +17,9 @@ from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.checkpoint.convert.families import tensor_map
 from megatron_ring.checkpoint.convert.publish import hf_parts, shards_of
 from megatron_ring.checkpoint.state import model_state
+from megatron_ring.config.check import validate
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.model_stats import padded_vocab_size
-from megatron_ring.config.validate import validate
 from megatron_ring.data.batch.microbatch import Microbatch, pack_microbatch
 from megatron_ring.model.build import Logits
 from megatron_ring.runtime.session import Session, open_session

@@ -86,8 +86,8 @@ def _digest(array: Any) -> str:
 
 def run(folder: Path, name: str, line: str | None) -> None:
     from megatron_ring.checkpoint import folder as folders
+    from megatron_ring.config.check import validate
     from megatron_ring.config.load import config_from_mapping
-    from megatron_ring.config.validate import validate
     from megatron_ring.rl.batch import planner
     from megatron_ring.rl.collect.collector import Collector
     from megatron_ring.rl.collect.sampler import RolloutSampler

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from megatron_ring.config.check import validate
 from megatron_ring.config.load import config_from_mapping
-from megatron_ring.config.validate import validate
 from megatron_ring.data.batch.microbatch import Microbatch, pack_microbatch
 from megatron_ring.runtime.session import open_session
 from megatron_ring.train.engine import Engine

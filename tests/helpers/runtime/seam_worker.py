@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from megatron_ring.checkpoint.checkpointer import Checkpointer
+from megatron_ring.config.check import validate
 from megatron_ring.config.load import config_from_mapping
-from megatron_ring.config.validate import validate
 from megatron_ring.runtime import megatron_cpu
 from megatron_ring.runtime.session import open_session, rank_from_env, world_size_from_env
 from megatron_ring.train.engine import Engine

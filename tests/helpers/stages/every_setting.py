@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ring.config.check import validate
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.settings import Setting, settings
-from megatron_ring.config.stage_rules import Stage
-from megatron_ring.config.validate import validate
 from megatron_ring.data.corpus.builtin import builtin_documents
 from megatron_ring.data.corpus.writer import write_corpus
 from megatron_ring.data.text.tokenizer_training import train_tokenizer
@@ -38,7 +37,7 @@ class Choice:
 
     name: str
     value: Any
-    stage: Stage
+    stage: str
 
     def __str__(self) -> str:
         shown = " ".join(self.value) if isinstance(self.value, tuple) else self.value
@@ -52,9 +51,9 @@ def values_of(setting: Setting) -> tuple[Any, ...]:
     return (False, True) if setting.kind is bool else ()
 
 
-def every_choice(stages: dict[str, tuple[Stage, ...]]) -> list[Choice]:
+def every_choice(stages: dict[str, tuple[str, ...]]) -> list[Choice]:
     """Every choice of every setting; in pre-training unless the setting's section or ``stages`` says otherwise."""
-    at_home: dict[str, Stage] = {
+    at_home: dict[str, str] = {
         "sft": "sft",
         **dict.fromkeys(("rollout", "budget", "objective", "reward"), "rl"),
     }
@@ -106,7 +105,7 @@ def _byte_level(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(words))
 
 
-def base(stage: Stage) -> dict[str, Any]:
+def base(stage: str) -> dict[str, Any]:
     """A model of two layers with experts, and two steps."""
     common = {
         **MODELS["v1"],
@@ -138,7 +137,7 @@ def base(stage: Stage) -> dict[str, Any]:
     return {**common, **rollouts} if stage == "rl" else common
 
 
-def configure(stage: Stage, inputs: dict[str, Any], run_dir: Path, chosen: dict[str, Any]) -> RunConfig:
+def configure(stage: str, inputs: dict[str, Any], run_dir: Path, chosen: dict[str, Any]) -> RunConfig:
     """The base of ``stage`` with ``chosen`` on top; ``{run}`` in a value is the run's folder.
 
     Raises:
@@ -159,7 +158,7 @@ def configure(stage: Stage, inputs: dict[str, Any], run_dir: Path, chosen: dict[
     return config
 
 
-def outcome(stage: Stage, config: RunConfig) -> dict[str, Any]:
+def outcome(stage: str, config: RunConfig) -> dict[str, Any]:
     """Run ``stage`` to its end: its figures without the clock's, its final weights, the files it left."""
     run_dir = Path(config.logging.metrics_file or "").parent
     with open_stage(config) as session:

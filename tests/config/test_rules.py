@@ -6,16 +6,34 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ring.config.check import problems
 from megatron_ring.config.load import config_from_mapping, load_config
-from megatron_ring.config.rl_rules import rl_problems
-from megatron_ring.config.validate import problems
+from megatron_ring.config.rules import budget, objective, rollout
+from megatron_ring.config.stages import STAGES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MOE = {"num_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 32}
 
 
+COMBINATIONS = (
+    objective.advantages,
+    objective.objective,
+    objective.mismatch,
+    objective.replay,
+    objective.further_tokens,
+    rollout.sampling,
+    budget.budget,
+    budget.supply,
+)
+
+
 def found(world_size: int = 1, **settings: object) -> list[str]:
-    return list(rl_problems(config_from_mapping(settings), world_size))
+    config = config_from_mapping(settings)
+    return [problem for rule in COMBINATIONS for problem in rule(config, world_size)]
+
+
+def test_the_stage_has_every_rule_that_is_tried_here():
+    assert set(COMBINATIONS) <= set(STAGES["rl"].rules)
 
 
 def test_the_defaults_and_the_papers_choices_are_sound():

@@ -1,29 +1,34 @@
 """Each stage refuses in one line what it alone cannot do, asks for its own inputs, and prints its own sections."""
 
+import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_ring.config.check import check_inputs, validate
 from megatron_ring.config.dump import format_config
 from megatron_ring.config.load import load_config
-from megatron_ring.config.stage_rules import STAGE_SECTIONS, check_inputs, weighted
-from megatron_ring.config.validate import validate
+from megatron_ring.config.stages import STAGES, register_stage, stage_spec
 from megatron_ring.errors import CheckpointError, ConfigError, DataError
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 
 # flags, processes, how the line starts
 SFT = [
     ("--chat-template-kwargs [1]", 1, "chat_template_kwargs=[1] must be a JSON object; try "),
     ("--chat-template-kwargs {", 1, "chat_template_kwargs={ must be a JSON object; try "),
-    ("--sft-epochs 0", 1, "sft_epochs=0.0 must be above 0; try 3"),
+    ("--sft-epochs 0", 1, "sft_epochs=0.0 must be positive; try 3"),
     ("--sft-warmup-fraction 1", 1, "sft_warmup_fraction=1.0 must be from 0 to below 1; try 0.01"),
     ("--sft-save-every-epoch", 1, "sft_save_every_epoch=True needs a folder to save in; set --save FOLDER"),
     ("--eval-interval 5", 1, "eval_interval=5 needs conversations to validate on; set --sft-eval-data"),
     ("--loss-spike-factor 2", 1, "loss_spike_factor=2.0 is for pre-training; set it to 0"),
     ("--rampup-batch-size 4 4 16", 1, "rampup_batch_size is for pre-training"),
     ("--train-iters -1", 1, "train_iters=-1 must be at least 0"),
-    ("--num-workers -1", 1, "num_workers=-1 must not be negative"),
+    ("--num-workers -1", 1, "num_workers=-1 must be at least 0; 0 reads in the training process"),
 ]
 RL = [
     ("--train-iters 0", 1, "train_iters=0 must be at least 1"),
@@ -31,8 +36,8 @@ RL = [
     ("--eval-prompt-data 0 a 1 b", 1, "eval_prompt_data weight 0 must be a positive number"),
     ("--prompts-per-step 6", 4, "prompts_per_step=6 must be a multiple of data_parallel_size=4; try 4 or 8"),
     ("--group-size 1", 1, "group_size=1 gives advantage_estimator=group_norm nothing to compare; try 16"),
-    ("--stop-token-ids 3 -1", 1, "stop_token_ids=-1 must be a token's id; set --stop-token-ids"),
-    ("--temperature 0", 1, "temperature=0.0 must be above 0"),
+    ("--stop-token-ids 3 -1", 1, "stop_token_ids=3 -1: -1 must be at least 0; set --stop-token-ids"),
+    ("--temperature 0", 1, "temperature=0.0 must be positive; try 1.0"),
     ("--top-p 1.5", 1, "top_p=1.5 must be above 0 and at most 1"),
     ("--solve-rate-min 0.9 --solve-rate-max 0.1", 1, "solve_rate_min=0.9 and solve_rate_max=0.1 must be"),
     (
@@ -49,7 +54,7 @@ RL = [
     ("--eps-clip-c 0.5", 1, "eps_clip_c=0.5 must be 0 (off) or above 1"),
     ("--mismatch-low -1", 1, "mismatch_low=-1.0 must be at least 0"),
     ("--reward-workers 0", 1, "reward_workers=0 must be at least 1"),
-    ("--reward-timeout 0", 1, "reward_timeout=0.0 must be above 0 seconds"),
+    ("--reward-timeout 0", 1, "reward_timeout=0.0 must be positive; try 10 seconds"),
     ("--reward-functions rhymes", 1, "reward_functions=rhymes must be domain=module:function"),
 ]
 BASE = {
@@ -105,7 +110,7 @@ def test_each_stage_asks_for_its_own_inputs(tmp_path: Path):
         )
         data.touch()
         assert refused(stage, DataError, **words).startswith(
-            f"tokenizer_model is not set, stage {stage} reads text"
+            "tokenizer_model is not set, and the data is text; set --tokenizer-model PATH"
         )
         assert "t.model does not exist" in refused(stage, DataError, **words, tokenizer_model=tokenizer)
         tokenizer.touch()
@@ -120,11 +125,6 @@ def test_each_stage_asks_for_its_own_inputs(tmp_path: Path):
     check_inputs(config("rl", gym), "rl")
 
 
-def test_a_blend_of_sources():
-    assert weighted(("a",)) == [(1.0, "a")]
-    assert weighted(("0.8", "a", "0.2", "b")) == [(0.8, "a"), (0.2, "b")]
-
-
 @pytest.mark.parametrize(
     ("stage", "shown", "hidden"),
     [
@@ -134,8 +134,8 @@ def test_a_blend_of_sources():
     ],
 )
 def test_only_the_sections_of_a_stage_are_printed(stage, shown, hidden):
-    lines = format_config(load_config([]), STAGE_SECTIONS[stage]).splitlines()
-    assert [line for line in lines if not line.startswith(" ")] == list(STAGE_SECTIONS[stage])
+    lines = format_config(load_config([]), STAGES[stage].sections).splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == list(STAGES[stage].sections)
     names = {line.split()[-2] for line in lines if line.startswith(" ")}
     assert shown in names and hidden not in names
 
@@ -151,3 +151,91 @@ def test_ring_lite_is_fine_tuned_with_the_papers_settings():
     assert (train.lr, train.lr_decay_style, train.weight_decay) == (3e-4, "cosine", 0.1)
     assert (train.global_batch_size, train.seq_length, train.train_iters) == (256, 32768, 0)
     assert (sft.sft_epochs, sft.sft_warmup_fraction, run.model.rotary_base) == (3, 0.01, 600_000)
+
+
+def test_an_unknown_stage_is_one_line_and_a_name_is_given_once():
+    with pytest.raises(ConfigError) as caught:
+        stage_spec("distil")
+    assert str(caught.value) == "stage distil does not exist; try one of pretrain, sft, rl"
+    with pytest.raises(ValueError, match="stage rl exists"):
+        register_stage(STAGES["rl"])
+
+
+@pytest.mark.parametrize("spec", STAGES.values(), ids=list(STAGES))
+def test_an_entry_leads_to_a_function_of_its_module(spec):
+    module, _, function = spec.entry.partition(":")
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def names_a_stage(node: ast.AST) -> bool:
+    """Does a comparison or match look at which stage it is?"""
+    if isinstance(node, ast.Compare):
+        words = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+        asked = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        asked |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+        return bool(set(words) & set(STAGES)) and "stage" in asked
+    return isinstance(node, ast.match_case) and any(
+        isinstance(n, ast.Constant) and n.value in STAGES for n in ast.walk(node.pattern)
+    )
+
+
+def test_nothing_asks_which_stage_it_is():
+    assert names_a_stage(ast.parse('self.stage != "rl"', mode="eval").body)
+    assert names_a_stage(ast.parse('stage in ("rl", "sft")', mode="eval").body)
+    paths = [*(ROOT / "megatron_ring").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    asking = [
+        f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', '')}"
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if names_a_stage(node)
+    ]
+    assert asking == []
+
+
+OWN_STAGE = """
+import sys
+from pathlib import Path
+
+from megatron_ring.config.stages import StageSpec, register_stage
+from megatron_ring.errors import DataError
+
+def tame(config, world_size):
+    if config.train.lr > 1:
+        yield f"lr={config.train.lr} is too much for haiku; try 1e-3"
+
+def paper(config):
+    if not Path(config.data.data_path[0]).exists():
+        raise DataError(f"data_path={config.data.data_path[0]} does not exist; buy paper")
+
+def haiku(config):
+    print("written at", config.train.lr, "torch" in sys.modules)
+
+register_stage(
+    StageSpec(
+        name="haiku",
+        sections=("model", "train", "sft"),
+        rules=(tame,),
+        inputs=(paper,),
+        entry="own_stage:haiku",
+    )
+)
+"""
+
+
+def test_a_stage_is_one_entry_and_one_file(tmp_path: Path):
+    (tmp_path / "own_stage.py").write_text(OWN_STAGE)
+    code = 'import own_stage\nfrom megatron_ring.launch.entry import run_stage\nrun_stage("haiku")\n'
+
+    def run(*flags: str) -> tuple[int, str, str]:
+        env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+        command = [sys.executable, "-c", code, *flags]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stdout, done.stderr
+
+    here = ("--data-path", str(tmp_path))
+    assert run(*here, "--lr", "0.5") == (0, "written at 0.5 False\n", "")
+    assert run(*here, "--lr", "2") == (2, "", "error: lr=2.0 is too much for haiku; try 1e-3\n")
+    assert run("--data-path", "gone") == (2, "", "error: data_path=gone does not exist; buy paper\n")
+    code_and_plan = run(*here, "--dry-run")
+    assert code_and_plan[0] == 0 and "\nsft\n" in code_and_plan[1] and "\nrollout\n" not in code_and_plan[1]

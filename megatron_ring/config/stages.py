@@ -1,0 +1,98 @@
+"""The stages: what each reads of a config, requires of it, finds on disk, and where its code begins.
+
+A stage is one entry here and one file, which may be anybody's: ``register_stage(StageSpec(...))``.
+"""
+
+from dataclasses import dataclass
+
+from megatron_ring.config import inputs
+from megatron_ring.config.inputs import Input
+from megatron_ring.config.rules import Rule, budget, data, objective, rollout, training
+from megatron_ring.errors import ConfigError
+
+COMMON_SECTIONS = ("model", "parallel", "train", "data", "checkpoint", "logging")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageSpec:
+    """One stage.
+
+    Example: ``StageSpec(name="distil", sections=COMMON_SECTIONS, rules=(training.number_of_steps, training.batches),
+    inputs=(inputs.corpus, inputs.checkpoints), entry="my_stages.distil:distil")``.
+    """
+
+    name: str
+    sections: tuple[str, ...]
+    """Sections of a config that it reads, and that are printed."""
+    rules: tuple[Rule, ...]
+    """What it requires of a config beside the rules of every stage (``config/check.py``), in order."""
+    inputs: tuple[Input, ...]
+    """What must be on disk before a process starts, in order."""
+    entry: str
+    """``module:function``; the function takes the RunConfig and runs the stage on this process."""
+
+
+STAGES: dict[str, StageSpec] = {}
+"""Stages by name."""
+
+
+def register_stage(spec: StageSpec) -> None:
+    """Add a stage.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if spec.name in STAGES:
+        raise ValueError(f"stage {spec.name} exists")
+    STAGES[spec.name] = spec
+
+
+def stage_spec(name: str) -> StageSpec:
+    """The stage of this name; ConfigError for an unknown one."""
+    if name not in STAGES:
+        raise ConfigError(f"stage {name} does not exist; try one of {', '.join(STAGES)}")
+    return STAGES[name]
+
+
+register_stage(
+    StageSpec(
+        name="pretrain",
+        sections=COMMON_SECTIONS,
+        rules=(training.number_of_steps, training.batches, data.corpus),
+        inputs=(inputs.corpus, inputs.tokenizer_if_named, inputs.checkpoints),
+        entry="megatron_ring.stages.pretrain:pretrain",
+    )
+)
+register_stage(
+    StageSpec(
+        name="sft",
+        sections=(*COMMON_SECTIONS, "sft"),
+        rules=(training.batches, data.chat_template, data.fine_tuning),
+        inputs=(inputs.conversations, inputs.tokenizer, inputs.checkpoints),
+        entry="megatron_ring.stages.sft:train_sft",
+    )
+)
+register_stage(
+    StageSpec(
+        name="rl",
+        sections=(*COMMON_SECTIONS, "rollout", "budget", "objective", "reward"),
+        rules=(
+            training.number_of_steps,
+            data.chat_template,
+            rollout.prompts,
+            rollout.lengths,
+            rollout.rewards,
+            objective.groups,
+            objective.advantages,
+            objective.objective,
+            objective.mismatch,
+            objective.replay,
+            objective.further_tokens,
+            rollout.sampling,
+            budget.budget,
+            budget.supply,
+        ),
+        inputs=(inputs.problems, inputs.tokenizer, inputs.checkpoints),
+        entry="megatron_ring.stages.rl:train_rl",
+    )
+)
