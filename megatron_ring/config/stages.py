@@ -17,11 +17,14 @@ COMMON_SECTIONS = ("model", "parallel", "train", "data", "checkpoint", "logging"
 class StageSpec:
     """One stage.
 
-    Example: ``StageSpec(name="distil", sections=COMMON_SECTIONS, rules=(training.number_of_steps, training.batches),
-    inputs=(inputs.corpus, inputs.checkpoints), entry="my_stages.distil:distil")``.
+    Example: ``StageSpec(name="distil", does="learn from a teacher", sections=COMMON_SECTIONS,
+    rules=(training.number_of_steps, training.batches), inputs=(inputs.corpus, inputs.checkpoints),
+    entry="my_stages.distil:distil")``.
     """
 
     name: str
+    does: str
+    """What ``ring --help`` says of it."""
     sections: tuple[str, ...]
     """Sections of a config that it reads, and that are printed."""
     rules: tuple[Rule, ...]
@@ -57,6 +60,7 @@ def stage_spec(name: str) -> StageSpec:
 register_stage(
     StageSpec(
         name="pretrain",
+        does="pre-train a model on a corpus",
         sections=COMMON_SECTIONS,
         rules=(training.number_of_steps, training.batches, data.corpus),
         inputs=(inputs.corpus, inputs.tokenizer_if_named, inputs.checkpoints),
@@ -66,6 +70,7 @@ register_stage(
 register_stage(
     StageSpec(
         name="sft",
+        does="fine-tune a model on conversations",
         sections=(*COMMON_SECTIONS, "sft"),
         rules=(training.batches, data.chat_template, data.fine_tuning),
         inputs=(inputs.conversations, inputs.tokenizer, inputs.checkpoints),
@@ -75,6 +80,7 @@ register_stage(
 register_stage(
     StageSpec(
         name="rl",
+        does="train a model by reinforcement learning with C3PO",
         sections=(*COMMON_SECTIONS, "rollout", "budget", "objective", "reward"),
         rules=(
             training.number_of_steps,

@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -59,13 +60,14 @@ def exit_on_sigterm() -> None:
 
 def run_stage(name: str) -> NoReturn:
     """Run the stage ``name`` as this process's command line says, and exit like :func:`run_entry`."""
+    run_entry(partial(stage_main, name))
 
-    def main() -> None:
-        config = start(stage=name)
-        module, _, function = stage_spec(name).entry.partition(":")
-        getattr(importlib.import_module(module), function)(config)
 
-    run_entry(main)
+def stage_main(name: str) -> None:
+    """Run the stage ``name``: the command line is read first, the stage's code imported after that."""
+    config = start(stage=name)
+    module, _, function = stage_spec(name).entry.partition(":")
+    getattr(importlib.import_module(module), function)(config)
 
 
 def start(argv: Sequence[str] | None = None, *, stage: str = "pretrain") -> RunConfig:

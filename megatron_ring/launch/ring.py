@@ -4,13 +4,13 @@ To add one, write its ``main`` in ``launch/commands/`` and a row below.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from megatron_ring import __version__
+from megatron_ring.config.stages import STAGES
 from megatron_ring.errors import ConfigError
 from megatron_ring.launch.entry import run_entry
 
@@ -24,13 +24,16 @@ class Command:
 
     does: str
     target: str
-    """``module:name`` of a function without arguments that reads ``sys.argv``."""
+    """``module:name`` of a function that reads ``sys.argv``."""
+    arguments: tuple[str, ...] = ()
+    """What the function is called with."""
     several: bool = False
     """May ``ring launch`` start it in several processes?"""
 
-    def load(self) -> Callable[[], Any]:
+    def run(self) -> None:
+        """Import the command and run it."""
         module, name = self.target.split(":")
-        return getattr(import_module(module), name)
+        getattr(import_module(module), name)(*self.arguments)
 
 
 _HERE = "megatron_ring.launch"
@@ -39,11 +42,10 @@ COMMANDS = {
     "tokenizer": Command("train a tokenizer", f"{_HERE}.commands.tokenizer:main"),
     "preprocess": Command("turn text into a corpus", f"{_HERE}.commands.preprocess:main"),
     "prompts": Command("write a source of problems to a file", f"{_HERE}.commands.prompts:main"),
-    "pretrain": Command("pre-train a model on a corpus", f"{_HERE}.commands.stages:pretrain", several=True),
-    "sft": Command("fine-tune a model on conversations", f"{_HERE}.commands.stages:sft", several=True),
-    "rl": Command(
-        "train a model by reinforcement learning with C3PO", f"{_HERE}.commands.stages:rl", several=True
-    ),
+    **{
+        name: Command(spec.does, f"{_HERE}.entry:stage_main", (name,), several=True)
+        for name, spec in STAGES.items()
+    },
     "launch": Command(
         "run pretrain, sft or rl in several processes of this machine", f"{_HERE}.ranks:launch"
     ),
@@ -94,4 +96,4 @@ def _main() -> None:
         command = find(words[0])
         # what argparse calls the program
         sys.argv = [f"ring {words[0]}", *words[1:]]
-        command.load()()
+        command.run()

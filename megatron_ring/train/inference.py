@@ -119,7 +119,7 @@ class InferenceEngine:
             )
             return model(microbatch, packed), partial(loss, microbatch)
 
-        schedule = get_forward_backward_func()
+        schedule: Callable[..., list[Any]] = get_forward_backward_func()
         iterators = [enumerate(microbatches) for _ in self.chunks]
         with torch.set_grad_enabled(not forward_only):
             return schedule(

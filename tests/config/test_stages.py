@@ -213,6 +213,7 @@ def haiku(config):
 
 register_stage(
     StageSpec(
+        does="nothing yet",
         name="haiku",
         sections=("model", "train", "sft"),
         rules=(tame,),

@@ -73,7 +73,7 @@ def helped(monkeypatch: pytest.MonkeyPatch, argv: list[str], run) -> str:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_command_is_its_script(name: str, monkeypatch: pytest.MonkeyPatch):
-    here = helped(monkeypatch, [f"ring {name}", "--help"], COMMANDS[name].load())
+    here = helped(monkeypatch, [f"ring {name}", "--help"], COMMANDS[name].run)
     script = str(ROOT / SCRIPTS[name])
     assert here == helped(
         monkeypatch, [script, "--help"], lambda: runpy.run_path(script, run_name="__main__")
