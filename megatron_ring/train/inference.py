@@ -1,6 +1,6 @@
-"""A model without gradients: forward passes over Megatron's schedules, for evaluation, scoring and choosing.
+"""A model without gradients: forward passes with Megatron's schedules, for evaluation, scoring and choosing.
 
-The engine has never heard of rewards or of files: it is given microbatches and what to read of the logits.
+The engine is independent of rewards and files: its inputs are microbatches and functions that read the logits.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from megatron_ring.train.replay import routes_of, whole_routes
 
 
 class InferenceEngine:
-    """Model chunks on one rank, with nothing that training needs: no gradient buffer, no optimizer state.
+    """Model chunks on one rank, without gradient buffers and optimizer state.
 
-    ``chunks`` are what Megatron's schedules run; here they are the models themselves.
+    ``chunks`` are the modules that Megatron's schedules run; here they are the models themselves.
     """
 
     def __init__(self, config: RunConfig, session: Session, kind: type[RingModel] = RingModel):
@@ -39,46 +39,41 @@ class InferenceEngine:
         self.chunks: Sequence[torch.nn.Module] = self._prepare(self.models)
 
     def _prepare(self, models: list[RingModel]) -> Sequence[torch.nn.Module]:
-        """What the schedules run, of freshly built models."""
+        """The modules that the schedules run, made from the newly built models."""
         for model in models:
             model.requires_grad_(False)
         return models
 
     def gather_parameters(self) -> None:
-        """Have whole weights in place on every data-parallel rank; whoever reads weights outside a forward pass calls it
-        first.
-        """
+        """Gather the whole weights on every data-parallel rank; call it before reading weights outside a forward pass."""
 
     def on_weights_changed(self) -> None:
-        """Called by whoever has written weights from outside, such as a checkpoint's."""
+        """Call it after writing weights from outside, such as a checkpoint's."""
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch], objective: Objective) -> dict[str, float]:
-        """Means of the objective's sums over every rank's microbatches, without gradients. Collective over
-        the world.
-        """
-        (weight,) = self.session.summed(
+        """Means of the objective's sums over all ranks' microbatches, without gradients. Collective over the world."""
+        (denominator,) = self.session.summed(
             objective.local_denominator(microbatches), group=self.topology.groups.dp
         )
         terms = self.forward(microbatches, partial(_evaluation_loss, objective))
         sums = self._world_sums(terms, objective, [])
         return {
-            name: value / max(weight, 1e-20) for name, value in zip(objective.sum_names, sums, strict=False)
+            name: value / max(denominator, 1e-20)
+            for name, value in zip(objective.sum_names, sums, strict=False)
         }
 
     def score(
         self, microbatches: Sequence[Microbatch], temperature: float = 1.0
     ) -> list[tuple[Tensor, Tensor]]:
-        """log p of every label and entropy, each [T] fp32, per microbatch; empty except on the last
-        pipeline stage.
-        """
+        """log p of every label and entropy, each [T] fp32, per microbatch; empty except on the last pipeline stage."""
         return self.forward(microbatches, partial(_score, temperature))
 
     def score_with_routes(
         self, microbatches: Sequence[Microbatch], temperature: float = 1.0
     ) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
-        """What :meth:`score` says, and the experts that were visited: int16 [layers with experts, T, K] on
-        the host, per microbatch, rows of other pipeline stages' layers unknown.
+        """The result of :meth:`score`, and per microbatch the chosen experts: int16 [layers with experts, T, K] on the
+        host; layers of other pipeline stages are unknown.
         """
         recorded: list[dict[int, Tensor]] = [{} for _ in microbatches]
         scores = self.forward(microbatches, partial(_score, temperature), recorded)
@@ -95,11 +90,10 @@ class InferenceEngine:
         read: Callable[[Microbatch, Logits], tuple[Tensor, Any]],
         recorded: Sequence[dict[int, Tensor]] | None = None,
     ) -> list:
-        """What ``read`` makes of each microbatch's logits on the last stage (empty elsewhere), without
-        gradients.
+        """The results of ``read`` for each microbatch's logits on the last stage (empty elsewhere), without gradients.
 
-        ``read`` returns a scalar tensor, which Megatron's schedule wants, and the result; ``recorded``, one
-        per microbatch, is filled with this rank's routes. Collective over the world.
+        ``read`` returns a scalar tensor, which Megatron's schedule requires, and the result. ``recorded``, one dict per
+        microbatch, is filled with this rank's routes. Collective over the world.
         """
         for chunk in self.chunks:
             chunk.eval()
@@ -133,9 +127,7 @@ class InferenceEngine:
             )
 
     def _world_sums(self, terms: list[LossTerms], objective: Objective, extra: list[Tensor]) -> list[float]:
-        """The objective's sums (known on the last stage, once per tensor group) and ``extra``, summed over
-        the world.
-        """
+        """The objective's sums (counted on the last stage, once per tensor group) and ``extra``, summed over the world."""
         counts = self.topology.is_last_stage and self.topology.tp_rank == 0
         names = ("loss", *objective.sum_names)
         zero = torch.zeros((), dtype=torch.float64, device=self.session.device)
