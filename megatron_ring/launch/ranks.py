@@ -13,26 +13,20 @@ from collections.abc import Callable, Sequence
 from signal import SIGTERM
 from typing import Any, NoReturn
 
-from megatron_ring.errors import ConfigError, Interrupted
-from megatron_ring.launch.ring import find
+from megatron_ring.errors import Interrupted
 from megatron_ring.runtime.orphans import PEER_IS_GONE, name_launcher
 
 _SPOKEN = (2, 130)
 """Exit codes of ranks that have printed their own line: a user's mistake, Ctrl-C."""
 
 
-def launch() -> NoReturn:
-    """``ring launch``: start ranks that run a command of ``ring``."""
-    main(["-m", *sys.argv[1:]], check=_command)
-
-
-def main(argv: Sequence[str] | None = None, check: Callable[[Any], None] = lambda _: None) -> NoReturn:
+def main(argv: Sequence[str] | None = None, prepare: Callable[[Any], None] = lambda _: None) -> NoReturn:
     """Start ranks from torchrun's arguments ``argv`` (``sys.argv`` by default), wait, exit with their code.
 
-    ``check`` gets torchrun's parsed arguments before anything starts, and may change them.
+    ``prepare`` gets torchrun's parsed arguments before anything starts, and may change them.
     """
     try:
-        failed = _run(list(sys.argv[1:] if argv is None else argv), check)
+        failed = _run(list(sys.argv[1:] if argv is None else argv), prepare)
     except KeyboardInterrupt:
         # before there are ranks
         print(f"error: {Interrupted()}", file=sys.stderr, flush=True)
@@ -40,16 +34,7 @@ def main(argv: Sequence[str] | None = None, check: Callable[[Any], None] = lambd
     sys.exit(failed)
 
 
-def _command(arguments: Any) -> None:
-    """What torchrun parsed as a module to run is the name of one of our commands."""
-    name = arguments.training_script
-    if not find(name).several:
-        raise ConfigError(f"command {name} runs in one process; call it without launch: ring {name}")
-    arguments.training_script_args.insert(0, name)
-    arguments.training_script = "megatron_ring"
-
-
-def _run(argv: list[str], check: Callable[[Any], None]) -> int:
+def _run(argv: list[str], prepare: Callable[[Any], None]) -> int:
     """Start the ranks and wait for them; the exit code."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -62,7 +47,7 @@ def _run(argv: list[str], check: Callable[[Any], None]) -> int:
     torchrun: Any = run
     try:
         arguments = torchrun.parse_args(argv)
-        check(arguments)
+        prepare(arguments)
         torchrun.run(arguments)
     except ChildFailedError as error:
         failures: dict[int, Any] = error.failures

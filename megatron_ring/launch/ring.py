@@ -1,6 +1,7 @@
 """The installed command: ``ring COMMAND FLAG ...``. Each command imports only what it needs.
 
-To add one, write its ``main`` in ``launch/commands/`` and a row below.
+To add one, write a ``main`` that reads ``sys.argv`` in ``launch/commands/``, and a row below. The stages of
+``config/stages.py`` are here by themselves.
 """
 
 import sys
@@ -19,38 +20,33 @@ from megatron_ring.launch.entry import run_entry
 class Command:
     """One row of ``ring --help``.
 
-    Example: ``Command("count what fits", "megatron_ring.launch.commands.plan:main")``.
+    Example: ``Command("list the layouts that fit a cluster's memory", "megatron_ring.launch.commands.plan")``.
     """
 
     does: str
-    target: str
-    """``module:name`` of a function that reads ``sys.argv``."""
+    module: str
+    function: str = "main"
+    """Called with ``arguments``; it reads ``sys.argv``."""
     arguments: tuple[str, ...] = ()
-    """What the function is called with."""
-    several: bool = False
-    """May ``ring launch`` start it in several processes?"""
 
     def run(self) -> None:
         """Import the command and run it."""
-        module, name = self.target.split(":")
-        getattr(import_module(module), name)(*self.arguments)
+        getattr(import_module(self.module), self.function)(*self.arguments)
 
-
-_HERE = "megatron_ring.launch"
 
 COMMANDS = {
-    "tokenizer": Command("train a tokenizer", f"{_HERE}.commands.tokenizer:main"),
-    "preprocess": Command("turn text into a corpus", f"{_HERE}.commands.preprocess:main"),
-    "prompts": Command("write a source of problems to a file", f"{_HERE}.commands.prompts:main"),
+    "tokenizer": Command("train a tokenizer", "megatron_ring.launch.commands.tokenizer"),
+    "preprocess": Command("turn text into a corpus", "megatron_ring.launch.commands.preprocess"),
+    "prompts": Command("write a source of problems to a file", "megatron_ring.launch.commands.prompts"),
     **{
-        name: Command(spec.does, f"{_HERE}.entry:stage_main", (name,), several=True)
+        name: Command(spec.does, "megatron_ring.launch.entry", "stage_main", (name,))
         for name, spec in STAGES.items()
     },
     "launch": Command(
-        "run pretrain, sft or rl in several processes of this machine", f"{_HERE}.ranks:launch"
+        f"run {', '.join(STAGES)} in several processes", "megatron_ring.launch.commands.launch"
     ),
-    "plan": Command("list the layouts that fit a cluster's memory", f"{_HERE}.commands.plan:main"),
-    "report": Command("draw a run's report, or several runs side by side", f"{_HERE}.commands.report:main"),
+    "plan": Command("list the layouts that fit a cluster's memory", "megatron_ring.launch.commands.plan"),
+    "report": Command("draw the report of one run or several", "megatron_ring.launch.commands.report"),
 }
 
 _HELP = """\

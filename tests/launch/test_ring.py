@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_ring import __main__
 from megatron_ring.data.corpus.writer import write_corpus
-from megatron_ring.launch.ring import COMMANDS
+from megatron_ring.launch.ring import COMMANDS, main
 from tests.helpers.parallel.spawning import free_port
 from tests.helpers.parallel.watching import assert_ended_well, run_to_the_end
 from tests.helpers.paths import python_path
@@ -79,6 +80,10 @@ def test_a_command_is_its_script(name: str, monkeypatch: pytest.MonkeyPatch):
         monkeypatch, [script, "--help"], lambda: runpy.run_path(script, run_name="__main__")
     )
     assert "--" in here
+
+
+def test_python_m_is_the_installed_command():
+    assert __main__.main is main
 
 
 def test_every_command_has_a_script_or_is_the_launcher():
