@@ -103,6 +103,8 @@ def _dependency_warnings(action: Literal["ignore", "default"]) -> None:
         warnings.filterwarnings(
             action, category=category, module=r"(torch|megatron|megatron_ring|tensorboard)(\.|$)"
         )
+    # in what is compiled at its first import
+    warnings.filterwarnings(action, category=SyntaxWarning, module=r".*/site-packages/")
     # at import, for each optional package that is not installed
     warnings.filterwarnings(action, category=UserWarning, module=r"megatron\.core(\.|$)")
 

@@ -109,6 +109,31 @@ def test_inside_the_process_group_one_rank_says_the_line_even_if_only_it_fails(s
     assert "Traceback" not in done[0].stderr + done[1].stderr
 
 
+WARNS = """
+import warnings
+from megatron_ring.launch.entry import run_entry
+
+def main():
+    warnings.warn_explicit("theirs 1", FutureWarning, "a.py", 1, module="torch.distributed.checkpoint")
+    warnings.warn_explicit("theirs 2", FutureWarning, "b.py", 1, module="megatron_ring.checkpoint.megatron_io")
+    warnings.warn_explicit("theirs 3", UserWarning, "c.py", 1, module="megatron.core.optimizer")
+    warnings.warn_explicit("theirs 4", SyntaxWarning, "/v/lib/site-packages/d.py", 1)
+    warnings.warn_explicit("ours", UserWarning, "e.py", 1, module="megatron_ring.rl")
+    warnings.warn_explicit("a user's", FutureWarning, "f.py", 1, module="my_rewards")
+    warnings.warn_explicit("torch's word on numbers", UserWarning, "g.py", 1, module="torch.nn")
+
+if __name__ == "__main__":
+    run_entry(main)
+"""
+
+
+def test_warnings_for_the_authors_of_dependencies_are_hidden_and_no_others():
+    said = run(WARNS, PYTHONWARNINGS="").stderr
+    assert "theirs" not in said
+    assert all(word in said for word in ("ours", "a user's", "torch's word on numbers"))
+    assert "theirs 1" in run(WARNS, PYTHONWARNINGS="default").stderr
+
+
 def test_torchruns_report_of_the_root_cause_holds_the_line(tmp_path: Path):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
