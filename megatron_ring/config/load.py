@@ -163,7 +163,8 @@ def _parser(*, run_options: bool) -> argparse.ArgumentParser:
             options["action"] = argparse.BooleanOptionalAction
         else:
             many = setting.kind is tuple
-            metavar = "|".join(setting.choices) or setting.name.split("_")[-1].upper()
+            words = [*setting.choices, *(["MODULE:NAME"] if setting.importable else [])]
+            metavar = "|".join(words) or setting.name.split("_")[-1].upper()
             options |= {"nargs": "+" if many else 1, "metavar": metavar}
         group.add_argument(setting.flag, **options)
     return parser

@@ -1,4 +1,4 @@
-"""What a number may be, written on its field: ``lr: Annotated[float, Above(0, remedy="try 3e-4")] = 3e-4``.
+"""What a value may be, written on its field: ``lr: Annotated[float, Above(0, remedy="try 3e-4")] = 3e-4``.
 
 ``config/settings.py`` reads these: they are in ``--help``, and a value that does not fit is one line. On a tuple's
 items (``tuple[Annotated[int, AtLeast(0)], ...]``) they hold for each item; None is never compared.
@@ -100,6 +100,16 @@ class ZeroOrAbove(Range):
     @property
     def words(self) -> str:
         return f"0 (off) or above {self.low}"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """On text: one of ``names``, or an object of the user's own as ``module:name``.
+
+    Example: ``objective: Annotated[str, Registered(("c3po", "grpo"))] = "c3po"``.
+    """
+
+    names: tuple[str, ...]
 
 
 Count = Annotated[int, AtLeast(1)]

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from megatron_ring.config.ranges import Above, AtLeast, Between, Count, CountOrOff, ZeroOrAbove
+from megatron_ring.config.ranges import Above, AtLeast, Between, Count, CountOrOff, Registered, ZeroOrAbove
 from megatron_ring.errors import ConfigError
 
 GYM_PREFIX = "reasoning_gym:"
@@ -117,10 +117,15 @@ class ObjectiveConfig:
     Example: ``ObjectiveConfig(objective="c3po", eps_clip=0.2, kl_loss_coef=1e-3, entropy_coef=5e-4)``.
     """
 
-    objective: Literal["c3po", "grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "c3po"
-    """Loss of the policy: its ratio, clipping and normaliser."""
-    advantage_estimator: Literal["group_norm", "group_mean", "rloo", "gae"] = "group_norm"
-    """group_norm: (R - mean) / (std + 1e-6); group_mean: R - mean; rloo: leave one out; gae: with critic."""
+    objective: Annotated[str, Registered(("c3po", "grpo", "dapo", "dr_grpo", "gspo", "cispo"))] = "c3po"
+    """Loss of the policy: its ratio, clipping and denominator. Of your own: a PolicyLoss as module:name."""
+    advantage_estimator: Annotated[str, Registered(("group_norm", "group_mean", "rloo", "gae"))] = (
+        "group_norm"
+    )
+    """group_norm: (R - mean) / (std + 1e-6); group_mean: R - mean; rloo: leave one out; gae: with critic.
+
+    Of your own: a function of one group's rewards, as module:name.
+    """
     eps_clip: Annotated[float, Above(0, at_most=1, remedy="try 0.2, or 1 for no lower clip")] | None = None
     """Lower clip of the probability ratio, 1 - eps_clip; none means 0.2, and no lower clip for cispo."""
     eps_clip_high: Annotated[float, Above(0, remedy="try 0.28, or none for eps_clip")] | None = None

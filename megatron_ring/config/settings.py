@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from megatron_ring.config.ranges import Range
+from megatron_ring.config.ranges import Range, Registered
 from megatron_ring.config.run import RunConfig
 from megatron_ring.errors import ConfigError
 
@@ -34,7 +34,7 @@ class Setting:
     optional: bool
     """True when None ("none" in a file or flag) is a value."""
     choices: tuple[str, ...]
-    """The only values allowed; empty when any is."""
+    """The only values allowed beside importable ones; empty when any is."""
     default: Any
     doc: str
     item: type = str
@@ -43,6 +43,8 @@ class Setting:
     """How many items a tuple holds; None for any number."""
     ranges: tuple[Range, ...] = ()
     """What a number, or each item of a tuple, may be."""
+    importable: bool = False
+    """True when ``module:name`` of the user's own is a value."""
 
     @property
     def flag(self) -> str:
@@ -78,6 +80,14 @@ def settings() -> dict[str, Setting]:
             assert f.default is not MISSING, f"{cls.__name__}.{f.name} needs a default"
             found[f.name] = _setting(section, f.name, hints[f.name], f.default, docs[f.name])
     return found
+
+
+def is_importable(value: object) -> bool:
+    """Has the value the form ``module:name``? Example: ``is_importable("my_losses.ppo:mine")``."""
+    if not isinstance(value, str):
+        return False
+    module, _, name = value.partition(":")
+    return name.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
 def unknown(name: str, options: Sequence[str], what: str) -> ConfigError:
@@ -175,7 +185,9 @@ def _checked(setting: Setting, value: Any) -> Any:
     """``value`` if its length and choices fit, else ValueError."""
     items = _items(value)
     if setting.choices and any(item not in setting.choices for item in items):
-        raise ValueError
+        own = setting.importable and all(item in setting.choices or is_importable(item) for item in items)
+        if not own:
+            raise ValueError
     if setting.length is not None and len(items) != setting.length:
         raise ValueError
     return value
@@ -191,6 +203,8 @@ def _wanted(setting: Setting) -> str:
         text = setting.choices[0]
     else:
         text = f"one of {', '.join(setting.choices)}" if setting.choices else nouns[setting.kind]
+    if setting.importable:
+        text += ", or module:name of your own"
     return f"{text} or none" if setting.optional else text
 
 
@@ -199,16 +213,19 @@ def _setting(section: str, name: str, hint: Any, default: Any, doc: str) -> Sett
     if get_origin(hint) in (Union, types.UnionType):
         (hint,) = (arg for arg in get_args(hint) if arg is not type(None))
         optional = True
-    hint, ranges = _ranges(hint)
+    hint, marks = _marks(hint)
     item, length, kind, choices = str, None, hint, ()
     if get_origin(hint) is tuple:
         inner = get_args(hint)
         length = None if inner[-1] is Ellipsis else len(inner)
-        item, ranges = _ranges(inner[0])
+        item, marks = _marks(inner[0])
         item, choices = _choices(item)
         kind = tuple
     else:
         kind, choices = _choices(hint)
+    for mark in marks:
+        if isinstance(mark, Registered):
+            choices = mark.names
     return Setting(
         section=section,
         name=name,
@@ -219,16 +236,17 @@ def _setting(section: str, name: str, hint: Any, default: Any, doc: str) -> Sett
         doc=doc,
         item=item,
         length=length,
-        ranges=ranges,
+        ranges=tuple(mark for mark in marks if isinstance(mark, Range)),
+        importable=any(isinstance(mark, Registered) for mark in marks),
     )
 
 
-def _ranges(hint: Any) -> tuple[Any, tuple[Range, ...]]:
+def _marks(hint: Any) -> tuple[Any, tuple[Range | Registered, ...]]:
     """The bare type of a field and what is annotated on it."""
     if get_origin(hint) is not Annotated:
         return hint, ()
-    bare, *allowed = get_args(hint)
-    return bare, tuple(allowed)
+    bare, *marks = get_args(hint)
+    return bare, tuple(marks)
 
 
 def _choices(hint: Any) -> tuple[type, tuple[str, ...]]:

@@ -6,6 +6,7 @@ A stage is one entry here and one file, which may be anybody's: ``register_stage
 from dataclasses import dataclass
 
 from megatron_ring.config import inputs
+from megatron_ring.config.importable import require_own_modules
 from megatron_ring.config.inputs import Input
 from megatron_ring.config.rules import Rule, budget, data, objective, rollout, training
 from megatron_ring.errors import ConfigError
@@ -98,7 +99,7 @@ register_stage(
             budget.budget,
             budget.supply,
         ),
-        inputs=(inputs.problems, inputs.tokenizer, inputs.checkpoints),
+        inputs=(inputs.problems, inputs.tokenizer, inputs.checkpoints, require_own_modules),
         entry="megatron_ring.stages.rl:train_rl",
     )
 )

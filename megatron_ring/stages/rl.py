@@ -34,7 +34,7 @@ from megatron_ring.rl.collect.collector import Collector, StepRollouts
 from megatron_ring.rl.collect.sampler import RolloutSampler, is_reward_rank
 from megatron_ring.rl.collect.state import RolloutState
 from megatron_ring.rl.evaluation import evaluate
-from megatron_ring.rl.learn.advantage import assign, is_masked, moments, whiten
+from megatron_ring.rl.learn.advantage import assign, estimator_of, is_masked, moments, whiten
 from megatron_ring.rl.learn.critic import Critic
 from megatron_ring.rl.learn.objective import PolicyObjective
 from megatron_ring.rl.learn.objective import metrics as objective_metrics
@@ -87,6 +87,8 @@ class RlRun(StageRun):
 
     def build(self, resources: ExitStack) -> None:
         config, session, rollout = self.config, self.session, self.config.rollout
+        # one that cannot be imported ends the run before anything is built
+        estimator_of(config.objective)
         prompts, rewards = self._open_problems(resources)
         self.rollouts = RolloutState(prompts, rollout.group_size)
         self.planner = MinibatchPlanner(config, session)

@@ -1,7 +1,7 @@
 """A step's gradient is that of plain loops over unpacked responses, in double precision, weight by weight.
 
 The other side is a forward pass written from the papers on Hugging Face's tensors, which shares nothing with
-the model: so packing, columns, objective, normaliser, engine and model are proven together.
+the model: so packing, columns, objective, denominator, engine and model are proven together.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ _OF_RESPONSES = ("grpo", "dr_grpo", "gspo")
 
 
 def groups(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Advantages that have something to compare, or a critic."""
+    """Advantages that have something to compare, or a critic; an estimator of the user's own decides by itself."""
     o, size = config.objective, config.rollout.group_size
-    if o.advantage_estimator != "gae" and size < 2:
+    if o.advantage_estimator in ("group_norm", "group_mean", "rloo") and size < 2:
         yield (
             f"group_size={size} gives advantage_estimator={o.advantage_estimator} nothing to compare; try 16"
         )

@@ -1,6 +1,5 @@
 """Reinforcement learning: what is asked, how responses are sampled, and who judges them."""
 
-import re
 from collections.abc import Iterator
 
 from megatron_ring.config.blend import blend_problems
@@ -8,6 +7,7 @@ from megatron_ring.config.layout import data_parallel_size
 from megatron_ring.config.rl import rollout_concurrency
 from megatron_ring.config.rules.words import multiples_near
 from megatron_ring.config.run import RunConfig
+from megatron_ring.config.settings import is_importable
 
 
 def prompts(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -79,5 +79,6 @@ def sampling(config: RunConfig, world_size: int) -> Iterator[str]:
 def rewards(config: RunConfig, world_size: int) -> Iterator[str]:
     """Reward functions of the user's own, in the form domain=module:function."""
     for word in config.reward.reward_functions:
-        if not re.fullmatch(r"\w+=[\w.]+:\w+", word):
+        domain, _, path = word.partition("=")
+        if not (domain.isidentifier() and is_importable(path)):
             yield f"reward_functions={word} must be domain=module:function; e.g. poem=my_rewards:rhymes"

@@ -5,13 +5,16 @@ Pure functions over numpy. Legend: G responses to one prompt, R response tokens.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from megatron_ring.config.importable import resolve
 from megatron_ring.config.rl import ObjectiveConfig
+from megatron_ring.errors import ConfigError
 from megatron_ring.rl.types import Rollout
 
 EPSILON = 1e-6
@@ -45,12 +48,44 @@ def rloo(rewards_G: np.ndarray) -> np.ndarray:
     return rewards_G - (rewards_G.sum() - rewards_G) / (count - 1)
 
 
-ESTIMATORS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "group_norm": group_norm,
-    "group_mean": group_mean,
-    "rloo": rloo,
-}
-"""Group-relative estimators by their name in ``advantage_estimator``."""
+Estimator = Callable[[np.ndarray], np.ndarray]
+"""Rewards of the responses to one prompt [G] -> their advantages [G]."""
+
+ESTIMATORS: dict[str, Estimator] = {"group_norm": group_norm, "group_mean": group_mean, "rloo": rloo}
+"""Estimators by their name in ``advantage_estimator``; gae is none of them: it asks a critic for each token."""
+
+
+def register(name: str, estimator: Estimator) -> None:
+    """Add an estimator. A module that does so when it is imported is named by ``advantage_estimator=module:name``.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in ESTIMATORS or name == "gae":
+        raise ValueError(f"advantage_estimator {name} exists")
+    ESTIMATORS[name] = estimator
+
+
+def estimator_of(config: ObjectiveConfig) -> Estimator | None:
+    """The estimator that ``advantage_estimator`` names, a registered one or ``module:name``; None for gae.
+
+    Raises:
+        ConfigError: there is none, it takes something else than the rewards, or its module cannot be imported.
+    """
+    if config.advantage_estimator == "gae":
+        return None
+    return resolve("advantage_estimator", config.advantage_estimator, ESTIMATORS, _problem)
+
+
+def _problem(found: object) -> str | None:
+    form = "write a function of one group's rewards [G] that returns its advantages [G]"
+    if not callable(found):
+        return f"is {type(found).__name__}, not a function; {form}"
+    try:
+        inspect.signature(found).bind(np.zeros(2))
+    except TypeError as error:
+        return f"does not take the rewards as its one argument ({error}); {form}"
+    return None
 
 
 def _all_equal(rewards_G: np.ndarray) -> bool:
@@ -109,9 +144,13 @@ def assign(
         rollouts: whole groups; the advantage of a response whose group is elsewhere would be wrong.
         values: the critic's value per response token, one array per rollout (advantage_estimator=gae): the
             rollouts get ``values_R`` and ``returns_R`` too.
+
+    Raises:
+        ConfigError: an estimator of the user's own is not there, or returns no finite number per response.
     """
     scores = np.array([_score(rollout, config, max_response_length) for rollout in rollouts])
-    if config.advantage_estimator == "gae":
+    estimator = estimator_of(config)
+    if estimator is None:
         if values is None:
             raise ValueError("advantage_estimator=gae needs the critic's values")
         rows = []
@@ -119,7 +158,7 @@ def assign(
             advantages_R, returns_R = gae(values_R, score, config.gae_gamma, config.gae_lambda)
             rows.append({"advantages_R": advantages_R, "values_R": values_R, "returns_R": returns_R})
     else:
-        advantages = _group_relative(rollouts, scores, ESTIMATORS[config.advantage_estimator])
+        advantages = _group_relative(rollouts, scores, estimator)
         rows = [
             {"advantages_R": np.full(rollout.response.length, advantage)}
             for rollout, advantage in zip(rollouts, advantages, strict=True)
@@ -172,13 +211,18 @@ def _score(rollout: Rollout, config: ObjectiveConfig, max_response_length: int) 
     return score
 
 
-def _group_relative(
-    rollouts: Sequence[Rollout], scores: np.ndarray, estimator: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
+def _group_relative(rollouts: Sequence[Rollout], scores: np.ndarray, estimator: Estimator) -> np.ndarray:
     groups: dict[int, list[int]] = {}
     for index, rollout in enumerate(rollouts):
         groups.setdefault(rollout.prompt.uid, []).append(index)
     advantages = np.zeros(len(rollouts))
     for members in groups.values():
-        advantages[members] = estimator(scores[members])
+        found_G = np.asarray(estimator(scores[members].copy()), dtype=np.float64)
+        if found_G.shape != (len(members),) or not np.isfinite(found_G).all():
+            name = getattr(estimator, "__qualname__", type(estimator).__name__)
+            raise ConfigError(
+                f"advantage_estimator: {name} must give one finite number per reward, and for {scores[members].tolist()} "
+                f"it gave {found_G.tolist()}; correct it"
+            )
+        advantages[members] = found_G
     return advantages

@@ -7,8 +7,6 @@ it raises gives the response the status ``verifier_error``.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import math
 import typing
@@ -16,6 +14,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_ring.config.importable import load_object, require_module
 from megatron_ring.config.rl import RewardConfig
 from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.errors import RewardError
@@ -77,12 +76,7 @@ def parse_reward_functions(words: Iterable[str]) -> dict[str, tuple[str, str]]:
             raise RewardError(f"reward_functions={word} is not domain=module:function; {_FORM}")
         if domain in paths:
             raise RewardError(f"reward_functions={word} names domain {domain} a second time; leave one")
-        try:
-            found = importlib.util.find_spec(module)
-        except (ImportError, ValueError):
-            found = None
-        if found is None:
-            raise RewardError(f"reward_functions={word}: no module {module}; install it or set PYTHONPATH")
+        require_module(f"reward_functions={word}", path, RewardError)
         paths[domain] = (module, function)
     return paths
 
@@ -117,15 +111,9 @@ def load_verifiers(config: RewardConfig, kind: WorkerKind) -> dict[str, Verifier
     verifiers = {"code": Verifier(function=code, load=code.load, timeout=code.timeout)}
     for domain, (module, name) in parse_reward_functions(config.reward_functions).items():
         where = f"reward_functions={domain}={module}:{name}"
-        try:
-            function = getattr(importlib.import_module(module), name)
-        except AttributeError as error:
-            raise RewardError(f"{where}: module {module} has no {name}; {_FORM}") from error
-        except Exception as error:
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            raise RewardError(
-                f"{where} cannot be imported ({why}); import {module} by hand to see why"
-            ) from error
+        function = load_object(where, f"{module}:{name}", RewardError)
+        if function is None:
+            raise RewardError(f"{where}: module {module} has no {name}; {_FORM}")
         check_reward_function(function)
         verifiers[domain] = Verifier(function=function, load=lambda: None)
     return verifiers

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from megatron_ring.config.rl import ObjectiveConfig
+from megatron_ring.config.settings import settings
 from megatron_ring.rl.learn.advantage import (
+    ESTIMATORS,
     assign,
     gae,
     group_mean,
     group_norm,
     length_penalty,
     moments,
+    register,
     rloo,
     whiten,
 )
@@ -138,3 +141,10 @@ def test_whitening_by_hand():
     one = replace(row, advantages_R=np.float32([5.0]))
     assert whiten([one], moments([one]))[0].advantages_R.tolist() == [5.0], "nothing to compare with"
     assert whiten([], []) == []
+
+
+def test_the_setting_offers_what_is_registered_and_gae():
+    assert settings()["advantage_estimator"].choices == (*ESTIMATORS, "gae")
+    for name in ("rloo", "gae"):
+        with pytest.raises(ValueError, match=f"advantage_estimator {name} exists"):
+            register(name, rloo)

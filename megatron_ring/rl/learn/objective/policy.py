@@ -1,4 +1,4 @@
-"""The policy's loss as the engine takes it: any recipe, with KL, entropy and mismatch correction around it.
+"""The policy's loss as the engine takes it: any policy loss, with KL, entropy and mismatch correction around it.
 
 Ring-lite, eq. 2 and 6. *Readings*: entropy H is the mean over the selected tokens and higher entropy lowers
 the loss; IcePop's weight falls on the surrogate only, so that KL and entropy hold a masked token too.
@@ -9,7 +9,7 @@ Legend: T token slots of a microbatch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from megatron_ring.config.rl import ObjectiveConfig, mismatch_bounds
 from megatron_ring.model.build import Logits
 from megatron_ring.rl.batch.microbatch import RLMicrobatch
 from megatron_ring.rl.learn.objective.divergence import ESTIMATORS, K3_LIMIT, LOG_RATIO_LIMIT
-from megatron_ring.rl.learn.objective.policy_losses import RECIPES, StepFacts
+from megatron_ring.rl.learn.objective.policy_losses import PolicyLoss, StepFacts, policy_loss
 from megatron_ring.rl.mismatch import CORRECTIONS
 from megatron_ring.train.engine import StepReport
 from megatron_ring.train.objective import LossTerms, logprob
@@ -47,12 +47,18 @@ class PolicyObjective:
     config: ObjectiveConfig
     facts: StepFacts
     temperature: float = 1.0
+    loss: PolicyLoss = field(init=False)
+    """What ``config.objective`` names."""
     sum_names: tuple[str, ...] = ("policy_loss", "tokens", "mismatch", "mismatch_tokens", *_PER_TOKEN)
     peak_names: tuple[str, ...] = ("mismatch_max", "ratio_max")
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError where ``config.objective`` names nothing that can be used."""
+        object.__setattr__(self, "loss", policy_loss(self.config.objective, self.facts))
+
     def local_denominator(self, microbatches: Sequence[RLMicrobatch]) -> float:
-        """This rank's part of the recipe's normaliser."""
-        return RECIPES[self.config.objective].normaliser(microbatches, self.facts)
+        """This rank's part of the step's denominator."""
+        return self.loss.denominator(microbatches, self.facts)
 
     def __call__(self, logits: Logits, microbatch: RLMicrobatch) -> LossTerms:
         """Communicates over the tensor-parallel group (log p and entropy)."""
@@ -67,12 +73,12 @@ class PolicyObjective:
 
     def terms(self, logp_T: Tensor, entropy_T: Tensor, microbatch: RLMicrobatch) -> LossTerms:
         """The loss from log p and entropy of this pass; local."""
-        c, recipe = self.config, RECIPES[self.config.objective]
+        c = self.config
         mask_T = (microbatch.loss_mask_T > 0).to(logp_T.dtype)
         old_T, trainer_T = self._denominators(logp_T.detach(), microbatch)
         free_T = logp_T - old_T
         log_ratio_T = free_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-        surrogate = recipe.surrogate(logp_T, log_ratio_T, microbatch, c)
+        surrogate = self.loss.surrogate(logp_T, log_ratio_T, microbatch, c)
         gap_T = (trainer_T - microbatch.rollout_logp_T) * mask_T
         k_T = gap_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
         correction_T = CORRECTIONS[c.mismatch_correction](k_T, *mismatch_bounds(c))
@@ -89,7 +95,7 @@ class PolicyObjective:
             total_T = total_T + c.kl_loss_coef * kl_T
         if c.entropy_coef > 0:
             total_T = total_T - c.entropy_coef * entropy_T
-        weight_T = microbatch.weights_T if recipe.weight == "response" else mask_T
+        weight_T = microbatch.weights_T if self.loss.token_weight == "1/|y|" else mask_T
         per_token = {
             "kl": kl_T,
             "entropy": entropy_T,

@@ -1,8 +1,8 @@
-"""The objectives' differences, and nothing else: a surrogate per token, its weight, and the step's divisor.
+"""What the objectives differ in: a surrogate per token, the token's weight, and the step's denominator.
 
 Every one minimises, over the loss tokens t of a step::
 
-    (1 / normaliser) * sum_t weight_t * (-correction_t * surrogate_t + beta * KL_t - alpha * H_t)
+    (1 / denominator) * sum_t weight_t * (-correction_t * surrogate_t + beta * KL_t - alpha * H_t)
 
 Legend: T token slots of a microbatch, S segments (responses).
 """
@@ -16,7 +16,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_ring.config.importable import resolve
 from megatron_ring.config.rl import ObjectiveConfig, clip_bounds
+from megatron_ring.errors import ConfigError
 from megatron_ring.rl.batch.microbatch import RLMicrobatch
 
 
@@ -43,6 +45,11 @@ class StepFacts:
     dp_size: int
     max_response_length: int
 
+    @property
+    def local_token_budget(self) -> float:
+        """One data-parallel rank's part of Phi; the parts of all ranks sum to Phi."""
+        return self.token_budget / self.dp_size
+
 
 SEQUENCE_LIMIT = 10.0
 """Largest mean log ratio of a response (GSPO), as in verl."""
@@ -50,20 +57,24 @@ SEQUENCE_LIMIT = 10.0
 SurrogateFunction = Callable[[Tensor, Tensor, RLMicrobatch, ObjectiveConfig], Surrogate]
 """(log p [T], log p - old log p [T], microbatch, config) -> surrogate."""
 
-NormaliserFunction = Callable[[Sequence[RLMicrobatch], StepFacts], float]
-"""This rank's part of the divisor of the step; parts are summed over data-parallel ranks."""
+DenominatorFunction = Callable[[Sequence[RLMicrobatch], StepFacts], float]
+"""(this rank's microbatches of the step, facts) -> its part of the step's denominator; parts are summed over
+data-parallel ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """One objective. ``weight``: every token 1, or 1/|y| of its response.
+class PolicyLoss:
+    """One objective.
 
-    Example: ``Recipe(surrogate=token_ratio, weight="response", normaliser=responses)`` is GRPO.
+    ``token_weight``: 1 of each token, or 1/|y| of each token of a response y, so that responses weigh the same. An
+    objective that averages over responses does not go together with budget_overshoot=carry, which cuts them in two.
+
+    Example: ``PolicyLoss(surrogate=token_ratio, token_weight="1/|y|", denominator=responses)`` is GRPO.
     """
 
     surrogate: SurrogateFunction
-    weight: Literal["token", "response"]
-    normaliser: NormaliserFunction
+    token_weight: Literal["1", "1/|y|"]
+    denominator: DenominatorFunction
 
 
 def clipped_surrogate(ratio_T: Tensor, advantages_T: Tensor, config: ObjectiveConfig) -> Surrogate:
@@ -116,7 +127,7 @@ def cispo_surrogate(
 
 def budget(microbatches: Sequence[RLMicrobatch], facts: StepFacts) -> float:
     """Phi, whatever is there to train on (Ring-lite, eq. 2)."""
-    return facts.token_budget / facts.dp_size
+    return facts.local_token_budget
 
 
 def tokens(microbatches: Sequence[RLMicrobatch], facts: StepFacts) -> float:
@@ -134,23 +145,42 @@ def longest_responses(microbatches: Sequence[RLMicrobatch], facts: StepFacts) ->
     return responses(microbatches, facts) * facts.max_response_length
 
 
-RECIPES: dict[str, Recipe] = {
-    "c3po": Recipe(surrogate=token_ratio, weight="token", normaliser=budget),
-    "grpo": Recipe(surrogate=token_ratio, weight="response", normaliser=responses),
-    "dapo": Recipe(surrogate=token_ratio, weight="token", normaliser=tokens),
-    "dr_grpo": Recipe(surrogate=token_ratio, weight="token", normaliser=longest_responses),
-    "gspo": Recipe(surrogate=sequence_ratio, weight="response", normaliser=responses),
-    "cispo": Recipe(surrogate=cispo_surrogate, weight="token", normaliser=tokens),
+POLICY_LOSSES: dict[str, PolicyLoss] = {
+    "c3po": PolicyLoss(surrogate=token_ratio, token_weight="1", denominator=budget),
+    "grpo": PolicyLoss(surrogate=token_ratio, token_weight="1/|y|", denominator=responses),
+    "dapo": PolicyLoss(surrogate=token_ratio, token_weight="1", denominator=tokens),
+    "dr_grpo": PolicyLoss(surrogate=token_ratio, token_weight="1", denominator=longest_responses),
+    "gspo": PolicyLoss(surrogate=sequence_ratio, token_weight="1/|y|", denominator=responses),
+    "cispo": PolicyLoss(surrogate=cispo_surrogate, token_weight="1", denominator=tokens),
 }
 """Objectives by the name of the setting ``objective``."""
 
 
-def register(name: str, recipe: Recipe) -> None:
-    """Add an objective of one's own.
+def register(name: str, loss: PolicyLoss) -> None:
+    """Add an objective. A module that does so when it is imported is named by ``objective=module:name``.
 
     Raises:
         ValueError: the name is taken.
     """
-    if name in RECIPES:
+    if name in POLICY_LOSSES:
         raise ValueError(f"objective {name} exists")
-    RECIPES[name] = recipe
+    POLICY_LOSSES[name] = loss
+
+
+def policy_loss(objective: str, facts: StepFacts) -> PolicyLoss:
+    """The loss that the setting ``objective`` names: a registered one, or ``module:name`` of the user's own.
+
+    Raises:
+        ConfigError: there is none, it is no PolicyLoss, its module cannot be imported, or it divides by a token
+            budget that the run does not have.
+    """
+    loss: PolicyLoss = resolve("objective", objective, POLICY_LOSSES, _problem)
+    if loss.denominator is budget and not facts.token_budget:
+        raise ConfigError(f"token_budget=0 is what objective={objective} divides by; set --token-budget")
+    return loss
+
+
+def _problem(found: object) -> str | None:
+    if isinstance(found, PolicyLoss):
+        return None
+    return f"is {type(found).__name__}, not PolicyLoss; name a PolicyLoss(surrogate=..., token_weight=..., denominator=...)"

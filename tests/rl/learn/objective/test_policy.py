@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from megatron_ring.config.rl import ObjectiveConfig, clip_bounds
+from megatron_ring.config.settings import settings
 from megatron_ring.model.build import Logits
 from megatron_ring.rl.batch.microbatch import build_microbatch
-from megatron_ring.rl.learn.objective import RECIPES, PolicyObjective, Recipe, metrics, register
+from megatron_ring.rl.learn.objective import POLICY_LOSSES, PolicyLoss, PolicyObjective, metrics, register
 from megatron_ring.rl.learn.objective.divergence import k3
 from megatron_ring.rl.learn.objective.policy_losses import StepFacts, clipped_surrogate, token_ratio, tokens
 from megatron_ring.rl.types import Pick
@@ -141,7 +142,7 @@ def as_logits(main_TV: torch.Tensor) -> Logits:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("objective", RECIPES)
+@pytest.mark.parametrize("objective", POLICY_LOSSES)
 def test_loss_and_gradient_of_the_logits_are_those_of_plain_loops(objective, options):
     problem = Problem(objective, options)
     loss, gradients = problem.expected()
@@ -152,7 +153,7 @@ def test_loss_and_gradient_of_the_logits_are_those_of_plain_loops(objective, opt
         assert (own - expected).norm() < 1e-6 * expected.norm()
 
 
-@pytest.mark.parametrize("objective", RECIPES)
+@pytest.mark.parametrize("objective", POLICY_LOSSES)
 def test_the_cases_reach_every_branch(objective):
     """A clip, a bound or a dual clip that never bites would prove nothing."""
     problem = Problem(objective, OPTIONS["all"])
@@ -165,7 +166,7 @@ def test_the_cases_reach_every_branch(objective):
         assert not torch.allclose(torch.cat(without), torch.cat(with_dual))
 
 
-@pytest.mark.parametrize("objective", RECIPES)
+@pytest.mark.parametrize("objective", POLICY_LOSSES)
 def test_packing_and_number_of_microbatches_change_nothing(objective):
     problem = Problem(objective, OPTIONS["all"])
     loss, gradients, sums = problem.computed("one")
@@ -188,7 +189,7 @@ def test_what_the_others_divide_by_is_a_sum_over_the_step():
     parts = grid(rollouts(), "holes")
     weights = {
         name: PolicyObjective(config=ObjectiveConfig(objective=name), facts=FACTS).local_denominator(parts)
-        for name in RECIPES
+        for name in POLICY_LOSSES
     }
     expected = {"c3po": 100, "grpo": 12, "gspo": 12, "dapo": NUM_TOKENS, "cispo": NUM_TOKENS, "dr_grpo": 192}
     assert weights == expected
@@ -236,15 +237,19 @@ def test_clipping_by_hand():
     assert surrogate.clipped_T.tolist() == [True, False, False, True, False, True]
 
 
+def test_the_setting_offers_what_is_registered():
+    assert settings()["objective"].choices == tuple(POLICY_LOSSES)
+
+
 def test_ones_own_objective_can_be_registered_once():
-    recipe = Recipe(surrogate=token_ratio, weight="token", normaliser=tokens)
+    loss = PolicyLoss(surrogate=token_ratio, token_weight="1", denominator=tokens)
     with pytest.raises(ValueError, match="c3po exists"):
-        register("c3po", recipe)
-    register("mine", recipe)
+        register("c3po", loss)
+    register("mine", loss)
     try:
         assert Problem("mine", {}).objective.local_denominator(grid(rollouts(), "two")) == NUM_TOKENS
     finally:
-        del RECIPES["mine"]
+        del POLICY_LOSSES["mine"]
 
 
 def test_a_microbatch_is_laid_out_as_its_example_says():
