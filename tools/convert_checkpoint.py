@@ -2,7 +2,7 @@
 
 python tools/convert_checkpoint.py hf-to-megatron models/Ring-lite runs/ring_lite --verify
 python tools/convert_checkpoint.py megatron-to-hf runs/rl/checkpoints models/mine --verify
-python tools/convert_checkpoint.py reshard runs/a runs/b --tensor-model-parallel-size 8
+python tools/convert_checkpoint.py repad runs/a runs/b --tensor-model-parallel-size 8
 python tools/convert_checkpoint.py check models/mine
 """
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if args.command is None:
         raise CheckpointError(
-            "no command is given; name hf-to-megatron, megatron-to-hf, reshard or check, see --help"
+            "no command is given; name hf-to-megatron, megatron-to-hf, repad or check, see --help"
         )
     reporter = ConsoleReporter()
     if args.command == "check":
@@ -60,13 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _convert(args: argparse.Namespace, reporter: ConsoleReporter) -> Path:
     import torch
 
-    from megatron_ring.checkpoint.convert.convert import (
-        Export,
-        Options,
-        hf_to_megatron,
-        megatron_to_hf,
-        reshard,
-    )
+    from megatron_ring.checkpoint.convert.conversion import Options
+    from megatron_ring.checkpoint.convert.repad import repad
+    from megatron_ring.checkpoint.convert.to_hf import Export, megatron_to_hf
+    from megatron_ring.checkpoint.convert.to_megatron import hf_to_megatron
 
     options = Options(
         dtype={"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}[getattr(args, "dtype", "keep")],
@@ -87,8 +84,8 @@ def _convert(args: argparse.Namespace, reporter: ConsoleReporter) -> Path:
         raise CheckpointError(
             "--tensor-model-parallel-size and --make-vocab-size-divisible-by must be at least 1; try 1"
         )
-    if args.command == "reshard":
-        return reshard(
+    if args.command == "repad":
+        return repad(
             args.source, args.target, options, reporter, args.make_vocab_size_divisible_by, tensor_size
         )
     return hf_to_megatron(
@@ -136,7 +133,7 @@ def _parser() -> OneLineParser:
         "megatron-to-hf", help="checkpoint (a run's folder: its latest) -> Hugging Face folder"
     )
     again = commands.add_parser(
-        "reshard", help="checkpoint -> checkpoint with other padding and files, optimizer included"
+        "repad", help="checkpoint -> checkpoint with other padding and files, optimizer included"
     )
     check = commands.add_parser(
         "check", help="sum the files of a converted folder and compare with its manifest"

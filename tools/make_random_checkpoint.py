@@ -8,13 +8,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
+from megatron_ring.checkpoint.convert.files import SummedFile, TensorInfo
+from megatron_ring.checkpoint.convert.folders import commit_folder, write_manifest
+from megatron_ring.checkpoint.convert.hf_config import config_class_files, hf_config
+from megatron_ring.checkpoint.convert.model_map import tensor_map
+from megatron_ring.checkpoint.convert.plan import safetensors_files
+from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsWriter, write_index
+from megatron_ring.checkpoint.convert.stream import BUFFER_BYTES, Written
 from megatron_ring.config.load import OneLineParser, preset_config
+from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.presets import PRESETS
 from megatron_ring.errors import CheckpointError
 from megatron_ring.launch.entry import run_entry
@@ -25,8 +38,6 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    from megatron_ring.checkpoint.convert.random_weights import write_random_checkpoint
-
     model = preset_config(args.preset).model
     changes = {
         name: value
@@ -47,6 +58,71 @@ def main(argv: Sequence[str] | None = None) -> None:
         replace(model, **changes), args.output, DTYPES[args.dtype], int(args.max_file_gb * 1e9), args.seed
     )
     print(json.dumps({"folder": str(args.output), "parameters": size.parameters, "bytes": size.bytes}))
+
+
+class Size(NamedTuple):
+    parameters: int
+    bytes: int
+
+
+def write_random_checkpoint(
+    model: ModelConfig, folder: Path, dtype: str, max_file_bytes: int, seed: int
+) -> Size:
+    """Write a random ``model`` into ``folder``: norms around 1, the expert bias in fp32 around 0, weights by
+    init_method_std.
+
+    Raises:
+        CheckpointError: the disk is too small, or it failed; nothing has ``folder``'s name then.
+    """
+    try:
+        return _write(model, folder, dtype, max_file_bytes, seed)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: {error.strerror or error}; free space or name another folder"
+        ) from None
+
+
+def _write(model: ModelConfig, folder: Path, dtype: str, max_file_bytes: int, seed: int) -> Size:
+    names = tensor_map(model, model.vocab_size).names
+    kind = getattr(torch, dtype)
+    infos = {n: TensorInfo(torch.float32 if n.endswith("expert_bias") else kind, s) for n, s in names.items()}
+    total = sum(info.num_bytes for info in infos.values())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < 1.01 * total:
+        raise CheckpointError(
+            f"{folder}: {free / 1e9:.2f} GB free but the model is {total / 1e9:.2f} GB; free space"
+        )
+    working = folder.with_name(folder.name + ".incomplete")
+    shutil.rmtree(working, ignore_errors=True)
+    working.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    files = safetensors_files(infos, max_file_bytes)
+    notes: dict[str, Written] = {}
+    for file in files:
+        sink = SummedFile(working / file.name, lambda _: None)
+        writer = SafetensorsWriter(sink, {name: infos[name] for name, _ in file.boxes})
+        for name, box in file.boxes:
+            for rows in box.rows(BUFFER_BYTES // 4):
+                writer.write(name, rows, _random(name, rows.shape, model, generator).to(infos[name].dtype))
+        sink.close(durably=True)
+        notes[file.name] = Written(sink.num_bytes, f"{sink.crc32:08x}", [])
+    contents = {file.name: [name for name, _ in file.boxes] for file in files}
+    write_index(working, contents, total)
+    write_manifest(working, notes, source=f"random, seed {seed}", family=model.family)
+    config = hf_config(model, {}, dtype)
+    for name, text in config_class_files(config).items():
+        (working / name).write_text(text, encoding="utf-8")
+    (working / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    commit_folder(working, folder)
+    return Size(sum(info.num_bytes // info.dtype.itemsize for info in infos.values()), total)
+
+
+def _random(name: str, shape: tuple[int, ...], model: ModelConfig, generator: torch.Generator) -> Tensor:
+    values = torch.empty(shape).normal_(generator=generator)
+    if name.endswith(("norm.weight", "layernorm.weight")):
+        return 1 + 0.1 * values
+    return values * (0.01 if name.endswith("expert_bias") else model.init_method_std)
 
 
 def _parser() -> OneLineParser:

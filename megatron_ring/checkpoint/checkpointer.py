@@ -45,7 +45,7 @@ from megatron_ring.config.dump import dump_toml
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.run import RunConfig
 from megatron_ring.errors import CheckpointError
-from megatron_ring.model.build import sharding_metadata
+from megatron_ring.model.sharding import SHARDING
 from megatron_ring.runtime.orphans import forked_writer
 from megatron_ring.runtime.peers import follows_from_another
 from megatron_ring.runtime.session import Session
@@ -279,15 +279,12 @@ class Checkpointer:
         return final.with_name(final.name + ".incomplete")
 
     def _write(self, sharded: dict[str, Any], working: Path, strategy: SaveSummed) -> AsyncRequest | None:
-        metadata = {
-            k: v for k, v in sharding_metadata(self.engine.topology).items() if not k.endswith("_group")
-        }
         return dist_checkpointing.save(
             sharded,
             str(working),
             strategy,
             async_sharded_save=self.config.checkpoint.async_save,
-            content_metadata=metadata,
+            content_metadata=dict(SHARDING),
         )
 
     def _finalize(self) -> None:

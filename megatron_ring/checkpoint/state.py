@@ -16,7 +16,8 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from megatron_ring.model.build import RingModel, sharding_metadata
+from megatron_ring.model.build import RingModel
+from megatron_ring.model.sharding import sharding_metadata
 from megatron_ring.runtime.session import Session
 from megatron_ring.runtime.topology import Topology
 

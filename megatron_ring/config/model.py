@@ -3,9 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from megatron_ring.config.ranges import Above, AtLeast, AtMost
-
-Family = Literal["bailing_moe", "bailing_moe_v2", "qwen2"]
+from megatron_ring.config.ranges import Above, AtLeast, AtMost, OneOf
+from megatron_ring.families import FAMILIES
 
 MOST = 1 << 24
 """Of any size: larger ones multiply to what no tensor can have, and torch's answer to that is a traceback."""
@@ -25,7 +24,7 @@ class ModelConfig:
     moe_router_topk=2, moe_ffn_hidden_size=64)``.
     """
 
-    family: Family = "qwen2"
+    family: Annotated[str, OneOf(tuple(FAMILIES))] = "qwen2"
     """Published architecture this is a member of; names the map from and to Hugging Face checkpoints."""
     num_layers: Annotated[int, Above(0), AtMost(MOST_LAYERS)] = 4
     """Transformer layers, without multi-token-prediction layers."""

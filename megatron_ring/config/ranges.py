@@ -112,5 +112,12 @@ class Registered:
     names: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """What a word may be, as ``Literal`` says it, where the list is kept elsewhere."""
+
+    words: tuple[str, ...]
+
+
 Count = Annotated[int, AtLeast(1)]
 CountOrOff = Annotated[int, AtLeast(0)]

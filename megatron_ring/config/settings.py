@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from megatron_ring.config.ranges import Range, Registered
+from megatron_ring.config.ranges import OneOf, Range, Registered
 from megatron_ring.config.run import RunConfig
 from megatron_ring.errors import ConfigError
 
@@ -246,7 +246,10 @@ def _marks(hint: Any) -> tuple[Any, tuple[Range | Registered, ...]]:
     if get_origin(hint) is not Annotated:
         return hint, ()
     bare, *marks = get_args(hint)
-    return bare, tuple(marks)
+    for mark in marks:
+        if isinstance(mark, OneOf):
+            bare = cast(Any, Literal)[mark.words]
+    return bare, tuple(mark for mark in marks if not isinstance(mark, OneOf))
 
 
 def _choices(hint: Any) -> tuple[type, tuple[str, ...]]:

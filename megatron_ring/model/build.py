@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megatron_ring.config.model import ModelConfig
+from megatron_ring.config.model_stats import padded_vocab_size
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.data.batch.microbatch import Microbatch
 from megatron_ring.model.head import NormHead
@@ -24,8 +25,9 @@ from megatron_ring.model.initialise import initialise
 from megatron_ring.model.linear import project
 from megatron_ring.model.packed import PackedInputs, rotary_table
 from megatron_ring.model.router import RingRouter
+from megatron_ring.model.sharding import sharding_metadata
 from megatron_ring.model.spec import block_spec, mtp_spec
-from megatron_ring.model.translate import padded_vocab_size, transformer_config
+from megatron_ring.model.translate import transformer_config
 from megatron_ring.runtime.topology import Topology
 
 
@@ -63,7 +65,7 @@ class RingModel(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(model, list(range(first, first + count))),
-            vocab_size=padded_vocab_size(model, parallel),
+            vocab_size=padded_vocab_size(model, parallel.tensor_model_parallel_size),
             max_sequence_length=model.max_position_embeddings,
             pre_process=pre_process,
             post_process=post_process,
@@ -188,13 +190,3 @@ def build_model(
     for chunk in chunks:
         initialise(chunk, model, seed, sharding_metadata(topology))
     return chunks
-
-
-def sharding_metadata(topology: Topology) -> dict[str, Any]:
-    """Options of Megatron's sharded state dicts: layer by layer, optimizer state in the parameters' shapes."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
-        "non_homogeneous_layers": True,
-        "dp_cp_group": topology.groups.dp_cp,
-    }

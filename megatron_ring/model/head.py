@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from torch import Tensor
 
-NORM_EPSILON = 1e-7
+from megatron_ring.families.shared import NORM_HEAD_EPSILON
 
 
 class NormHead(ColumnParallelLinear):
@@ -69,4 +69,4 @@ def norm_head_inverse(weight_VD: Tensor, num_rows: int, tp_group) -> Tensor:
         squares_D = weight_VD[:num_rows].float().square().sum(0)
         if tp_group.size() > 1:
             torch.distributed.all_reduce(squares_D, group=tp_group)
-        return 1.0 / (squares_D.sqrt() + NORM_EPSILON)
+        return 1.0 / (squares_D.sqrt() + NORM_HEAD_EPSILON)

@@ -10,12 +10,6 @@ from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.parallel import ParallelConfig
 
 
-def padded_vocab_size(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Vocabulary rows of the embedding and head: padded so that every tensor-parallel rank has as many."""
-    multiple = model.make_vocab_size_divisible_by * parallel.tensor_model_parallel_size
-    return -(-model.vocab_size // multiple) * multiple
-
-
 def params_dtype(parallel: ParallelConfig) -> torch.dtype:
     return torch.bfloat16 if parallel.bf16 else torch.float32
 

@@ -14,7 +14,8 @@ import torch
 
 from megatron_ring.checkpoint import checksums
 from megatron_ring.checkpoint import folder as folders
-from megatron_ring.checkpoint.convert.convert import hf_to_megatron, megatron_to_hf
+from megatron_ring.checkpoint.convert.to_hf import megatron_to_hf
+from megatron_ring.checkpoint.convert.to_megatron import hf_to_megatron
 from megatron_ring.checkpoint.format import RUN_CONFIG
 from megatron_ring.errors import CheckpointError
 from tests.helpers.checkpoint.checkpoints import NAME, SMALL, TRAINER, checkpointer, state_of

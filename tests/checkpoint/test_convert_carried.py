@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_ring.checkpoint.convert import convert
-from megatron_ring.checkpoint.convert.convert import Export, Options, hf_to_megatron, megatron_to_hf
+from megatron_ring.checkpoint.convert import conversion
+from megatron_ring.checkpoint.convert.conversion import Options
 from megatron_ring.checkpoint.convert.hf_config import hf_config, model_config, read_hf_config
+from megatron_ring.checkpoint.convert.to_hf import Export, megatron_to_hf
+from megatron_ring.checkpoint.convert.to_megatron import hf_to_megatron
 from megatron_ring.errors import CheckpointError
 from tests.helpers.checkpoint.convert_cases import ODD, Silent
 
@@ -106,7 +108,7 @@ def test_a_resumed_export_has_nothing_of_the_files_first_named(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(convert, "compare", stopped)
+        patched.setattr(conversion, "compare", stopped)
         with pytest.raises(KeyboardInterrupt):
             export = Export(hf_files=first)
             megatron_to_hf(tmp_path / "m", tmp_path / "back", Options(verify=True), Silent(), export)

@@ -11,18 +11,21 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 
-from megatron_ring.checkpoint.convert.convert import Options, hf_to_megatron, megatron_to_hf
+from megatron_ring.checkpoint.convert.conversion import Options
 from megatron_ring.checkpoint.convert.hf_config import (
+    TRAINING_ONLY,
     defaults_taken,
     hf_config,
     model_config,
     read_hf_config,
 )
-from megatron_ring.checkpoint.convert.hf_keys import KEYS, TRAINING_ONLY
 from megatron_ring.checkpoint.convert.plain_forward import plain_logits
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
+from megatron_ring.checkpoint.convert.to_hf import megatron_to_hf
+from megatron_ring.checkpoint.convert.to_megatron import hf_to_megatron
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.errors import CheckpointError
+from megatron_ring.families import FAMILIES
 from tests.helpers.checkpoint.convert_cases import ODD, Silent, prompt, read_hf, run_tool, write_hf
 from tests.helpers.checkpoint.published_configs import PUBLISHED
 from tests.helpers.checkpoint.reference_model import logits_TV
@@ -253,7 +256,8 @@ def test_every_setting_is_written_or_trains_only_or_is_refused(field: str, base:
             again = model_config(json.loads(json.dumps(config)), "c")
         except CheckpointError as error:
             # sizes that fit no model are refused wherever they come from
-            assert field in KEYS[model.family].fields or field in KEYS[model.family].implied, error
+            family = FAMILIES[model.family]
+            assert field in family.fields or field in family.implied, error
             continue
         unused = base == "dense" and field in ("moe_router_topk", "moe_ffn_hidden_size")
         one_group = (field, value) == ("moe_router_num_groups", 1) and again.moe_router_num_groups == 0

@@ -14,12 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_ring.checkpoint.convert import stream
-from megatron_ring.checkpoint.convert.convert import Export, hf_to_megatron, megatron_to_hf, reshard
 from megatron_ring.checkpoint.convert.hf_config import hf_config, model_config, read_hf_config
 from megatron_ring.checkpoint.convert.plain_forward import plain_logits
 from megatron_ring.checkpoint.convert.plan import safetensors_files
+from megatron_ring.checkpoint.convert.repad import repad
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
-from megatron_ring.checkpoint.convert.tensor_map import Box, Copy
+from megatron_ring.checkpoint.convert.tensor_map import Box, TensorCopy
+from megatron_ring.checkpoint.convert.to_hf import Export, megatron_to_hf
+from megatron_ring.checkpoint.convert.to_megatron import hf_to_megatron
 from megatron_ring.checkpoint.convert.torch_dist_io import TorchDistFolder
 from megatron_ring.checkpoint.run_lock import hold_run_folder
 from megatron_ring.config.load import preset_config
@@ -62,7 +64,7 @@ def test_a_workers_error_is_the_conversions(hf: dict[str, Path], tmp_path: Path)
     """The parent looks at the source first; what breaks later breaks in a worker."""
     source = SafetensorsFolder(hf["v1"])
     boxes = {name: Box.whole(info.shape) for name, info in source.tensors.items()}
-    copies = {name: [Copy(name, box, name, box)] for name, box in boxes.items()}
+    copies = {name: [TensorCopy(name, box, name, box)] for name, box in boxes.items()}
     job = stream.Job(
         source=tmp_path / "gone",
         source_format="safetensors",
@@ -126,14 +128,14 @@ def test_multi_token_prediction_layers_can_stay_behind(hf: dict[str, Path], tmp_
     assert read_hf_config(back)["num_nextn_predict_layers"] == 0
 
 
-def test_reshard_pads_anew_and_keeps_the_optimizer(hf: dict[str, Path], tmp_path: Path):
+def test_repad_pads_anew_and_keeps_the_optimizer(hf: dict[str, Path], tmp_path: Path):
     folder = hf_to_megatron(hf["v1"], tmp_path / "m", SMALL, Silent(), divisible_by=16)
     before = read_megatron(folder)
     # a run's checkpoint has moments beside each weight, in the weight's shape
     with_moments = before | {f"optimizer.state.exp_avg.{key}": -tensor for key, tensor in before.items()}
     _rewrite(folder, with_moments)
     reporter = Silent()
-    after_folder = reshard(tmp_path / "m", tmp_path / "r", SMALL, reporter, divisible_by=7, tensor_size=2)
+    after_folder = repad(tmp_path / "m", tmp_path / "r", SMALL, reporter, divisible_by=7, tensor_size=2)
     after = read_megatron(after_folder)
     assert after.keys() == with_moments.keys()
     for key, tensor in after.items():
@@ -331,7 +333,7 @@ def test_bad_megatron_input_is_refused_and_nothing_looks_finished(
         (["hf-to-megatron", "nowhere", "out", "--workers", "0"], "workers=0 must be at least 1"),
         (["hf-to-megatron", "nowhere", "out"], "nowhere/config.json: No such file"),
         (["megatron-to-hf", "nowhere", "out"], "nowhere: no such folder"),
-        (["reshard", ".", "out"], "neither .metadata nor latest_checkpointed_iteration.txt"),
+        (["repad", ".", "out"], "neither .metadata nor latest_checkpointed_iteration.txt"),
         (["check", "."], "neither .metadata nor"),
         (["hf-to-megatron", "nowhere", "out", "--dtpye", "bf16"], "--dtpye"),
     ],

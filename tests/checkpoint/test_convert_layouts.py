@@ -17,13 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ring.checkpoint.convert.convert import Options, hf_to_megatron, megatron_to_hf
-from megatron_ring.checkpoint.convert.families import tensor_map
+from megatron_ring.checkpoint.convert.conversion import Options
 from megatron_ring.checkpoint.convert.hf_config import read_hf_config
+from megatron_ring.checkpoint.convert.model_map import tensor_map
 from megatron_ring.checkpoint.convert.plain_forward import plain_logits
 from megatron_ring.checkpoint.convert.publish import Assembler, Part
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
 from megatron_ring.checkpoint.convert.tensor_map import Box
+from megatron_ring.checkpoint.convert.to_hf import megatron_to_hf
+from megatron_ring.checkpoint.convert.to_megatron import hf_to_megatron
 from megatron_ring.config.load import config_from_mapping
 from tests.helpers.checkpoint.convert_cases import (
     LAYOUT_MODELS,

@@ -8,26 +8,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ring.checkpoint.convert.families import tensor_map
+from megatron_ring.checkpoint.convert.model_map import tensor_map
 from megatron_ring.checkpoint.convert.publish import Assembler, Part, Shard, hf_parts
 from megatron_ring.checkpoint.convert.tensor_map import Box, MapBuilder, TensorMap
 from tests.helpers.checkpoint.convert_cases import ODD
 
 
 def filled(mapping: TensorMap) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Per key and per name, how many pieces cover each element."""
+    """Per key and per name, how many correspondences cover each element."""
     keys = {key: torch.zeros(shape) for key, shape in mapping.keys.items()}
     names = {name: torch.zeros(shape) for name, shape in mapping.names.items()}
-    for piece in mapping.pieces:
-        keys[piece.key][piece.key_box.slices()] += 1
-        names[piece.name][piece.name_box.slices()] += 1
-        assert piece.key_box.size == piece.name_box.size
+    for pair in mapping.pairs:
+        keys[pair.key][pair.key_box.slices()] += 1
+        names[pair.name][pair.name_box.slices()] += 1
+        assert pair.key_box.size == pair.name_box.size
     return keys, names
 
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("padding", [0, 7])
-def test_pieces_cover_both_sides_exactly_once(name: str, padding: int):
+def test_a_map_covers_both_sides_exactly_once(name: str, padding: int):
     model = ODD[name]
     keys, names = filled(tensor_map(model, model.vocab_size + padding))
     assert all((counts == 1).all() for counts in names.values())
@@ -43,7 +43,7 @@ def test_pieces_cover_both_sides_exactly_once(name: str, padding: int):
 
 def test_queries_keys_and_values_interleave_per_group():
     b = MapBuilder()
-    b.interleave_qkv("key", "name", 4, 2, 1)
+    b.interleave_qkv("key", ("name",), 4, 2, 1)
     mapping = b.build()
     # two groups of two query heads: rows are q0 q1 k0 v0 q2 q3 k1 v1
     data = torch.arange(8.0)

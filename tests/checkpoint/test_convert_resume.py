@@ -14,11 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_ring.checkpoint.convert import convert, files, stream
-from megatron_ring.checkpoint.convert.convert import hf_to_megatron, megatron_to_hf
+from megatron_ring.checkpoint.convert import files, stream, to_megatron
 from megatron_ring.checkpoint.convert.folders import check_manifest
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
 from megatron_ring.checkpoint.convert.tensor_map import Box
+from megatron_ring.checkpoint.convert.to_hf import megatron_to_hf
+from megatron_ring.checkpoint.convert.to_megatron import hf_to_megatron
 from megatron_ring.errors import CheckpointError
 from tests.helpers.checkpoint.checkpoints import SMALL
 from tests.helpers.checkpoint.convert_cases import (
@@ -111,7 +112,7 @@ def test_a_disk_that_fails_after_the_weights_is_one_line_and_resumed(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="No space left on device"):
-        patch.setattr(convert, "write_manifest", fail)
+        patch.setattr(to_megatron, "write_manifest", fail)
         hf_to_megatron(hf["dense"], tmp_path / "m", SMALL, Silent())
     reporter = Silent()
     hf_to_megatron(hf["dense"], tmp_path / "m", SMALL, reporter)

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ring.checkpoint.convert.convert import Export, Options, hf_to_megatron, megatron_to_hf
+from megatron_ring.checkpoint.convert.conversion import Options
 from megatron_ring.checkpoint.convert.hf_config import read_hf_config
+from megatron_ring.checkpoint.convert.to_hf import Export, megatron_to_hf
+from megatron_ring.checkpoint.convert.to_megatron import hf_to_megatron
 from megatron_ring.config.model import ModelConfig
 from tests.helpers.checkpoint.convert_cases import ODD, Silent, prompt, read_hf, write_hf
 from tests.helpers.checkpoint.reference_model import logits_TV

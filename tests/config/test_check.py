@@ -8,6 +8,7 @@ from megatron_ring.config.check import check_inputs, validate
 from megatron_ring.config.load import load_config, preset_config
 from megatron_ring.config.presets import PRESETS
 from megatron_ring.errors import CheckpointError, ConfigError, DataError
+from megatron_ring.families import FAMILIES
 
 # preset, flags, processes, the whole line
 WRONG = [
@@ -225,7 +226,7 @@ WRONG = [
         "--num-experts 8",
         1,
         "num_experts=8 must be 0 for family=qwen2, which is dense; "
-        "choose --family bailing_moe or bailing_moe_v2",
+        f"choose --family {' or '.join(f.name for f in FAMILIES.values() if f.has_experts)}",
     ),
     (
         "ring_mini_v2",

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_ring.checkpoint.convert.families import tensor_map
+from megatron_ring.checkpoint.convert.model_map import tensor_map
 from megatron_ring.checkpoint.convert.publish import hf_parts, shards_of
 from megatron_ring.checkpoint.state import model_state
 from megatron_ring.rl.batch.microbatch import NO_ROUTE, build_microbatch, with_routes

@@ -1,4 +1,4 @@
-"""Does a source fit a map? And one line that says why not."""
+"""Check that a checkpoint's tensors match the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 
 from megatron_ring.checkpoint.convert.files import Source, TensorInfo
-from megatron_ring.checkpoint.convert.tensor_map import Copy, Shape
+from megatron_ring.checkpoint.convert.tensor_map import Shape, TensorCopy
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.errors import CheckpointError
 
@@ -46,7 +46,7 @@ def _some(names: list[str]) -> str:
 
 
 def target_infos(
-    source: Source, copies: dict[str, list[Copy]], shapes: dict[str, Shape], dtype: torch.dtype | None
+    source: Source, copies: dict[str, list[TensorCopy]], shapes: dict[str, Shape], dtype: torch.dtype | None
 ) -> dict[str, TensorInfo]:
     """Shape and dtype of every target tensor: its sources' own dtype, or ``dtype`` for all but the expert
     bias.

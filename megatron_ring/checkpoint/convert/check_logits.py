@@ -1,5 +1,4 @@
-"""Do both sides of a conversion compute the same? One prompt through Megatron's model and through the plain
-tensors.
+"""Compare log p of one prompt: through Megatron's model, and through a forward pass over the plain tensors.
 
 It proves that every weight is in its place and that two pieces of code agree on the arithmetic. It proves nothing
 about the reading of config.json, which both share: there a setting is read, or refused by name (``hf_rules``).
@@ -24,8 +23,9 @@ from megatron_ring.config.model_stats import count_parameters
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.data.batch.microbatch import pack_microbatch
 from megatron_ring.errors import CheckpointError
-from megatron_ring.model.build import build_model, sharding_metadata
+from megatron_ring.model.build import build_model
 from megatron_ring.model.packed import pack_inputs
+from megatron_ring.model.sharding import sharding_metadata
 from megatron_ring.runtime.session import open_session
 
 NUM_TOKENS = 32

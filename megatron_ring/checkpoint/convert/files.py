@@ -69,7 +69,7 @@ class MappedFile:
     def release(self) -> None:
         """Give its pages back; whoever looks at one again has it read again.
 
-        A page that was just used costs far less to take than one that a full memory has to find.
+        Dropping pages early is cheaper than reclaim under memory pressure.
         """
         self.map.madvise(mmap.MADV_DONTNEED)
         os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ring import __version__
-from megatron_ring.checkpoint import folder as folders
+from megatron_ring.checkpoint import folder as run_folder
 from megatron_ring.checkpoint.checksums import MANIFEST, SUMS, compare, read_sums, write_sums
 from megatron_ring.checkpoint.convert.stream import Written
 from megatron_ring.checkpoint.format import RUN_CONFIG
@@ -31,8 +31,8 @@ _OF_OTHER_WEIGHTS = (ADAPTER, "hf_quant_config.json", "quantize_config.json", "q
 _MAX_BYTES = 100_000_000
 
 
-def carry_over(source: Path, target: Path) -> list[str]:
-    """Copy everything but weights (config, tokenizer, chat template, model code) between flat folders."""
+def copy_hf_assets(source: Path, target: Path) -> list[str]:
+    """Copy everything but weights (config, tokenizer, chat template, model code) between flat run_folder."""
     carried = []
     for path in sorted(source.iterdir()):
         is_weight = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
@@ -93,7 +93,7 @@ def require_no_checkpoints(root: Path) -> None:
     if root.exists() and not root.is_dir():
         raise CheckpointError(f"{root}: is a file; name a folder")
     must_be_mine(root)
-    if (root / folders.TRACKER).exists() or (root.is_dir() and folders.iterations(root)):
+    if (root / run_folder.TRACKER).exists() or (root.is_dir() and run_folder.iterations(root)):
         raise CheckpointError(f"{root}: holds checkpoints already; name another folder or remove it")
 
 
@@ -116,10 +116,11 @@ def find_checkpoint(path: Path) -> Path:
         raise CheckpointError(f"{path}: no such folder; name a checkpoint folder or one that a run saved to")
     if (path / ".metadata").exists():
         return path
-    latest = folders.latest(path)
+    latest = run_folder.latest(path)
     if latest is None:
         raise CheckpointError(
-            f"{path}: neither .metadata nor {folders.TRACKER} is there; name a torch_dist checkpoint or the folder of a run"
+            f"{path}: neither .metadata nor {run_folder.TRACKER} is there; name a torch_dist checkpoint or the folder "
+            "of a run"
         )
     return latest
 

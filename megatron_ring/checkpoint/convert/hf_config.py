@@ -1,8 +1,7 @@
 """``config.json`` of a Hugging Face folder and our model configuration, into each other.
 
-Only here, in ``hf_keys`` and in ``hf_rules`` do Hugging Face's words for a model's settings appear. What a
-config says beyond what this project can compute is refused by name; what it leaves out has the published
-configuration class's default.
+What a family's keys mean stands in its file (:mod:`megatron_ring.families`). What a config says beyond what this
+project can compute is refused by name; what it leaves out has the published configuration class's default.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from megatron_ring.checkpoint.convert.hf_keys import KEYS, SAID_OTHERWISE, TRAINING_ONLY
 from megatron_ring.checkpoint.convert.hf_rules import (
     LARGEST_SIZE,
     is_size,
@@ -22,11 +20,21 @@ from megatron_ring.checkpoint.convert.hf_rules import (
     under_one_name,
 )
 from megatron_ring.checkpoint.plain_files import read_json
-from megatron_ring.config.model import Family, ModelConfig
+from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.rules.model import model_problems
 from megatron_ring.errors import CheckpointError
+from megatron_ring.families import ARCHITECTURES, FAMILIES, Family
 
-ARCHITECTURES: dict[str, Family] = {keys.architecture: family for family, keys in KEYS.items()}
+TRAINING_ONLY = frozenset(
+    {
+        "make_vocab_size_divisible_by", "mtp_loss_scaling_factor", "moe_router_bias_update_rate",
+        "moe_aux_loss_coeff", "moe_z_loss_coeff", "freeze_moe_router", "moe_router_warmup_iters",
+        "transformer_impl", "moe_router_dtype",
+    }
+)  # fmt: skip
+"""Our fields that say how a model is trained, not what it computes: no config.json holds them."""
+_EXPERTS_ONLY = frozenset({"moe_router_topk", "moe_ffn_hidden_size"})
+"""Our fields that mean nothing in a dense model, and that no family of such models implies."""
 
 _MAX_BYTES = 10_000_000
 _LARGEST = {"num_layers": 10_000, "num_experts": 100_000, "mtp_num_layers": 100}
@@ -38,7 +46,7 @@ _CONFIG_CLASS = '''"""Configuration class of this model; every setting is in con
 from transformers import PretrainedConfig
 
 
-class BailingMoeConfig(PretrainedConfig):
+class {name}(PretrainedConfig):
     model_type = "{model_type}"
 '''
 
@@ -67,10 +75,10 @@ def family_of(config: Mapping[str, Any], origin: str) -> Family:
         )
     family = ARCHITECTURES[known[0]]
     said = config.get("model_type")
-    if said is not None and said not in KEYS[family].model_types:
+    if said is not None and said not in family.model_types:
         raise CheckpointError(
             f"{origin}: model_type={shown(said)} is another family's than architectures={known[0]}, "
-            f"which is {' or '.join(KEYS[family].model_types)}; correct the one that is wrong"
+            f"which is {' or '.join(family.model_types)}; correct the one that is wrong"
         )
     return family
 
@@ -86,13 +94,15 @@ def model_config(config: Mapping[str, Any], origin: str) -> ModelConfig:
     refuse_what_is_not_computed(theirs, family, origin)
     values = {
         ours: _typed(ours, name, said_or_default(name, theirs, family, origin), origin)
-        for ours, name in KEYS[family].fields.items()
+        for ours, name in family.fields.items()
     }
-    if family != "qwen2":
+    for ours, name in family.opposites.items():
+        values[ours] = not _typed(ours, name, said_or_default(name, theirs, family, origin), origin)
+    if family.counts_shared_experts:
         values["moe_shared_expert_intermediate_size"] = _shared_width(theirs, values, family, origin)
     if values.get("moe_router_num_groups") == 1:
         values["moe_router_num_groups"] = values["moe_router_group_topk"] = 0
-    model = ModelConfig(family=family, add_qkv_bias=family == "qwen2", **values)
+    model = ModelConfig(family=family.name, **{**family.implied, **values})
     layers = model.num_layers + model.mtp_num_layers
     if layers * model.num_experts > _MOST_EXPERTS:
         raise CheckpointError(
@@ -113,7 +123,7 @@ def defaults_taken(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     theirs = under_one_name(config, family, origin)
     return {
         name: value
-        for name, value in KEYS[family].defaults.items()
+        for name, value in family.defaults.items()
         if name not in theirs and value is not None and name != "initializer_range"
     }
 
@@ -166,24 +176,25 @@ def hf_config(
         CheckpointError: ``base`` is another family's or has tokens beyond the vocabulary, or the family's config
             cannot say a setting of ``model``.
     """
-    if base and family_of(base, "config.json to carry over") != model.family:
+    family = FAMILIES[model.family]
+    if base and family_of(base, "config.json to carry over") != family:
         raise CheckpointError(
             f"config.json to carry over is of {base['architectures']} but the checkpoint is a {model.family}; "
             "name the folder the model came from"
         )
-    keys = KEYS[model.family]
     _refuse_what_cannot_be_said(model)
     config: dict[str, Any] = {
-        "architectures": [keys.architecture],
-        "model_type": keys.model_types[0],
+        "architectures": [family.architecture],
+        "model_type": family.model_types[0],
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "attention_dropout": 0.0,
         "use_cache": True,
         **({"pad_token_id": None, "eos_token_id": None, **(token_ids or {})} if not base else {}),
-        **{name: value for name, value in base.items() if name not in (*keys.aliases, "rotary_dim")},
+        **{name: value for name, value in base.items() if name not in (*family.aliases, "rotary_dim")},
     }
-    config |= {name: getattr(model, ours) for ours, name in keys.fields.items()}
+    config |= {name: getattr(model, ours) for ours, name in family.fields.items()}
+    config |= {name: not getattr(model, ours) for ours, name in family.opposites.items()}
     if config.get("n_group") == 0:
         # one group of all experts is how the format says that there are none
         config |= {"n_group": 1, "topk_group": 1}
@@ -194,8 +205,12 @@ def hf_config(
         if isinstance(rope, dict):
             own = {"rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_percent}
             config[block] = {name: own.get(name, value) for name, value in rope.items()}
-    if model.family != "qwen2":
-        config |= _bailing_settings(model)
+    config |= family.written
+    if family.counts_shared_experts:
+        config |= _shared_experts(model)
+    if family.keeps_score_of_one:
+        # engines that take it at its word would make the one weight of a top-1 model 1
+        config["norm_topk_prob"] = model.moe_router_topk > 1
     for name in ("pad_token_id", "eos_token_id"):
         _refuse_tokens_beyond(name, config.get(name), model.vocab_size)
     if base:
@@ -217,7 +232,8 @@ def _refuse_another_model(config: Mapping[str, Any], model: ModelConfig) -> None
             f"{error}; the weights were trained without: correct a copy of it and name its folder with --hf-files"
         ) from None
     ungrouped = ("moe_router_num_groups", "moe_router_group_topk") if model.moe_router_num_groups < 2 else ()
-    for ours, name in KEYS[model.family].fields.items():
+    family = FAMILIES[model.family]
+    for ours, name in {**family.fields, **family.opposites}.items():
         assert ours in ungrouped or getattr(again, ours) == getattr(model, ours), f"{name} was not put in"
 
 
@@ -226,19 +242,25 @@ def _refuse_what_cannot_be_said(model: ModelConfig) -> None:
     Raises:
         CheckpointError: the family's config and code mean another model than this one.
     """
-    for ours, value in KEYS[model.family].implied.items():
+    family = FAMILIES[model.family]
+    for ours, value in family.implied.items():
         found = getattr(model, ours)
         if found != value:
             raise CheckpointError(
                 f"{ours}={found!r} cannot be said in the config of a {model.family}, which means {value!r}: "
                 "engines would compute another model; train with that, or as a family that can say it"
             )
-    assert {field.name for field in fields(model)} == _accounted_for(model.family)
+    unsaid = {field.name for field in fields(model)} - _accounted_for(family)
+    assert not unsaid, f"{family.name} does not say what becomes of {unsaid}"
 
 
 def _accounted_for(family: Family) -> set[str]:
-    unused = {"moe_router_topk", "moe_ffn_hidden_size"} if family == "qwen2" else set()
-    return {*KEYS[family].fields, *KEYS[family].implied, *TRAINING_ONLY, *SAID_OTHERWISE, *unused}
+    otherwise = {
+        "family",
+        *(("moe_shared_expert_intermediate_size",) if family.counts_shared_experts else ()),
+    }
+    unused = set() if family.has_experts else _EXPERTS_ONLY
+    return {*family.fields, *family.opposites, *family.implied, *TRAINING_ONLY, *otherwise, *unused}
 
 
 def _refuse_tokens_beyond(name: str, value: Any, vocab_size: int) -> None:
@@ -250,8 +272,8 @@ def _refuse_tokens_beyond(name: str, value: Any, vocab_size: int) -> None:
             )
 
 
-def _bailing_settings(model: ModelConfig) -> dict[str, Any]:
-    """What BailingMoe configs say besides, so that engines compute what was trained."""
+def _shared_experts(model: ModelConfig) -> dict[str, Any]:
+    """The shared experts in the words of a family that counts them."""
     shared, width = model.moe_shared_expert_intermediate_size, model.moe_ffn_hidden_size
     if model.is_moe and shared % width:
         raise CheckpointError(
@@ -261,15 +283,6 @@ def _bailing_settings(model: ModelConfig) -> dict[str, Any]:
     return {
         "num_shared_experts": shared // width if model.is_moe else 0,
         "moe_shared_expert_intermediate_size": width,
-        # engines that take it at its word would make the one weight of a top-1 model 1
-        "norm_topk_prob": model.moe_router_topk > 1,
-        # fp64 is how it was trained; engines take every word but this one for bfloat16
-        "router_dtype": "fp32",
-        "use_rmsnorm": True,
-        "use_bias": False,
-        "use_qkv_bias": False,
-        "embedding_dropout": 0.0,
-        "output_dropout": 0.0,
     }
 
 
@@ -279,8 +292,9 @@ def config_class_files(config: dict[str, Any]) -> dict[str, str]:
     None where the class is built in, or where the model's own code was carried over. transformers runs
     them with ``trust_remote_code``; there is nothing in them but a name.
     """
-    if config["model_type"] not in ("bailing_moe", "bailing_moe_v2") or "auto_map" in config:
+    name = family_of(config, "config.json").config_class
+    if name is None or "auto_map" in config:
         return {}
     module = f"configuration_{config['model_type']}"
-    config["auto_map"] = {"AutoConfig": f"{module}.BailingMoeConfig"}
-    return {f"{module}.py": _CONFIG_CLASS.format(model_type=config["model_type"])}
+    config["auto_map"] = {"AutoConfig": f"{module}.{name}"}
+    return {f"{module}.py": _CONFIG_CLASS.format(name=name, model_type=config["model_type"])}

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ring.checkpoint.convert.hf_keys import KEYS, is_known
-from megatron_ring.config.model import Family
 from megatron_ring.errors import CheckpointError
+from megatron_ring.families import Family
+from megatron_ring.families.shared import HARMLESS
 
 LARGEST_SIZE = 2**31
 _SAYABLE_IN_ROPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_PASSED_OVER = frozenset(key for keys in HARMLESS.values() for key in keys)
 
 
 def short(text: str) -> str:
@@ -38,7 +39,7 @@ def under_one_name(config: Mapping[str, Any], family: Family, origin: str) -> di
             )
         theirs[name] = value
 
-    for alias, name in KEYS[family].aliases.items():
+    for alias, name in family.aliases.items():
         if alias in theirs:
             put(name, theirs.pop(alias), alias)
     for block in ("rope_parameters", "rope_scaling"):
@@ -86,11 +87,9 @@ def refuse_what_is_not_computed(theirs: dict[str, Any], family: Family, origin: 
     Raises:
         CheckpointError: a setting at a value that is computed otherwise here, or a key that nobody here knows.
     """
-    keys = KEYS[family]
-    if theirs.get("num_experts_per_tok") == 1:
-        # the published gates normalise nothing where there is one weight, whatever this says
+    if family.keeps_score_of_one and theirs.get("num_experts_per_tok") == 1:
         theirs.pop("norm_topk_prob", None)
-    for name, allowed in keys.only.items():
+    for name, allowed in family.only.items():
         if name in theirs and theirs[name] not in allowed:
             raise CheckpointError(
                 f"{origin}: {name}={shown(theirs[name])} is not supported; it must be {allowed[0]!r}"
@@ -101,8 +100,7 @@ def refuse_what_is_not_computed(theirs: dict[str, Any], family: Family, origin: 
             f"{origin}: layer_types={shown(kinds)} is not supported; every layer must be 'full_attention'"
         )
     window = theirs.get("sliding_window")
-    # v1's and Qwen2's classes have a switch for it, and leave it off
-    off = (False,) if family == "bailing_moe_v2" else (False, None)
+    off = (False, None) if family.window_is_off_by_default else (False,)
     if window is not None and theirs.get("use_sliding_window") not in off:
         raise CheckpointError(
             f"{origin}: sliding_window={shown(window)} is not supported; without a window it is null, or "
@@ -112,7 +110,7 @@ def refuse_what_is_not_computed(theirs: dict[str, Any], family: Family, origin: 
         if not is_known(family, name) and value not in (None, False, "", [], {}):
             raise CheckpointError(
                 f"{origin}: {short(name)}={shown(value)} is not known here and may change what a "
-                f"{family} computes; if it does not, remove it from a copy of config.json"
+                f"{family.name} computes; if it does not, remove it from a copy of config.json"
             )
 
 
@@ -121,7 +119,7 @@ def said_or_default(name: str, theirs: Mapping[str, Any], family: Family, origin
 
     Null is no number; where it is a switch that is off, it is off.
     """
-    default = KEYS[family].defaults.get(name)
+    default = family.defaults.get(name)
     value = theirs.get(name, default)
     if value is None and isinstance(default, bool):
         return False
@@ -135,8 +133,22 @@ def said_or_default(name: str, theirs: Mapping[str, Any], family: Family, origin
     if value is None and name == "intermediate_size" and not theirs.get("first_k_dense_replace"):
         # a width that no layer has
         value = theirs.get("moe_intermediate_size")
-    if value is None and name == "num_key_value_heads" and (family == "qwen2" or name not in theirs):
+    null_is_heads = family.null_kv_heads_are_query_heads or name not in theirs
+    if value is None and name == "num_key_value_heads" and null_is_heads:
         return said_or_default("num_attention_heads", theirs, family, origin)
     if value is None:
         raise CheckpointError(f"{origin}: {name} is missing; add it as the model was trained")
     return value
+
+
+def is_known(family: Family, key: str) -> bool:
+    """Is the key read, checked, or known to change nothing? transformers notes things of its own behind ``_``."""
+    return (
+        key in family.defaults
+        or key in family.only
+        or key in family.aliases
+        or key in family.fields.values()
+        or key in family.opposites.values()
+        or key in _PASSED_OVER
+        or key.startswith("_")
+    )

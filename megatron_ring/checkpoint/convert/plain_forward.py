@@ -16,9 +16,10 @@ from torch import Tensor
 from megatron_ring.checkpoint.convert.files import Source
 from megatron_ring.checkpoint.convert.tensor_map import Box
 from megatron_ring.config.model import ModelConfig
+from megatron_ring.families import FAMILIES, TensorNames
+from megatron_ring.families.shared import NORM_HEAD_EPSILON
 from megatron_ring.kernels import route
 from megatron_ring.kernels.qk_norm_rope.reference import rotate
-from megatron_ring.model.head import NORM_EPSILON
 from megatron_ring.model.packed import rotary_table
 
 Read = Callable[[str], Tensor]
@@ -26,26 +27,29 @@ Read = Callable[[str], Tensor]
 
 def plain_logits(source: Source, model: ModelConfig, tokens_T: Tensor) -> Tensor:
     """Logits [T, V] of one sequence."""
+    names = FAMILIES[model.family].tensors
 
     def read(name: str) -> Tensor:
         return _whole(source, name).float()
 
-    embedding = "model.embed_tokens.weight" if model.family == "qwen2" else "model.word_embeddings.weight"
-    x_TD = _whole(source, embedding)[tokens_T].float()
+    x_TD = _whole(source, f"{names.embedding}.weight")[tokens_T].float()
     for layer in range(model.num_layers):
-        prefix = f"model.layers.{layer}."
-        is_moe = model.is_moe_layer(layer)
+        prefix = names.layer.format(layer)
 
         def part(name: str, prefix: str = prefix) -> Tensor:
             return read(prefix + name)
 
-        x_TD = x_TD + _attention(part, model, _norm(x_TD, part("input_layernorm.weight"), model))
-        normed_TD = _norm(x_TD, part("post_attention_layernorm.weight"), model)
-        x_TD = x_TD + (_experts if is_moe else _mlp)(part, model, normed_TD)
-    x_TD = _norm(x_TD, read("model.norm.weight"), model)
-    head_VD = read("lm_head.weight")
+        attended_TD = _norm(x_TD, part(f"{names.attention_norm}.weight"), model)
+        x_TD = x_TD + _attention(part, names, model, attended_TD)
+        normed_TD = _norm(x_TD, part(f"{names.mlp_norm}.weight"), model)
+        if model.is_moe_layer(layer):
+            x_TD = x_TD + _experts(part, names, model, normed_TD)
+        else:
+            x_TD = x_TD + _mlp(part, names, normed_TD, names.mlp)
+    x_TD = _norm(x_TD, read(f"{names.final_norm}.weight"), model)
+    head_VD = read(f"{names.head}.weight")
     if model.norm_head:
-        x_TD = x_TD / (head_VD.norm(dim=0) + NORM_EPSILON)
+        x_TD = x_TD / (head_VD.norm(dim=0) + NORM_HEAD_EPSILON)
     return x_TD @ head_VD.T
 
 
@@ -58,54 +62,49 @@ def _norm(x: Tensor, weight: Tensor, model: ModelConfig) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, model.norm_epsilon)
 
 
-def _attention(part: Read, model: ModelConfig, x_TD: Tensor) -> Tensor:
+def _attention(part: Read, names: TensorNames, model: ModelConfig, x_TD: Tensor) -> Tensor:
     H, G, C, T = model.num_attention_heads, model.num_query_groups, model.kv_channels, len(x_TD)
-    if model.family == "qwen2":
-        q, k, v = (
-            F.linear(x_TD, part(f"self_attn.{n}_proj.weight"), part(f"self_attn.{n}_proj.bias"))
-            for n in "qkv"
-        )
-        output = "self_attn.o_proj.weight"
-    else:
-        qkv = F.linear(x_TD, part("attention.query_key_value.weight"))
-        q, k, v = qkv.split([H * C, G * C, G * C], dim=-1)
-        output = "attention.dense.weight"
+    projected = [
+        F.linear(x_TD, part(f"{name}.weight"), part(f"{name}.bias") if model.add_qkv_bias else None)
+        for name in names.qkv
+    ]
+    q, k, v = torch.cat(projected, dim=-1).split([H * C, G * C, G * C], dim=-1)
     q_THC, k_TGC, v_TGC = q.view(T, H, C), k.view(T, G, C), v.view(T, G, C)
     if model.qk_layernorm:
-        q_THC = _norm(q_THC, part("attention.query_layernorm.weight"), model)
-        k_TGC = _norm(k_TGC, part("attention.key_layernorm.weight"), model)
+        q_THC = _norm(q_THC, part(f"{names.q_norm}.weight"), model)
+        k_TGC = _norm(k_TGC, part(f"{names.k_norm}.weight"), model)
     table = rotary_table(torch.arange(T), C, model.rotary_percent, model.rotary_base)
     q_HTC, k_GTC, v_GTC = (
         x.transpose(0, 1)[None] for x in (_rotate(q_THC, table), _rotate(k_TGC, table), v_TGC)
     )
     mixed = F.scaled_dot_product_attention(q_HTC, k_GTC, v_GTC, is_causal=True, enable_gqa=True)
-    return F.linear(mixed[0].transpose(0, 1).reshape(T, H * C), part(output))
+    return F.linear(mixed[0].transpose(0, 1).reshape(T, H * C), part(f"{names.attention_output}.weight"))
 
 
 def _rotate(x_THC: Tensor, rotary_2TH: Tensor) -> Tensor:
     return rotate(x_THC.unsqueeze(2), rotary_2TH).squeeze(2)
 
 
-def _mlp(part: Read, model: ModelConfig, x_TD: Tensor, prefix: str = "mlp.") -> Tensor:
-    gate, up, down = (part(f"{prefix}{name}_proj.weight") for name in ("gate", "up", "down"))
+def _mlp(part: Read, names: TensorNames, x_TD: Tensor, prefix: str) -> Tensor:
+    gate, up, down = (part(f"{prefix}{name}.weight") for name in names.gate_up_down)
     return F.linear(F.silu(F.linear(x_TD, gate)) * F.linear(x_TD, up), down)
 
 
-def _experts(part: Read, model: ModelConfig, x_TD: Tensor) -> Tensor:
+def _experts(part: Read, names: TensorNames, model: ModelConfig, x_TD: Tensor) -> Tensor:
     routing = route(
-        F.linear(x_TD, part("mlp.gate.weight")),
+        F.linear(x_TD, part(f"{names.router}.weight")),
         topk=model.moe_router_topk,
         score_function=model.moe_router_score_function,
-        expert_bias_E=part("mlp.gate.expert_bias") if model.moe_router_enable_expert_bias else None,
+        expert_bias_E=part(names.expert_bias) if model.moe_router_enable_expert_bias else None,
         num_groups=model.moe_router_num_groups,
         group_topk=model.moe_router_group_topk,
         scaling_factor=model.moe_router_topk_scaling_factor,
     )
     output_TD = torch.zeros_like(x_TD)
     if model.moe_shared_expert_intermediate_size:
-        output_TD = _mlp(part, model, x_TD, "mlp.shared_experts.")
+        output_TD = _mlp(part, names, x_TD, names.shared_experts)
     for expert in routing.experts_TK.unique().tolist():
         tokens, choices = (routing.experts_TK == expert).nonzero(as_tuple=True)
-        rows_ND = _mlp(part, model, x_TD[tokens], f"mlp.experts.{expert}.")
+        rows_ND = _mlp(part, names, x_TD[tokens], names.expert.format(expert))
         output_TD.index_add_(0, tokens, rows_ND * routing.probs_TK[tokens, choices, None].float())
     return output_TD

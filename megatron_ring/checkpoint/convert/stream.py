@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_ring.checkpoint.convert.files import Source, SummedFile, TensorInfo
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder, SafetensorsWriter
-from megatron_ring.checkpoint.convert.tensor_map import Box, Copy
+from megatron_ring.checkpoint.convert.tensor_map import Box, TensorCopy
 from megatron_ring.checkpoint.convert.torch_dist_io import TorchDistFolder, TorchDistWriter
 from megatron_ring.errors import CheckpointError
 
@@ -35,7 +35,7 @@ Format = Literal["safetensors", "torch_dist"]
 BUFFER_BYTES = 32_000_000
 """What is assembled at once; a few of these are a process's memory."""
 SETTLE_BYTES = 128_000_000
-"""After as many bytes the disk is waited for and pages are given back: memory that circulates is fast."""
+"""fsync and drop the page cache after as many bytes, so that dirty pages stay bounded."""
 _DONE = ".done"
 _PLAN = "plan.json"
 _OPEN = {"safetensors": SafetensorsFolder, "torch_dist": TorchDistFolder}
@@ -63,7 +63,7 @@ class Job:
     source: Path
     source_format: Format
     target_format: Format
-    copies: dict[str, list[Copy]]
+    copies: dict[str, list[TensorCopy]]
     """Per target tensor, where its numbers come from."""
     tensors: dict[str, TensorInfo]
     """The target tensors."""
@@ -83,7 +83,7 @@ class Written:
     places: list[tuple[str, Box | None, int, int]]
 
 
-def fill(source: Source, copies: list[Copy], box: Box, dtype: torch.dtype) -> Tensor:
+def fill(source: Source, copies: list[TensorCopy], box: Box, dtype: torch.dtype) -> Tensor:
     """``box`` of the tensor that ``copies`` describe, read from ``source``; zero where no copy lands.
 
     Not to be written to: it may be the source's own memory.

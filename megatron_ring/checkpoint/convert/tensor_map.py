@@ -1,14 +1,14 @@
 """What corresponds to what: boxes of Megatron tensors and the boxes of Hugging Face tensors that hold the
 same numbers.
 
-A *key* names a Megatron tensor, a *name* a Hugging Face tensor. A map is a list of pieces; a piece says that
-a box of a key equals a box of a name, element by element. Where the key has more dimensions (experts are
-stacked), the box is 1 thick in the leading ones. Since a piece has no direction, neither has a map: both
-conversions, any shard of either side and the comparison are intersections of boxes. Rows of a key that no
-piece covers are vocabulary padding, and zero.
+A *key* names a Megatron tensor, a *name* a Hugging Face tensor. A map is a list of correspondences, each of which
+says that a box of a key equals a box of a name, element by element. Where the key has more dimensions (experts are
+stacked), the box is 1 thick in the leading ones. Since a correspondence has no direction, neither has a map: both
+conversions, any shard of either side and the comparison are intersections of boxes. Rows of a key that none covers
+are vocabulary padding, and zero.
 
-Invariants (one test each): the pieces of a name cover it exactly once; the pieces of a key cover it exactly
-once, except padding rows.
+Invariants (one test each): what corresponds to a name covers it exactly once; what corresponds to a key covers it
+exactly once, except padding rows.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class TensorCopy:
     """``target[target_box] = source[source_box]``; the boxes differ in leading dimensions of size 1 at
     most.
     """
@@ -87,7 +87,7 @@ class Copy:
     source: str
     source_box: Box
 
-    def within(self, box: Box) -> Copy | None:
+    def within(self, box: Box) -> TensorCopy | None:
         """The part of this copy that lands in ``box`` of the target."""
         part = self.target_box.intersect(box)
         if part is None:
@@ -99,12 +99,14 @@ class Copy:
         offset = (*pad, *inner.offset)[-rank:] if rank else ()
         shape = (*ones, *inner.shape)[-rank:] if rank else ()
         start = tuple(a + b for a, b in zip(self.source_box.offset, offset, strict=True))
-        return Copy(self.target, part, self.source, Box(start, shape))
+        return TensorCopy(self.target, part, self.source, Box(start, shape))
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One correspondence. Example: ``Piece("output_layer.weight", Box((0, 0), (250, 64)), "lm_head.weight",
+class Correspondence:
+    """A box of a key and the box of a name with the same numbers.
+
+    Example: ``Correspondence("output_layer.weight", Box((0, 0), (250, 64)), "lm_head.weight",
     Box((0, 0), (250, 64)))``.
     """
 
@@ -116,26 +118,26 @@ class Piece:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """A model's pieces and the shapes of its tensors on both sides."""
+    """A model's correspondences and the shapes of its tensors on both sides."""
 
-    pieces: tuple[Piece, ...]
+    pairs: tuple[Correspondence, ...]
     keys: dict[str, Shape]
     names: dict[str, Shape]
 
     @cached_property
-    def into_keys(self) -> dict[str, list[Copy]]:
+    def into_keys(self) -> dict[str, list[TensorCopy]]:
         """Per key, where its numbers come from."""
         copies = defaultdict(list)
-        for p in self.pieces:
-            copies[p.key].append(Copy(p.key, p.key_box, p.name, p.name_box))
+        for p in self.pairs:
+            copies[p.key].append(TensorCopy(p.key, p.key_box, p.name, p.name_box))
         return dict(copies)
 
     @cached_property
-    def into_names(self) -> dict[str, list[Copy]]:
+    def into_names(self) -> dict[str, list[TensorCopy]]:
         """Per name, where its numbers come from."""
         copies = defaultdict(list)
-        for p in self.pieces:
-            copies[p.name].append(Copy(p.name, p.name_box, p.key, p.key_box))
+        for p in self.pairs:
+            copies[p.name].append(TensorCopy(p.name, p.name_box, p.key, p.key_box))
         return dict(copies)
 
 
@@ -143,27 +145,27 @@ class MapBuilder:
     """The operations that maps are written with; each states a correspondence once, for both directions."""
 
     def __init__(self) -> None:
-        self._pieces: list[Piece] = []
+        self._pairs: list[Correspondence] = []
         self._keys: dict[str, Shape] = {}
         self._names: dict[str, Shape] = {}
 
     def build(self) -> TensorMap:
-        return TensorMap(tuple(self._pieces), self._keys, self._names)
+        return TensorMap(tuple(self._pairs), self._keys, self._names)
 
-    def _piece(self, key: str, key_box: Box, name: str, name_box: Box) -> None:
-        self._pieces.append(Piece(key, key_box, name, name_box))
+    def _pair(self, key: str, key_box: Box, name: str, name_box: Box) -> None:
+        self._pairs.append(Correspondence(key, key_box, name, name_box))
 
     def rename(self, key: str, name: str, *shape: int) -> None:
         """The same tensor under another name."""
         self._keys[key] = self._names[name] = shape
-        self._piece(key, Box.whole(shape), name, Box.whole(shape))
+        self._pair(key, Box.whole(shape), name, Box.whole(shape))
 
     def pad_rows(self, key: str, name: str, num_padded: int, *shape: int) -> None:
         """The key has rows after the name's last one, up to ``num_padded``; they are zero and never
         exported.
         """
         self._keys[key], self._names[name] = (num_padded, *shape[1:]), shape
-        self._piece(key, Box.whole(shape), name, Box.whole(shape))
+        self._pair(key, Box.whole(shape), name, Box.whole(shape))
 
     def concatenate(self, key: str, names: dict[str, int], *columns: int) -> None:
         """The key's rows are the names' rows one after the other. ``names`` gives each name's number of
@@ -174,7 +176,7 @@ class MapBuilder:
         for name, rows in names.items():
             box = Box((start, *(0 for _ in columns)), (rows, *columns))
             self._names[name] = box.shape
-            self._piece(key, box, name, Box.whole(box.shape))
+            self._pair(key, box, name, Box.whole(box.shape))
             start += rows
 
     def stack(self, key: str, names: dict[tuple[int, ...], str], lead: Shape, *shape: int) -> None:
@@ -183,12 +185,12 @@ class MapBuilder:
         for index, name in names.items():
             self._names[name] = shape
             offset = (*index, *(0 for _ in shape))
-            self._piece(key, Box(offset, (*(1 for _ in lead), *shape)), name, Box.whole(shape))
+            self._pair(key, Box(offset, (*(1 for _ in lead), *shape)), name, Box.whole(shape))
 
     def interleave_qkv(
         self,
         key: str,
-        names: tuple[str, str, str] | str,
+        names: tuple[str, ...],
         heads: int,
         groups: int,
         channels: int,
@@ -196,16 +198,15 @@ class MapBuilder:
     ) -> None:
         """The key holds, per key/value group, its query heads, then its key, then its value head.
 
-        ``names`` is one tensor with all queries, all keys, all values in this order (BailingMoe), or
-        three tensors (Qwen2).
+        ``names`` are three tensors, or one with all queries, all keys, all values in this order.
         """
         per_group = heads // groups
         counts = (per_group * channels, channels, channels)
         starts = [0, 0, 0]
-        if isinstance(names, str):
+        if len(names) == 1:
             starts = [0, heads * channels, (heads + groups) * channels]
-            self._names[names] = ((heads + 2 * groups) * channels, *columns)
-            names = (names, names, names)
+            self._names[names[0]] = ((heads + 2 * groups) * channels, *columns)
+            names = names * 3
         else:
             for name, rows in zip(
                 names, (heads * channels, groups * channels, groups * channels), strict=True
@@ -217,5 +218,5 @@ class MapBuilder:
         for group in range(groups):
             for name, start, count in zip(names, starts, counts, strict=True):
                 shape = (count, *columns)
-                self._piece(key, Box((row, *zeros), shape), name, Box((start + group * count, *zeros), shape))
+                self._pair(key, Box((row, *zeros), shape), name, Box((start + group * count, *zeros), shape))
                 row += count

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_ring.checkpoint.convert.files import Source
 from megatron_ring.checkpoint.convert.stream import BUFFER_BYTES, fill
-from megatron_ring.checkpoint.convert.tensor_map import Box, Copy
+from megatron_ring.checkpoint.convert.tensor_map import Box, TensorCopy
 from megatron_ring.errors import CheckpointError
 
 
@@ -32,7 +32,7 @@ class Comparison:
 
 
 def compare(
-    original: Source, result: Source, copies: dict[str, list[Copy]], on_bytes: Callable[[int], None]
+    original: Source, result: Source, copies: dict[str, list[TensorCopy]], on_bytes: Callable[[int], None]
 ) -> Comparison:
     """Compare what ``copies`` bring from ``result`` with the tensors of ``original`` that they are keyed by.
 
@@ -65,7 +65,7 @@ def compare(
     return comparison
 
 
-def padding_is_zero(result: Source, copies: dict[str, list[Copy]]) -> bool:
+def padding_is_zero(result: Source, copies: dict[str, list[TensorCopy]]) -> bool:
     """True if every element of ``result``'s tensors that no copy writes is zero."""
     for name, parts in copies.items():
         rows = max(part.target_box.offset[0] + part.target_box.shape[0] for part in parts)
@@ -79,7 +79,9 @@ def padding_is_zero(result: Source, copies: dict[str, list[Copy]]) -> bool:
 
 def _gather(source: Source, name: str, box: Box) -> Tensor:
     info = source.tensors[name]
-    return fill(source, [Copy(name, Box.whole(info.shape), name, Box.whole(info.shape))], box, info.dtype)
+    return fill(
+        source, [TensorCopy(name, Box.whole(info.shape), name, Box.whole(info.shape))], box, info.dtype
+    )
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.rules.words import multiples_near, must_divide
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.settings import value_problems
+from megatron_ring.families import FAMILIES
 
 
 def model_shape(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -36,19 +37,27 @@ def _shape_problems(m: ModelConfig) -> Iterator[str]:
 
 
 def _family_problems(m: ModelConfig) -> Iterator[str]:
-    if m.family == "qwen2":
-        if m.is_moe:
-            yield (
-                f"num_experts={m.num_experts} must be 0 for family=qwen2, which is dense; "
-                "choose --family bailing_moe or bailing_moe_v2"
-            )
-    elif not m.is_moe:
-        yield f"num_experts=0 does not fit family={m.family}, which has experts; try --num-experts 8"
-    if m.family != "bailing_moe_v2" and m.mtp_num_layers > 0:
+    family = FAMILIES[m.family]
+    if m.is_moe and not family.has_experts:
+        others = " or ".join(other.name for other in FAMILIES.values() if other.has_experts)
         yield (
-            f"mtp_num_layers={m.mtp_num_layers} needs family=bailing_moe_v2, not {m.family}; "
-            "set --mtp-num-layers 0"
+            f"num_experts={m.num_experts} must be 0 for family={m.family}, which is dense; "
+            f"choose --family {others}"
         )
+    if not m.is_moe and family.has_experts:
+        yield f"num_experts=0 does not fit family={m.family}, which has experts; try --num-experts 8"
+    if m.mtp_num_layers > 0 and not family.has_mtp:
+        others = " or ".join(other.name for other in FAMILIES.values() if other.has_mtp)
+        yield (
+            f"mtp_num_layers={m.mtp_num_layers} needs family={others}, not {m.family}; set --mtp-num-layers 0"
+        )
+    for rule in family.needs:
+        (when, value), (then, wanted) = rule.when, rule.then
+        if getattr(m, when) == value and getattr(m, then) != wanted:
+            yield (
+                f"{when}={value} needs {then}={wanted} for family={m.family}, not {getattr(m, then)}: "
+                f"{rule.because}; set one of them"
+            )
 
 
 def _dense_problems(m: ModelConfig) -> Iterator[str]:

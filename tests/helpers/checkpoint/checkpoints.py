@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_ring.checkpoint.checkpointer import Checkpointer
-from megatron_ring.checkpoint.convert.convert import Options
+from megatron_ring.checkpoint.convert.conversion import Options
 from megatron_ring.runtime.session import open_session
 from megatron_ring.train.engine import Engine
 from tests.helpers.model.small import config_of, weights

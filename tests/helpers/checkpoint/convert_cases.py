@@ -104,7 +104,7 @@ class Silent:
 
 def write_hf(model: ModelConfig, folder: Path, dtype: str = "float32", max_file_bytes: int = 30_000) -> Path:
     """A random Hugging Face folder in several files, with a tokenizer file beside them."""
-    from megatron_ring.checkpoint.convert.random_weights import write_random_checkpoint
+    from tools.make_random_checkpoint import write_random_checkpoint
 
     write_random_checkpoint(model, folder, dtype, max_file_bytes, seed=5)
     (folder / "tokenizer.json").write_text('{"of": "test"}', encoding="utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_ring.checkpoint.checkpointer import Checkpointer
-from megatron_ring.checkpoint.convert.families import tensor_map
+from megatron_ring.checkpoint.convert.model_map import tensor_map
 from megatron_ring.checkpoint.convert.publish import hf_parts, shards_of
 from megatron_ring.checkpoint.state import model_state
 from megatron_ring.config.check import validate

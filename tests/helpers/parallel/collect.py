@@ -13,7 +13,7 @@ def local_shards(engine: Any, *, gradients: bool) -> list[dict[str, Any]]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    from megatron_ring.model.build import sharding_metadata
+    from megatron_ring.model.sharding import sharding_metadata
 
     parameters = [p for model in engine.models for p in model.parameters() if p.requires_grad]
     weights = [p.data for p in parameters]

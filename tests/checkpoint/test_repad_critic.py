@@ -8,8 +8,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_ring.checkpoint import folder as folders
-from megatron_ring.checkpoint.convert import convert
-from megatron_ring.checkpoint.convert.convert import Options, hf_to_megatron, megatron_to_hf, reshard
+from megatron_ring.checkpoint.convert import repad as repad_module
+from megatron_ring.checkpoint.convert.conversion import Options
+from megatron_ring.checkpoint.convert.repad import repad
+from megatron_ring.checkpoint.convert.to_hf import megatron_to_hf
+from megatron_ring.checkpoint.convert.to_megatron import hf_to_megatron
 from tests.helpers.checkpoint.convert_cases import Silent, assert_same, read_megatron
 
 NAME = "iter_0000000"
@@ -30,8 +33,8 @@ def run(hf: dict[str, Path], tmp_path: Path) -> Path:
     return root
 
 
-def test_a_resharded_policy_has_its_critic(run: Path, tmp_path: Path):
-    out = reshard(run, tmp_path / "out", Options(verify=True), Silent(), divisible_by=7, tensor_size=2)
+def test_a_repadded_policy_has_its_critic(run: Path, tmp_path: Path):
+    out = repad(run, tmp_path / "out", Options(verify=True), Silent(), divisible_by=7, tensor_size=2)
     assert out == tmp_path / "out" / NAME
     own, critic = folders.parts_of(out)
     before, after = read_megatron(run / folders.CRITIC / NAME), read_megatron(critic)
@@ -43,10 +46,10 @@ def test_a_resharded_policy_has_its_critic(run: Path, tmp_path: Path):
     assert read_megatron(own)["output_layer.weight"].shape == (112, 37)
 
 
-def test_a_reshard_that_is_stopped_between_critic_and_policy_is_done_again(
+def test_a_repad_that_is_stopped_between_critic_and_policy_is_done_again(
     run: Path, tmp_path: Path, monkeypatch
 ):
-    write = convert._reshard
+    write = repad_module._repad
 
     def stopped(folder: Path, target: Path, *rest):
         if target.name != folders.CRITIC:
@@ -54,10 +57,10 @@ def test_a_reshard_that_is_stopped_between_critic_and_policy_is_done_again(
         return write(folder, target, *rest)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(convert, "_reshard", stopped)
-        reshard(run, tmp_path / "out", Options(), Silent(), divisible_by=7, tensor_size=2)
+        patched.setattr(repad_module, "_repad", stopped)
+        repad(run, tmp_path / "out", Options(), Silent(), divisible_by=7, tensor_size=2)
     assert (tmp_path / "out/critic" / NAME).is_dir() and not folders.iterations(tmp_path / "out")
-    out = reshard(run, tmp_path / "out", Options(), Silent(), divisible_by=8, tensor_size=1)
+    out = repad(run, tmp_path / "out", Options(), Silent(), divisible_by=8, tensor_size=1)
     for part in folders.parts_of(out):
         assert "make_vocab_size_divisible_by = 8" in (part / "config.toml").read_text()
 
@@ -78,7 +81,7 @@ def test_a_policy_under_another_name_keeps_its_critic_and_its_files(
         monkeypatch.chdir(run / NAME)
         source = Path()
     (run / "hf/tokenizer_note.json").write_text("{}")
-    out = reshard(source, tmp_path / "out", Options(), Silent(), divisible_by=7, tensor_size=2)
+    out = repad(source, tmp_path / "out", Options(), Silent(), divisible_by=7, tensor_size=2)
     assert folders.parts_of(out) == [out, tmp_path / "out/critic" / NAME]
     assert (tmp_path / "out/hf/tokenizer_note.json").exists()
     exported = megatron_to_hf(source, tmp_path / "hf_out", Options(), Silent())
