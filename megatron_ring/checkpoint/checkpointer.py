@@ -67,6 +67,7 @@ _SHAPE_FIELDS = (
     "first_k_dense_replace",
     "add_qkv_bias",
     "qk_layernorm",
+    "untie_embeddings_and_output_weights",
     "norm_head",
     "moe_router_enable_expert_bias",
     "mtp_num_layers",
@@ -261,6 +262,8 @@ class Checkpointer:
 
     def _check_model(self, folder: Path, saved: dict[str, Any]) -> None:
         wanted = _shape_of(self.config.model)
+        # a checkpoint from before weights could be tied says nothing of it
+        saved = {"untie_embeddings_and_output_weights": True, **saved}
         for name in _SHAPE_FIELDS:
             if saved.get(name) != wanted[name]:
                 theirs = shown(saved.get(name))

@@ -56,6 +56,8 @@ class ModelConfig:
     """Biases on the query, key and value projections (Qwen2)."""
     qk_layernorm: bool = False
     """RMSNorm on every query and key head before rotary (BailingMoeV2)."""
+    untie_embeddings_and_output_weights: bool = True
+    """An output weight of its own; off, the embedding is the output weight too (small Qwen models)."""
     norm_head: bool = False
     """Divide each column of the output weight by its norm over the vocabulary (NormHead, BailingMoe)."""
     num_experts: Annotated[int, AtLeast(0, remedy="0 turns it off"), AtMost(MOST_LAYERS)] = 0
@@ -70,6 +72,8 @@ class ModelConfig:
     """The first k layers have a dense MLP of width ffn_hidden_size in place of experts."""
     moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
     """softmax: over all experts, top-k renormalised to 1. sigmoid: per expert, top-k divided by their sum."""
+    moe_router_pre_softmax: bool = False
+    """softmax: weigh the top-k by their scores over all experts, not renormalised (Qwen3-MoE: norm_topk_prob off)."""
     moe_router_num_groups: SizeOrOff = 0
     """Groups of experts for group-limited routing; 0 for none."""
     moe_router_group_topk: SizeOrOff = 0

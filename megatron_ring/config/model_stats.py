@@ -1,9 +1,9 @@
 """How many parameters, bytes and floating-point operations a model is, from its config alone.
 
-Counting rule. *Total*: every trained tensor of the unpadded model, embedding and output head included (they
-are untied in all three families); the expert bias is not trained by gradients and not counted. *Active per
-token*: the same, with moe_router_topk experts in place of num_experts per MoE layer; embedding and head count
-in full. This rule gives Ring-lite's published figures, 16,801,974,272 and 2,753,153,024.
+Counting rule. *Total*: every trained tensor of the unpadded model, embedding and output head included (once where
+they are tied); the expert bias is not trained by gradients and not counted. *Active per token*: the same, with
+moe_router_topk experts in place of num_experts per MoE layer; embedding and head count in full. This rule gives
+Ring-lite's published figures, 16,801,974,272 and 2,753,153,024.
 Multi-token-prediction layers are used in training only: they are in total, not in active.
 """
 
@@ -57,8 +57,8 @@ class RankMemory:
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
     """Total and active parameters, by the rule in the module docstring."""
-    embedding = model.vocab_size * model.hidden_size
-    total = active = 2 * embedding + model.hidden_size
+    vocabularies = 2 if model.untie_embeddings_and_output_weights else 1
+    total = active = vocabularies * model.vocab_size * model.hidden_size + model.hidden_size
     for layer in range(model.num_layers):
         dense = _layer_dense(model, layer, tp=1)
         total += dense + _layer_experts(model, layer, num_experts=model.num_experts)
@@ -76,7 +76,8 @@ def padded_vocab_size(model: ModelConfig, tensor_model_parallel_size: int) -> in
 def count_rank(model: ModelConfig, parallel: ParallelConfig, stage: int) -> RankCount:
     """Parameters held by any rank of pipeline stage ``stage``, padded vocabulary rows included.
 
-    With multi-token prediction the last stage holds its own copy of the embedding.
+    With multi-token prediction, and where the output weight is the embedding, the last stage of several holds a copy of
+    the embedding.
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     is_first, is_last = stage == 0, stage == pp - 1
@@ -86,8 +87,10 @@ def count_rank(model: ModelConfig, parallel: ParallelConfig, stage: int) -> Rank
     embedding = padded_vocab_size(model, tp) // tp * model.hidden_size
     if is_first or (is_last and model.mtp_num_layers > 0):
         dense += embedding
+    if is_last and (model.untie_embeddings_and_output_weights or not is_first):
+        dense += embedding
     if is_last:
-        dense += embedding + model.hidden_size + model.mtp_num_layers * _mtp_dense(model, tp=tp)
+        dense += model.hidden_size + model.mtp_num_layers * _mtp_dense(model, tp=tp)
         expert += model.mtp_num_layers * _layer_experts(
             model, model.num_layers, num_experts=model.num_experts
         )

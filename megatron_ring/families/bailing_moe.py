@@ -106,6 +106,7 @@ FAMILY = Family(
         "qk_layernorm": False,
         "mtp_num_layers": 0,
         "add_qkv_bias": False,
+        "untie_embeddings_and_output_weights": True,
     },
     written=WRITTEN,
     aliases=ALIASES,

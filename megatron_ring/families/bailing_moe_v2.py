@@ -83,7 +83,12 @@ FAMILY = Family(
     },
     # the published code has no NormHead, where some engines obey the key
     only={**ONLY_BAILING, "norm_head": NOT},
-    implied={"add_qkv_bias": False, "norm_head": False},
+    implied={
+        "moe_router_pre_softmax": False,
+        "add_qkv_bias": False,
+        "untie_embeddings_and_output_weights": True,
+        "norm_head": False,
+    },
     written=WRITTEN,
     aliases=ALIASES,
     tensors=TENSORS,

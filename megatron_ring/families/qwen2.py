@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 from megatron_ring.families.family import Family, TensorNames
-from megatron_ring.families.shared import FIELDS, NO_EXPERTS, NOT, ON, ONLY, TINY
+from megatron_ring.families.shared import FIELDS, NO_EXPERTS, ON, ONLY, TIED, TINY
 
 QWEN2_7B: Final[dict[str, Any]] = {
     "num_layers": 28,
@@ -25,6 +25,7 @@ FAMILY = Family(
     architecture="Qwen2ForCausalLM",
     model_types=("qwen2",),
     fields=FIELDS,
+    opposites=TIED,
     defaults={
         "vocab_size": 151936,
         "hidden_size": 4096,
@@ -37,10 +38,10 @@ FAMILY = Family(
         "initializer_range": 0.02,
         "max_position_embeddings": 32768,
         "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
     },
     only={
         **ONLY,
-        "tie_word_embeddings": NOT,
         # Qwen2 has them on query, key and value whatever this says, and nowhere else
         "attention_bias": ON,
         "qkv_bias": ON,

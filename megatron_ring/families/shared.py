@@ -71,8 +71,12 @@ ONLY: Final[dict[str, tuple[Any, ...]]] = {
 }
 """Of every family: their key -> the values that are computed here."""
 
+TIED: Final = {"untie_embeddings_and_output_weights": "tie_word_embeddings"}
+"""Our switch -> their key that says the opposite, of families whose class obeys it."""
+
 PLAIN_ROUTER: Final[dict[str, Any]] = {
     "moe_router_score_function": "softmax",
+    "moe_router_pre_softmax": False,
     "moe_router_num_groups": 0,
     "moe_router_group_topk": 0,
     "moe_router_topk_scaling_factor": 1.0,

@@ -70,7 +70,7 @@ class RingModel(GPTModel):
             pre_process=pre_process,
             post_process=post_process,
             parallel_output=True,
-            share_embeddings_and_output_weights=False,
+            share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
             position_embedding_type="none",
             mtp_block_spec=mtp_spec(model) if post_process and model.mtp_num_layers else None,
             pg_collection=topology.groups,
@@ -130,7 +130,9 @@ class RingModel(GPTModel):
 
     def _logits(self, hidden_T1D: Tensor) -> Tensor:
         """[T, V]: gathers the sequence and keeps the vocabulary sharded."""
-        return project(self.output_layer, hidden_T1D).squeeze(1)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        return project(self.output_layer, hidden_T1D, weight).squeeze(1)
 
     def _rows(self, hidden_T1D: Tensor, rows_R: Tensor) -> Tensor:
         """The rows whose logits are needed; under sequence parallelism this rank's share of them, gathered over the

@@ -106,6 +106,7 @@ class RingRouter(nn.Module):
             logits_TE,
             topk=self.model.moe_router_topk,
             score_function=self.model.moe_router_score_function,
+            renormalise=not self.model.moe_router_pre_softmax,
             expert_bias_E=self.expert_bias,
             num_groups=self.model.moe_router_num_groups,
             group_topk=self.model.moe_router_group_topk,

@@ -85,7 +85,7 @@ def _moe_fields(model: ModelConfig) -> dict[str, object]:
         "num_moe_experts": model.num_experts,
         "moe_router_topk": model.moe_router_topk,
         # Megatron's name for weights that are softmax scores over all experts, as for top-1 (kernels.route)
-        "moe_router_pre_softmax": model.moe_router_topk == 1,
+        "moe_router_pre_softmax": model.moe_router_pre_softmax or model.moe_router_topk == 1,
         "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
         "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size or None,
         # a list makes Megatron name the layers one by one in checkpoints, an int stacks them

@@ -5,7 +5,7 @@ Legend: T token slots, D model width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,8 @@ class ValueModel(RingModel):
         topology: Topology,
         vp_stage: int | None = None,
     ):
+        # its head is no vocabulary, so that the embedding has nothing to be tied to
+        model = replace(model, untie_embeddings_and_output_weights=True)
         super().__init__(model, parallel, config, topology, vp_stage)
         if self.post_process:
             # upstream's sharded state dict needs this name

@@ -21,7 +21,7 @@ from tests.helpers.checkpoint.convert_cases import ODD, Silent
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("dense", {"tie_word_embeddings": True}),
+        ("v1", {"tie_word_embeddings": True}),
         ("dense", {"rope_scaling": {"type": "yarn", "factor": 4}}),
         ("dense", {"use_sliding_window": True, "sliding_window": 8}),
         ("v1", {"norm_softmax": True}),
@@ -36,13 +36,19 @@ from tests.helpers.checkpoint.convert_cases import ODD, Silent
     ids=str,
 )
 def test_a_config_of_another_model_is_not_carried_over(name: str, said: dict[str, Any]):
-    """The tokenizer of a smaller Qwen stands beside ``tie_word_embeddings: true``, where engines drop ``lm_head``."""
     base = hf_config(ODD[name], {}, "float32")
     with pytest.raises(CheckpointError) as caught:
         hf_config(ODD[name], {**base, **said}, "float32")
     line = str(caught.value)
     assert list(said)[-1] in line and "config.json to carry over" in line and "--hf-files" in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(("name", "tied"), [("dense", False), ("qwen3", False), ("qwen3_tied", True)])
+def test_whether_embeddings_are_tied_is_said_of_the_trained_model(name: str, tied: bool):
+    """The tokenizer of a smaller Qwen stands beside ``tie_word_embeddings: true``, where engines drop ``lm_head``."""
+    base = {**hf_config(ODD[name], {}, "float32"), "tie_word_embeddings": not tied}
+    assert hf_config(ODD[name], base, "float32")["tie_word_embeddings"] is tied
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -98,7 +98,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "logit scale": ("dense", {"logit_scale": 0.0625}, "logit_scale=0.0625"),
     "mup": ("v1", {"mup_multipliers": [0.5, 0.25]}, "mup_multipliers=[0.5, 0.25]"),
     "an activation": ("v1", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-    "tied": ("dense", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+    "tied": ("v1", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+    "experts in every second layer": ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+    "dense layers between": ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers=[0]"),
+    "a shared expert": ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64"),
+    "one expert of weight 1": ("qwen3_moe", {"num_experts_per_tok": 1}, "moe_router_topk=1 needs moe_router_pre_softmax"),
+    "biases in Qwen3": ("qwen3", {"attention_bias": True}, "attention_bias=True"),
+    "a window in Qwen3": ("qwen3", {"use_sliding_window": True, "sliding_window": 128}, "use_sliding_window=True"),
     "quantised": ("v1", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config={'quant_method': 'fp8'}"),
     "some layers only": ("v1", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
     "a key of tomorrow": ("v2", {"depth_gate": "sigmoid"}, "depth_gate='sigmoid' is not known here"),
@@ -142,7 +148,7 @@ def test_the_same_model_in_other_words_is_read(changes: dict[str, Any]):
     assert model_config(said("v2", **changes), "config.json") == model_config(said("v2"), "config.json")
 
 
-@pytest.mark.parametrize("family", ["v1", "dense"])
+@pytest.mark.parametrize("family", ["v1", "dense", "qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("switch", [..., None, False], ids=str)
 def test_a_window_whose_switch_is_off_is_none(family: str, switch: object):
     """Both published classes leave ``use_sliding_window`` off, and note a window all the same."""
@@ -183,6 +189,17 @@ PUBLISHED_DEFAULTS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
         "head_dim": 8,
     },
+    "qwen3": {
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "rope_theta": 10000.0, "initializer_range": 0.02,
+        "num_hidden_layers": 32, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32,
+        "head_dim": 128, "tie_word_embeddings": False,
+    },
+    "qwen3_moe": {
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "rope_theta": 10000.0, "initializer_range": 0.02,
+        "num_hidden_layers": 24, "vocab_size": 151936, "intermediate_size": 6144, "num_key_value_heads": 4,
+        "head_dim": 8, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        "norm_topk_prob": False, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 # room for any one of the defaults beside the others
 _WIDE: dict[str, Any] = {
@@ -200,7 +217,10 @@ def test_an_absent_key_has_the_published_classs_default(family: str, key: str):
     with_default = {**config, key: PUBLISHED_DEFAULTS[family][key]}
     without = {name: value for name, value in config.items() if name != key}
     assert model_config(without, "c") == model_config(with_default, "c")
-    if key not in ("initializer_range", "head_dim") or (family, key) == ("v2", "head_dim"):
+    if key not in ("initializer_range", "head_dim") or (family, key) in (
+        ("v2", "head_dim"),
+        ("qwen3", "head_dim"),
+    ):
         assert defaults_taken(without, "c") == {key: PUBLISHED_DEFAULTS[family][key]}
     assert defaults_taken(with_default, "c") == {}
 
@@ -239,7 +259,7 @@ def _other_values(name: str) -> list[Any]:
     return [default * 2 or 1, default + 1] if isinstance(default, int) else [default * 0.5 or 0.5]
 
 
-@pytest.mark.parametrize("base", ["v1", "v2_mtp", "dense"])
+@pytest.mark.parametrize("base", ["v1", "v2_mtp", "dense", "qwen3_tied", "qwen3_moe_raw"])
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(ModelConfig) if f.name != "family"])
 def test_every_setting_is_written_or_trains_only_or_is_refused(field: str, base: str):
     """A config.json that says less than the model is another model's."""
@@ -259,7 +279,7 @@ def test_every_setting_is_written_or_trains_only_or_is_refused(field: str, base:
             family = FAMILIES[model.family]
             assert field in family.fields or field in family.implied, error
             continue
-        unused = base == "dense" and field in ("moe_router_topk", "moe_ffn_hidden_size")
+        unused = not ODD[base].is_moe and field in ("moe_router_topk", "moe_ffn_hidden_size")
         one_group = (field, value) == ("moe_router_num_groups", 1) and again.moe_router_num_groups == 0
         assert getattr(again, field) == value or field in TRAINING_ONLY or unused or one_group
 

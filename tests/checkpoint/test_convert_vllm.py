@@ -37,6 +37,7 @@ _SIZES = dict(
 _EXPERTS = dict(
     num_experts=8, moe_ffn_hidden_size=32, moe_shared_expert_intermediate_size=64, moe_router_topk=2
 )
+_QWEN_EXPERTS = {**_EXPERTS, "moe_shared_expert_intermediate_size": 0}
 
 
 def fitted(name: str, **values) -> ModelConfig:
@@ -50,6 +51,10 @@ MODELS = {
     "v2_mtp": fitted("v2_mtp", **_EXPERTS, moe_router_num_groups=4, moe_router_group_topk=2),
     # the Qwen2 classes make heads hidden_size / num_attention_heads wide
     "dense": dataclasses.replace(fitted("dense"), hidden_size=256),
+    "qwen3": fitted("qwen3"),
+    "qwen3_tied": fitted("qwen3_tied"),
+    "qwen3_moe": fitted("qwen3_moe", **_QWEN_EXPERTS),
+    "qwen3_moe_raw": fitted("qwen3_moe_raw", **_QWEN_EXPERTS),
 }
 
 

@@ -24,8 +24,9 @@ def hugging_face_tensors(m: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "embed": (m.vocab_size, d),
         "norm": (d,),
-        "lm_head": (m.vocab_size, d),
     }
+    if m.untie_embeddings_and_output_weights:
+        shapes["lm_head"] = (m.vocab_size, d)
     for n in range(m.num_layers + m.mtp_num_layers):
         layer = {
             "input_layernorm": (d,),
@@ -61,12 +62,16 @@ def test_published_models_have_their_published_sizes():
     ring_lite = count_parameters(preset_config("ring_lite").model)
     assert (ring_lite.total, ring_lite.active) == (16_801_974_272, 2_753_153_024)
     assert count_parameters(preset_config("qwen2_7b").model).total == 7_615_616_512
+    assert count_parameters(preset_config("qwen3_0_6b").model).total == 596_049_920
+    assert count_parameters(preset_config("qwen3_8b").model).total == 8_190_735_360
+    qwen3_moe = count_parameters(preset_config("qwen3_30b_a3b").model)
+    assert qwen3_moe.total == 30_532_122_624 and qwen3_moe.active == 3_353_032_704
     ring_mini = count_parameters(preset_config("ring_mini_v2").model)
     assert round(ring_mini.total / 1e9, 1) == 16.3
     assert round(ring_mini.active / 1e9, 1) == 1.4
 
 
-@pytest.mark.parametrize("preset", ["ring_lite_tiny", "ring_mini_v2_tiny", "qwen2_tiny"])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name.endswith("_tiny")])
 def test_tiny_models_are_tiny(preset: str):
     model = preset_config(preset).model
     assert 300_000 < count_parameters(model).total < 2_000_000
@@ -93,11 +98,14 @@ def test_vocabulary_is_padded_as_in_megatron():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_one_rank_holds_everything_and_stages_add_up(preset: str):
     model = preset_config(preset).model
-    padding = 2 * (padded_vocab_size(model, 1) - model.vocab_size) * model.hidden_size
+    tied = not model.untie_embeddings_and_output_weights
+    padding = (1 if tied else 2) * (padded_vocab_size(model, 1) - model.vocab_size) * model.hidden_size
     total = count_parameters(model).total + padding
     assert count_rank(model, ParallelConfig(), 0).total == total
     two = ParallelConfig(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2)
-    assert sum(count_rank(model, two, stage).total for stage in range(2)) == total
+    # tied, the last stage has a copy of the embedding
+    copy = padded_vocab_size(model, 1) * model.hidden_size if tied else 0
+    assert sum(count_rank(model, two, stage).total for stage in range(2)) == total + copy
 
 
 def test_tensor_and_expert_shards_hold_their_share():

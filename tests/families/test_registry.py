@@ -37,7 +37,7 @@ from megatron_ring.checkpoint.convert.hf_config import hf_config, model_config
 from megatron_ring.checkpoint.convert.model_map import tensor_map
 from megatron_ring.config.load import load_config
 from megatron_ring.config.model_stats import count_parameters
-from megatron_ring.config.validate import validate
+from megatron_ring.config.check import validate
 
 config = load_config(["--preset", "toy_tiny", "--family", "toy"])
 validate(config, 1)

@@ -118,6 +118,38 @@ def check_one(logits_TE: Tensor, experts_T1: Tensor, score_function: str, scalin
     assert torch.equal(reached_TE, kept_T)
 
 
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("tokens", [0, 1, BLOCK + 1])
+def test_weights_that_are_not_renormalised_are_the_scores(backend, score_function, tokens):
+    """Choices, statistics and their gradients are those of the renormalised gate."""
+    logits_TE, valid_T = random_logits(tokens, 7), torch.arange(tokens) % 3 != 1
+    options = {"topk": 3, "score_function": score_function, "scaling_factor": 2.5, "valid_T": valid_T}
+    wide_TE, leaf_TE = logits_TE.double().requires_grad_(), logits_TE.clone().requires_grad_()
+    usual, actual = route(leaf_TE, **options), route(leaf_TE, renormalise=False, **options)
+    assert all(torch.equal(a, b) for a, b in zip(usual[1:], actual[1:], strict=True))
+    expected_TK = weights_of_one(wide_TE, actual.experts_TK, score_function, 2.5)
+    assert relative_error(actual.probs_TK, expected_TK) < 1e-5
+    with torch.no_grad():
+        assert torch.equal(route(leaf_TE, renormalise=False, **options).probs_TK, actual.probs_TK)
+    grads = cotangents(tokens, 3, 7)
+    (want_TE,) = torch.autograd.grad(expected_TK, wide_TE, grads[0].double())
+    (got_TE,) = torch.autograd.grad(actual.probs_TK, leaf_TE, grads[0], retain_graph=True)
+    assert relative_error(got_TE, want_TE) < 1e-5
+    both = (actual.probs_TK, actual.prob_sum_E, actual.z_sum)
+    (all_TE,) = torch.autograd.grad(both, leaf_TE, grads)
+    (statistics_TE,) = torch.autograd.grad((usual.prob_sum_E, usual.z_sum), leaf_TE, grads[1:])
+    assert relative_error(all_TE, got_TE + statistics_TE) < 1e-5
+
+
+def test_replayed_experts_that_are_not_renormalised_have_their_scores(backend):
+    logits_TE = random_logits(2, 5)
+    replay_TK = torch.tensor([[4, 0], [5, 2]])
+    routing = route(logits_TE, topk=2, renormalise=False, replay_TK=replay_TK)
+    assert torch.equal(routing.experts_TK, replay_TK) and routing.probs_TK[1, 0] == 0
+    expected_TK = weights_of_one(logits_TE.double(), replay_TK, "softmax", 1.0)
+    assert relative_error(routing.probs_TK, expected_TK) < 1e-5
+
+
 @pytest.mark.parametrize("tokens", [1, BLOCK + 1])
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 def test_one_expert_is_weighed_by_its_score(backend, score_function, tokens):

@@ -53,6 +53,14 @@ _STALE: dict[str, Any] = {**_WARM, "rollout_token_budget": 200, "train_iters": 4
 
 COMPANY: dict[str, dict[str, Any]] = {
     "family=qwen2": {"num_experts": 0, "moe_shared_expert_intermediate_size": 0, "norm_head": False},
+    "family=qwen3": {
+        "num_experts": 0,
+        "moe_shared_expert_intermediate_size": 0,
+        "norm_head": False,
+        "qk_layernorm": True,
+    },
+    "family=qwen3_moe": {"moe_shared_expert_intermediate_size": 0, "norm_head": False, "qk_layernorm": True},
+    "untie_embeddings_and_output_weights": {"norm_head": False},
     "moe_router_enable_expert_bias": {**_V2, "moe_router_bias_update_rate": 0.05},
     "recompute_method": {"recompute_granularity": "full"},
     "recompute_modules": {**_V2, "recompute_granularity": "selective"},

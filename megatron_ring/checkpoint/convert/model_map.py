@@ -19,7 +19,8 @@ def tensor_map(model: ModelConfig, num_vocab_rows: int) -> TensorMap:
     """The map of ``model``, whose embedding and head have ``num_vocab_rows`` rows on the Megatron side
     (padding included).
 
-    NormHead leaves no trace here: both sides keep the weight as trained and divide it when they use it.
+    A model with tied embeddings has no head on either side. NormHead leaves no trace here: both sides keep the weight
+    as trained and divide it when they use it.
     """
     names, b = FAMILIES[model.family].tensors, MapBuilder()
     V, D = model.vocab_size, model.hidden_size
@@ -28,7 +29,8 @@ def tensor_map(model: ModelConfig, num_vocab_rows: int) -> TensorMap:
         key, name = f"decoder.layers.{layer}.", names.layer.format(layer)
         _layer(b, model, names, key, name, is_moe=model.is_moe_layer(layer))
     b.rename("decoder.final_layernorm.weight", f"{names.final_norm}.weight", D)
-    b.pad_rows(HEAD, f"{names.head}.weight", num_vocab_rows, V, D)
+    if model.untie_embeddings_and_output_weights:
+        b.pad_rows(HEAD, f"{names.head}.weight", num_vocab_rows, V, D)
     for depth in range(model.mtp_num_layers):
         key, name = f"mtp.layers.{depth}.", names.layer.format(model.num_layers + depth)
         for norm in names.mtp_norms:

@@ -47,7 +47,8 @@ def plain_logits(source: Source, model: ModelConfig, tokens_T: Tensor) -> Tensor
         else:
             x_TD = x_TD + _mlp(part, names, normed_TD, names.mlp)
     x_TD = _norm(x_TD, read(f"{names.final_norm}.weight"), model)
-    head_VD = read(f"{names.head}.weight")
+    untied = model.untie_embeddings_and_output_weights
+    head_VD = read(f"{names.head if untied else names.embedding}.weight")
     if model.norm_head:
         x_TD = x_TD / (head_VD.norm(dim=0) + NORM_HEAD_EPSILON)
     return x_TD @ head_VD.T
@@ -95,6 +96,7 @@ def _experts(part: Read, names: TensorNames, model: ModelConfig, x_TD: Tensor) -
         F.linear(x_TD, part(f"{names.router}.weight")),
         topk=model.moe_router_topk,
         score_function=model.moe_router_score_function,
+        renormalise=not model.moe_router_pre_softmax,
         expert_bias_E=part(names.expert_bias) if model.moe_router_enable_expert_bias else None,
         num_groups=model.moe_router_num_groups,
         group_topk=model.moe_router_group_topk,

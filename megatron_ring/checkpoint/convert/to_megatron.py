@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
+
 from megatron_ring.checkpoint import folder as run_folder
 from megatron_ring.checkpoint.convert import stream
 from megatron_ring.checkpoint.convert.check import check_tensors, target_infos
@@ -29,7 +31,8 @@ from megatron_ring.checkpoint.convert.hf_config import defaults_taken, model_con
 from megatron_ring.checkpoint.convert.model_map import tensor_map
 from megatron_ring.checkpoint.convert.plan import torch_dist_files
 from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
-from megatron_ring.checkpoint.convert.stream import Job
+from megatron_ring.checkpoint.convert.stream import BUFFER_BYTES, Job
+from megatron_ring.checkpoint.convert.tensor_map import Box
 from megatron_ring.checkpoint.convert.torch_dist_io import TorchDistFolder
 from megatron_ring.checkpoint.format import CONVERTED, TrainerState
 from megatron_ring.config.dump import flat
@@ -37,6 +40,8 @@ from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.model_stats import padded_vocab_size
 from megatron_ring.config.run import RunConfig
+from megatron_ring.errors import CheckpointError
+from megatron_ring.families import FAMILIES
 
 
 def hf_to_megatron(
@@ -63,7 +68,10 @@ def hf_to_megatron(
         said = ", ".join(f"{name}={value}" for name, value in taken.items())
         reporter.say(f"{origin} leaves out what its class then takes: {said}")
     mapping = tensor_map(model, padded_vocab_size(model, tensor_size))
-    check_tensors(source, mapping.names, model, source.tensors.keys() - mapping.names.keys())
+    extra = source.tensors.keys() - mapping.names.keys()
+    if not model.untie_embeddings_and_output_weights:
+        extra -= _repeated_head(source, model, reporter)
+    check_tensors(source, mapping.names, model, extra)
     infos = target_infos(source, mapping.into_keys, mapping.keys, options.dtype)
     require_no_checkpoints(target)
     config = _run_config(model, infos)
@@ -99,6 +107,31 @@ def hf_to_megatron(
         copy_hf_assets(source_folder, target / HF_FILES)
         stream.remove_progress_notes(working)
         return run_folder.commit(working, 0)
+
+
+def _repeated_head(source: SafetensorsFolder, model: ModelConfig, reporter: Reporter) -> set[str]:
+    """The name of a head that repeats the embedding of a model with tied embeddings, as some published folders have
+    it; empty without one.
+
+    Raises:
+        CheckpointError: it is another tensor, which engines would not look at.
+    """
+    names = FAMILIES[model.family].tensors
+    head, embedding = f"{names.head}.weight", f"{names.embedding}.weight"
+    if head not in source.tensors or embedding not in source.tensors:
+        return set()
+    info, whole = source.tensors[head], Box.whole(source.tensors[head].shape)
+    same = info == source.tensors[embedding]
+    for box in whole.rows(BUFFER_BYTES // info.dtype.itemsize) if same else ():
+        ((_, own),), ((_, other),) = source.views(head, box), source.views(embedding, box)
+        same = same and torch.equal(own, other)
+    if not same:
+        raise CheckpointError(
+            f"{source.folder}: {head} is not {embedding}, although config.json ties them (tie_word_embeddings), and "
+            "engines would drop it; say false there, or remove it"
+        )
+    reporter.say(f"{head} repeats {embedding}, which is the head (tie_word_embeddings): it is kept once")
+    return {head}
 
 
 def _run_config(model: ModelConfig, infos: dict[str, TensorInfo]) -> RunConfig:

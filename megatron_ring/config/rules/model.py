@@ -51,6 +51,14 @@ def _family_problems(m: ModelConfig) -> Iterator[str]:
         yield (
             f"mtp_num_layers={m.mtp_num_layers} needs family={others}, not {m.family}; set --mtp-num-layers 0"
         )
+    if not m.untie_embeddings_and_output_weights:
+        alone = {"norm_head": m.norm_head, "mtp_num_layers": m.mtp_num_layers}
+        for name, value in alone.items():
+            if value:
+                yield (
+                    f"{name}={value} needs untie_embeddings_and_output_weights=True: it has an output weight of its "
+                    "own; set --untie-embeddings-and-output-weights"
+                )
     for rule in family.needs:
         (when, value), (then, wanted) = rule.when, rule.then
         if getattr(m, when) == value and getattr(m, then) != wanted:
@@ -80,6 +88,11 @@ def _expert_problems(m: ModelConfig) -> Iterator[str]:
     if m.moe_router_enable_expert_bias and m.moe_router_score_function != "sigmoid":
         yield (
             f"moe_router_enable_expert_bias=True needs moe_router_score_function=sigmoid, not "
+            f"{m.moe_router_score_function}; choose one"
+        )
+    if m.moe_router_pre_softmax and m.moe_router_score_function != "softmax":
+        yield (
+            f"moe_router_pre_softmax=True needs moe_router_score_function=softmax, not "
             f"{m.moe_router_score_function}; choose one"
         )
     yield from _group_problems(m)

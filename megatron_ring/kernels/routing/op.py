@@ -41,6 +41,7 @@ def route(
     *,
     topk: int,
     score_function: Literal["softmax", "sigmoid"] = "softmax",
+    renormalise: bool = True,
     expert_bias_E: Tensor | None = None,
     num_groups: int = 0,
     group_topk: int = 0,
@@ -52,6 +53,8 @@ def route(
 
     softmax: scores are the softmax over all E; weights are the chosen scores, renormalised to ``scaling_factor``.
     sigmoid: weights are the chosen *unbiased* scores / (their sum + 1e-20) * ``scaling_factor``.
+    ``renormalise=False``: the weights are the chosen (unbiased) scores as they are, times ``scaling_factor``, as in
+    Qwen3-MoE's gate without ``norm_topk_prob``.
     ``topk=1``: the weight is the (unbiased) score * ``scaling_factor``, as in the gates published with BailingMoe
     and BailingMoeV2 (``BailingMoeGate``, ``BailingMoeV2Gate``); divided by its own sum it would be constant.
     ``expert_bias_E`` is added for selection only and gets no gradient. With ``num_groups``, experts are selected from
@@ -71,8 +74,16 @@ def route(
     sigmoid = score_function == "sigmoid"
     options = (topk, sigmoid, expert_bias_E, num_groups, group_topk, scaling_factor, valid_T, replay_TK)
     if torch.is_grad_enabled():
-        return Routing(*_Route.apply(logits_TE, options))
-    return Routing(*dispatch.implementation(logits_TE, "routing").route(logits_TE, *options))
+        routing = Routing(*_Route.apply(logits_TE, options))
+    else:
+        routing = Routing(*dispatch.implementation(logits_TE, "routing").route(logits_TE, *options))
+    if renormalise or topk == 1:
+        return routing
+    # the kernels choose and count; this gate is rare enough that its weights are plain torch on every backend
+    scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
+    kept_TK = routing.experts_TK < logits_TE.shape[1]
+    chosen_TK = scores_TE.gather(1, routing.experts_TK.clamp(max=logits_TE.shape[1] - 1))
+    return routing._replace(probs_TK=(chosen_TK * scaling_factor).masked_fill(~kept_TK, 0))
 
 
 class _Route(torch.autograd.Function):

@@ -31,6 +31,7 @@ _ODD: dict[str, Any] = dict(
 _ODD_EXPERTS: dict[str, Any] = dict(
     num_experts=6, moe_ffn_hidden_size=11, moe_shared_expert_intermediate_size=22, moe_router_topk=2
 )
+_QWEN_EXPERTS: dict[str, Any] = {**_ODD_EXPERTS, "moe_shared_expert_intermediate_size": 0}
 _V2: dict[str, Any] = dict(
     family="bailing_moe_v2",
     qk_layernorm=True,
@@ -48,6 +49,14 @@ ODD: dict[str, ModelConfig] = {
     "v2": ModelConfig(**_V2, **_ODD, **_ODD_EXPERTS),
     "v2_mtp": ModelConfig(mtp_num_layers=2, **_V2, **_ODD, **_ODD_EXPERTS),
     "dense": ModelConfig(family="qwen2", add_qkv_bias=True, **_ODD),
+    "qwen3": ModelConfig(family="qwen3", qk_layernorm=True, **_ODD),
+    "qwen3_tied": ModelConfig(
+        family="qwen3", qk_layernorm=True, untie_embeddings_and_output_weights=False, **_ODD
+    ),
+    "qwen3_moe": ModelConfig(family="qwen3_moe", qk_layernorm=True, **_ODD, **_QWEN_EXPERTS),
+    "qwen3_moe_raw": ModelConfig(
+        family="qwen3_moe", qk_layernorm=True, moe_router_pre_softmax=True, **_ODD, **_QWEN_EXPERTS
+    ),
 }
 """Widths that nothing divides."""
 
@@ -59,7 +68,7 @@ def layout_settings(name: str) -> dict[str, Any]:
     return {**MODELS[base], **changes, "make_vocab_size_divisible_by": 6, "init_method_std": 0.15}
 
 
-LAYOUT_MODELS = ("v1", "v1_plain_head", "v2_mtp", "dense")
+LAYOUT_MODELS = ("v1", "v1_plain_head", "v2_mtp", "dense", "qwen3", "qwen3_moe")
 LAYOUTS: dict[int, dict[str, list[dict[str, int]]]] = {
     1: {name: [dict()] for name in LAYOUT_MODELS},
     2: {
@@ -67,16 +76,22 @@ LAYOUTS: dict[int, dict[str, list[dict[str, int]]]] = {
         "v1_plain_head": [dict(tp=2)],
         "v2_mtp": [dict(tp=2), dict(ep=2), dict(pp=2), dict(pp=2, vpp=2), dict(tp=2, etp=2)],
         "dense": [dict(tp=2), dict(pp=2)],
+        "qwen3": [dict(tp=2), dict(pp=2), dict(pp=2, vpp=2)],
+        "qwen3_moe": [dict(ep=2), dict(pp=2)],
     },
     4: {
         "v1": [dict(tp=4), dict(tp=2, pp=2, ep=2)],
         "v2_mtp": [dict(tp=4), dict(tp=2, ep=2, etp=2), dict(pp=2, vpp=2, ep=2)],
         "dense": [dict(tp=4)],
+        "qwen3": [dict(tp=2, pp=2)],
+        "qwen3_moe": [dict(tp=2, pp=2, ep=2)],
     },
     8: {
         "v1": [dict(tp=2, pp=2, ep=2), dict(tp=2, pp=2, vpp=2, ep=2, etp=2)],
         "v2_mtp": [dict(tp=2, pp=2, ep=4, etp=1), dict(tp=4, pp=2)],
         "dense": [dict(tp=4, pp=2)],
+        "qwen3": [dict(tp=4, pp=2)],
+        "qwen3_moe": [dict(tp=2, pp=2, vpp=2, ep=2, etp=2)],
     },
 }
 """World size -> model -> layouts: at each one the converted checkpoint is loaded, run, published and

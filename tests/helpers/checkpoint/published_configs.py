@@ -41,6 +41,12 @@ _QWEN: dict[str, Any] = {
     "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False, "use_cache": True, "use_sliding_window": False, "vocab_size": 152064,
 }  # fmt: skip
+_QWEN3: dict[str, Any] = {
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128,
+    "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
+    "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": None, "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Ling-lite-base": {**_LITE, "rms_norm_eps": 1e-5, "embedding_dropout": 0.1, "output_dropout": 0.1},
@@ -68,6 +74,18 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen2-7B": {
         **_QWEN, "rope_theta": 1000000.0, "sliding_window": 131072, "torch_dtype": "bfloat16",
         "transformers_version": "4.41.2",
+    },
+    "Qwen3-0.6B": {
+        **_QWEN3, "architectures": ["Qwen3ForCausalLM"], "hidden_size": 1024, "intermediate_size": 3072,
+        "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
+        "num_key_value_heads": 8, "tie_word_embeddings": True,
+    },
+    "Qwen3-30B-A3B": {
+        **_QWEN3, "architectures": ["Qwen3MoeForCausalLM"], "decoder_sparse_step": 1, "hidden_size": 2048,
+        "intermediate_size": 6144, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False,
+        "router_aux_loss_coef": 0.001, "tie_word_embeddings": False,
     },
     "Qwen2-7B of transformers 5": {
         **_QWEN, "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"}, "sliding_window": None,

@@ -18,10 +18,8 @@ Tensors = Mapping[str, Tensor]
 
 def logits_TV(tensors: Tensors, config: Mapping[str, Any], tokens_T: Tensor) -> Tensor:
     """Logits of every position."""
-    is_qwen = config["architectures"] == ["Qwen2ForCausalLM"]
     weights = {name: tensor.float() for name, tensor in tensors.items()}
-    embedding = "model.embed_tokens.weight" if is_qwen else "model.word_embeddings.weight"
-    hidden_TD = weights[embedding][tokens_T]
+    hidden_TD = weights[_embedding(config)][tokens_T]
     for layer in range(config["num_hidden_layers"]):
         hidden_TD = _layer(_under(weights, f"model.layers.{layer}."), config, hidden_TD, layer)
     return _head(weights, config, _rms(hidden_TD, weights["model.norm.weight"], config))
@@ -44,6 +42,11 @@ def mtp_logits_TV(tensors: Tensors, config: Mapping[str, Any], tokens_T: Tensor)
     return _head(weights, config, _rms(hidden_TD, w["final_layernorm.weight"], config))
 
 
+def _embedding(config: Mapping[str, Any]) -> str:
+    is_qwen = config["architectures"][0].startswith("Qwen")
+    return "model.embed_tokens.weight" if is_qwen else "model.word_embeddings.weight"
+
+
 def _under(weights: Tensors, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
@@ -53,7 +56,7 @@ def _rms(x: Tensor, weight: Tensor, config: Mapping[str, Any]) -> Tensor:
 
 
 def _head(weights: Tensors, config: Mapping[str, Any], hidden_TD: Tensor) -> Tensor:
-    head_VD = weights["lm_head.weight"]
+    head_VD = weights[_embedding(config) if config.get("tie_word_embeddings") else "lm_head.weight"]
     if config.get("norm_head"):
         head_VD = head_VD / (head_VD.norm(dim=0, keepdim=True) + 1e-7)
     return hidden_TD @ head_VD.T
@@ -62,7 +65,7 @@ def _head(weights: Tensors, config: Mapping[str, Any], hidden_TD: Tensor) -> Ten
 def _layer(w: Tensors, config: Mapping[str, Any], hidden_TD: Tensor, layer: int) -> Tensor:
     hidden_TD = hidden_TD + _attention(w, config, _rms(hidden_TD, w["input_layernorm.weight"], config))
     normed_TD = _rms(hidden_TD, w["post_attention_layernorm.weight"], config)
-    if config.get("num_experts") and layer >= config["first_k_dense_replace"]:
+    if config.get("num_experts") and layer >= config.get("first_k_dense_replace", 0):
         return hidden_TD + _experts(_under(w, "mlp."), config, normed_TD)
     return hidden_TD + _swiglu(_under(w, "mlp."), normed_TD)
 
@@ -70,15 +73,21 @@ def _layer(w: Tensors, config: Mapping[str, Any], hidden_TD: Tensor, layer: int)
 def _attention(w: Tensors, config: Mapping[str, Any], x_TD: Tensor) -> Tensor:
     H, G, C, T = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"], len(x_TD)
     if "self_attn.q_proj.weight" in w:
-        parts = [x_TD @ w[f"self_attn.{n}_proj.weight"].T + w[f"self_attn.{n}_proj.bias"] for n in "qkv"]
+        parts = [
+            x_TD @ w[f"self_attn.{n}_proj.weight"].T + w.get(f"self_attn.{n}_proj.bias", 0) for n in "qkv"
+        ]
         out_DX = w["self_attn.o_proj.weight"]
     else:
         parts = list((x_TD @ w["attention.query_key_value.weight"].T).split([H * C, G * C, G * C], dim=-1))
         out_DX = w["attention.dense.weight"]
     q_THC, k_TGC, v_TGC = parts[0].view(T, H, C), parts[1].view(T, G, C), parts[2].view(T, G, C)
-    if "attention.query_layernorm.weight" in w:
-        q_THC = _rms(q_THC, w["attention.query_layernorm.weight"], config)
-        k_TGC = _rms(k_TGC, w["attention.key_layernorm.weight"], config)
+    for q_norm, k_norm in (
+        ("attention.query_layernorm", "attention.key_layernorm"),
+        ("self_attn.q_norm", "self_attn.k_norm"),
+    ):
+        if f"{q_norm}.weight" in w:
+            q_THC = _rms(q_THC, w[f"{q_norm}.weight"], config)
+            k_TGC = _rms(k_TGC, w[f"{k_norm}.weight"], config)
     q_THC, k_TGC = _rotary(q_THC, config), _rotary(k_TGC, config)
     mixed = []
     future_TT = torch.ones(T, T, dtype=torch.bool).triu(1)
@@ -107,7 +116,7 @@ def _swiglu(w: Tensors, x_TD: Tensor) -> Tensor:
 def _experts(w: Tensors, config: Mapping[str, Any], x_TD: Tensor) -> Tensor:
     output_TD = (
         _swiglu(_under(w, "shared_experts."), x_TD)
-        if config["num_shared_experts"]
+        if config.get("num_shared_experts")
         else torch.zeros_like(x_TD)
     )
     scores_TE = x_TD @ w["gate.weight"].T
@@ -122,7 +131,7 @@ def _route(scores_E: Tensor, bias_E: Tensor | None, config: Mapping[str, Any]) -
     K = config["num_experts_per_tok"]
     if config.get("score_function", "softmax") == "softmax":
         weights_K, chosen_K = scores_E.softmax(-1).topk(K)
-        if K > 1:
+        if K > 1 and config.get("norm_topk_prob", True):
             weights_K = weights_K / weights_K.sum()
     else:
         probs_E = torch.sigmoid(scores_E)

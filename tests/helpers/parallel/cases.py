@@ -55,6 +55,20 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "dense": {**_COMMON, "family": "qwen2", "add_qkv_bias": True},
 }
+MODELS["qwen3"] = {
+    **_COMMON,
+    "family": "qwen3",
+    "qk_layernorm": True,
+    "untie_embeddings_and_output_weights": False,
+}
+MODELS["qwen3_moe"] = {
+    **MODELS["qwen3"],
+    **_EXPERTS,
+    "family": "qwen3_moe",
+    "moe_shared_expert_intermediate_size": 0,
+    "moe_router_topk": 3,
+    "moe_router_pre_softmax": True,
+}
 MODELS["v2_mtp"] = {**MODELS["v2"], "mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.3}
 
 
@@ -128,4 +142,12 @@ CASES: list[Case] = [
     *_cases(8, "v1 v2", dict(tp=2, ep=4), dict(pp=4, ep=2)),
     *_cases(8, "v1 dense", dict()),
     *_cases(8, "v2_mtp", dict(tp=2, pp=2, ep=2, recompute="full")),
+    # tied embeddings: the weight on one rank, cut by tp, or with a copy on the last stage
+    *_cases(2, "qwen3", dict(), dict(tp=2), dict(tp=2, sp=False), dict(pp=2), dict(pp=2, vpp=2)),
+    *_cases(2, "qwen3", dict(plain=True), dict(pp=2, plain=True), dict(overlap=True)),
+    *_cases(2, "qwen3_moe", dict(tp=2), dict(pp=2), dict(ep=2), dict(tp=2, etp=2)),
+    *_cases(4, "qwen3", dict(tp=2, pp=2), dict(pp=2), dict(pp=4), dict(pp=2, vpp=2, overlap=True)),
+    *_cases(4, "qwen3_moe", dict(pp=2, ep=2), dict(tp=2, ep=2)),
+    *_cases(8, "qwen3", dict(tp=2, pp=2, vpp=2), dict(tp=2, pp=2, plain=True)),
+    *_cases(8, "qwen3_moe", dict(tp=2, pp=2, ep=2), dict(tp=2, pp=2, vpp=2, etp=2, ep=2)),
 ]

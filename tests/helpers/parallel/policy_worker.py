@@ -24,7 +24,7 @@ from tests.helpers.parallel.running import engine_at_start, reduce_whole_gradien
 from tests.helpers.rl.policy_cases import PACKINGS, PICKS, Scored, rollouts
 from tests.helpers.rl.policy_step import TEMPERATURE, microbatches_of, objective_of, scored_rollouts
 
-REFERENCES = [Case("v1", 1), Case("v2", 1)]
+REFERENCES = [Case("v1", 1), Case("v2", 1), Case("qwen3_moe", 1)]
 CASES = [
     *(Case("v1", 2, layout) for layout in (dict(tp=2), dict(pp=2), dict(ep=2), dict(), dict(pp=2, vpp=2))),
     Case("v1", 2, dict(tp=2, recompute="full")),
@@ -34,6 +34,9 @@ CASES = [
     Case("v1", 8, dict(tp=2, pp=2, ep=2)),
     Case("v1", 8, dict()),
     Case("v2", 8, dict(tp=2, pp=2, ep=2)),
+    Case("qwen3_moe", 2, dict(tp=2)),
+    Case("qwen3_moe", 2, dict(pp=2)),
+    Case("qwen3_moe", 4, dict(tp=2, pp=2)),
 ]
 
 
