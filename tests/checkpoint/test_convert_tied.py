@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.checkpoint.convert_cases import ODD, Silent, assert_same, prompt, read_hf, read_megatron, write_hf
-from tests.checkpoint.reference_model import logits_TV
 
+from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.checkpoint.convert.conversion import Options
+from megatron_ring.checkpoint.convert.folders import run_config_of
 from megatron_ring.checkpoint.convert.hf_config import read_hf_config
 from megatron_ring.checkpoint.convert.plain_forward import plain_logits
 from megatron_ring.checkpoint.convert.repad import repad
@@ -20,6 +21,18 @@ from megatron_ring.checkpoint.convert.safetensors_io import SafetensorsFolder
 from megatron_ring.checkpoint.convert.to_hf import megatron_to_hf
 from megatron_ring.checkpoint.convert.to_megatron import hf_to_megatron
 from megatron_ring.errors import CheckpointError
+from megatron_ring.runtime.session import open_session
+from megatron_ring.train.engine import Engine
+from tests.helpers.checkpoint.convert_cases import (
+    ODD,
+    Silent,
+    assert_same,
+    prompt,
+    read_hf,
+    read_megatron,
+    write_hf,
+)
+from tests.helpers.checkpoint.reference_model import logits_TV
 
 TIED = ODD["qwen3_tied"]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -100,3 +113,22 @@ def test_an_untied_model_is_told_from_a_tied_one(tmp_path: Path):
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is not model"):
         hf_to_megatron(broken, tmp_path / "m", Options(), Silent())
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("qwen3", None), ("qwen3_tied", "another model: untie_embeddings")]
+)
+def test_a_checkpoint_from_before_there_were_ties_is_an_untied_models(
+    name: str, error: str | None, tmp_path: Path
+):
+    hf_to_megatron(write_hf(ODD[name], tmp_path / "hf"), tmp_path / "m", Options(), Silent())
+    state = tmp_path / "m/iter_0000000/trainer_state.json"
+    said = json.loads(state.read_text())
+    del said["model"]["untie_embeddings_and_output_weights"]
+    state.write_text(json.dumps(said))
+    config = run_config_of(tmp_path / "m/iter_0000000", None)
+    expected = pytest.raises(CheckpointError, match=error) if error else nullcontext()
+    with open_session(config.parallel, seed=3) as session:
+        checkpointer = Checkpointer(config, Engine(config, session), session, stage="pretrain")
+        with expected:
+            checkpointer.load_weights(tmp_path / "m")

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.checkpoint.convert_cases import Silent, assert_same, prompt
 
 from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.checkpoint.convert.conversion import Options
@@ -28,10 +27,11 @@ from megatron_ring.data.batch.microbatch import pack_microbatch
 from megatron_ring.runtime.session import open_session
 from megatron_ring.train.engine import Engine
 from megatron_ring.train.objective import NextTokenObjective
+from tests.helpers.checkpoint.convert_cases import Silent, assert_same, prompt
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("MEGATRON_RING_VLLM", ROOT / ".venv-vllm")) / "bin/python"
-WORKER = Path(__file__).with_name("transformers_worker.py")
+WORKER = ROOT / "tests/helpers/checkpoint/transformers_worker.py"
 
 _SIZES: dict[str, Any] = dict(
     num_hidden_layers=3,
@@ -92,7 +92,7 @@ def our_log_p_and_gradients(root: Path, tokens: list[int]) -> tuple[torch.Tensor
     T = len(tokens) - 1
     with open_session(config.parallel, seed=3) as session:
         engine = Engine(config, session)
-        Checkpointer(config, engine, session).load(root)
+        Checkpointer(config, engine, session, stage="pretrain").load(root)
         whole = pack_microbatch([(tokens, tokens, [0.0] * len(tokens))], len(tokens))
         vocab_size = config.model.vocab_size
         (log_p,) = engine.forward(

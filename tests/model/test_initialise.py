@@ -14,8 +14,8 @@ from tests.helpers.model.small import config_of, weights
 STD = 0.08
 
 
-def fresh_weights(seed: int, **settings) -> dict[str, torch.Tensor]:
-    config = config_of("v2_mtp", seed=seed, init_method_std=STD, **settings)
+def fresh_weights(seed: int, model: str = "v2_mtp", **settings) -> dict[str, torch.Tensor]:
+    config = config_of(model, seed=seed, init_method_std=STD, **settings)
     # the session's own seed must not matter
     with open_session(config.parallel, seed=torch.randint(1000, ()).item()) as session:
         return weights(Engine(config, session))
@@ -73,3 +73,14 @@ def test_the_padding_of_the_vocabulary_changes_no_weight(drawn):
     wider = fresh_weights(3, make_vocab_size_divisible_by=512)
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         assert torch.equal(wider[name][:250], drawn[name][:250])
+
+
+def test_tied_embeddings_are_one_tensor_and_drawn_as_the_embedding_is():
+    tied, untied = (
+        fresh_weights(3, "qwen3"),
+        fresh_weights(3, "qwen3", untie_embeddings_and_output_weights=True),
+    )
+    head = untied.pop("output_layer.weight")
+    assert untied.keys() == tied.keys()
+    assert all(torch.equal(value, untied[name]) for name, value in tied.items())
+    assert not torch.equal(head, tied["embedding.word_embeddings.weight"])
