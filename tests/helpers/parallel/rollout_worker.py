@@ -17,13 +17,12 @@ from tests.helpers.parallel.cases import Case
 from tests.helpers.parallel.running import engine_at_start, run_cases
 from tests.helpers.rl.sequences import requests, sampling
 
-REFERENCES = [Case(model, 1) for model in ("v1", "v2_mtp", "dense", "qwen3", "qwen3_moe")]
+REFERENCES = [Case(model, 1) for model in ("v1", "v2_mtp", "dense", "qwen3_moe")]
 CASES = [
     *(Case("v1", 2, layout) for layout in (dict(tp=2), dict(pp=2), dict(ep=2), dict())),
     *(Case("v2_mtp", 2, layout) for layout in (dict(tp=2), dict(pp=2, vpp=2), dict(ep=2, overlap=True))),
     Case("dense", 2, dict(tp=2, sp=False)),
-    *(Case("qwen3", 2, layout) for layout in (dict(tp=2), dict(pp=2, vpp=2))),
-    Case("qwen3_moe", 2, dict(pp=2)),
+    *(Case("qwen3_moe", 2, layout) for layout in (dict(tp=2), dict(pp=2, vpp=2))),
     *(Case("v1", 4, layout) for layout in (dict(tp=2, pp=2), dict(pp=2, ep=2), dict(ep=2))),
     *(Case("v2_mtp", 4, layout) for layout in (dict(tp=2, ep=2), dict(tp=2, etp=1, ep=4))),
 ]
