@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron_ring.config.validate import validate
 
 from megatron_ring.checkpoint.checkpointer import Checkpointer
+from megatron_ring.config.check import validate
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.runtime.session import Session, open_session
 from megatron_ring.train.engine import Engine
