@@ -45,8 +45,11 @@ class RolloutConfig:
     """Sample from this many most likely tokens; 0 for all."""
     stop_token_ids: tuple[CountOrOff, ...] = ()
     """Token ids that end a response, beside the tokenizer's end of sequence and those of generation_config.json."""
-    rollout_engine: Literal["inprocess"] = "inprocess"
-    """What generates responses. inprocess: the trainer's own modules over a key-value cache, on the training weights."""
+    rollout_engine: Annotated[str, Registered(("inprocess",))] = "inprocess"
+    """What generates responses, or module:name of your own class.
+
+    inprocess: the trainer's own modules over a key-value cache, on the training weights.
+    """
     rollout_slots: Count = 256
     """Sequences that one data-parallel process decodes at the same time; with C3PO++, rollout_concurrency."""
     rollout_token_budget: CountOrOff = 0

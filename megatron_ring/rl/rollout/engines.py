@@ -1,9 +1,10 @@
-"""Rollout engines by name: ``--rollout-engine``."""
+"""Rollout engines by name: ``--rollout-engine inprocess``, or ``module:name`` of one's own class."""
 
 from __future__ import annotations
 
 import logging
 
+from megatron_ring.config.importable import resolve
 from megatron_ring.config.run import RunConfig
 from megatron_ring.errors import ConfigError
 from megatron_ring.rl.rollout.inprocess import InProcessEngine
@@ -13,18 +14,20 @@ from megatron_ring.train.engine import Engine
 
 log = logging.getLogger("megatron_ring")
 
-ENGINES = {"inprocess": InProcessEngine}
-"""A class per name, with ``open(trainer, config)``, ``guarantees`` and ``on_every_rank``."""
+ENGINES: dict[str, type[RolloutEngine]] = {"inprocess": InProcessEngine}
+"""A class per name."""
+
+METHODS = ("publish", "generate", "close")
 
 
 def open_rollout_engine(config: RunConfig, trainer: Engine) -> RolloutEngine:
     """The engine that ``rollout_engine`` names, for a run that trains ``trainer``. Collective over the world.
 
     Raises:
-        ConfigError: a setting needs what the engine does not guarantee.
+        ConfigError: there is no such engine, or a setting needs what it does not guarantee.
     """
     name, session = config.rollout.rollout_engine, trainer.session
-    kind = ENGINES[name]
+    kind: type[RolloutEngine] = resolve("rollout_engine", name, ENGINES, _problem)
     require_guarantees(kind.guarantees, config)
     if not kind.guarantees.exact_seeds and session.is_writer:
         log.info("rollout_engine=%s: a resumed run samples other responses, its seeds are not exact", name)
@@ -51,3 +54,11 @@ def require_guarantees(given: Guarantees, config: RunConfig) -> None:
                 f"{setting} needs {what}, which rollout_engine={rollout.rollout_engine} does not give; "
                 "choose another engine or drop it"
             )
+
+
+def _problem(found: object) -> str | None:
+    lacking = [name for name in ("open", "guarantees", "on_every_rank", *METHODS) if not hasattr(found, name)]
+    if isinstance(found, type) and not lacking:
+        return None
+    what = f"lacks {', '.join(lacking)}" if lacking else "is no class"
+    return f"{what}; name a class that does what megatron_ring.rl.rollout.protocol.RolloutEngine says"

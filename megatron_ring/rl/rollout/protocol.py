@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_ring.config.rl import RolloutConfig
 from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.errors import RolloutError
 from megatron_ring.rl.types import Response
+from megatron_ring.train.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +89,11 @@ class RolloutEngine(Protocol):
     guarantees: Guarantees
     on_every_rank: bool
     version: int
+
+    @classmethod
+    def open(cls, trainer: Engine, config: RolloutConfig) -> RolloutEngine:
+        """The engine of a run that trains ``trainer``. Collective over the world."""
+        ...
 
     def publish(self, version: int) -> None:
         """Sample from the trainer's present weights from here on, and mark tokens with ``version``. Collective over the

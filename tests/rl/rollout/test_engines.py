@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -47,3 +48,21 @@ def test_an_engine_that_one_rank_speaks_to_is_relayed(monkeypatch):
     assert isinstance(engine, Relay) and engine.guarantees is Server.guarantees
     engine.publish(3)
     assert engine.version == engine.engine.version == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nothing", "does not exist; try one of inprocess, or module:name of your own"),
+        ("tests.helpers.rl.collecting:Gone", "neither has nor registers Gone"),
+        (
+            "tests.helpers.rl.collecting:Stream",
+            "lacks open, guarantees, on_every_rank, publish, generate, close; name a",
+        ),
+    ],
+)
+def test_an_engine_of_ones_own_is_checked(name, said):
+    config = config_from_mapping({})
+    config = replace(config, rollout=replace(config.rollout, rollout_engine=name))
+    with pytest.raises(ConfigError, match=f"^rollout_engine={name}.*{said}"):
+        open_rollout_engine(config, SimpleNamespace(session=None))
