@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers.parallel.spawning import free_port
+from tests.helpers.parallel.preloaded import free_port
 from tests.helpers.parallel.watching import run_to_the_end
 from tests.helpers.paths import python_path
 

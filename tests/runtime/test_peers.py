@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from megatron_ring.runtime.peers import PEER_IS_GONE, follows_from_another
-from tests.helpers.parallel.spawning import free_port
+from tests.helpers.parallel.preloaded import free_port
 from tests.helpers.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[2]

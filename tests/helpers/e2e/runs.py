@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from tests.helpers.parallel.spawning import free_port
+from tests.helpers.parallel.preloaded import free_port
 from tests.helpers.parallel.watching import (
     PATIENCE,
     assert_ended_well,
     kill_all,
-    run_to_the_end,
+    run_preloaded,
     write_stacks,
 )
 from tests.helpers.paths import python_path
@@ -60,12 +60,13 @@ def flags(settings: dict[str, object]) -> list[str]:
     return words
 
 
-def command(script: str, settings: dict[str, object], world: int = 1) -> list[str]:
+def launcher(world: int) -> list[str]:
+    """What starts a script, or with ``-m`` a module, on ``world`` processes."""
     start = [sys.executable, "-W", "ignore"]
     if world > 1:
         start += ["-m", "torch.distributed.run", "--nproc-per-node", str(world)]
         start += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    return [*start, str(ROOT / script), *flags(settings)]
+    return start
 
 
 def environment() -> dict[str, str]:
@@ -73,7 +74,7 @@ def environment() -> dict[str, str]:
 
 
 def run(script: str, settings: dict[str, object], world: int = 1) -> subprocess.CompletedProcess[str]:
-    return run_to_the_end(command(script, settings, world), env=environment())
+    return run_preloaded([str(ROOT / script), *flags(settings)], world, cwd=ROOT, env=environment())
 
 
 def pretrain(settings: dict[str, object], world: int = 1) -> subprocess.CompletedProcess[str]:
@@ -84,7 +85,7 @@ def pretrain(settings: dict[str, object], world: int = 1) -> subprocess.Complete
 
 def start(settings: dict[str, object], world: int = 1) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command("examples/pretrain_ring.py", settings, world),
+        [*launcher(world), str(ROOT / "examples/pretrain_ring.py"), *flags(settings)],
         env=environment() | {"PYTHONFAULTHANDLER": "1"},
         text=True,
         stdout=subprocess.PIPE,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 
 from tests.helpers.parallel.cases import Case
 from tests.helpers.parallel.collect import whole_tensors
-from tests.helpers.parallel.watching import PATIENCE, STANDSTILL, assert_ended_well, run_to_the_end
+from tests.helpers.parallel.watching import PATIENCE, assert_ended_well, run_preloaded
 from tests.helpers.paths import python_path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,21 +21,10 @@ several_worlds = pytest.mark.timeout(3 * PATIENCE + 300)
 """For tests that wait for up to three of them, each of which names itself before."""
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def spawn(world: int, *arguments: str, standstill: int = STANDSTILL) -> subprocess.CompletedProcess[str]:
-    """Run ``python -m ARGUMENTS`` on ``world`` processes; give the result to ``assert_ended_well``."""
+def spawn(world: int, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``python -m MODULE ARGUMENTS`` on ``world`` processes; give the result to ``assert_ended_well``."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path(), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", *arguments]
-    if world > 1:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(world)]
-        address = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-        command = [sys.executable, *launcher, *address, "-m", *arguments]
-    return run_to_the_end(command, cwd=ROOT, env=env, standstill=standstill)
+    return run_preloaded(["-m", module, *arguments], world, cwd=ROOT, env=env)
 
 
 def world_runner(worker: str, folder: Path) -> Callable[[int], Path]:

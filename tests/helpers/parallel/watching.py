@@ -8,10 +8,13 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import psutil
+
+from tests.helpers.parallel.preloaded import Preloaded
 
 PATIENCE = 900
 """Seconds that one run may take on a busy machine; one that hangs is ended long before, by what follows."""
@@ -37,19 +40,52 @@ def run_to_the_end(
     If it stands still or is not done after ``timeout`` seconds, its return code is HUNG and stderr ends with the
     stacks of every process.
     """
-    # files: what a killed process leaves behind would hold a pipe open
-    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env={**env, "PYTHONFAULTHANDLER": "1"},
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,
+
+    def start(stdout: IO[str], stderr: IO[str]) -> subprocess.Popen:
+        own = {**env, "PYTHONFAULTHANDLER": "1"}
+        return subprocess.Popen(
+            command, cwd=cwd, env=own, stdout=stdout, stderr=stderr, start_new_session=True
         )
+
+    has_launcher = "torch.distributed.run" in command
+    return _to_the_end(start, command, has_launcher=has_launcher, timeout=timeout, standstill=standstill)
+
+
+def run_preloaded(
+    words: Sequence[str],
+    world: int,
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    timeout: int = PATIENCE,
+    standstill: int = STANDSTILL,
+) -> subprocess.CompletedProcess[str]:
+    """``python WORDS`` on ``world`` processes that have imported what they need (``preloaded.py``), watched alike."""
+
+    def start(stdout: IO[str], stderr: IO[str]) -> Preloaded:
+        return Preloaded(words, world, env, cwd, stdout.name, stderr.name)
+
+    return _to_the_end(start, words, has_launcher=True, timeout=timeout, standstill=standstill)
+
+
+def _to_the_end(
+    start: Callable[[IO[str], IO[str]], subprocess.Popen | Preloaded],
+    command: Sequence[str],
+    *,
+    has_launcher: bool,
+    timeout: int,
+    standstill: int,
+) -> subprocess.CompletedProcess[str]:
+    # files: what a killed process leaves behind would hold a pipe open; to append: each of us writes at the end
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(Path(folder, "stdout"), "a+") as stdout,
+        open(Path(folder, "stderr"), "a+") as stderr,
+    ):
+        process = start(stdout, stderr)
         seen: set[psutil.Process] = set()
         try:
-            code = _wait(process, "torch.distributed.run" in command, seen, timeout, standstill)
+            code = _wait(process, has_launcher, seen, timeout, standstill)
             if code is None:
                 write_stacks(process, stderr.fileno())
         finally:
@@ -67,7 +103,11 @@ def assert_ended_well(result: subprocess.CompletedProcess[str]) -> None:
 
 
 def _wait(
-    process: subprocess.Popen, has_launcher: bool, seen: set[psutil.Process], timeout: int, standstill: int
+    process: subprocess.Popen | Preloaded,
+    has_launcher: bool,
+    seen: set[psutil.Process],
+    timeout: int,
+    standstill: int,
 ) -> int | None:
     """The exit code, or None if it hangs; ``seen`` collects what it starts."""
     mark, still = 0.0, 0
@@ -85,7 +125,7 @@ def _wait(
     return None
 
 
-def _tree(process: subprocess.Popen) -> list[psutil.Process]:
+def _tree(process: subprocess.Popen | Preloaded) -> list[psutil.Process]:
     """The process and all below it."""
     try:
         root = psutil.Process(process.pid)
@@ -103,7 +143,7 @@ def _cpu_seconds(processes: Sequence[psutil.Process]) -> float:
     return total
 
 
-def write_stacks(process: subprocess.Popen, fd: int) -> None:
+def write_stacks(process: subprocess.Popen | Preloaded, fd: int) -> None:
     """Have every process below, then ``process``, write its stacks to its stderr, ``fd``, and end.
 
     They have to be started with PYTHONFAULTHANDLER=1.
@@ -116,8 +156,12 @@ def write_stacks(process: subprocess.Popen, fd: int) -> None:
         root.suspend()
     for one in [*others, root]:
         with contextlib.suppress(psutil.Error):
-            rank, words = one.environ().get("RANK", "none"), " ".join(one.cmdline())
-            os.write(fd, f"\nrank {rank}, process {one.pid} was here: {words[:300]}\n".encode())
+            # one that was forked has its rank for a name, and its parent's environment
+            rank = (
+                one.name() if one.name().startswith("rank ") else f"rank {one.environ().get('RANK', 'none')}"
+            )
+            words = " ".join(one.cmdline())
+            os.write(fd, f"\n{rank}, process {one.pid} was here: {words[:300]}\n".encode())
             one.rlimit(psutil.RLIMIT_CORE, (0, 0))
             one.send_signal(signal.SIGABRT)
             one.resume()
@@ -130,7 +174,7 @@ def _wait_for_end(process: psutil.Process, seconds: float = 20.0) -> None:
         time.sleep(0.02)
 
 
-def kill_all(process: subprocess.Popen, seen: set[psutil.Process]) -> None:
+def kill_all(process: subprocess.Popen | Preloaded, seen: set[psutil.Process]) -> None:
     """End the process, its group, and whatever else was seen below it."""
     for one in {*_tree(process), *seen}:
         with contextlib.suppress(psutil.Error):

@@ -115,14 +115,18 @@ PATIENCE = 120.0
 """Seconds for what happens by itself: a busy machine is not a failure."""
 
 
+stood_before: set[psutil.Process] = set()
+"""What other rooms' tests have left running for the next of them, such as ``parallel/preloaded.py``'s server."""
+
+
 def own_processes() -> list[psutil.Process]:
-    """Everything below this process that has not ended."""
+    """Everything below this process that has not ended, but for what stood before."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
                 found.append(process)
-    return found
+    return [process for process in found if process not in stood_before]
 
 
 def sandbox_processes() -> list[str]:

@@ -6,11 +6,12 @@ import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_ring.errors import RewardError
 from megatron_ring.rl.reward.sandbox.sandbox import Sandbox
-from tests.helpers.reward.judging import PLUGIN
+from tests.helpers.reward.judging import PLUGIN, stood_before
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -18,6 +19,8 @@ _PR_SET_CHILD_SUBREAPER = 36
 @pytest.fixture(autouse=True, scope="module")
 def adopting() -> Iterator[None]:
     """What these tests start stays below this process though its parents die, and is told from other runs' by that."""
+    stood_before.clear()
+    stood_before.update(psutil.Process().children(recursive=True))
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
     yield
