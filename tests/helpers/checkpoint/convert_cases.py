@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_ring.config.model import ModelConfig
 from tests.helpers.parallel.cases import MODELS
+from tests.helpers.parallel.watching import PATIENCE, run_preloaded
 from tests.helpers.paths import python_path
 
 ROOT = Path(__file__).parents[3]
@@ -173,9 +174,7 @@ def prompt(vocab_size: int) -> list[int]:
     return [(37 * i * i + 11 * i + 5) % vocab_size for i in range(NUM_TOKENS)]
 
 
-def run_tool(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+def run_tool(*words: object, cwd: Path = ROOT, timeout: int = PATIENCE) -> subprocess.CompletedProcess[str]:
     """``tools/convert_checkpoint.py`` in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*TOOL, *map(str, words)], capture_output=True, text=True, env=environment, **options
-    )
+    return run_preloaded([*TOOL[1:], *map(str, words)], 1, cwd=cwd, env=environment, timeout=timeout)

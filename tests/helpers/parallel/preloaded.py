@@ -116,12 +116,17 @@ def _wait_for(ranks: dict[int, int]) -> int:
                 code = os.waitstatus_to_exitcode(status)
                 if code and not failed:
                     failed, deadline = code, time.monotonic() + LAST_WORDS
-                    print(f"rank {ranks[pid]} of {len(ranks)} ended with {code}", file=sys.stderr, flush=True)
+                    if len(ranks) > 1:
+                        print(
+                            f"rank {ranks[pid]} of {len(ranks)} ended with {code}",
+                            file=sys.stderr,
+                            flush=True,
+                        )
         if failed and time.monotonic() > deadline:
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
-    return failed if failed >= 0 else 128 - failed
+    return failed if failed >= 0 else 128 - failed  # as a shell says which signal it was
 
 
 def _be(words: list[str], rank: int, world: int, port: int) -> None:
