@@ -45,6 +45,9 @@ COMMANDS = {
     "launch": Command(
         f"run {', '.join(STAGES)} in several processes", "megatron_ring.launch.commands.launch"
     ),
+    "verify": Command(
+        "check a checkpoint's files by their checksums", "megatron_ring.launch.commands.verify"
+    ),
     "plan": Command("list the layouts that fit a cluster's memory", "megatron_ring.launch.commands.plan"),
     "report": Command("draw the report of one run or several", "megatron_ring.launch.commands.report"),
 }
