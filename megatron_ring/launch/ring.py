@@ -45,6 +45,7 @@ COMMANDS = {
     "launch": Command(
         f"run {', '.join(STAGES)} in several processes", "megatron_ring.launch.commands.launch"
     ),
+    "convert": Command("convert from and to Hugging Face", "megatron_ring.launch.commands.convert"),
     "verify": Command(
         "check a checkpoint's files by their checksums", "megatron_ring.launch.commands.verify"
     ),

@@ -31,6 +31,7 @@ SCRIPTS = {
     "tokenizer": "tools/train_tokenizer.py",
     "preprocess": "tools/preprocess_data.py",
     "prompts": "tools/freeze_prompts.py",
+    "convert": "tools/convert_checkpoint.py",
     "verify": "tools/verify_checkpoint.py",
     "plan": "tools/plan_run.py",
     "report": "tools/report.py",
