@@ -55,7 +55,7 @@ class ModelConfig:
     add_qkv_bias: bool = False
     """Biases on the query, key and value projections (Qwen2)."""
     qk_layernorm: bool = False
-    """RMSNorm on every query and key head before rotary (BailingMoeV2)."""
+    """RMSNorm on every query and key head before rotary (BailingMoeV2, Qwen3)."""
     untie_embeddings_and_output_weights: bool = True
     """An output weight of its own; off, the embedding is the output weight too (small Qwen models)."""
     norm_head: bool = False

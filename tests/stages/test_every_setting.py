@@ -32,6 +32,7 @@ ONLY_RULES = {
 """Settings that nothing outside config reads, and why they are there."""
 
 RESOLVED = {
+    "make_vocab_size_divisible_by": "padded_vocab_size",
     "eps_clip": "clip_bounds",
     "eps_clip_high": "clip_bounds",
     "mismatch_low": "mismatch_bounds",
@@ -39,7 +40,7 @@ RESOLVED = {
     "rollout_concurrency": "rollout_concurrency",
     "moe_router_bias_update_rate": "with_still_bias",
 }
-"""Settings whose "none" means something, and the function of config that says what and is called outside it."""
+"""Settings that a function of config resolves, and that function, which is called outside it."""
 
 ALL: tuple[str, ...] = ("pretrain", "sft", "rl")
 STAGES: dict[str, tuple[str, ...]] = {"deterministic": ALL, "bf16": ALL, "tokenizer_type": ("sft",)}
