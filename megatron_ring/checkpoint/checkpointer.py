@@ -1,4 +1,4 @@
-"""Save and load the whole training state, at any layout, beside training if asked."""
+"""Save and load the whole training state at any layout, if asked while training goes on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from megatron_ring.checkpoint.megatron_io import SaveSummed, check_common, load_
 from megatron_ring.checkpoint.plain_files import shown
 from megatron_ring.checkpoint.rng import gather_rng, load_rng, save_rng
 from megatron_ring.checkpoint.state import (
-    Trained,
+    Checkpointable,
     load_optimizer,
     load_tensors,
     model_state,
@@ -75,11 +75,11 @@ _SHAPE_FIELDS = (
 """Settings that decide which tensors a model has and of what shape."""
 
 _FAILURES = (OSError, RuntimeError, CheckpointingException, CheckpointException)
-"""What reading and writing a checkpoint raises when files fail; torch's own is no ``Exception``."""
+"""What reading and writing a checkpoint raises when files fail; CheckpointException derives from BaseException."""
 
 
 def layout_of(config: RunConfig, world_size: int) -> dict[str, int]:
-    """The sizes that make two runs' ranks correspond one to one."""
+    """World size and model-parallel sizes: if they are equal in two runs, their ranks correspond one to one."""
     p = config.parallel
     return {
         "world_size": world_size,
@@ -93,12 +93,11 @@ def layout_of(config: RunConfig, world_size: int) -> dict[str, int]:
 class Checkpointer:
     """Writes and reads the checkpoints of one run.
 
-    Every method is collective over the world. An asynchronous save forks a writer whose copy-on-write
-    memory is the snapshot, and becomes the latest checkpoint only at a later :meth:`poll` that finds it
-    durable.
+    Every method is collective over the world. An asynchronous save forks a writer process, whose copy-on-write memory is
+    the snapshot. It becomes the latest checkpoint at the first :meth:`poll` or :meth:`finish` after the writer is done.
     """
 
-    def __init__(self, config: RunConfig, engine: Trained, session: Session, *, stage: str):
+    def __init__(self, config: RunConfig, engine: Checkpointable, session: Session, *, stage: str):
         """``stage`` is recorded in every save; only checkpoints of the same stage can be resumed from."""
         self.config = config
         self.engine = engine
@@ -107,22 +106,23 @@ class Checkpointer:
         self._caller = TemporalAsyncCaller()
         self._pending: tuple[AsyncRequest, Path, Callable[[], None]] | None = None
         self.loaded_folder: Path | None = None
-        """The checkpoint that :meth:`load` read last."""
+        """The checkpoint that :meth:`load` resumed from."""
         self.began_from: Path | None = None
-        """The checkpoint whose weights alone were loaded last; none if the weights are random."""
+        """The checkpoint whose weights alone were loaded; None if the run started from random weights."""
 
     def save(
         self, iteration: int, trainer: dict[str, Any], attachments: Mapping[str, bytes] | None = None
     ) -> None:
         """Save weights, optimizer, random states and ``trainer``, the stage's own state (JSON-able).
 
-        ``attachments`` are files of this rank's own beside them (name -> contents; names differ between
-        ranks); :attr:`loaded_folder` says where a resumed run finds them.
+        ``attachments`` are further files of this rank (name -> contents; names differ between ranks). A resumed run
+        finds them in :attr:`loaded_folder`.
 
         Raises:
             CheckpointError: the folder cannot be written or the disk is full; the previous checkpoint stays.
         """
         self.finish()
+        assert self.config.checkpoint.save is not None, "a run without --save saves nothing"
         root = Path(self.config.checkpoint.save)
         model = model_state(self.engine)
         sharded = {**model, **optimizer_state(self.engine, model, is_loading=False)}
@@ -148,13 +148,13 @@ class Checkpointer:
 
         def publish() -> None:
             with self._writing(working):
-                self._on_main(complete)
-            if self.session.is_writer:
+                self._on_save_rank(complete)
+            if self.session.is_log_rank:
                 log.info("saved step %d to %s", iteration, folders.folder_of(root, iteration))
 
         with self._writing(working):
             request = self._write(sharded, working, strategy)
-            # behind Megatron's own: it takes a folder that holds a file for a corrupted checkpoint, and says so
+            # after Megatron's own files: it warns of a corrupted checkpoint if the folder is not empty
             for name, contents in (attachments or {}).items():
                 (working / name).write_bytes(contents)
         if request is None:
@@ -232,8 +232,8 @@ class Checkpointer:
         if with_optimizer:
             wanted.update(optimizer_state(self.engine, model, is_loading=True))
         loaded = self._read(wanted, folder, index)
-        for index, chunk in enumerate(self.engine.models):
-            load_tensors(chunk, model[f"model{index}"], loaded[f"model{index}"])
+        for number, chunk in enumerate(self.engine.models):
+            load_tensors(chunk, model[f"model{number}"], loaded[f"model{number}"])
         if with_optimizer:
             load_optimizer(self.engine, loaded, state.optimizer_steps)
         else:
@@ -274,10 +274,12 @@ class Checkpointer:
 
     def _begin(self, root: Path, iteration: int, sharded: dict[str, Any]) -> Path:
         own = sum(
-            s.data.nbytes for s in nested_values(sharded) if isinstance(s, ShardedTensor) and _writes(s)
+            s.data.nbytes
+            for s in nested_values(sharded)
+            if isinstance(s, ShardedTensor) and s.data is not None and _writes(s)
         )
         (total,) = self.session.summed(own)
-        self._on_main(lambda: folders.begin(root, iteration, int(total * 1.02) + 1_000_000))
+        self._on_save_rank(lambda: folders.begin(root, iteration, int(total * 1.02) + 1_000_000))
         final = folders.folder_of(root, iteration)
         return final.with_name(final.name + ".incomplete")
 
@@ -291,6 +293,7 @@ class Checkpointer:
         )
 
     def _finalize(self) -> None:
+        assert self._pending is not None
         request, working, publish = self._pending
         self._pending = None
         with self._writing(working):
@@ -300,11 +303,11 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _writing(self, working: Path) -> Iterator[None]:
-        """End a failure to write as one line, and take the half-written folder away."""
+        """Turn a failure to write into one line, and remove the half-written folder."""
         try:
             yield
         except _FAILURES as error:
-            if self.session.is_main:
+            if self.session.is_save_rank:
                 shutil.rmtree(working, ignore_errors=True)
             if _is_of_a_peer(error):
                 raise
@@ -313,7 +316,7 @@ class Checkpointer:
                 "see that the disk has space; the previous checkpoint stays"
             ) from None
         except CheckpointError:
-            if self.session.is_main:
+            if self.session.is_save_rank:
                 shutil.rmtree(working, ignore_errors=True)
             raise
 
@@ -328,7 +331,7 @@ class Checkpointer:
             ) from None
 
     def _verify(self, folder: Path) -> None:
-        """Sum every file of a checkpoint again, each rank its share. Collective over the world."""
+        """Check the checksums of a checkpoint's files, each rank a share of them. Collective over the world."""
         wrong: list[str | None] = [None] * self.session.world_size
         try:
             own = check_share(folder, self.session.rank, self.session.world_size)
@@ -341,10 +344,10 @@ class Checkpointer:
             raise CheckpointError(line)
 
     def _sums_of(self, attachments: Mapping[str, bytes]) -> dict[str, Summed]:
-        """Checksums of every rank's own files on rank 0 (empty elsewhere). Collective over the world."""
+        """Checksums of all ranks' attachments on rank 0 (empty elsewhere). Collective over the world."""
         own = {name: sum_bytes(contents) for name, contents in attachments.items()}
         gathered: list[dict[str, Summed]] | None = (
-            [{} for _ in range(self.session.world_size)] if self.session.is_main else None
+            [{} for _ in range(self.session.world_size)] if self.session.is_save_rank else None
         )
         torch.distributed.gather_object(own, gathered)
         return {name: each for of_rank in gathered or [] for name, each in of_rank.items()}
@@ -352,12 +355,12 @@ class Checkpointer:
     def _agreed_step_count(self) -> int:
         return int(self.session.largest(optimizer_step_count(self.engine)))
 
-    def _on_main(self, action: Callable[[], object]) -> None:
+    def _on_save_rank(self, action: Callable[[], object]) -> None:
         """Run ``action`` on rank 0; its RingError or OSError is raised on every rank. Collective over the
         world.
         """
         message: list[str | None] = [None]
-        if self.session.is_main:
+        if self.session.is_save_rank:
             try:
                 action()
             except CheckpointError as error:
@@ -370,14 +373,14 @@ class Checkpointer:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what went wrong; torch gathers what every rank met."""
+    """The error's first line; of torch's CheckpointException, which has one error per rank, that of the first rank."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def _is_of_a_peer(error: BaseException) -> bool:
-    """Has another rank gone, so that there is nothing wrong with a file or a disk here?"""
+    """Does the error follow from the end of another rank, rather than from a file or disk here?"""
     return not isinstance(error, ConnectionError) and follows_from_another(error)
 
 

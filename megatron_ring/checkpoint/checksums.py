@@ -1,7 +1,7 @@
-"""A checksum for every file of a checkpoint, written with it, and compared when somebody asks.
+"""A checksum of every file of a checkpoint, written with it and checked on request.
 
-``checksums.json`` lists each file's length and CRC-32. Large files are summed by whoever writes them, as they are
-written. A CRC finds what disks, copies and memory do to bytes; it is no signature. Nothing here needs torch.
+``checksums.json`` lists each file's length and CRC-32. The CRC of a large file is computed while it is written. A CRC
+detects damage by disks, copies and memory; it is no signature against an attacker. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from megatron_ring.plain import open_plain
 
 SUMS = "checksums.json"
 MANIFEST = "conversion.json"
-"""What a conversion writes beside its files; it lists the large ones in the same form."""
+"""Manifest of a conversion; it lists the large files in the same form."""
 _LOADED = (".distcp", ".pt", ".safetensors")
 _ALWAYS_LOADED = (".metadata", "metadata.json", "trainer_state.json")
-"""Files that a load may read: one without a checksum would pass unseen."""
+"""Files that a load may read: each of them needs a checksum."""
 _READ_BYTES = 1 << 22
 _REMEDY = "copy it again, or leave the checksums out"
 
@@ -39,7 +39,7 @@ def sum_bytes(data: bytes) -> Summed:
 
 
 def sum_file(path: Path) -> Summed:
-    """Read a file to its end. Raises OSError where it cannot be."""
+    """Length and CRC of a file. Raises OSError if it cannot be read."""
     crc32 = num_bytes = 0
     with open_plain(path) as file:
         while block := file.read(_READ_BYTES):
@@ -49,7 +49,7 @@ def sum_file(path: Path) -> Summed:
 
 
 def write_sums(folder: Path, known: Mapping[str, Summed]) -> None:
-    """Write ``checksums.json`` for the files of ``folder``; those that are not ``known`` are small and read."""
+    """Write ``checksums.json`` for the files of ``folder``. Files that are not in ``known`` are small, and are read."""
     known = {**(read_sums(folder, MANIFEST) if (folder / MANIFEST).exists() else {}), **known}
     names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != SUMS)
     sums = {name: known.get(name) or sum_file(folder / name) for name in names}
@@ -58,7 +58,7 @@ def write_sums(folder: Path, known: Mapping[str, Summed]) -> None:
 
 
 def read_sums(folder: Path, name: str = SUMS) -> dict[str, Summed]:
-    """What ``checksums.json`` (or a conversion's ``conversion.json``) lists.
+    """The entries of ``checksums.json`` or of a conversion's ``conversion.json``.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -97,13 +97,13 @@ def compare(folder: Path, sums: Mapping[str, Summed]) -> Iterator[tuple[str, str
 
 
 def check_share(folder: Path, rank: int, world_size: int) -> str:
-    """What is wrong with this rank's share of the files of ``folder``; empty if nothing is.
+    """What is wrong with this rank's share of the files of ``folder``; empty if nothing is wrong.
 
     Raises:
         CheckpointError: it has no checksums.
     """
     sums = require_sums(folder)
-    # the largest files first, one to each rank in turn
+    # the largest files first, distributed to the ranks in turn
     names = sorted(sums, key=lambda name: -sums[name].num_bytes)[rank::world_size]
     problems = [f"{name} {wrong}" for name, wrong in compare(folder, {n: sums[n] for n in names}) if wrong]
     return "; ".join(problems)

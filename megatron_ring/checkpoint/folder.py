@@ -1,7 +1,7 @@
 """Checkpoint folders: their names, making and committing one, the pointer to the latest, pruning.
 
-A save writes into ``iter_0000010.incomplete`` and is renamed when every byte is durable; only then does
-``latest_checkpointed_iteration.txt`` (Megatron's name) move. A killed save leaves the pointer where it was.
+A save writes into ``iter_0000010.incomplete``, which is renamed when every byte is durable. After that
+``latest_checkpointed_iteration.txt`` (Megatron's name), the pointer, is replaced. A killed save leaves the old pointer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def folder_of(root: Path, iteration: int) -> Path:
 
 
 def parts_of(folder: Path) -> list[Path]:
-    """What goes on together from the checkpoint ``folder``: itself, and its critic of the same step if it has one."""
+    """The folders that are loaded together with the checkpoint ``folder``: itself and, if there is one, its critic."""
     steps = (_NAME.fullmatch(place.name.removesuffix(_REPLACED)) for place in _places(folder))
     step = next((int(found[1]) for found in steps if found), None)
     critic = None if step is None else critic_of(folder, step)
@@ -50,7 +50,7 @@ def critic_of(folder: Path, iteration: int) -> Path | None:
 
 
 def beside(folder: Path, name: str) -> Path | None:
-    """The folder ``name`` beside the checkpoint ``folder``; where that is a link, also beside what it names.
+    """The folder ``name`` beside the checkpoint ``folder`` or, if that is a symbolic link, beside its target.
 
     Example: ``beside(Path("."), "critic")`` inside of ``runs/a/iter_0000010`` is ``runs/a/critic``.
     """
@@ -59,17 +59,16 @@ def beside(folder: Path, name: str) -> Path | None:
 
 
 def _places(folder: Path) -> list[Path]:
-    """Where ``folder`` may have its neighbours; a link that is not called like a step has others there."""
+    """The paths beside which to look, in order: first the one that is named like a step, of a link and its target."""
     named, real = folder.absolute(), folder.resolve()
     return [named, real] if _NAME.fullmatch(named.name.removesuffix(_REPLACED)) else [real, named]
 
 
 def begin(root: Path, iteration: int, num_bytes: int) -> Path:
-    """Make the folder that a save of ``num_bytes`` writes into; removes what a killed save of the same step
-    left.
+    """Make the folder that a save of ``num_bytes`` writes into, without what a killed save of the same step left.
 
     Raises:
-        CheckpointError: the folder cannot be written or the disk is too small; nothing has been written then.
+        CheckpointError: the folder cannot be written or the disk is too small; nothing was written.
     """
     working = folder_of(root, iteration).with_name(folder_of(root, iteration).name + _INCOMPLETE)
     must_be_mine(root)
@@ -91,9 +90,9 @@ def begin(root: Path, iteration: int, num_bytes: int) -> Path:
 
 
 def commit(working: Path, iteration: int, sums: Mapping[str, Summed] | None = None) -> Path:
-    """Make a finished save durable, give it its name and move the pointer.
+    """Make a finished save durable, rename it and move the pointer to it.
 
-    ``sums`` are those of its files that were summed when they were written.
+    ``sums`` are the checksums of files that were computed while they were written.
     """
     final = working.with_name(working.name.removesuffix(_INCOMPLETE))
     write_sums(working, sums or {})
@@ -111,11 +110,11 @@ def commit(working: Path, iteration: int, sums: Mapping[str, Summed] | None = No
 
 
 def prune(root: Path, saved: int, keep_last_n: int) -> None:
-    """Delete all but the ``keep_last_n`` complete checkpoints up to the one of step ``saved`` (0 keeps all).
+    """Of the checkpoints up to step ``saved``, delete all but the last ``keep_last_n`` (0 keeps all).
 
-    Later steps are of a run that was here before, or from before one went back: nothing says that they may go, and
-    counted as the newest they would cost the run what it has just saved. A critic goes with its policy: it is saved
-    first, and one that went by its own count would be missed by the policy before, until that is replaced too.
+    Later steps are kept and not counted: they are from an earlier run, or this run was resumed from before them. A critic's
+    checkpoint is deleted together with its policy's: it is saved first, so that counting its own would delete the critic
+    of a policy that is still kept.
     """
     if keep_last_n <= 0:
         return
@@ -133,10 +132,10 @@ def iterations(root: Path) -> list[int]:
 
 
 def latest(root: Path) -> Path | None:
-    """The checkpoint the pointer names; ``None`` when there is none yet.
+    """The checkpoint that the pointer names; ``None`` if there is none yet.
 
     Raises:
-        CheckpointError: the pointer is damaged, names a folder that is not there, or is lost beside several checkpoints.
+        CheckpointError: the pointer is damaged, names a missing folder, or is missing beside several checkpoints.
     """
     tracker = root / TRACKER
     if not os.path.lexists(tracker):
@@ -154,7 +153,7 @@ def latest(root: Path) -> Path | None:
     folder = folder_of(root, int(text))
     replaced = folder.with_name(folder.name + _REPLACED)
     if not folder.is_dir() and replaced.is_dir():
-        # a second save of the step was killed between two names
+        # a second save of the same step was killed between its two renames
         return replaced
     if not folder.is_dir():
         there = ", ".join(map(str, iterations(root))) or "none"
@@ -165,14 +164,14 @@ def latest(root: Path) -> Path | None:
 
 
 def _only_one(root: Path) -> Path | None:
-    """The one complete checkpoint of a folder without a pointer: a run was killed right behind its first save."""
+    """The one complete checkpoint of a folder without a pointer: a run was killed right after its first save."""
     there = iterations(root)
     if len(there) > 1:
         raise CheckpointError(
-            f"{root / TRACKER}: is not there, but checkpoints are ({', '.join(map(str, there))}); write the step to go on "
-            "from into it, or name another folder to start anew"
+            f"{root / TRACKER}: is missing beside checkpoints of steps {', '.join(map(str, there))}; write the step to "
+            "resume from into it, or name another folder to start anew"
         )
     if not there:
         return None
-    log.info("%s: is not there; the one checkpoint beside it is taken, step %d", root / TRACKER, there[0])
+    log.info("%s: is missing; resuming from the only checkpoint there, step %d", root / TRACKER, there[0])
     return folder_of(root, there[0])

@@ -1,8 +1,8 @@
-"""``.metadata`` of a torch_dist checkpoint: which tensors it has and where in which file their chunks lie.
+"""``.metadata`` of a torch_dist checkpoint: which tensors it has, and in which file and at which byte their chunks are.
 
-This is the project's only reader of that pickle. It makes plain values (:mod:`megatron_ring.checkpoint.pickles`),
-picks out of them what it expects, and checks every number. Torch and Megatron are given what
-:mod:`megatron_ring.checkpoint.megatron_io` makes of the result, never the file. Nothing here needs torch.
+This is the project's only reader of that pickle. It reads plain values (:mod:`megatron_ring.checkpoint.pickles`), takes the
+expected ones and checks every number. Torch and Megatron get what :mod:`megatron_ring.checkpoint.megatron_io` makes of the
+result, never the file. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _ITEM_BYTES = {
     "int64": 8,
     "float64": 8,
 }
-"""Bytes of one number, by torch's name of the dtype."""
+"""Bytes per element, by torch's name of the dtype."""
 _ALLOWED = {
     "torch": f"Size device {' '.join(_ITEM_BYTES)}",
     "torch.serialization": "_get_layout",
@@ -56,12 +56,12 @@ _ALLOWED = {
     "pathlib": "Path PosixPath",
     "builtins": "set frozenset",
 }
-"""All that ``.metadata`` may name. Nothing of it is ever imported or called; another name is a sign of harm."""
+"""All names that ``.metadata`` may contain. None is imported or called; any other name is refused as unsafe."""
 
 
 @dataclass(frozen=True, slots=True)
 class IndexedChunk:
-    """Part of a tensor and its bytes: one archive of ``torch.save`` inside a file.
+    """Part of a tensor and where its bytes are: one archive of ``torch.save`` inside a file.
 
     Example: ``IndexedChunk((0, 0), (128, 64), "__0_0.distcp", 4096, 33792)``.
     """
@@ -84,10 +84,11 @@ class IndexedTensor:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointIndex:
-    """What ``.metadata`` says. ``objects`` are pickled things beside the tensors: counted, never read.
+    """The contents of ``.metadata``. ``objects`` are keys of pickled objects beside the tensors, which are never read;
+    ``files`` has the minimum length of each file in bytes.
 
     Example: ``CheckpointIndex({"output_layer.weight": IndexedTensor(...)}, ("decoder..._extra_state/shard_0_1",),
-    {"__0_0.distcp": 81920})``; the last are the bytes that each file has at least.
+    {"__0_0.distcp": 81920})``.
     """
 
     tensors: dict[str, IndexedTensor]
@@ -96,7 +97,7 @@ class CheckpointIndex:
 
 
 def read_index(folder: Path, remedy: str = "load a complete checkpoint folder") -> CheckpointIndex:
-    """The index of ``folder``, whose files are there and long enough.
+    """Read the index of ``folder``, and check that its files exist and are long enough.
 
     Raises:
         CheckpointError: ``.metadata`` is missing, unsafe or damaged, or a file is missing or too short.
@@ -193,11 +194,12 @@ def _tensor(key: str, entry: Any, places: dict[_Place, tuple[str, int, int]]) ->
 
 
 def _covers(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], shape: tuple[int, ...]) -> bool:
-    """Is every number of ``shape`` in exactly one of ``boxes``, which lie inside it?
+    """Is every element of ``shape`` in exactly one of ``boxes``, which are inside of it?
 
-    As many numbers may lie in two boxes as in none. So each number (i, j, ...) weighs a^i b^j ... modulo a prime, with
-    secret a, b, ...: equal sums of the weights mean that all are there once (but for a chance of less than 2^-50), and
-    a box's sum is a product of geometric ones, whatever its size.
+    Counting elements is not enough: some may be in two boxes and as many in none. So the element (i, j, ...) gets the
+    weight a^i b^j ... modulo a prime, with secret a, b, ...: if the sums of weights are equal, every element is covered
+    once (except with a probability below 2^-50). The sum over a box is a product of geometric series, so its cost does
+    not depend on the box's size.
     """
     if sum(math.prod(sizes) for _, sizes in boxes) != math.prod(shape):
         return False
@@ -223,7 +225,7 @@ def _dtype(properties: Any, key: str) -> str:
 
 
 def _sizes(value: Any, key: str) -> tuple[int, ...]:
-    """A ``torch.Size``; a tuple or list of its own will do."""
+    """The sizes in a ``torch.Size``, a tuple or a list."""
     called = isinstance(value, Built) and str(value.of) == "torch.Size" and len(value.args) == 1
     sizes: Any = value.args[0] if called else value
     if type(sizes) not in (tuple, list) or len(sizes) > _MAX_DIMENSIONS or not all(map(is_count, sizes)):
@@ -232,7 +234,7 @@ def _sizes(value: Any, key: str) -> tuple[int, ...]:
 
 
 def _is(value: Any, *names: str) -> bool:
-    """Is it an object of one of torch's or Megatron's classes of these names?"""
+    """Is it an object of a class of torch or Megatron with one of these names?"""
     return (
         isinstance(value, Built)
         and value.of.name in names

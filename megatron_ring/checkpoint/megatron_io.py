@@ -1,9 +1,9 @@
-"""Megatron's sharded save and load, with the reading done by us and every byte summed as it is written.
+"""Megatron's sharded save and load, with our own safe reader and with checksums computed while files are written.
 
-Loading: Megatron would read ``.metadata`` with plain ``pickle``, ``common.pt`` and every chunk with ``torch.load``.
-Here it is told what our own reader found (:mod:`megatron_ring.checkpoint.index`), chunks are read in place, and
-of ``common.pt``, which holds nothing that is needed, only the frame is looked at. A file that is exchanged
-between a check and its use therefore meets the same reader.
+Megatron would read ``.metadata`` with plain ``pickle``, and ``common.pt`` and every chunk with ``torch.load``. Here it gets
+the index of our own reader (:mod:`megatron_ring.checkpoint.index`), and chunks are read in place. Of ``common.pt``, whose
+contents are not needed, only the zip directory is checked. So a file that is replaced between a check and its use cannot
+run code either.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from megatron_ring.plain import open_plain
 
 
 def load_sharded(wanted: dict[str, Any], folder: Path, index: CheckpointIndex) -> dict[str, Any]:
-    """``wanted`` with the tensors of the checkpoint ``folder`` in its shards' places. Collective over the world.
+    """``wanted`` with its shards replaced by the tensors of the checkpoint ``folder``. Collective over the world.
 
-    Raises what Megatron raises: for pieces that are missing or of another shape its own errors, for those that
-    cannot be read one with a CheckpointError inside.
+    Raises Megatron's own errors if tensors are missing or of another shape; if a file cannot be read, an error of torch
+    that contains a CheckpointError.
     """
     loaded: Any = dist_checkpointing.load(
         wanted,
@@ -58,10 +58,10 @@ def load_sharded(wanted: dict[str, Any], folder: Path, index: CheckpointIndex) -
 
 
 def check_common(folder: Path) -> None:
-    """Is ``common.pt`` whole? Nothing in it is used.
+    """Check that ``common.pt`` is complete; nothing in it is used.
 
     Raises:
-        CheckpointError: it is missing, or cut off.
+        CheckpointError: it is missing or damaged.
     """
     path = folder / "common.pt"
     try:
@@ -74,7 +74,7 @@ def check_common(folder: Path) -> None:
 
 
 class _NoCommon(LoadCommonStrategy):
-    """Common state is what is not sharded: nothing of ours."""
+    """Common state is what is not sharded; our checkpoints have none."""
 
     def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
         return {}
@@ -93,21 +93,21 @@ class _NoCommon(LoadCommonStrategy):
 
 
 class _LoadTensors(upstream.TorchDistLoadShardedStrategy):
-    """Upstream's strategy over our reader."""
+    """Upstream's strategy with our reader."""
 
     def __init__(self, source: TorchDistFolder):
         super().__init__()
         self._source = source
 
     def load(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
-        # strategies/torch.py:760 (0.16.1) makes its reader by a function of its module and takes no other
+        # strategies/torch.py:760 (0.16.1) calls a function of its module to make the reader, and takes no other
         reader = mock.patch.object(upstream, "_get_filesystem_reader", lambda *_, **__: _Reader(self._source))
         with reader:
             return super().load(sharded_state_dict, checkpoint_dir)
 
 
 class _Reader(FileSystemReader):
-    """Torch's reader of a folder, without a pickle: metadata made from the index, chunks read in place."""
+    """Torch's reader of a folder, but without unpickling: metadata is made from the index, chunks are read in place."""
 
     def __init__(self, source: TorchDistFolder):
         super().__init__(source.folder)
@@ -145,10 +145,9 @@ class _Reader(FileSystemReader):
 
 
 class SaveSummed(upstream.TorchDistSaveShardedStrategy):
-    """Upstream's strategy; :attr:`sums` has the files' checksums on rank 0 once a save is finished.
+    """Upstream's strategy, which also computes checksums: after a save, :attr:`sums` has those of all files on rank 0.
 
-    The processes that write sum what passes through them, and the sums come back with the places of the chunks:
-    no file is read again.
+    The writing processes compute them and return them together with the chunks' places, so no file is read again.
     """
 
     def __init__(self, ckpt_format: str) -> None:
@@ -168,7 +167,7 @@ class SaveSummed(upstream.TorchDistSaveShardedStrategy):
 
 
 class _Summing(_StorageWriterTransforms):
-    """Torch's seam for what is written: each chunk's descriptor becomes the sum of its file up to its end."""
+    """Torch's hook for written data: the descriptor of each chunk becomes the CRC of its file up to the chunk's end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -186,7 +185,7 @@ class _Summing(_StorageWriterTransforms):
 
 
 class _SummedStream(io.RawIOBase):
-    """What one chunk is written to."""
+    """The stream to which one chunk is written."""
 
     def __init__(self, summing: _Summing, stream: Any, descriptors: list[str]):
         self._summing, self._stream, self._descriptors = summing, stream, descriptors
@@ -206,7 +205,7 @@ class _SummedStream(io.RawIOBase):
 
 
 def _take_sums(results: list[list[WriteResult]]) -> tuple[dict[str, Summed], list[list[WriteResult]]]:
-    """Every file's length and checksum, and the results as they are without a transformation."""
+    """Length and checksum of every file, and the results without our descriptors."""
     sums: dict[str, Summed] = {}
     plain: list[list[WriteResult]] = []
     for of_rank in results:

@@ -19,7 +19,7 @@ log = logging.getLogger("megatron_ring")
 
 
 def origin_of(folder: Path | None, seed: int) -> dict[str, Any]:
-    """What to know a run's first weights by: the checkpoint ``folder``, or random ones of ``seed``.
+    """A record of a run's first weights: those of the checkpoint ``folder``, or random ones of ``seed``.
 
     Example: ``{"folder": "/runs/sft/iter_0000100", "step": 100, "crc32": "9ae0daaf"}``; ``{"seed": 1234}``.
     """
@@ -29,19 +29,19 @@ def origin_of(folder: Path | None, seed: int) -> dict[str, Any]:
     step = TrainerState.read(folder).iteration
     found = {"folder": str(folder.absolute()), "step": step, "crc32": sum_file(path).crc32}
     if (folder / MANIFEST).exists():
-        # a reshard holds the numbers of the checkpoint that it was made of
+        # a resharded checkpoint has the weights of its source
         found["written_from"] = str(read_json(folder / MANIFEST, "write it again").get("source"))
     return found
 
 
 def must_be_same(saved: Any, now: dict[str, Any], loaded: Path | None) -> None:
-    """Refuse a resume whose reference would be another than that of the run so far.
+    """Refuse to resume with another reference policy than the run has had so far.
 
-    Other files of the same step are warned of where they lie in the same folder or were resharded from it; elsewhere
-    they are another model, for every converted one is of step 0. ``saved`` is null in older checkpoints.
+    Other files of the same step give a warning if they are in the same folder or were resharded from it. Elsewhere they
+    count as another model, since every converted checkpoint is of step 0. ``saved`` is null in older checkpoints.
 
     Raises:
-        CheckpointError: it began from other weights than the command names now.
+        CheckpointError: the run began from other weights than the command names now.
     """
     if saved is None:
         return

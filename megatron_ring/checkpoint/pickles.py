@@ -1,10 +1,9 @@
-"""Reading pickles from outside as plain values: a small machine of our own, in which nothing is ever called.
+"""A restricted unpickler for files from outside: it reads a pickle as plain values and never imports or calls anything.
 
-Python's unpickler imports what a pickle names, calls it, and sets attributes of whatever it is pointed at; and it
-reserves memory for a memo of the length that the pickle claims. Here a name stays a name (:class:`Name`), a call
-or an object stays a record of what was asked for (:class:`Built`), a dict a list of pairs (:class:`Pairs`), so
-that not even a foreign value's hash is taken. Each opcode makes at most one value, so memory is bounded by the
-length of the pickle. Whoever reads the result looks only at what it expects, by ``isinstance``.
+Python's unpickler imports the names in a pickle, calls them, sets attributes, and reserves memory for a memo of the length
+that the pickle claims. Here a name becomes a :class:`Name`, a call or an object a record of the request (:class:`Built`),
+and a dict a list of pairs (:class:`Pairs`), so that not even a key is hashed. Each opcode makes at most one value, so
+memory is bounded by the length of the pickle. The caller picks out the values that it expects, by ``isinstance``.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 MAX_OPCODES = 50_000_000
-"""Several times what the largest checkpoints need; as many take some ten seconds and a few gigabytes."""
+"""Several times what the largest checkpoints need; this many take about ten seconds and a few gigabytes."""
 _MAX_LONG_BYTES = 64
 _MAX_NAME_BYTES = 1000
 
 
 class PickleError(ValueError):
-    """A pickle is damaged, names what is not allowed, or asks for what no data needs."""
+    """A pickle is damaged, contains a name that is not allowed, or needs an operation that plain data does not."""
 
 
 class Name:
-    """Something that a pickle names. Example: ``Name("torch", "float32")``. One object per name and pickle."""
+    """A global name in a pickle. Example: ``Name("torch", "float32")``. One object per name and pickle."""
 
     __slots__ = ("module", "name")
 
@@ -38,7 +37,7 @@ class Name:
 
 
 class Built:
-    """A call or a new object that a pickle asks for: what of, with which arguments, then given which state."""
+    """A call or a new object that a pickle requests: of which name, with which arguments and which state."""
 
     __slots__ = ("args", "of", "state")
 
@@ -47,7 +46,7 @@ class Built:
 
 
 class Pairs:
-    """A dict of a pickle: its pairs in order, keys not compared."""
+    """A dict in a pickle: its pairs in order; keys are not compared."""
 
     __slots__ = ("pairs",)
 
@@ -56,7 +55,7 @@ class Pairs:
 
 
 class Stored:
-    """What a pickle keeps outside itself; ``key`` is how it finds it (torch: the bytes of a tensor)."""
+    """A reference to data outside of the pickle (torch: a tensor's bytes); ``key`` is the pickle's name for it."""
 
     __slots__ = ("key",)
 
@@ -67,12 +66,12 @@ class Stored:
 def read_pickle(
     data: bytes, allowed: Mapping[str, str], *, stored: bool = False, max_opcodes: int = MAX_OPCODES
 ) -> Any:
-    """What ``data`` describes. ``allowed``: module -> the names, apart by spaces, that it may name.
+    """The value of the pickle ``data``. ``allowed``: module -> the names of it that may occur, separated by spaces.
 
-    With ``stored`` it may refer to what lies outside (:class:`Stored`).
+    With ``stored`` it may refer to data outside of it (:class:`Stored`).
 
     Raises:
-        PickleError: one line that says what is wrong.
+        PickleError: what is wrong, in one line.
     """
     try:
         return _Machine(data, allowed, stored).run(max_opcodes)
@@ -84,7 +83,7 @@ def read_pickle(
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """No search for garbage meanwhile: reading makes millions of values and no garbage among them."""
+    """Switch the garbage collector off in this block: reading makes millions of values and no cycles."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -95,7 +94,7 @@ def no_collection() -> Iterator[None]:
 
 
 class _Machine:
-    """One run over one pickle. Opcodes of protocols 2 to 5, without those that call, extend or share buffers."""
+    """Reads one pickle: opcodes of protocols 2 to 5, without extension codes and shared buffers."""
 
     def __init__(self, data: bytes, allowed: Mapping[str, str], stored: bool):
         self._data, self._at = data, 0
@@ -212,7 +211,7 @@ class _Machine:
     def _name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise PickleError("it names something that is no name")
-        # the whole name: in "torch" there is an "os.system" too
+        # the whole name must match: "torch" also has an "os.system"
         if name not in self._allowed.get(module, ()):
             raise PickleError(f"it names {module[:100]}.{name[:100]}")
         self._stack.append(self._names.setdefault((module, name), Name(module, name)))
@@ -258,7 +257,7 @@ class _Machine:
 
 def _pushes(value: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
     def action(machine: _Machine) -> None:
-        # the value first: reading it may move the stack's place
+        # compute the value first: reading it may replace the stack
         item = value(machine)
         machine._stack.append(item)
 

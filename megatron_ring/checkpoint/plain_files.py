@@ -1,4 +1,4 @@
-"""Reading files that somebody else may have put there: what is no plain file, too large or no JSON is one line.
+"""Read files that may come from outside: one that is no plain file, too large or not JSON gives one error line.
 
 Nothing here needs torch.
 """
@@ -12,7 +12,7 @@ from megatron_ring.errors import CheckpointError
 from megatron_ring.plain import json_value, read_plain
 
 MAX_JSON_BYTES = 100_000_000
-"""No description of a checkpoint is longer, whatever the model."""
+"""More than the JSON of any checkpoint needs, whatever the model."""
 
 
 def read_json(path: Path, remedy: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -30,10 +30,10 @@ def read_json(path: Path, remedy: str, *, max_bytes: int = MAX_JSON_BYTES) -> di
 
 
 def parse_json_object(data: bytes) -> dict[str, Any]:
-    """The JSON object that ``data`` spells; every key of every object once.
+    """Parse a JSON object; a key that occurs twice is an error.
 
     Raises:
-        ValueError: it spells none; the message is one line.
+        ValueError: ``data`` is not a JSON object; the message is one line.
     """
     value = json_value(data.decode("utf-8"))
     if not isinstance(value, dict):
@@ -47,7 +47,7 @@ def is_count(value: object) -> TypeGuard[int]:
 
 
 def is_file_name(value: object) -> TypeGuard[str]:
-    """Is it the name of something in a folder, and of nothing outside it?"""
+    """Is it a file name without a path, so that it cannot lead out of a folder?"""
     return (
         isinstance(value, str)
         and 0 < len(value) < 256
@@ -57,7 +57,7 @@ def is_file_name(value: object) -> TypeGuard[str]:
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """A foreign value as a line can bear it. ``[...]`` for what may be nested."""
+    """A value from outside, shortened for an error line; of objects and lists only the kind is shown."""
     if value is None or isinstance(value, bool | float):
         return repr(value)
     if isinstance(value, int):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -19,14 +20,15 @@ log = logging.getLogger("megatron_ring")
 
 RNG_FILE = "rng.safetensors"
 _MAX_BYTES = 1 << 32
-"""A rank's generators take some ten kilobytes."""
+"""The states of one rank take about ten kilobytes."""
 
 
 def gather_rng(session: Session) -> dict[str, torch.Tensor]:
     """Every rank's generator states on rank 0 (empty elsewhere). Collective over the world."""
-    states = {**device.rng_state(), **get_cuda_rng_tracker().get_states()}
-    gathered: list[dict[str, torch.Tensor] | None] | None = (
-        [None] * session.world_size if session.is_main else None
+    tracker: Any = get_cuda_rng_tracker()
+    states = {**device.rng_state(), **tracker.get_states()}
+    gathered: list[dict[str, torch.Tensor]] | None = (
+        [{} for _ in range(session.world_size)] if session.is_save_rank else None
     )
     torch.distributed.gather_object(states, gathered)
     if gathered is None:
@@ -37,18 +39,18 @@ def gather_rng(session: Session) -> dict[str, torch.Tensor]:
 
 
 def save_rng(states: dict[str, torch.Tensor], folder: Path) -> None:
-    # written here: the package's own writer keeps its files from everybody but their owner
+    # not safetensors' save_file, which makes files that only their owner can read
     (folder / RNG_FILE).write_bytes(save(states))
 
 
 def load_rng(folder: Path, session: Session, same_layout: bool) -> None:
-    """Restore this rank's states; another layout keeps its fresh seeds and says so.
+    """Restore this rank's states. With another layout the seeds of the start stay, and a warning says so.
 
     Raises:
         CheckpointError: the file is missing or damaged, or lacks a state of this rank.
     """
     if not same_layout:
-        if session.is_main:
+        if session.is_save_rank:
             log.warning("random-number states of %s belong to another layout; starting from the seed", folder)
         return
     path, remedy = folder / RNG_FILE, "use --no-load-rng or load another checkpoint"
@@ -58,7 +60,7 @@ def load_rng(folder: Path, session: Session, same_layout: bool) -> None:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from None
     except SafetensorError as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); {remedy}") from None
-    tracker = get_cuda_rng_tracker()
+    tracker: Any = get_cuda_rng_tracker()
     named = tracker.get_states()
     own: dict[str, torch.Tensor] = {}
     for name, now in {**device.rng_state(), **named}.items():
@@ -69,7 +71,7 @@ def load_rng(folder: Path, session: Session, same_layout: bool) -> None:
     try:
         for state in own.values():
             if state.shape == torch.get_rng_state().shape:
-                # Megatron's tracker only keeps what it is given: a damaged state would end a later step
+                # Megatron's tracker does not check a state: a damaged one would fail at a later step
                 torch.Generator().set_state(state)
         device.set_rng_state(own)
     except RuntimeError as error:

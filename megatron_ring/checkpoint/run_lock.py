@@ -1,12 +1,12 @@
-"""One run folder, one run: a file in the folder says who writes there.
+"""A lock on a run's folder: only one run at a time writes its checkpoints there.
 
-``run.lock`` is made by a hard link, which one of several starters gets, on NFS too, and names its owner: machine
-(boot), process and its start, launch. It is stale at once when the owner's process is gone from the machine that
-asks. Another machine cannot look: there it is stale when nobody has touched it for :data:`STALE_SECONDS`. The owner
-touches it every :data:`TOUCH_SECONDS`, whatever its steps take; ages are differences of the file system's own clock.
+``run.lock`` is made by a hard link, which succeeds for one of several starters, on NFS too. It names its owner: machine
+(boot), process, the process's start, launch. On the owner's machine it is stale as soon as the process is gone. Another
+machine cannot see the process: there it is stale if its time stamp is older than :data:`STALE_SECONDS`. The owner renews
+the time stamp every :data:`TOUCH_SECONDS` in a thread; ages are measured with the file system's own clock.
 
-Taking over a stale lock is a race as well. Each lock has a token of its own, and only who makes the one claim file
-named after the stale token may put a lock in its place. Nothing here needs torch.
+Several processes may find the same stale lock. Each lock has a token, and only the process that makes the one claim file
+named after the stale token may replace the lock. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EX
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Owner:
-    """Who holds a run folder.
+    """The process that holds a run folder.
 
     Example: ``Owner(token="9f...", host="node3", machine="6b2c.../4026531836", pid=4711, started=123456,
     launch="127.0.0.1:29500/...", folder="/runs/a")``.
@@ -50,43 +50,47 @@ class Owner:
     token: str
     host: str
     machine: str
-    """This boot of the machine and the namespace in which ``pid`` is a process."""
+    """This boot of the machine, and the process namespace of ``pid``."""
     pid: int
     started: int
-    """Clock ticks after the boot; another process may have the number later."""
+    """Start of the process in clock ticks after the boot: ``pid`` may be reused."""
     launch: str
     """The same for all processes of one launch."""
     folder: str = ""
-    """Where the lock was made; a copy of a live folder has the lock in it too."""
+    """Where the lock was made: a copy of the folder contains the lock, too."""
 
     def is_here(self) -> bool:
-        """Can this process see whether the owner lives?"""
+        """Can this process see whether the owner still runs?"""
         return self.machine == _machine()
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}" if self.pid else f"somebody whose {LOCK} is damaged"
+        return (
+            f"process {self.pid} on {self.host}"
+            if self.pid
+            else f"an unknown process (its {LOCK} is damaged)"
+        )
 
 
-def check_run_folder(folder: str | Path | None, *, is_main: bool) -> None:
-    """Refuse a folder in which another run writes, before anything is started; takes nothing.
+def check_run_folder(folder: str | Path | None, *, is_save_rank: bool) -> None:
+    """Check before the start that no other run writes to ``folder``. Does not take the lock.
 
-    A rank other than the first (``is_main``) lets a lock of its own launch stand: the first may have it already.
+    On ranks other than rank 0 (``is_save_rank``) a lock of this launch is accepted: rank 0 may have taken it already.
 
     Raises:
-        CheckpointError: another run does.
+        CheckpointError: another run writes there.
     """
     if folder is None:
         return
     lock = Path(folder) / LOCK
     found = _read(lock)
-    if found is None or (not is_main and found.launch == _launch()):
+    if found is None or (not is_save_rank and found.launch == _launch()):
         return
     if _is_live(lock, found):
         raise _refusal(lock, found)
 
 
 def must_be_mine(folder: Path) -> None:
-    """Refuse to write into a folder that another process holds.
+    """Check that no other process holds ``folder``.
 
     Raises:
         CheckpointError: one does.
@@ -100,7 +104,7 @@ def must_be_mine(folder: Path) -> None:
 
 @contextlib.contextmanager
 def hold_run_folder(folder: str | Path | None) -> Iterator[None]:
-    """Hold ``folder`` (made if need be) for this process until the block ends, however it ends.
+    """Hold the lock of ``folder`` (made if it is missing) until the block ends, however it ends.
 
     Raises:
         CheckpointError: another run holds it, or it cannot be written.
@@ -130,12 +134,12 @@ def hold_run_folder(folder: str | Path | None) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 lock.unlink()
         for each in made:
-            with contextlib.suppress(OSError):  # it holds something now
+            with contextlib.suppress(OSError):  # it is not empty any more
                 each.rmdir()
 
 
 def _take(lock: Path) -> Owner:
-    """Make ``lock`` ours, or take it over from an owner that is gone."""
+    """Take ``lock``, if need be from an owner that is gone."""
     owner = Owner(
         token=secrets.token_hex(8),
         host=socket.gethostname(),
@@ -146,7 +150,7 @@ def _take(lock: Path) -> Owner:
         folder=os.path.realpath(lock.parent),
     )
     own = lock.with_name(f"{LOCK}.{owner.token}")
-    # synced: a power cut would leave a lock that says nothing
+    # synced, so that a power cut leaves no empty lock
     write_synced(own, json.dumps(asdict(owner)) + "\n")
     try:
         for _ in range(100):
@@ -154,23 +158,25 @@ def _take(lock: Path) -> Owner:
                 return owner
             held = _read(lock)
             if held is None:
-                # released, or replaced, since
+                # released or replaced in the meantime
                 continue
             if _is_live(lock, held):
                 raise _refusal(lock, held)
             if _take_over(lock, held, own):
-                log.warning("%s: was held by %s, which is gone from here: taken over", lock, held)
+                log.warning("%s: was held by %s, which is gone: taken over", lock, held)
                 return owner
-        raise CheckpointError(f"{lock}: changes hands without end; remove it when no run writes there")
+        raise CheckpointError(
+            f"{lock}: other processes keep taking it (100 tries); remove it when no run writes there"
+        )
     finally:
         with contextlib.suppress(OSError):
             own.unlink(missing_ok=True)
 
 
 def _take_over(lock: Path, held: Owner, own: Path) -> bool:
-    """Put ``own`` in the place of the stale lock of ``held`` if nobody else does.
+    """Replace the stale lock of ``held`` by ``own``; False if another process does.
 
-    A claim whose maker died in the middle is stale like a lock, and claimed by its own token in turn.
+    A claim whose maker died half-way is stale like a lock: it is claimed by its own token.
     """
     chain = [held]
     while True:
@@ -185,24 +191,24 @@ def _take_over(lock: Path, held: Owner, own: Path) -> bool:
         chain.append(maker)
     try:
         if _read(lock) != held:
-            # somebody's claim was done, and taken away, before ours was made
+            # another claim was made, used and removed before ours
             return False
         own.replace(lock)
         return True
     finally:
-        # the one that ends a chain takes it away, its own link last
+        # the process at the end of a chain of claims removes all of them, its own last
         for each in chain:
             with contextlib.suppress(OSError):
                 lock.with_name(f"{LOCK}.{each.token}.claim").unlink(missing_ok=True)
 
 
 def _link(own: Path, target: Path) -> bool:
-    """Give ``own`` the second name ``target`` unless that is taken."""
+    """Hard-link ``own`` to ``target``; False if that exists already. Without hard links, copy it."""
     try:
         os.link(own, target)
         return True
     except FileExistsError:
-        # NFS may repeat a request whose answer was lost
+        # NFS may repeat a request whose reply was lost: then the link is ours
         return target.exists() and own.stat().st_nlink > 1 and own.samefile(target)
     except OSError as error:
         if error.errno not in _NO_LINKS:
@@ -221,7 +227,7 @@ def _keep_fresh(lock: Path, owner: Owner, stop: threading.Event) -> None:
         try:
             if _read(lock) != owner:
                 log.error(
-                    "%s: is not this run's any more; another run may write here: stop one of them", lock
+                    "%s: is not this run's any more: another run may write here; stop one of them", lock
                 )
                 return
             os.utime(lock)
@@ -230,21 +236,21 @@ def _keep_fresh(lock: Path, owner: Owner, stop: threading.Event) -> None:
 
 
 def _is_live(lock: Path, owner: Owner) -> bool:
-    """Does the maker of ``lock`` still run, as far as can be known from here?"""
+    """Does the owner of ``lock`` still run? On another machine this is judged by the lock's age."""
     if owner.is_here():
         return _started(owner.pid) == owner.started and not _is_copy(lock, owner)
     try:
-        # either way: a clock that was put back leaves a lock from the future, which nobody touches either
+        # abs: after a clock was set back, a stale lock may be from the future
         return abs(_now(lock) - lock.stat().st_mtime) < STALE_SECONDS
     except FileNotFoundError:
         return False
 
 
 def _is_copy(lock: Path, owner: Owner) -> bool:
-    """Is ``lock`` a copy of one that its owner has elsewhere, where it is another file?
+    """Is ``lock`` a copy, made with its folder, of a lock that its owner holds in another folder?
 
-    In doubt it is none: under another name of the folder it is the same file, and of a folder that was moved, or cannot
-    be seen, the original is not found.
+    False in doubt: if both names lead to the same file, or if the original is not found (the folder was moved, or is not
+    visible here).
     """
     if not owner.folder or owner.folder == os.path.realpath(lock.parent):
         return False
@@ -256,13 +262,13 @@ def _is_copy(lock: Path, owner: Owner) -> bool:
 
 
 def _now(lock: Path) -> float:
-    """The present by the file system's clock: that of a file just made."""
+    """The time by the file system's clock: the time stamp of a new file."""
     probe = lock.with_name(f"{LOCK}.{secrets.token_hex(8)}")
     try:
         probe.touch()
         return probe.stat().st_mtime
     except OSError:
-        # a folder that only its owner may write: this machine's clock has to do
+        # the folder cannot be written by this user: take this machine's clock
         return time.time()
     finally:
         with contextlib.suppress(OSError):
@@ -270,10 +276,9 @@ def _now(lock: Path) -> float:
 
 
 def _read(lock: Path) -> Owner | None:
-    """Who made ``lock``; ``None`` if it is not there.
+    """The owner of ``lock``; ``None`` if there is no lock.
 
-    One that says nothing that can be understood, as a full disk or a power cut may leave it, is somebody's elsewhere:
-    stale when nobody touches it.
+    A damaged lock, as a full disk or a power cut may leave it, gets an owner on an unknown machine: it is stale by its age.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -317,7 +322,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """When a process of this machine began; ``None`` if there is none or it is dead and not yet buried."""
+    """Start of a process of this machine, in clock ticks after the boot; ``None`` if there is none, or it is a zombie."""
     try:
         fields = (
             Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
@@ -328,7 +333,7 @@ def _started(pid: int) -> int | None:
 
 
 def _launch() -> str:
-    """What all processes of a launch, and of no other at the same time, have in common."""
+    """An identifier that all processes of this launch share, and no other launch at the same time."""
     names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_STEP_ID")
     values = [os.environ.get(name, "") for name in names]
     return "/".join(values) if any(values) else f"alone/{os.getpid()}"

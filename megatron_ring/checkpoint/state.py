@@ -25,8 +25,8 @@ STEP_KEY = "step"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Trained(Protocol):
-    """What a checkpoint holds: ``megatron_ring.train.engine.Engine`` is one."""
+class Checkpointable(Protocol):
+    """What can be saved: model chunks and their optimizer, such as those of ``megatron_ring.train.engine.Engine``."""
 
     models: Sequence[RingModel]
     optimizer: Any
@@ -34,7 +34,7 @@ class Trained(Protocol):
     session: Session
 
     def gather_parameters(self) -> None:
-        """Have whole weights in place on every data-parallel rank."""
+        """Gather whole weights on every data-parallel rank."""
         ...
 
     def on_weights_changed(self) -> None:
@@ -42,7 +42,7 @@ class Trained(Protocol):
         ...
 
 
-def model_state(engine: Trained) -> dict[str, Any]:
+def model_state(engine: Checkpointable) -> dict[str, Any]:
     """Sharded weights and persistent buffers of every chunk of this rank. Collective over data-parallel
     ranks.
     """
@@ -55,27 +55,26 @@ def model_state(engine: Trained) -> dict[str, Any]:
 
 
 def tensors_only(state: dict[str, Any]) -> dict[str, Any]:
-    """A chunk's sharded state without the objects Megatron keeps beside it (``_extra_state``).
+    """A chunk's sharded state without Megatron's ``_extra_state`` objects.
 
-    Those are empty without FP8, and reading one unpickles whatever the file holds.
+    They are empty without FP8, and reading one would unpickle what the file holds.
     """
     return {key: value for key, value in state.items() if not isinstance(value, ShardedObject)}
 
 
 def load_tensors(chunk: RingModel, state: dict[str, Any], loaded: dict[str, Any]) -> None:
-    """Put what was loaded for ``tensors_only(state)`` into ``chunk``."""
+    """Load the tensors of ``tensors_only(state)`` into ``chunk``."""
     objects = {key: None for key, value in state.items() if isinstance(value, ShardedObject)}
     chunk.load_state_dict(objects | loaded)
 
 
-def optimizer_state(engine: Trained, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+def optimizer_state(engine: Checkpointable, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     """Sharded main parameters and moments. Collective over data-parallel ranks when saving (they are
     gathered).
 
-    Only tensors: hyperparameters come from the configuration and the step count travels with the trainer's
-    state. Megatron's own optimizer dict lists one entry per optimizer, which differs between pipeline
-    stages with and without experts. The distributed and the plain optimizer write the same tensors under the
-    same names, so that either reads the other's.
+    Only tensors: hyperparameters come from the configuration, and the step count is in the trainer's state. Megatron's own
+    state dict has one entry per optimizer, and their number differs between pipeline stages with and without experts. The
+    distributed and the plain optimizer write the same tensors under the same names, so that either reads the other's.
     """
     _allocate(engine)
     return {
@@ -86,7 +85,7 @@ def optimizer_state(engine: Trained, model: dict[str, Any], *, is_loading: bool)
     }
 
 
-def optimizer_step_count(engine: Trained) -> int:
+def optimizer_step_count(engine: Checkpointable) -> int:
     """Updates made so far; 0 before the first."""
     for part in _parts(engine):
         for state in part.optimizer.state.values():
@@ -96,8 +95,8 @@ def optimizer_step_count(engine: Trained) -> int:
 
 
 @torch.no_grad()
-def load_optimizer(engine: Trained, loaded: dict[str, Any], step_count: int) -> None:
-    """Put loaded main parameters and moments in place, and the step count beside them."""
+def load_optimizer(engine: Checkpointable, loaded: dict[str, Any], step_count: int) -> None:
+    """Copy loaded main parameters and moments into the optimizers, and set the step count."""
     for index, part in enumerate(_parts(engine)):
         tensors = loaded[f"optimizer{index}"]
         if isinstance(part, DistributedOptimizer):
@@ -109,18 +108,19 @@ def load_optimizer(engine: Trained, loaded: dict[str, Any], step_count: int) -> 
 
 
 def _distributed_state(
-    engine: Trained, part: DistributedOptimizer, model: dict[str, Any], *, is_loading: bool
+    engine: Checkpointable, part: DistributedOptimizer, model: dict[str, Any], *, is_loading: bool
 ) -> dict[int, Any]:
-    return part.sharded_param_state_fully_reshardable(
+    state: Any = part.sharded_param_state_fully_reshardable(
         model, is_loading=is_loading, metadata=sharding_metadata(engine.topology)
     )
+    return state
 
 
 def _plain_state(part: MegatronOptimizer, model: dict[str, Any]) -> dict[int, Any]:
-    """What :class:`DistributedOptimizer` would write, of an optimizer that every data-parallel rank has whole.
+    """The state that :class:`DistributedOptimizer` would write, of an optimizer that is whole on every data-parallel rank.
 
-    Upstream's own form names each optimizer's groups, keeps the step count among the tensors, and leaves out
-    the main parameters in fp32.
+    Upstream's own form names each optimizer's groups, has the step count among the tensors, and omits the main parameters
+    in fp32.
     """
     sharded = {
         id(getattr(tensor.data, "main_param", tensor.data)): tensor
@@ -128,27 +128,27 @@ def _plain_state(part: MegatronOptimizer, model: dict[str, Any]) -> dict[int, An
         if not isinstance(tensor, ShardedObject)
     }
     return {
-        place: {
+        index: {
             name: make_sharded_optimizer_tensor(sharded[id(main)], value, f"optimizer.state.{name}")
             for name, value in _tensors_of(part, main).items()
         }
-        for place, main in enumerate(part.get_parameters())
+        for index, main in enumerate(part.get_parameters())
     }
 
 
 def _load_plain(part: MegatronOptimizer, loaded: dict[int, Any]) -> None:
-    for place, main in enumerate(part.get_parameters()):
+    for index, main in enumerate(part.get_parameters()):
         for name, value in _tensors_of(part, main).items():
-            value.copy_(loaded[place][name])
+            value.copy_(loaded[index][name])
 
 
 def _tensors_of(part: MegatronOptimizer, main: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A main parameter and its moments, by the names that they have in a checkpoint."""
+    """A main parameter and its moments, by their names in a checkpoint."""
     state = part.optimizer.state[main]
     return {"param": main.detach(), **{name: state[name] for name in MOMENTS}}
 
 
-def _parts(engine: Trained) -> list[MegatronOptimizer]:
+def _parts(engine: Checkpointable) -> list[MegatronOptimizer]:
     return [
         part
         for part in engine.optimizer.chained_optimizers
@@ -157,10 +157,8 @@ def _parts(engine: Trained) -> list[MegatronOptimizer]:
 
 
 @torch.no_grad()
-def _allocate(engine: Trained) -> None:
-    """Give torch's AdamW the state it makes at its first step, so that there is something to save or load
-    into.
-    """
+def _allocate(engine: Checkpointable) -> None:
+    """Allocate the state that torch's AdamW makes at its first step, so that it can be saved or loaded into."""
     for part in _parts(engine):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:

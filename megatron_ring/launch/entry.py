@@ -87,7 +87,7 @@ def start(argv: Sequence[str] | None = None, *, stage: str = "pretrain") -> RunC
             print(plan, flush=True)
         sys.exit(0)
     check_inputs(command.config, stage)
-    check_run_folder(command.config.checkpoint.save, is_main=_rank() == 0)
+    check_run_folder(command.config.checkpoint.save, is_save_rank=_rank() == 0)
     return command.config
 
 

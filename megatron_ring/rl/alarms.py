@@ -38,7 +38,7 @@ class Alarms:
         rank's.
         """
         self._unjudged(step, values, rollouts)
-        if not self._session.is_writer:
+        if not self._session.is_log_rank:
             return
         if values.get("mismatch", 0.0) > self._mismatch_alarm:
             log.warning(
@@ -67,7 +67,7 @@ class Alarms:
                 for domain, detail, number in rows:
                     total[domain, detail] += number
             (domain, detail), _ = min(total.items(), key=lambda item: (-item[1], item[0]))
-            if self._session.is_writer:
+            if self._session.is_log_rank:
                 log.warning(
                     "step %d: %s in %.0f%% of the responses, most often in domain %s: %s; %s",
                     step,

@@ -1,4 +1,4 @@
-"""bfloat16 on a processor without bfloat16: products of matrices in fp32, rounded once."""
+"""bfloat16 matrix products on processors without bfloat16 instructions: computed in fp32 and rounded once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger("megatron_ring")
 
 
 def has_bf16_products() -> bool:
-    """True where torch's own bfloat16 products are fast: oneDNN has code for them from AVX-512 on, and on Arm."""
+    """Are torch's own bfloat16 products fast here? oneDNN has code for them with AVX-512 and on Arm."""
     return (
         platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() == "AVX512"
     )
@@ -25,8 +25,8 @@ def has_bf16_products() -> bool:
 def bf16_products() -> Iterator[None]:
     """Have torch's ``mm``, ``bmm`` and ``addmm`` of bfloat16 matrices on the CPU run in fp32 for the ``with`` block.
 
-    Only where the processor cannot do better, there about ten times faster and no less accurate: both operands
-    are converted, and the fp32 result is rounded once. Needs the C++ extension; says in the log what it does.
+    No effect if the processor has bfloat16 instructions. Elsewhere about ten times faster and no less accurate: both
+    operands are converted, and the fp32 result is rounded once. Needs the C++ extension; logs which path is used.
     """
     if has_bf16_products():
         yield

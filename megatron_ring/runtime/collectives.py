@@ -1,7 +1,4 @@
-"""Small values between processes, as JSON: nothing that arrives is unpickled.
-
-Every function is collective over the group in its first line.
-"""
+"""Collectives on small values, sent as JSON: nothing that arrives is unpickled."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from torch import Tensor
 
 
 def gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) -> list[Any]:
-    """Collective over ``group``: what every rank said, in the order of ranks. For small things."""
+    """Collective over ``group``: the JSON-able ``value`` of every rank, in rank order."""
     if group.size() == 1:
         return [value]
     own = to_tensor(json.dumps(value).encode(), device)
@@ -31,7 +28,7 @@ def gather_json(value: Any, group: dist.ProcessGroup, device: torch.device) -> l
 
 
 def broadcast_json(value: Any, source: int, group: dist.ProcessGroup, device: torch.device) -> Any:
-    """Collective over ``group``: what its rank number ``source`` says."""
+    """Collective over ``group``: the JSON-able ``value`` of its rank ``source``."""
     if group.size() == 1:
         return value
     return json.loads(broadcast_bytes(json.dumps(value).encode(), source, group, device))

@@ -1,10 +1,11 @@
-"""Only operations that give the same bits every time, for the length of a session."""
+"""Deterministic operations for the length of a session: the same inputs give the same bits."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -18,15 +19,15 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
 """Variables that cuBLAS and Transformer Engine read when they start, and the values that they accept."""
 
 _CHOSEN = {"NCCL_ALGO": "Ring"}
-"""What else keeps the order of sums the same, where the user has not chosen; Megatron asks for it too."""
+"""Defaults that keep the order of sums; the user's own value wins. Megatron asks for it, too."""
 
 
 @contextlib.contextmanager
 def deterministic_operations() -> Iterator[None]:
-    """Make torch choose reproducible operations and refuse those that have none; undone on leaving.
+    """Make torch use deterministic implementations and fail where there is none; undone at the end of the block.
 
-    Enter it before CUDA starts: cuBLAS reads its variable once. Fresh memory is not filled with NaN, which
-    costs time and changes no result.
+    Enter it before CUDA starts: cuBLAS reads its variable once. Torch's filling of new memory with NaN stays off: it costs
+    time and changes no result.
 
     Raises:
         ConfigError: a variable of the environment asks for the opposite.
@@ -39,7 +40,9 @@ def deterministic_operations() -> Iterator[None]:
                 f"deterministic=True needs {name}={' or '.join(values)}, but the environment says "
                 f"{before[name]}; unset it or drop --deterministic"
             )
-    cudnn, memory = torch.backends.cudnn, torch.utils.deterministic
+    # torch defines these attributes on its modules at run time
+    cudnn: Any = torch.backends.cudnn
+    memory: Any = torch.utils.deterministic
     flags = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

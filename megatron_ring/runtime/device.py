@@ -1,6 +1,6 @@
-"""The device seam: what the rest of the house asks instead of naming CUDA.
+"""The device of this process. The rest of the package calls this module instead of ``torch.cuda``.
 
-Only this file and :mod:`megatron_ring.runtime.megatron_cpu` say ``torch.cuda``.
+Only this file and :mod:`megatron_ring.runtime.megatron_cpu` name ``torch.cuda``.
 """
 
 import os
@@ -28,7 +28,7 @@ def device() -> torch.device:
 
 
 def of_new_parameters() -> torch.device:
-    """Where a layer makes its parameters: on the device, unless inside a ``torch.device`` block (meta, to count)."""
+    """Device for a layer's new parameters: this process's, unless a ``torch.device`` block is active (meta, to count)."""
     default = torch.get_default_device()
     return device() if default.type == "cpu" else default
 
@@ -41,7 +41,7 @@ def bind(local_rank: int) -> torch.device:
 
 
 def collective_backend() -> str:
-    """``nccl`` beside CUDA, ``gloo`` elsewhere."""
+    """``nccl`` with CUDA, else ``gloo``."""
     return "nccl" if has_cuda() else "gloo"
 
 
@@ -52,16 +52,9 @@ def synchronize() -> None:
 
 
 def warn_of_waits(on: bool) -> None:
-    """Let torch warn each time that the host waits for the device (CUDA's sync debug mode); nothing on the CPU."""
+    """Have torch warn whenever the host waits for the device (CUDA's sync debug mode); no effect on the CPU."""
     if has_cuda():
         torch.cuda.set_sync_debug_mode("warn" if on else "default")
-
-
-def seed(value: int) -> None:
-    """Seed torch's generators on the CPU and the device."""
-    torch.manual_seed(value)
-    if has_cuda():
-        torch.cuda.manual_seed(value)
 
 
 def peak_memory_bytes() -> int:
@@ -89,7 +82,7 @@ def set_rng_state(state: dict[str, torch.Tensor]) -> None:
 
 
 def profiler_activities() -> list[torch.profiler.ProfilerActivity]:
-    """What a torch profiler should record here."""
+    """Activities for a torch profiler to record: CPU and, with CUDA, the device."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if has_cuda():
         activities.append(torch.profiler.ProfilerActivity.CUDA)

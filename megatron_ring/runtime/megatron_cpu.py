@@ -1,14 +1,13 @@
-"""Megatron-Core on a machine without CUDA: host equivalents for the few CUDA names it says.
+"""Megatron-Core on a machine without CUDA: CPU equivalents of the few CUDA functions that it calls.
 
-One context manager, :func:`megatron_on_cpu`, entered by the session when the device is the CPU and undone
-on exit. Every row of :data:`STAND_INS` names the upstream lines it serves (megatron-core 0.16.1) and is
-dropped when upstream asks a device function instead of naming CUDA there. ``hits()`` tells which rows a run
-has used; a test asserts that training uses exactly the rows of the table, so an upgrade that adds or drops
-a CUDA call is noticed.
+The session enters :func:`megatron_on_cpu` when the device is the CPU; it is undone on exit. Every row of :data:`STAND_INS`
+names the upstream lines that need it (megatron-core 0.16.1); delete a row when upstream no longer names CUDA there.
+``hits()`` tells which rows a run has used. A test asserts that training uses exactly the rows of the table, so an upgrade
+that adds or drops a CUDA call is noticed.
 
-No ``TorchFunctionMode`` stays active during a step (it costs about 1 us per torch call): literal
-``device="cuda"`` is answered by giving the few modules that say it a proxy for their ``torch`` name, and
-the mode is on only inside the optimizer constructors that ask for ``Tensor.type()``.
+No ``TorchFunctionMode`` is active during a step (it costs about 1 us per torch call). For literal ``device="cuda"`` the few
+modules that contain it get a proxy for their ``torch`` name. The mode is active only inside the optimizer constructors that
+call ``Tensor.type()``.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _CORE = "megatron.core."
 
 @dataclass(frozen=True)
 class StandIn:
-    """One CUDA name and what answers for it on the host.
+    """One CUDA function and its replacement on the CPU.
 
     ``target`` is the module whose attribute ``name`` is replaced; ``serves`` lists upstream ``file:line``.
     """
@@ -55,7 +54,7 @@ def reset_hits() -> None:
 
 
 class _CudaNamesOnHost(TorchFunctionMode):
-    """Answers ``Tensor.type()`` with the CUDA class name and ``Tensor.cuda()`` with the tensor."""
+    """``Tensor.type()`` returns the CUDA class name, and ``Tensor.cuda()`` the tensor itself."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -67,7 +66,7 @@ class _CudaNamesOnHost(TorchFunctionMode):
 
 
 class _TorchProxy:
-    """``torch`` as one upstream module sees it: factories read ``device="cuda"`` as the host."""
+    """``torch`` for one upstream module: its factory functions take ``device="cuda"`` as the CPU."""
 
     def __init__(self, hit: Callable[[], None]):
         self._hit = hit
@@ -115,7 +114,7 @@ def _torch_proxy(_original, hit):
 
 
 def _under_cuda_names(original, hit):
-    """Run ``original`` (a constructor or a classmethod's function) with CUDA type names on the host."""
+    """Run ``original`` (a constructor or a classmethod's function) with CUDA type names for CPU tensors."""
     function = original.__func__ if isinstance(original, classmethod) else original
 
     @functools.wraps(function)
@@ -250,15 +249,15 @@ def _resolve(target: str) -> ModuleType | type:
 
 @contextlib.contextmanager
 def megatron_on_cpu() -> Iterator[None]:
-    """Let Megatron-Core run on the host for the length of the ``with`` block.
+    """Let Megatron-Core run on the CPU for the length of the ``with`` block.
 
-    Raises ``RuntimeError`` where there is CUDA: there the real names must answer.
+    Raises ``RuntimeError`` if there is CUDA.
     """
     if torch.cuda.is_available():
         raise RuntimeError("megatron_on_cpu() replaces CUDA names and must not be entered where CUDA exists")
     tracker_log = logging.getLogger(_CORE + "tensor_parallel.random")
     level = tracker_log.level
-    # on the host both generators are the same one, so the tracker's "CPU RNG state changed" always fires
+    # on the CPU both generators are the same one, so the tracker's "CPU RNG state changed" warning always fires
     tracker_log.setLevel(logging.ERROR)
     with contextlib.ExitStack() as stack:
         for row in STAND_INS:

@@ -1,7 +1,7 @@
-"""Dated corrections to Megatron-Core that hold on every device.
+"""Dated corrections to Megatron-Core that apply on every device.
 
-Each entry names the symptom, the upstream line and when to delete it. The version is checked, so an upgrade
-makes somebody look here again.
+Each entry names the symptom, the upstream line and when to delete it. The version is checked, so that an upgrade requires a
+look at this file.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ def _buffers_for_training(get_tensor: Callable[..., Tensor]) -> Callable[..., Te
 def _write_results_queue() -> Any:
     """2026-11: a rank that was killed after its first save left two processes behind for ever.
 
-    dist_checkpointing/strategies/filesystem_async.py:51 (0.16.1) keeps the writers' results in a manager, which
-    does not look after its parent, and with it multiprocessing's resource tracker stays. Delete when upstream
-    has no manager, or one that ends.
+    dist_checkpointing/strategies/filesystem_async.py:51 (0.16.1) keeps the writers' results in a manager process, which
+    does not end with its parent and keeps multiprocessing's resource tracker alive. Delete when upstream has no manager,
+    or one that ends.
     """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
@@ -112,8 +112,8 @@ def _l2_norm(
 ) -> tuple[Tensor, None]:
     """2026-11: clipping waited for the device once per gradient tensor.
 
-    utils.py:1205 (0.16.1), which serves where neither Transformer Engine nor apex is installed, takes the norms one
-    by one to the host. Here they stay where they are. Delete when upstream does so.
+    utils.py:1205 (0.16.1), the fallback without Transformer Engine and apex, copies the norms one by one to the host. Here
+    they stay on the device. Delete when upstream does so.
     """
     norms = torch._foreach_norm([tensor for tensors in tensor_lists for tensor in tensors])
     return torch.stack(norms).norm().float().view(1), None
@@ -127,7 +127,7 @@ def _scale(_chunk: int, _overflow: Tensor, tensor_lists: list[list[Tensor]], sca
 
 
 def _clipping() -> dict[str, Callable[..., Any]]:
-    """What takes the place of Megatron's own stand-ins for kernels that are not installed."""
+    """Replacements of Megatron's fallbacks for kernels that are not installed."""
     ours = {
         "l2_norm_impl": (_l2_norm, local_multi_tensor_l2_norm),
         "multi_tensor_scale_impl": (_scale, local_multi_tensor_scale),
@@ -156,7 +156,7 @@ def megatron_fixes() -> Iterator[None]:
         return _load_given_keys(self, model_param, tensors)
 
     buffers = param_and_grad_buffer
-    alone = {
+    alone: dict[str, Any] = {
         name: _unless_alone(getattr(buffers, name))
         for name in ("dist_all_gather_func", "dist_reduce_scatter_func")
     }

@@ -1,7 +1,4 @@
-"""Processes end with the one that started them, whatever ended it: a rank with torchrun, a rank's own ones with it.
-
-What a rank has started says nothing once nobody is there to hear it.
-"""
+"""No orphans: a rank ends with its torchrun, and a rank's child processes end with the rank, however that ends."""
 
 from __future__ import annotations
 
@@ -16,29 +13,27 @@ from pathlib import Path
 from typing import Any
 
 PEER_IS_GONE = 75
-"""Exit code of the ranks that end because another process did: no mistake of the user's, and worth another try."""
-_LOOK_EVERY = 0.5
-"""Seconds."""
+"""Exit code of ranks that end because another process did: not a user's mistake, so a restart may help."""
+_POLL_SECONDS = 0.5
 _LAUNCHER = "MEGATRON_RING_LAUNCHER"
 _launcher: int | None = None
 _parent: int | None = None
 
 
 def end_with_parent() -> None:
-    """End this process of multiprocessing's within a second of its parent's end."""
+    """In a process of multiprocessing: end within a second of the parent's end."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
 
-    # multiprocessing's own sentinel is a pipe, which processes that were forked later hold open
+    # multiprocessing's own sentinel is a pipe, which children forked later keep open
     _when(lambda: os.getppid() != parent.pid, lambda: os._exit(1), "end-with-parent")
 
 
 def end_with_launcher() -> None:
     """End this rank, in one line per node, within a second of the end of the torchrun that started it.
 
-    A torchrun that is killed tells its ranks nothing: they would go on, or wait at the start for the store that was
-    in it, and hold the run's folder.
+    The ranks of a killed torchrun would go on, or wait for its store at the start, and hold the run's folder.
     """
     global _launcher, _parent
     if "TORCHELASTIC_RUN_ID" not in os.environ or _launcher is not None:
@@ -47,7 +42,7 @@ def end_with_launcher() -> None:
     named, _, namespace = os.environ.get(_LAUNCHER, "").partition("/")
     _parent = _launcher
     if named and namespace == _pid_namespace():
-        # a shell or numactl may stand between both, and outlive the launcher
+        # this rank's parent may be a shell or numactl, which outlives the launcher
         _launcher = int(named)
     if launcher_is_gone():
         # it ended while this process was starting
@@ -56,7 +51,7 @@ def end_with_launcher() -> None:
 
 
 def name_launcher() -> None:
-    """Tell the ranks that this process will start who it is."""
+    """Put this process's id into the environment of the ranks that it will start."""
     os.environ[_LAUNCHER] = f"{os.getpid()}/{_pid_namespace()}"
 
 
@@ -65,7 +60,7 @@ def _runs(pid: str) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
     except OSError:
         return False
-    # one that is dead and not yet buried is there, too
+    # a zombie still has an entry
     return state.split()[0] not in "ZX"
 
 
@@ -93,19 +88,19 @@ def _leave_without_launcher() -> None:
     os._exit(PEER_IS_GONE)
 
 
-def _when(is_so: Callable[[], bool], then: Callable[[], object], name: str) -> None:
-    """Call ``then`` in a thread once ``is_so``."""
+def _when(condition: Callable[[], bool], then: Callable[[], object], name: str) -> None:
+    """Poll ``condition`` in a thread; call ``then`` once it is true."""
 
     def wait() -> None:
-        while not is_so():
-            time.sleep(_LOOK_EVERY)
+        while not condition():
+            time.sleep(_POLL_SECONDS)
         then()
 
     threading.Thread(target=wait, name=name, daemon=True).start()
 
 
 def forked_writer(write: Callable[..., Any]) -> Callable[..., Any]:
-    """``write`` for a process of its own, whose results go to a queue that its parent keeps in another process."""
+    """``write`` for a forked process, which sends its results to a queue in a third process."""
 
     @functools.wraps(write)
     def call(*args: Any, **options: Any) -> Any:
@@ -113,7 +108,7 @@ def forked_writer(write: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return write(*args, **options)
         except (ConnectionError, EOFError, FileNotFoundError):
-            # the queue is gone: the rank is leaving, and has said why
+            # the queue is gone: the rank is ending, and has printed why
             os._exit(1)
 
     return call

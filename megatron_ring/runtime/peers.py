@@ -1,9 +1,9 @@
-"""A watch over the other processes of a run: when one of them is gone, the rest end within seconds, in one line.
+"""A watch over the other processes of a run: when one of them ends, the rest end within seconds, with one line.
 
-A collective alone tells late (after distributed_timeout_minutes) or in a page of traceback. So every rank keeps one
-connection to rank 0, over which nothing is sent while all is well: the kernel closes it when a process ends, whatever
-ended it, and rank 0 tells the others. A rank that leaves with an error says so first, which tells a bug of its own
-from a process that was killed.
+Without it a collective fails late (after distributed_timeout_minutes) or with a page of traceback. So every rank keeps one
+connection to rank 0, over which nothing is sent while all is well. The kernel closes it when a process ends, however that
+ends, and rank 0 tells the others. A rank that ends with an error sends that first: so a failure can be told from a process
+that was killed.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from megatron_ring.runtime.orphans import PEER_IS_GONE, launcher_is_gone
 log = logging.getLogger("megatron_ring")
 
 GRACE = 5.0
-"""Seconds in which a rank may end by itself, closing what it has open, before it is ended."""
+"""Seconds in which a rank may end by itself and close its files, before it is killed."""
 _NEWS = 3.0
-"""Seconds in which news of a peer arrive after a collective has failed for its sake."""
+"""Seconds to wait for news of a peer after a collective has failed, which may be that peer's doing."""
 _CONNECT = 30.0
 _SILENCE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
-"""A node without power closes no connection: it is gone after 25 seconds without an answer."""
+"""A node that loses power closes no connection: it counts as gone after 25 seconds without an answer."""
 _BROKEN = re.compile(
     "gloo|Connection (closed|reset) by peer|Broken pipe|Connection refused|Connection was likely closed|NCCL|Socket"
 )
 
 
 class News(NamedTuple):
-    """What became of a rank. Example: ``News("gone", 3, "process 411 on node7", 75)``."""
+    """How a rank ended. Example: ``News("gone", 3, "process 411 on node7", 75)``."""
 
     kind: str
-    """``gone``: without a word. ``failed``: with a traceback of its own. ``error``: after its line. ``done``."""
+    """``gone``: killed, without a message. ``failed``: printed a traceback. ``error``: printed its line. ``done``."""
     rank: int
     where: str
     code: int
@@ -59,7 +59,7 @@ _open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 def _close_copies() -> None:
-    """In a forked child: its copies would keep the connection of a rank that has been killed."""
+    """In a forked child: its copies would keep a connection open after the rank has been killed."""
     for copy in list(_open):
         copy.close()
 
@@ -68,14 +68,14 @@ os.register_at_fork(after_in_child=_close_copies)
 
 
 class Watch:
-    """What one rank knows of the others. Rank 0 hears of all of them, the others from rank 0.
+    """One rank's side of the watch. All ranks are connected to rank 0, which forwards the news.
 
     Example: ``with Watch(store, rank=1, world_size=8) as watch, watch.reporting(): train()``.
     """
 
     @classmethod
     def open(cls, store: Store, rank: int, world_size: int) -> Watch | None:
-        """A watch, or None where rank 0 cannot be reached, which is said."""
+        """A watch; None, with a warning, if rank 0 cannot be reached."""
         try:
             return cls(store, rank, world_size)
         except OSError as error:
@@ -88,7 +88,7 @@ class Watch:
             return None
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
-        """Collective over the world, as far as rank 0 has to be there."""
+        """Waits until rank 0 has opened its watch."""
         self._store = PrefixStore("peers", store)
         self._rank, self._world = rank, world_size
         self._where = f"process {os.getpid()} on {socket.gethostname()}"
@@ -99,7 +99,7 @@ class Watch:
         self._selector = selectors.DefaultSelector()
         self._lines: dict[socket.socket, bytes] = {}
         self._ranks: dict[socket.socket, News] = {}
-        # a byte in it wakes the thread to say the last word of this rank
+        # a byte in it wakes the thread, which then sends how this rank ended
         self._wake, self._woken = socket.socketpair()
         self._add(self._woken)
         if rank == 0:
@@ -144,18 +144,18 @@ class Watch:
             for key, _ in self._selector.select():
                 connection = cast(socket.socket, key.fileobj)
                 if connection is self._woken:
-                    self._say_own()
+                    self._send_own()
                     return
                 if self._rank == 0 and connection is self._server:
-                    self._welcome()
+                    self._accept()
                 else:
                     self._listen_to(connection)
         if self._rank == 0:
             self._tell(self._news)
         self._end(self._news)
 
-    def _welcome(self) -> bool:
-        """Take in one who has come, if there is one."""
+    def _accept(self) -> bool:
+        """Accept one waiting connection; False if there is none."""
         try:
             connection, _ = self._server.accept()
         except OSError:
@@ -177,7 +177,7 @@ class Watch:
             if self._news is None and connection in self._lines:
                 self._take(connection, line)
         if not data and self._news is None and connection in self._lines:
-            # the end of a connection that nobody closed with a last word
+            # closed without a message: its process was killed
             self._drop(connection, self._ranks.get(connection))
 
     def _take(self, connection: socket.socket, line: bytes) -> None:
@@ -199,8 +199,8 @@ class Watch:
             self._drop(connection, news)
 
     def _drop(self, connection: socket.socket, news: News | None) -> None:
-        """No more of this connection; ``news`` unless it ended well."""
-        # a stranger, or a rank that left before it had said which
+        """Close a connection; ``news`` is None if its rank ended well."""
+        # a rank of -1 has not sent its number: it may be a foreign process
         if news is not None and news.rank >= 0:
             self._news = news
         if connection.fileno() >= 0:
@@ -209,14 +209,14 @@ class Watch:
             self._lines.pop(connection, None)
 
     def _tell(self, news: News) -> None:
-        # those too that have come and were not heard yet
-        while self._welcome():
+        # also to connections that have not been accepted yet
+        while self._accept():
             pass
         for connection in self._lines:
             with contextlib.suppress(OSError):
                 connection.sendall(news.encode())
 
-    def _say_own(self) -> None:
+    def _send_own(self) -> None:
         own = self._own or News("done", self._rank, self._where, 0)
         if self._rank == 0:
             self._tell(own)
@@ -225,13 +225,13 @@ class Watch:
                 self._hub.sendall(own.encode())
 
     def _end(self, news: News) -> None:
-        """Say the line if it is this rank's to say, and end the process unless it ends by itself."""
+        """Print the line if this rank is to print it, and end the process unless it ends by itself."""
         self._heard.set()
-        # with the launcher all ranks of this node end, and its own line says so
-        if self._speaks_for(news.rank) and not launcher_is_gone():
+        # if the launcher is gone, all ranks of this node end, and another line says so
+        if self._prints_for(news.rank) and not launcher_is_gone():
             line = _line_of(news, self._world)
             if line:
-                # in one write, before anything that follows from it
+                # in one write, before any later output
                 sys.stderr.write(line + "\n")
                 sys.stderr.flush()
         if self._left.wait(GRACE):
@@ -240,15 +240,15 @@ class Watch:
             child.kill()
         os._exit(news.code)
 
-    def _speaks_for(self, gone: int) -> bool:
-        """Rank 0 speaks; of the others, where it is the one that is gone, the second, and one on each node."""
+    def _prints_for(self, gone: int) -> bool:
+        """Does this rank print the line? Rank 0 does; if rank 0 is gone, rank 1 and the first rank of each node do."""
         if gone != 0:
             return self._rank == 0
         return self._rank == 1 or os.environ.get("LOCAL_RANK") == "0"
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
-        """An error that leaves the block is told to the others before anything is closed."""
+        """Tell the others of an error that leaves the block, before anything is closed."""
         try:
             yield
         except KeyboardInterrupt:
@@ -261,7 +261,7 @@ class Watch:
             raise
 
     def report(self, error: BaseException) -> None:
-        """Tell the others once; of those that have the same line for the user, the first is the one to say it."""
+        """Tell the others, once. If several ranks have the same line for the user, the first to report it prints it."""
         if self._own is not None:
             return
         kind, code = "failed", PEER_IS_GONE
@@ -276,7 +276,7 @@ class Watch:
         self._wake_up()
 
     def news(self) -> News | None:
-        """What became of another rank, once it is known; waits for it a little."""
+        """How another rank ended; waits ``_NEWS`` seconds for it. None if no rank has ended."""
         self._heard.wait(_NEWS)
         return self._news
 
@@ -288,7 +288,7 @@ class Watch:
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        """An error that only follows from the end of another rank becomes the exit that goes with its line."""
+        """Turn an error that only follows from the end of another rank into an exit with that rank's code."""
         try:
             if error is None:
                 return
@@ -303,7 +303,7 @@ class Watch:
             self.close()
 
     def close(self) -> None:
-        """This rank needs the others no more."""
+        """Leave the watch: this rank has ended well, or has reported its error."""
         self._left.set()
         self._wake_up()
         self._thread.join(GRACE)
@@ -318,7 +318,7 @@ class Watch:
 
 
 def follows_from_another(error: BaseException) -> bool:
-    """Is it a connection that broke, as it does under every rank when one is gone?"""
+    """Is it a broken connection, which every rank gets when another one has ended?"""
     if isinstance(error, DistError | ConnectionError):
         return True
     return type(error) is RuntimeError and _BROKEN.search(str(error)) is not None
@@ -328,21 +328,21 @@ def _line_of(news: News, world_size: int) -> str | None:
     who = f"error: rank {news.rank} of {world_size} ({news.where})"
     if news.kind == "gone":
         return (
-            f"{who} is gone: its process ended without a word, killed or out of memory (dmesg there may know); "
+            f"{who} is gone: its process ended without a message: killed, or out of memory (see dmesg on that node); "
             "the other ranks stop"
         )
-    # its own line has been said
+    # for an error the rank has printed its own line
     return (
         f"{who} has failed, for the reason it prints; the other ranks stop" if news.kind == "failed" else None
     )
 
 
 def _is_first(store: Any, line: str, rank: int) -> bool:
-    """Is this the first rank that has ``line`` for the user?"""
+    """Is this the first rank to report ``line``?"""
     try:
         return store.compare_set(f"error/{line}", "", str(rank)).decode() == str(rank)
     except (RuntimeError, ConnectionError):
-        # the store lives in rank 0: it is gone because rank 0 has failed, and spoken, already
+        # the store is in rank 0, which has failed and printed its line already
         return False
 
 

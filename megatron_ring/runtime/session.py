@@ -1,4 +1,4 @@
-"""One process of a run, from the first collective to the last: process group, device, layout, seeds, signals."""
+"""A session: one process's part of a run, with process group, device, layout, seeds and signals."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def rank_from_env() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def is_writer(rank: int, world_size: int) -> bool:
-    """True for the one rank that prints and writes metrics: the last, where the loss is."""
+def is_log_rank(rank: int, world_size: int) -> bool:
+    """Is this the one rank that prints and writes metrics? It is the last, which has the loss."""
     return rank == world_size - 1
 
 
@@ -65,31 +65,31 @@ class Session:
     exit_request: ExitRequest = field(default_factory=ExitRequest)
 
     @property
-    def is_main(self) -> bool:
-        """True on global rank 0."""
+    def is_save_rank(self) -> bool:
+        """Is this the one rank that commits and prunes checkpoints? It is rank 0."""
         return self.rank == 0
 
     @property
-    def is_writer(self) -> bool:
-        """True on the one rank that prints and writes metrics: the last, where the loss is."""
-        return is_writer(self.rank, self.world_size)
+    def is_log_rank(self) -> bool:
+        """Is this the one rank that prints and writes metrics? It is the last, which has the loss."""
+        return is_log_rank(self.rank, self.world_size)
 
     def exit_wanted(self, also: bool = False) -> bool:
-        """Collective over the world: did any rank get a signal to save and leave, or see a reason of its own?"""
+        """Collective over the world: has any rank received a signal to save and leave, or passed ``also``?"""
         return bool(self.largest(self.exit_request.wanted or also))
 
     def summed(self, *numbers: float, group: ProcessGroup | None = None) -> list[float]:
-        """Each number's sum over the ranks of ``group`` (None: all), in fp64. Collective; a rank alone asks nobody."""
+        """Each number's sum over the ranks of ``group`` (None: all), in fp64. Collective if there are several."""
         return self._combined(numbers, torch.distributed.ReduceOp.SUM, group)
 
     def largest(self, number: float, group: ProcessGroup | None = None) -> float:
-        """The largest over the ranks of ``group`` (None: all). Collective; a rank alone asks nobody."""
+        """The maximum over the ranks of ``group`` (None: all). Collective if there are several."""
         return self._combined((number,), torch.distributed.ReduceOp.MAX, group)[0]
 
     def _combined(
         self, numbers: Sequence[float], op: torch.distributed.ReduceOp.RedOpType, group: ProcessGroup | None
     ) -> list[float]:
-        # the device may still be at work on what came before: it is not waited for without need
+        # no tensor, so that one rank alone never waits for the device
         if torch.distributed.get_world_size(group) == 1:
             return list(numbers)
         combined = torch.tensor(numbers, dtype=torch.float64, device=self.device)
@@ -103,7 +103,7 @@ def _init_process_group(parallel: ParallelConfig) -> Watch | None:
     timeout = distributed_timeout(parallel)
     backend = device.collective_backend()
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        # in this process's own memory: no port for others. NCCL takes it, too (SkyRL's and TensorRT-LLM's tests)
+        # a store in this process's memory opens no port. NCCL accepts it, too (SkyRL's and TensorRT-LLM's tests)
         alone = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
         return None
@@ -113,13 +113,13 @@ def _init_process_group(parallel: ParallelConfig) -> Watch | None:
             f"WORLD_SIZE={world_size} but {', '.join(missing)} not set; start the run with torchrun or srun"
         )
     if os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1"):
-        # gloo resolves the host name otherwise, which virtual hosts often do not answer
+        # otherwise gloo resolves the host name, which often fails on virtual machines
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
-    # the store outlives a session: a second one must not read the first one's addresses
+    # the store outlives a session: a second session must not read the addresses of the first
     prefixed = torch.distributed.PrefixStore(f"session{next(_sessions)}", store)
     with contextlib.ExitStack() as if_it_fails:
-        # before the first collective, and until the last has been closed
+        # opened before the first collective, closed after the last
         watch = Watch.open(prefixed, rank, world_size) if world_size > 1 else None
         if watch is not None:
             if_it_fails.push(watch)

@@ -1,8 +1,7 @@
-"""Who talks to whom: the parallel layout as sizes, ranks and process groups.
+"""The parallel layout as sizes, ranks and process groups.
 
-The only file that calls ``megatron.core.parallel_state``; everything else is handed a
-``ProcessGroupCollection``. Rank order is Megatron's ``tp-cp-ep-dp-pp``: tensor-parallel ranks are neighbours,
-pipeline stages are farthest apart.
+The only file that calls ``megatron.core.parallel_state``; everything else takes a ``ProcessGroupCollection``. Rank order is
+Megatron's ``tp-cp-ep-dp-pp``: tensor-parallel ranks are neighbours, pipeline stages are farthest apart.
 """
 
 from dataclasses import dataclass
@@ -83,5 +82,5 @@ def close_topology() -> None:
 
 
 def distributed_timeout(parallel: ParallelConfig) -> timedelta:
-    """How long a collective may wait before it is an error."""
+    """Time after which a waiting collective fails."""
     return timedelta(minutes=parallel.distributed_timeout_minutes)

@@ -156,7 +156,7 @@ class RlRun(StageRun):
         if not is_reward_rank(self.session):
             return prompts, None
         # before the model, so that verifiers load their libraries meanwhile
-        pool = RewardPool.open(self.config.reward, prompts.domains | domains, warns=self.session.is_main)
+        pool = RewardPool.open(self.config.reward, prompts.domains | domains, warns=self.session.is_save_rank)
         return prompts, resources.enter_context(pool)
 
     def on_initial_weights(self) -> None:
@@ -170,7 +170,7 @@ class RlRun(StageRun):
     def restore(self) -> None:
         super().restore()
         self.rollout_engine.publish(self.step)
-        folder = self.run_dir() if self.session.is_writer else None
+        folder = self.run_dir() if self.session.is_log_rank else None
         self.responses = ResponseLog(folder, resume_step=self.step, every=self.config.logging.log_interval)
 
     def train_step(self, metrics: MetricsLogger) -> None:

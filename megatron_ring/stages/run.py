@@ -28,7 +28,7 @@ from megatron_ring.observe.profile import StepProfiler
 from megatron_ring.rl.rollout.inprocess import continue_tokens
 from megatron_ring.runtime.session import (
     Session,
-    is_writer,
+    is_log_rank,
     open_session,
     rank_from_env,
     world_size_from_env,
@@ -49,7 +49,7 @@ def open_stage(config: RunConfig) -> Iterator[Session]:
     """
     logging.basicConfig(level=config.logging.log_level.upper(), format="%(message)s")
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
-    if not is_writer(rank_from_env(), world_size_from_env()):
+    if not is_log_rank(rank_from_env(), world_size_from_env()):
         log.setLevel(max(logging.root.level, logging.WARNING))
     require_backend(config.model)
     train = config.train
@@ -227,7 +227,7 @@ class StageRun:
         minutes = (time.monotonic() - self.started) / 60
         limit = train.exit_duration_in_mins
         asked = self.session.exit_wanted(limit > 0 and minutes >= limit)
-        if asked and self.session.is_writer:
+        if asked and self.session.is_log_rank:
             log.info("leaving after step %d: a signal or the time limit asked for it", self.step)
         due = (
             train.exit_interval
@@ -268,7 +268,7 @@ class StageRun:
             tensorboard_dir=settings.tensorboard_dir,
             metrics_file=settings.metrics_file,
             wandb_project=settings.wandb_project,
-            is_writer=self.session.is_writer,
+            is_writer=self.session.is_log_rank,
             world_size=self.session.world_size,
             peak_tflops=settings.peak_tflops,
             flops_per_token=flops_per_token(self.config.model, self.config.train.seq_length),
@@ -279,7 +279,7 @@ class StageRun:
     def _announce(self) -> None:
         self.first_step = self.saved_step = self.step
         run_dir = self.run_dir()
-        if not self.session.is_writer:
+        if not self.session.is_log_rank:
             return
         if run_dir is not None:
             try:
@@ -304,7 +304,7 @@ class StageRun:
             return
         limit = min(SAMPLE_TOKENS, self.config.train.seq_length - len(prompt))
         new = continue_tokens(self.engine, prompt, limit, self.config.train.seed, self.tokenizer.stop_ids)
-        if self.session.is_writer:
+        if self.session.is_log_rank:
             sample = run_dir / "sample.txt"
             try:
                 write_durably(sample, self.tokenizer.decode([*prompt, *new]) + "\n")

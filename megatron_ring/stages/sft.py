@@ -144,7 +144,7 @@ def _open_stream(paths: Sequence[str], config: RunConfig, session: Session) -> S
         workers=data.num_workers,
         chat_template_kwargs=parse_template_kwargs(data.chat_template_kwargs),
     )
-    if session.is_writer:
+    if session.is_log_rank:
         log.info(
             "%s: %s conversations, %s tokens, %s of them learned; %s longer than seq_length=%d left out",
             ", ".join(paths),

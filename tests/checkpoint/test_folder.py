@@ -86,7 +86,11 @@ def test_a_lost_pointer_beside_several_checkpoints_is_one_line(tmp_path, danglin
     with pytest.raises(CheckpointError) as caught:
         folders.latest(tmp_path)
     one_line(
-        caught, str(pointer), "No such file" if dangling else "are (5, 10); write the step to go on from"
+        caught,
+        str(pointer),
+        "No such file"
+        if dangling
+        else "is missing beside checkpoints of steps 5, 10; write the step to resume",
     )
 
 

@@ -79,8 +79,8 @@ def test_a_second_run_is_refused_and_the_folder_is_as_it_was(holder, tmp_path):
     before = (run / LOCK).read_bytes()
     for action in (
         lambda: hold(run),
-        lambda: check_run_folder(run, is_main=True),
-        lambda: check_run_folder(run, is_main=False),
+        lambda: check_run_folder(run, is_save_rank=True),
+        lambda: check_run_folder(run, is_save_rank=False),
         lambda: folders.begin(run, 3, 100),
     ):
         line = refused(action)
@@ -199,16 +199,16 @@ def test_a_run_that_fails_lets_go_and_leaves_nothing(tmp_path):
 
 def test_without_a_folder_nothing_is_held():
     with hold_run_folder(None):
-        check_run_folder(None, is_main=True)
+        check_run_folder(None, is_save_rank=True)
 
 
 def test_ranks_of_the_same_launch_let_each_other_in(tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29555")
     with hold_run_folder(tmp_path / "run"):
-        check_run_folder(tmp_path / "run", is_main=False)
+        check_run_folder(tmp_path / "run", is_save_rank=False)
         monkeypatch.setenv("MASTER_PORT", "29556")
         assert "writes its checkpoints there" in refused(
-            lambda: check_run_folder(tmp_path / "run", is_main=False)
+            lambda: check_run_folder(tmp_path / "run", is_save_rank=False)
         )
 
 
@@ -217,7 +217,7 @@ def test_a_damaged_lock_is_stale_when_nobody_touches_it(tmp_path, text):
     """A power cut or a full disk leaves such a one: its run may start again."""
     (tmp_path / LOCK).write_text(text)
     line = refused(lambda: hold(tmp_path))
-    assert f"--save {tmp_path}: somebody whose {LOCK} is damaged" in line and "wait 300 s" in line
+    assert f"--save {tmp_path}: an unknown process (its {LOCK} is damaged)" in line and "wait 300 s" in line
     moment = time.time() - STALE_SECONDS - 60
     os.utime(tmp_path / LOCK, (moment, moment))
     hold(tmp_path)

@@ -43,7 +43,7 @@ def session(monkeypatch) -> Any:
     other = [["code", "no sandbox", 5]]
     monkeypatch.setattr(alarms, "gather_json", lambda own, group, device: [own, other])
     groups = SimpleNamespace(dp=None)
-    return SimpleNamespace(is_writer=True, topology=SimpleNamespace(groups=groups), device=None)
+    return SimpleNamespace(is_log_rank=True, topology=SimpleNamespace(groups=groups), device=None)
 
 
 def said(caplog) -> list[str]:
@@ -88,7 +88,7 @@ def test_other_alarms_are_the_writers(session, caplog):
     values = {"mismatch": 0.2}
     Alarms(session, 0.1).check(1, values, 7, [])
     assert [line[:20] for line in said(caplog)] == ["step 1: rollout and ", "step 1: 7 of the tok"]
-    session.is_writer = False
+    session.is_log_rank = False
     Alarms(session, 0.1).check(1, values | {"status/parse_error": 1.0}, 7, [])
     assert said(caplog) == []
 

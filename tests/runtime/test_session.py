@@ -27,7 +27,7 @@ def test_a_session_closes_what_it_opened(fails):
     try:
         with open_session(PLAIN, seed=1) as session:
             assert torch.distributed.is_initialized() and parallel_state.model_parallel_is_initialized()
-            assert (session.rank, session.world_size, session.is_main, session.is_writer) == (
+            assert (session.rank, session.world_size, session.is_save_rank, session.is_log_rank) == (
                 0,
                 1,
                 True,

@@ -77,10 +77,10 @@ def test_first_and_last_stage():
         Topology(pp_size=3, pp_rank=rank, groups=SimpleNamespace(), **words)  # type: ignore[arg-type]
         for rank in range(3)
     ]
-    assert [(t.is_first_stage, t.is_last_stage, t.is_loss_rank) for t in ends] == [
-        (True, False, False),
-        (False, False, False),
-        (False, True, True),
+    assert [(t.is_first_stage, t.is_last_stage) for t in ends] == [
+        (True, False),
+        (False, False),
+        (False, True),
     ]
 
 

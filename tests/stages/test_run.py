@@ -46,7 +46,7 @@ def test_a_folder_that_cannot_be_written_is_said_by_the_flag_that_names_it(tmp_p
     word = str(tmp_path / "file" / ("m.jsonl" if flag == "--metrics-file" else "run"))
     run = StageRun.__new__(StageRun)
     run.config = config_from_mapping({flag.strip("-").replace("-", "_"): word})
-    run.session, run.stage, run.step = SimpleNamespace(is_writer=True), "pretrain", 0
+    run.session, run.stage, run.step = SimpleNamespace(is_log_rank=True), "pretrain", 0
     with pytest.raises(ConfigError, match=f"^{flag}.* {tmp_path}/file.*; name a folder that can be written"):
         run._announce()
 
@@ -56,7 +56,7 @@ def test_a_sample_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "sample.txt").mkdir()
     run = StageRun.__new__(StageRun)
     run.config = config_from_mapping({"save": str(tmp_path)})
-    run.session, run.engine = SimpleNamespace(is_writer=True), None
+    run.session, run.engine = SimpleNamespace(is_log_rank=True), None
     run.tokenizer = SimpleNamespace(stop_ids=(), decode=str)
     monkeypatch.setattr(stage_run, "continue_tokens", lambda *_, **__: [])
     monkeypatch.setattr(run, "sample_prompt", lambda: [1])

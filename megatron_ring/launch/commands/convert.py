@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -97,7 +97,7 @@ class ConsoleReporter:
         print(line, flush=True)
 
     @contextmanager
-    def progress(self, title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+    def progress(self, title: str, total_bytes: int) -> Generator[Callable[[int], None]]:
         """Gives the function that is told of bytes done; says the mean speed at the end."""
         console = Console(stderr=True)
         columns = (

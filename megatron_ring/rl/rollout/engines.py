@@ -29,7 +29,7 @@ def open_rollout_engine(config: RunConfig, trainer: Engine) -> RolloutEngine:
     name, session = config.rollout.rollout_engine, trainer.session
     kind: type[RolloutEngine] = resolve("rollout_engine", name, ENGINES, _problem)
     require_guarantees(kind.guarantees, config)
-    if not kind.guarantees.exact_seeds and session.is_writer:
+    if not kind.guarantees.exact_seeds and session.is_log_rank:
         log.info("rollout_engine=%s: a resumed run samples other responses, its seeds are not exact", name)
     engine = kind.open(trainer, config.rollout)
     return engine if kind.on_every_rank else Relay(engine, session)

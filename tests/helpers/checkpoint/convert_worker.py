@@ -71,7 +71,7 @@ def main() -> None:
             validate(config, world)
             with open_session(config.parallel, seed=77) as session:
                 run_case(model, world, layout, session, folder, config)
-                if session.is_main:
+                if session.is_save_rank:
                     print("done", layout_name(model, world, layout), flush=True)
 
 

@@ -94,7 +94,7 @@ def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) 
     summary["own_flips"] = max(report.replay.flip_rates) + report.replay.missing_share
     summary["critic"] = critic_step(engine, own, out)
     summary["reference_leaves_no_trace"] = reference_leaves_no_trace(engine, report, own)
-    if session.is_main:
+    if session.is_save_rank:
         (out / "summary.json").write_text(json.dumps(summary))
 
 

@@ -31,7 +31,7 @@ def run_cases(references: Sequence[Case], cases: Sequence[Case], run_case: RunCa
         parallel = config_from_mapping(case.settings()).parallel
         with open_session(parallel, seed=11 if is_reference else 99) as session:
             run_case(case, session, folder, is_reference=is_reference)
-            if session.is_main:
+            if session.is_save_rank:
                 print(f"done {case.name}", flush=True)
 
 

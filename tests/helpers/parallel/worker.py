@@ -56,7 +56,7 @@ def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) 
         norms.append(report.grad_norm)
         engine.update(report, LR)
     torch.save(local_shards(engine, gradients=False), out / f"weights.{session.rank}.pt")
-    if session.is_main:
+    if session.is_save_rank:
         summary = dict(
             losses=losses,
             norms=norms,
@@ -66,7 +66,7 @@ def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) 
         )
     summary_eval = engine.evaluate(own, objective)
     sample = continue_tokens(engine, [5, 3, 7], limit=3, seed=0, stop_ids=())
-    if session.is_main:
+    if session.is_save_rank:
         summary |= {"evaluation": summary_eval, "sample": sample}
         (out / "summary.json").write_text(json.dumps(summary))
 

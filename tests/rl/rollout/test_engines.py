@@ -43,7 +43,7 @@ def test_an_engine_that_one_rank_speaks_to_is_relayed(monkeypatch):
             return cls(slots=config.rollout_slots)
 
     monkeypatch.setitem(engines.ENGINES, "inprocess", Server)
-    trainer = SimpleNamespace(session=SimpleNamespace(is_writer=False))
+    trainer = SimpleNamespace(session=SimpleNamespace(is_log_rank=False))
     engine = open_rollout_engine(config_from_mapping({"rollout_slots": 7}), trainer)
     assert isinstance(engine, Relay) and engine.guarantees is Server.guarantees
     engine.publish(3)

@@ -1,6 +1,6 @@
-"""Whether an antiderivative is right: its derivative against the integrand, at points, in forty digits.
+"""Verify an antiderivative: compare its derivative with the integrand at several points, to forty digits.
 
-The derivative is carried along with the value (dual numbers), so nothing is simplified and the cost is that of
+The derivative is computed together with the value (dual numbers), so nothing is simplified, and the cost is that of
 evaluating the expression a few times. Every intermediate value is bounded.
 """
 
@@ -84,7 +84,7 @@ def _parse(text: str, variable: str) -> Node:
 
 @functools.cache
 def _context() -> Any:
-    """Arithmetic of our own: what other code sets for mpmath's changes no verdict."""
+    """An mpmath context of our own, so that settings of other code do not change results."""
     import mpmath
 
     context = mpmath.MPContext()
@@ -95,7 +95,7 @@ def _context() -> Any:
 @functools.cache
 def _constants() -> Mapping[str, Any]:
     context = _context()
-    # the constant of integration is any number: one that no expression of numbers meets by chance
+    # the constant of integration may be any number: take one that no expression equals by chance
     constant = context.mpc("0.73908513321516064")
     return dict.fromkeys(_CONSTANTS, constant) | {"E": context.mpc(context.e), "pi": context.mpc(context.pi)}
 

@@ -1,7 +1,7 @@
-"""Puzzles with many right answers: each is played with the moves that were given.
+"""Puzzles with several right answers: the given moves are replayed.
 
-A function takes the answer and the problem's metadata, and is true if the puzzle is solved by nothing but legal moves.
-Boards come from data files too: they are bounded by their own size, never by a number that stands in them.
+A function takes the answer and the problem's metadata, and is True if legal moves alone solve the puzzle. Boards may come
+from data files: work is bounded by the length of the data, never by a number in it.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def shortest_path(answer: str, metadata: Metadata) -> bool:
 
 
 def sokoban(answer: str, metadata: Metadata) -> bool:
-    """Letters of LDUR that push every box onto a goal; a step into a wall is a step in vain."""
+    """Letters of LDUR that push every box onto a goal; a step into a wall has no effect."""
     rows = [line.replace(" ", "") for line in metadata["gamestr"].splitlines() if line.strip()]
     cells = {(r, c): cell for r, row in enumerate(rows) for c, cell in enumerate(row)}
     floor = {place for place, cell in cells.items() if cell != "+"}
@@ -181,7 +181,7 @@ def word_ladder(answer: str, metadata: Metadata) -> bool:
 
 
 def is_ladder(answer: str, metadata: Metadata) -> bool:
-    """As :func:`word_ladder`, of words that may be unknown."""
+    """As :func:`word_ladder`, but the words need not be in the dictionary."""
     words = [word.strip() for word in answer.upper().split(",")]
     start, end = metadata["start_word"].upper(), metadata["end_word"].upper()
     if (

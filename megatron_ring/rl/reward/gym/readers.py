@@ -1,7 +1,7 @@
-"""A model's text as numbers, lists and grids: small bounded readers, none of which evaluates anything.
+"""Parse a model's text as numbers, lists and grids: small bounded parsers, none of which evaluates anything.
 
-Each gives None for text that is not wholly of its form, whatever stands in it: what is read in part would pay for
-junk around an answer. Digits are ASCII, sizes are bounded before anything is computed with them.
+Each returns None if the whole text does not have its form: a parser that accepts a part would reward junk around an answer.
+Digits are ASCII, and sizes are bounded before anything is computed.
 """
 
 from __future__ import annotations

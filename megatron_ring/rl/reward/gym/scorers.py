@@ -1,9 +1,9 @@
-"""What is a right answer to each of reasoning-gym's data sets: our own readings, of which none evaluates an answer.
+"""Our own scorers of reasoning-gym's data sets; none of them evaluates an answer.
 
-reasoning-gym's verifiers give 1 for junk around the answer, for ``nan``, for numbers the problem does not have; nine of
-them hand the answer to Python or sympy, four the problem's file. So it makes the problems, and what is here judges
-them. A reading accepts what the package's verifier rightly accepts at full score:
-spaces, list spacing, signs and zeros of numbers, other solutions of a puzzle.
+The package's scorers give 1 for junk around the answer, for ``nan``, or for numbers that the problem does not have. Nine of
+them pass the answer to ``eval`` or sympy, and four pass the problem's file. So the package only generates the problems. Our
+scorers accept what the package's rightly accept at full score: spaces, list spacing, signs and zeros of numbers, other
+solutions of a puzzle.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class Scorer:
 
     how: str
     right: Callable[[str, Entry], bool]
-    """Whether the answer is right; raises only where the entry is broken."""
+    """Is the answer right? Raises only if the entry is damaged."""
     reads: tuple[str, ...] = ()
-    """Keys of the entry's metadata that it needs."""
+    """Keys of the entry's metadata that the scorer needs."""
     found: str = ""
-    """What the package's own verifier does with the answer or the file that a reward must not."""
+    """The fault of the package's own scorer, if it has one."""
 
 
 def by_text(answer: str, entry: Entry) -> bool:
@@ -84,10 +84,6 @@ def by_squeezed(answer: str, entry: Entry) -> bool:
 
 def by_words(answer: str, entry: Entry) -> bool:
     return answer.casefold().split() == entry["answer"].casefold().split()
-
-
-def by_same_words(answer: str, entry: Entry) -> bool:
-    return answer.split() == entry["answer"].split()
 
 
 def by_grid(answer: str, entry: Entry) -> bool:
@@ -122,7 +118,7 @@ def by_whole(answer: str, entry: Entry) -> bool:
 
 
 def by_money(answer: str, entry: Entry) -> bool:
-    # the question forbids units; a currency's sign, a percent sign and the full stop of a sentence say nothing else
+    # the question forbids units; a currency sign, a percent sign and a last full stop do not change the value
     text = _bare(answer.strip(), "$", "$").replace("\\$", "$").replace("\\%", "%").removesuffix(".").strip()
     sign = "-" if text[:1] == "-" else ""
     given = number(sign + text.removeprefix("-").strip().lstrip("$€£").removesuffix("%").strip())
@@ -140,7 +136,7 @@ def by_near(answer: str, entry: Entry) -> bool:
     if not isinstance(places, int) or not 0 <= places <= 50:
         raise ValueError(f"decimal_places={str(places)[:20]} must be from 0 to 50")
     given, wanted = number(answer), _wanted(entry["answer"])
-    # a unit of the last place of the problem's own numbers, as the package means it, but never more than the value
+    # one unit of the last place of the problem's own numbers, as in the package, but never more than the value
     return given is not None and abs(given - wanted) <= min(Fraction(1, 10**places), abs(wanted) / 1000)
 
 
@@ -148,7 +144,7 @@ def by_probability(answer: str, entry: Entry) -> bool:
     exact = entry["metadata"]["rational"]
     given, wanted = rational(answer), Fraction(exact["numerator"], exact["denominator"])
     if given is None or given in (0, 1) or ratio(answer) is not None:
-        # a fraction is meant exactly, and so are never and certainly, unless the package itself rounds to them
+        # a fraction must be exact, and so must 0 and 1, unless the package itself rounds to them
         return given == wanted or by_text(answer, entry)
     # to four places and three significant digits at least, and to all that are given
     return abs(given - wanted) <= min(Fraction(1, 10**4), wanted / 200, last_place(answer))
@@ -289,7 +285,7 @@ _ROLE = re.compile(r"(\w+) is (?:an? )?(\w+)")
 
 
 def _roles(text: str) -> set[tuple[str, str]] | None:
-    """Who is what, of sentences that say nothing else; None for others, or if somebody is named twice."""
+    """(name, role) pairs of sentences such as "X is a knight"; None for any other text, or if a name occurs twice."""
     clean = " ".join(re.sub(r"[.,()]", " ", text.casefold()).split())
     pairs = [_ROLE.fullmatch(part) for part in re.split(r" and |(?<=\w) (?=\w+ is )", clean)]
     found = {(pair[1], pair[2]) for pair in pairs if pair is not None}
@@ -307,7 +303,7 @@ _DURATION = re.compile(rf"(?:(-?\d{{1,7}})(?: days?)?|(?:(-?\d{{1,7}}) days?, *)
 
 
 def _seconds(text: str) -> tuple[bool, Fraction] | None:
-    """Whether a time of day stands in it, and the seconds of ``3 days``, ``04:05:06.7`` or both."""
+    """(has a time of day, seconds) of ``3 days``, ``04:05:06.7`` or both."""
     match = _DURATION.fullmatch(text.strip().casefold())
     if match is None:
         return None
@@ -341,7 +337,7 @@ def by_geometry(answer: str, entry: Entry) -> bool:
 
 
 def _arithmetic(answer: str, available: list[int], target: int) -> bool:
-    """Whether + - * / and brackets over exactly these whole numbers give the target."""
+    """Is the answer an expression of + - * / and brackets that uses exactly these integers and equals the target?"""
     try:
         tree = parse(answer, powers=False)
         used = literals(tree)
@@ -376,7 +372,7 @@ def by_expanded(answer: str, entry: Entry) -> bool:
 
 
 def _is_flat(tree: Any, inside: bool = False) -> bool:
-    """Whether a tree is a sum of products of numbers, names and their powers: the problem itself is no answer."""
+    """Is a tree a sum of products of numbers, names and their powers? The unexpanded problem is no answer."""
     if isinstance(tree, Sum):
         return (not inside or len(tree.terms) == 1) and all(_is_flat(term, True) for _, term in tree.terms)
     if isinstance(tree, Product):
@@ -388,7 +384,7 @@ def _is_flat(tree: Any, inside: bool = False) -> bool:
 
 def by_integral(answer: str, entry: Entry) -> bool:
     metadata = entry["metadata"]
-    # some of the package's own answers leave an integral standing, and no other answer may
+    # some of the package's own answers contain an unevaluated integral; other answers may not
     right = gym_calculus.is_antiderivative(answer, metadata["integrand"], metadata["variable"])
     return right or by_text(answer, entry)
 

@@ -1,6 +1,6 @@
-"""reasoning-gym's data sets: how each one's answer is read here, and what its own verifier would have done.
+"""reasoning-gym's data sets: how we read each one's answer, and which fault of the package's own scorer we avoid.
 
-All of version 0.1.25 are here or in ``prompt_sources.UNSUITABLE``; one that is in neither is a newer version's.
+Every data set of version 0.1.25 is here or in ``data.prompts.sources.UNSUITABLE``.
 """
 
 from __future__ import annotations
@@ -179,4 +179,4 @@ SCORERS: Mapping[str, Scorer] = {
         how="words between commas", right=by.by_sorted_words, reads=("sorted_words",), found=_JUNK
     ),
 }  # fmt: skip
-"""The reading of each data set. None of them evaluates anything."""
+"""The scorer of each data set. None of them evaluates an answer."""

@@ -1,7 +1,7 @@
-"""Problems of reasoning-gym: its generators make them, :mod:`table` says what is a right answer.
+"""The verifier of reasoning-gym problems: the package's generators make them, :mod:`table` defines the right answers.
 
-Nothing that a model or a data file wrote is evaluated here. The package's own verifiers are asked for data sets of
-newer versions only, and those need walls (:func:`needs_isolation`).
+Nothing that a model or a data file wrote is evaluated here. The package's own scorers are used only for data sets of newer
+versions, and only in isolation (:func:`needs_isolation`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_ring.rl.reward.gym.table import SCORERS
 from megatron_ring.rl.types import RewardResult
 
 MAX_ANSWER_CHARS = 20_000
-"""Answers may be twice as long as the problem's own, and as long as this in any case."""
+"""Longest answer; or twice the length of the problem's own answer, if that is more."""
 
 _HELD = "an object with dataset (a name) and entry (question, answer, metadata), as tools/freeze_prompts.py writes it"
 
@@ -28,8 +28,8 @@ _HELD = "an object with dataset (a name) and entry (question, answer, metadata),
 def verify_reasoning_gym(prompt: Prompt, text: str) -> RewardResult:
     """1 if the final answer is right for the data set named by ``prompt.reference["dataset"]``.
 
-    ``prompt.reference["entry"]`` is the problem as the data set made it: question, answer, metadata. An empty answer
-    counts where that is the right one and the box is there.
+    ``prompt.reference["entry"]`` is the problem as the data set made it: question, answer, metadata. An empty box counts if
+    the right answer is empty.
     """
     dataset, entry = prompt.reference["dataset"], prompt.reference["entry"]
     own = str(entry["answer"])
@@ -55,7 +55,7 @@ _MOST_MARKS = 4
 
 
 def _unmarked(answer: str, ours: bool) -> Iterator[str]:
-    """An answer, and what is left of it without what only sets it: a font, dollars, bold, a fence, a last full stop.
+    """The answer, then the answer without markup, layer by layer: a font, dollars, bold, a fence, a last full stop.
 
     Example: ``list(_unmarked(r"\text{Yes}.", True)) == [r"\text{Yes}.", r"\text{Yes}", "Yes"]``.
     """
@@ -83,14 +83,14 @@ def _peeled(answer: str) -> str:
 
 
 def needs_isolation(dataset: str) -> bool:
-    """Whether judging ``dataset`` runs a verifier that may evaluate the answer: one that is not ours."""
+    """Is ``dataset`` scored by the package, which may evaluate the answer, rather than by us?"""
     return dataset not in SCORERS
 
 
 def check_reference(reference: Mapping[str, Any]) -> str | None:
-    """Why nobody can judge a problem with this reference, in one line; None if it can be judged.
+    """Why a problem with this reference cannot be verified, in one line; None if it can.
 
-    Data sets of ours are not imported for it: the problem's own answer is judged, or what that would read is.
+    For data sets with a scorer of ours, the problem's own answer is verified (or, where that is slow, only read).
     """
     dataset, entry = reference.get("dataset"), reference.get("entry")
     if not isinstance(dataset, str):
@@ -104,9 +104,9 @@ def check_reference(reference: Mapping[str, Any]) -> str | None:
         return _check_foreign(dataset)
     missing = [key for key in scorer.reads if key not in entry["metadata"]]
     if missing:
-        return f"reference.entry.metadata lacks {', '.join(missing)}, which judging {dataset} needs; write {_HELD}"
+        return f"reference.entry.metadata lacks {', '.join(missing)}, which the verifier of {dataset} needs; write {_HELD}"
     try:
-        if _judges_itself(dataset, entry):
+        if _own_answer_is_right(dataset, entry):
             return None
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:120]
@@ -114,10 +114,10 @@ def check_reference(reference: Mapping[str, Any]) -> str | None:
     return f"reference.entry of {dataset}: its answer {_short(entry['answer'])} is wrong by its own metadata; correct it"
 
 
-def _judges_itself(dataset: str, entry: Mapping[str, Any]) -> bool:
+def _own_answer_is_right(dataset: str, entry: Mapping[str, Any]) -> bool:
     metadata = entry["metadata"]
     if "integrand" in SCORERS[dataset].reads:
-        # the derivative at one problem takes longer than all other data sets together
+        # only read: verifying one antiderivative takes longer than all other data sets together
         return bool(gym_calculus.samples(metadata["integrand"], metadata["variable"]))
     if dataset == "word_ladder":
         return gym_puzzles.is_ladder(entry["answer"], metadata)
@@ -142,7 +142,7 @@ def _short(value: object) -> str:
 
 @functools.cache
 def load() -> None:
-    """Import what judging needs, which takes up to seconds."""
+    """Import what the verifier needs, which takes up to some seconds."""
     gym_calculus.is_antiderivative("x**2/2", "x", "x")
     gym_puzzles.dictionary()
 

@@ -1,4 +1,4 @@
-"""The atoms of mathematics: what stands between operators, from a letter to a matrix."""
+"""Parsing of atoms: the operands between operators, from a letter to a matrix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INVERSES = frozenset(word_list("arcsin arccos arctan arccot arcsinh arccosh arc
 
 
 class Atoms(Words):
-    """How atoms are read; what stands inside of them is read by the grammar that inherits this."""
+    """The part of the parser for atoms; their contents are parsed by the grammar that inherits this."""
 
     def answer(self) -> Node:
         raise NotImplementedError
@@ -108,7 +108,7 @@ class Atoms(Words):
         return self.peek() == "^" and (self.peek(1) == "circ" or self.peek(2) == "circ")
 
     def arguments(self) -> tuple[Node, ...]:
-        """What a function is applied to: a bracket, or the product that follows up to the next sign or function."""
+        """The arguments of a function: a bracket, or the product up to the next sign or function."""
         if self.peek() in ("(", "{", "["):
             node = self.argument() if self.peek() == "{" else self.structure(self.take().text)
             return node.parts if node.kind == "tuple" else (node,)

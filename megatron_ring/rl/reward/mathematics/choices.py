@@ -1,4 +1,4 @@
-"""Choices: a letter, alone or with its text, and what is compared where an answer is a choice."""
+"""Multiple choice: the letter of an answer, with or without its text, and what is then compared."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SPECIES = (
     r"|tetani|cereus|anthracis|pertussis|burgdorferi|fragilis|faecalis|histolytica|granulosus|fumigatus|flavus|niger"
     r"|parvum|neoformans|sapiens|erectus|habilis|gambiae|aegypti|rerio|discoideum|jejuni|trachomatis|diphtheriae)\b"
 )
-"""What stands behind the letter of a genus: ``E. coli`` is no choice E."""
+"""The word after an abbreviated genus: ``E. coli`` is no choice E."""
 _ANOTHER = re.compile(
     r"\((?i:[A-J])\)|\[[A-J]\]"
     rf"|^(?i:[A-J])(?!{_SPECIES})[.:)](?:\s|$)"
@@ -40,7 +40,7 @@ _ANOTHER = re.compile(
     r"|[\d)}$]\s*(?:[,;/&|]|\b(?:or|and)\b)\s*[A-J]\W*$"
     r"|^-\s*[A-J]$"
 )
-"""Behind a choice, another one: ``(B) (C)``, ``B. or C``, ``B) C) D)``, ``B. 5, Option C``, ``B. no wait, C``."""
+"""A second choice after the first: ``(B) (C)``, ``B. or C``, ``B) C) D)``, ``B. 5, Option C``, ``B. no wait, C``."""
 _LABEL = re.compile(
     rf"(?<![^\s,;/&|])(?:([A-J])(?!{_SPECIES})(?:\)\.|[:).])|([a-j])\))(?=\s|$|\d|[a-z]{{2}})"
 )
@@ -51,7 +51,7 @@ _AND = re.compile(r"\\(?:land|wedge)(?![A-Za-z])")
 
 
 def _several(text: str, letter: str) -> bool:
-    """Whether what stands behind the choice ``letter`` names another one."""
+    """Does the text after the choice ``letter`` name another choice?"""
     text = _AND.sub(" and ", _OR.sub(" or ", TEXT.sub(r" \1 ", text))).replace(r"\cr", "\n")
     text = text.replace("*", " ").replace("$", " ").strip()
     if _ANOTHER.search(text):
@@ -76,7 +76,7 @@ def named(answer: str) -> str | None:
 
 
 def choice(reference: str, answer: str) -> bool | tuple[str, str] | None:
-    """A verdict or the two texts to compare, where one of both names a choice; None where neither does.
+    """The result, or the two texts to compare, if one side names a choice; None if neither does.
 
     Examples: ``choice("B", "(B) 12") is True``, ``choice("12", "(B) 12") == ("12", "12")``.
     """

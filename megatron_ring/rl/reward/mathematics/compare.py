@@ -1,7 +1,7 @@
-"""Whether two answers mean the same: lists, tuples, sets, regions, relations, matrices, and scalars.
+"""Do two answers mean the same? Lists, tuples, sets, regions, relations, matrices and scalars.
 
-What an answer may leave out is what the reference leaves out or says beside the value: the name that a value is
-assigned to, its unit, the sign of degrees. What both of them say has to agree.
+Beside the value an answer may have a name to which it is assigned, a unit, or a sign of degrees. If only one side has it,
+it is ignored; if both have it, it must agree.
 """
 
 from __future__ import annotations
@@ -49,14 +49,13 @@ from megatron_ring.rl.reward.mathematics.units import is_radian, same_unit
 from megatron_ring.rl.reward.mathematics.words import Node
 
 MAX_UNORDERED = 16
-"""Items without an exact value that are matched in any order."""
+"""Most items without an exact value that are matched in any order."""
 _RELATIONAL = frozenset(("relation", "builder", "cup", "cap", "setminus"))
 _ORDERED = frozenset(["<", ">", "<=", ">="])
-_HUNDRED = Fraction(100)
 
 
 def same(wanted: Node, given: Node, budget: Budget) -> bool:
-    """Whether ``given`` answers what ``wanted`` is the reference of; raises Unreadable, TooExpensive among them.
+    """Does the answer ``given`` equal the reference ``wanted``? Raises Unreadable, or its subclass TooExpensive.
 
     Example: ``same(read("1,2"), read("x=2, x=1"), Budget())``.
     """
@@ -108,7 +107,7 @@ def same(wanted: Node, given: Node, budget: Budget) -> bool:
 
 
 def _same_scalars(wanted: Node, given: Node, budget: Budget) -> bool:
-    """Percent may be said or not, and be a hundredth or not; degrees may be said or not, and are an angle in radians."""
+    """A percent sign may be omitted, and may mean a hundredth; a degree sign may be omitted, and may be in radians."""
     if wanted.kind == given.kind and wanted.kind in ("percent", "degrees"):
         return equal(wanted.parts[0], given.parts[0], budget)
     for one, other in ((wanted, given), (given, wanted)):
@@ -120,7 +119,7 @@ def _same_scalars(wanted: Node, given: Node, budget: Budget) -> bool:
 
 
 def _same_with_units(wanted: Node, given: Node, budget: Budget) -> bool:
-    """A unit may be left out; if both are known, they are the same. A million may be left out of an answer."""
+    """A unit may be omitted; if both sides have a known one, they must agree. An answer may omit "million"."""
     if in_full(wanted) != wanted and given.kind != "unit" and same(in_full(wanted).parts[0], given, budget):
         return True
     wanted, given = (wanted if given.kind != "unit" else in_full(wanted)), in_full(given)
@@ -139,7 +138,7 @@ def _same_with_units(wanted: Node, given: Node, budget: Budget) -> bool:
 
 
 def _same_lists(wanted: Node, given: Node, budget: Budget) -> bool:
-    """Several answers, in any order; in order, if it is a row that goes on or if the other side is a tuple."""
+    """Several answers in any order; in order if the list ends with dots, or if the other side is a tuple."""
     for one, other in ((wanted, given), (given, wanted)):
         if other.kind in _RELATIONAL or any(part.kind == "relation" for part in one.parts):
             regions = _same_regions(wanted, given, budget)
@@ -162,7 +161,7 @@ def _same_lists(wanted: Node, given: Node, budget: Budget) -> bool:
 
 
 def _values(node: Node) -> tuple[Node, ...]:
-    """The items of a list, in which ``x = 1 \\text{ or } 2`` names ``x`` once and ``x = \\pm 1`` is two."""
+    """The items of a list. ``x = 1 \\text{ or } 2`` names ``x`` for both items, and ``x = \\pm 1`` is two items."""
     if node.kind in ("tuple", "set"):
         return node.parts
     if node.kind != "list":
@@ -202,13 +201,13 @@ def _distinct(parts: Sequence[Node], budget: Budget) -> list[Node]:
 
 
 def _items(node: Node) -> tuple[Node, ...]:
-    """What one item of a list stands for: both signs of a plus-minus, all values of one name, or itself."""
+    """The items that one item of a list stands for: both signs of a plus-minus, all values of one name, or itself."""
     node = listed(node)
     return (node,) if node.kind in ("tuple", "set") else _values(node)
 
 
 def _same_items(a: Sequence[Node], b: Sequence[Node], budget: Budget) -> bool:
-    """Whether two rows hold the same, in any order. Exact values are counted; few others are tried in turn."""
+    """Do two lists have the same items in any order? Exact values are counted; others, which must be few, are matched."""
     if len(a) != len(b):
         return False
     left, right = [], []
@@ -225,7 +224,7 @@ def _same_items(a: Sequence[Node], b: Sequence[Node], budget: Budget) -> bool:
     for value, count in counts.items():
         (left if count > 0 else right).extend(exact[value][:1] * abs(count))
     if len(left) > MAX_UNORDERED or len(right) > MAX_UNORDERED:
-        # what has no partner of its own value differs, but for rounded decimals, of which so many are no answer
+        # items without an equal partner differ, unless they are rounded decimals, of which no answer has so many
         if not any(count for count in counts.values()):
             raise TooExpensive(f"more than {MAX_UNORDERED} members without an exact value")
         return False
@@ -263,7 +262,7 @@ def _same_matrices(wanted: Node, given: Node, budget: Budget) -> bool:
 
 
 def _same_ratios(wanted: Node, given: Node, budget: Budget) -> bool:
-    """``2:4`` is ``1:2`` and, of two numbers, a fraction; what may be a time of day is compared as it stands."""
+    """``2:4`` equals ``1:2`` and, with two numbers, a fraction; a possible time of day is compared as it is written."""
     if wanted.kind == given.kind == "ratio":
         if len(wanted.parts) != len(given.parts):
             return False
@@ -281,7 +280,7 @@ def _same_ratios(wanted: Node, given: Node, budget: Budget) -> bool:
 
 
 def _same_residues(a: tuple[Node, Node], b: tuple[Node, Node], budget: Budget) -> bool:
-    """``7`` and ``2`` are the same modulo ``5``; what has no value is compared as it stands."""
+    """``7`` and ``2`` are equal modulo ``5``; expressions without a value are compared as they are written."""
     if not same(a[1], b[1], budget):
         return False
     left, right, modulus = (number_of(node, budget) for node in (a[0], b[0], a[1]))
@@ -343,7 +342,7 @@ def _holds(equation: Node, budget: Budget) -> bool:
 
 
 def _same_regions(wanted: Node, given: Node, budget: Budget) -> bool | None:
-    """None where one of both is no region. If both name the symbol that they are about, it is the same."""
+    """Are both the same region? None if one of them is no region. If both name their symbol, it must agree."""
     a, b = region_of(wanted, budget), region_of(given, budget)
     if a is None or b is None:
         return None
@@ -353,7 +352,7 @@ def _same_regions(wanted: Node, given: Node, budget: Budget) -> bool | None:
 
 
 def _same_equations(wanted: Node, given: Node, budget: Budget) -> bool:
-    """The same name with the same value, or two equations with the same solutions as far as a factor shows it."""
+    """The same name with the same value, or two equations of which one is a multiple of the other."""
     given = one_argument(wanted, given)
     (a, b), (c, d) = ((node.parts[0], node.parts[-1]) for node in (wanted, given))
     if bare_symbol(a) and bare_symbol(c):
@@ -369,7 +368,7 @@ def _same_equations(wanted: Node, given: Node, budget: Budget) -> bool:
 
 
 def same_quietly(a: Node, b: Node, budget: Budget) -> bool:
-    """As ``same``; what has no value is not the same."""
+    """As ``same``, but expressions without a value are not equal."""
     try:
         return same(a, b, budget)
     except TooExpensive:

@@ -1,11 +1,11 @@
-"""Whether two scalar trees are equal in value.
+"""Are two scalar trees equal in value?
 
 - Rational numbers are compared exactly, at any size.
 - Rational functions are compared at rational points and modulo large primes, which is exact but for chance.
-- All else is compared to 60 digits and, where that finds no difference, to 500; a difference counts unless it shrinks
-  with the digits, so a tiny value is as different from another as a large one.
-- Real points decide wherever both sides are real; complex ones where no real point is.
-- A decimal stands for what it was rounded or cut from, if at least 6 significant digits are written.
+- Everything else is compared to 60 digits and, if that finds no difference, to 500. A difference counts unless it shrinks
+  as digits are added, so tiny values are told apart like large ones.
+- Points at which both sides are real decide; complex ones only if there is no such point.
+- A decimal with at least 6 significant digits equals any value that it could be rounded or truncated from.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from megatron_ring.rl.reward.mathematics.words import Node
 
 DIGITS, MORE_DIGITS, MOST_DIGITS = 60, 110, 500
 ENOUGH_POINTS = 9
-"""Points at which both sides have values, after which no more are tried; identities of integers have them late."""
+"""Enough points at which both sides have values. Identities of integers have values at the last points only."""
 DECIMAL_DIGITS = 6
-"""Significant digits from which on a decimal may stand for a value that it was rounded from."""
+"""A decimal with this many significant digits may stand for a value that it was rounded from."""
 
 
 def equal(a: Node, b: Node, budget: Budget) -> bool:
-    """Whether ``a`` and ``b`` have the same value; raises Unreadable, of which TooExpensive is one.
+    """Do ``a`` and ``b`` have the same value? Raises Unreadable, or its subclass TooExpensive.
 
     Example: ``equal(read(r"\\sqrt{12}"), read(r"2\\sqrt{3}"), Budget())``.
     """
@@ -58,7 +58,7 @@ def equal(a: Node, b: Node, budget: Budget) -> bool:
 
 
 def number_of(node: Node, budget: Budget) -> Number | None:
-    """The value of a tree without symbols; None if it has symbols or no value.
+    """The value of a tree; None if it has symbols, or no value.
 
     Example: ``number_of(read("1/2"), Budget()) == Fraction(1, 2)``.
     """
@@ -80,7 +80,7 @@ def has_value_somewhere(node: Node, budget: Budget) -> bool:
 
 
 def less(a: Node, b: Node, budget: Budget) -> bool | None:
-    """Whether a number is below another; None where that cannot be said."""
+    """Is a number below another? None if that cannot be decided."""
     left, right = number_of(a, budget), number_of(b, budget)
     if left is None or right is None:
         return None
@@ -123,7 +123,7 @@ def _try(node: Node, budget: Budget, digits: int, point: int, real: bool) -> Num
 
 
 def _same_at(a: Node, b: Node, budget: Budget, point: int, real: bool) -> bool | None:
-    """None where one of both has no value."""
+    """Are they equal at this point? None if one of them has no value there."""
     left, right = _try(a, budget, DIGITS, point, real), _try(b, budget, DIGITS, point, real)
     if left is None or right is None:
         return None
@@ -138,7 +138,7 @@ def _same_at(a: Node, b: Node, budget: Budget, point: int, real: bool) -> bool |
 
 
 def _distance(left: Number, right: Number, digits: int) -> Number | None:
-    """How far two numbers are apart; None if that is within what so many digits can tell."""
+    """The difference of two numbers; None if it is within the precision of ``digits``."""
     with mp.workdps(digits):
         left, right = _inexact(left), _inexact(right)
         if left == right:
@@ -150,10 +150,10 @@ def _distance(left: Number, right: Number, digits: int) -> Number | None:
 
 
 def _vanishes(few: tuple[Number, Number], more: tuple[Number, Number], digits: int) -> bool:
-    """Whether what two numbers differ by is noise: with more ``digits`` it shrinks as they grow.
+    """Is the difference of two numbers noise, which shrinks as ``digits`` are added?
 
-    It is then nothing beside either of them, or both are nothing but noise themselves: a difference of 3 that is
-    smaller than one of a million was is no noise.
+    Then it is negligible beside each of the two numbers, or both are noise themselves. A difference that falls from a
+    million to 3 is no noise.
     """
     with mp.workdps(digits):
         shrunk = mp.mpf(10) ** (DIGITS + 20 - digits)
@@ -168,12 +168,12 @@ def _vanishes(few: tuple[Number, Number], more: tuple[Number, Number], digits: i
 
 
 def _confirmed(a: Node, b: Node, budget: Budget, real: bool) -> bool:
-    """The last word where no difference was found: residues for rational functions, otherwise many more digits."""
+    """Confirm equality after no difference was found: by residues for rational functions, else with many more digits."""
     try:
         return all(residue(a, prime, budget) == residue(b, prime, budget) for prime in PRIMES)
     except NoResidue:
         pass
-    # of what has a gamma function in it, the first value to 500 digits takes seconds
+    # with a gamma function the first value to 500 digits takes seconds
     few = _has_gamma(a) or _has_gamma(b)
     for digits in (MORE_DIGITS,) if few else (MOST_DIGITS, 6 * MOST_DIGITS):
         verdict = _same_to(a, b, budget, real, digits)
@@ -183,7 +183,7 @@ def _confirmed(a: Node, b: Node, budget: Budget, real: bool) -> bool:
 
 
 def _same_to(a: Node, b: Node, budget: Budget, real: bool, digits: int) -> bool | None:
-    """Whether two trees agree to so many digits; None where these swallow something that was added."""
+    """Do two trees agree to ``digits`` digits? None if a summand was smaller than the last digit."""
     for point in range(POINTS):
         evaluators = [Evaluator(budget, digits, point, real) for _ in range(2)]
         try:
@@ -205,7 +205,7 @@ def _has_gamma(node: Node) -> bool:
 
 
 def _as_decimal(a: Node, b: Node, left: Number, right: Number) -> bool:
-    """Whether one of both is a decimal with digits enough, and the other's value rounded or cut to them."""
+    """Is one side a decimal with enough digits, and equal to the other side rounded or truncated to them?"""
     for node, decimal, other, value in ((a, left, b, right), (b, right, a, left)):
         digits = written_digits(node)
         if digits is None or digits < DECIMAL_DIGITS or not isinstance(decimal, Fraction) or decimal == 0:
@@ -223,7 +223,7 @@ def _as_decimal(a: Node, b: Node, left: Number, right: Number) -> bool:
 
 
 def written_digits(node: Node) -> int | None:
-    """Significant digits of a decimal, be it negative or times a power of ten; None if the tree is no decimal."""
+    """Significant digits of a decimal, which may be negative or times a power of ten; None if the tree is no decimal."""
     if node.kind == "number":
         return node.digits
     if node.kind == "-":

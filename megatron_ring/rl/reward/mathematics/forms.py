@@ -145,7 +145,7 @@ def residue_class(node: Node) -> tuple[Node, Node] | None:
 
 
 def spelled(node: Node) -> str:
-    """Digits and letters that were read as a product, as they stand."""
+    """Digits and letters that were parsed as a product, as they were written."""
     if node.kind == "multiply":
         return "".join(map(spelled, node.parts))
     if node.kind == "number" and node.number is not None:
@@ -154,7 +154,7 @@ def spelled(node: Node) -> str:
 
 
 def scalars_of(node: Node) -> Iterator[Node]:
-    """The scalar trees that a comparison would work out."""
+    """The scalar trees that a comparison would evaluate."""
     node = outer_unit(listed(standard(node)))
     if node.kind == "ellipsis":
         return
@@ -166,7 +166,7 @@ def scalars_of(node: Node) -> Iterator[Node]:
 
 
 def check(node: Node) -> None:
-    """Work out a reference as far as comparing it would; raises Unreadable if it has no value or costs too much."""
+    """Evaluate a reference as a comparison would. Raises Unreadable if it has no value or costs too much."""
     budget = Budget()
     for part in scalars_of(node):
         if not has_symbols(part):

@@ -1,4 +1,4 @@
-"""Functions of numbers by name and count of arguments; each knows what it costs before it is worked out."""
+"""Functions of numbers by name and number of arguments; each checks its cost before it is evaluated."""
 
 from __future__ import annotations
 

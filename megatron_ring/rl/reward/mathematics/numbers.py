@@ -1,4 +1,4 @@
-"""Numbers that arithmetic on answers is done with: their bounds, their sizes, and the work they may cost."""
+"""Numbers for the arithmetic on answers: their bounds, their sizes, and the budget of work."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ MAX_FACTORIAL = 10**12
 MAX_EXACT_FACTORIAL = 2000
 MAX_TERMS = 1000
 WORK = 400_000
-"""Units of work that one judgement may take; a unit is some half a microsecond."""
+"""Units of work per answer; a unit is about half a microsecond."""
 GENERIC_POINTS = 6
 POINTS = 22
-"""Points that identities are tried at: first generic ones of all signs, then positive integers."""
+"""Points at which identities are checked: first generic ones of all signs, then positive integers."""
 
 
 class TooExpensive(Unreadable):
-    """To work this out would cost more than a judgement may."""
+    """Evaluating this would cost more than the budget of one answer."""
 
 
 class Undefined(ArithmeticError):
-    """No number at this point: a division by zero, or a value that is not real where real ones are asked for."""
+    """No value at this point: a division by zero, or a complex value where a real one is needed."""
 
 
 class Budget:
-    """Work that is left to one judgement."""
+    """Work that is left for one answer."""
 
     def __init__(self, units: int = WORK) -> None:
         self.left = units
@@ -50,7 +50,7 @@ class Budget:
 
 
 def symbol_value(name: str, point: int) -> Fraction:
-    """The number that stands for a symbol at a point: of both signs and of different sizes, or a positive integer."""
+    """The value of a symbol at a point: of either sign and of different sizes, or a positive integer."""
     draw = random.Random(f"{name}:{point}")
     if point >= GENERIC_POINTS:
         odd = [n % 2 for n in range(POINTS - GENERIC_POINTS)]  # so that (-1)^n is no constant

@@ -1,8 +1,8 @@
-"""From words to a tree: a reader of mathematical answers that computes nothing and keeps every symbol.
+"""The parser: from tokens to a tree. It computes nothing and keeps every symbol.
 
-What it cannot read it refuses (:class:`Unreadable`); it never skips a word. Its grammar, loosest first: lists and
-``or``; relations; sets; ratios; sums; products; powers. What stands for an unevaluated operation (an integral, a limit)
-becomes a symbol whose name is its whole text.
+It raises :class:`Unreadable` for what it cannot parse, and never skips a token. Precedence, lowest first: lists and ``or``;
+relations; sets; ratios; sums; products; powers. An operation that is not evaluated (an integral, a limit) becomes a symbol
+whose name is its whole text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _STARTS = frozenset(
 ) | frozenset(OPAQUE)
 _LETTER_DIGITS = re.compile(r"(-?[0-9A-Z]*[A-Z][0-9A-Z]*)_\{(\d+)\}")
 MAX_POSTFIXES = 4
-"""Signs behind one number: ``5!``, ``50\\%``, ``5\\text{ cm}``."""
+"""Most signs after one number: ``5!``, ``50\\%``, ``5\\text{ cm}``."""
 
 
 def read(text: str, *, grouped: bool = True, scientific: bool = True) -> Node:
@@ -142,7 +142,7 @@ class _Reader(Atoms):
                 return product_of(parts)
 
     def beside(self, parts: list[Node]) -> Node:
-        """A factor without a sign of its own; a proper fraction behind an integer makes a mixed number."""
+        """A factor without a sign; a proper fraction after an integer makes a mixed number."""
         before = parts[-1]
         bare = self.words[self.at - 1].kind == "number" and before.kind == "number" and before.digits is None
         if self.kind() == "number" and self.words[self.at - 1].kind == "number":
@@ -165,7 +165,7 @@ class _Reader(Atoms):
         return self._raised(node)
 
     def _row(self, parts: list[Node]) -> Node:
-        """Numbers side by side mean nothing but themselves."""
+        """Numbers side by side are no product."""
         parts.append(self.factor())
         row = Node("beside", tuple(parts))
         parts.clear()
@@ -210,7 +210,7 @@ class _Reader(Atoms):
         return Node("-", (node,)) if sign == "-" else node
 
     def postfix(self, node: Node) -> Node:
-        """Factorials, primes, subscripts of numbers, degrees, percent and units behind an atom."""
+        """Factorials, primes, subscripts of numbers, degrees, percent and units after an atom."""
         for _ in range(MAX_POSTFIXES):
             if self.peek() == "!" and node.kind != "factorial":
                 self.take()
@@ -238,7 +238,7 @@ class _Reader(Atoms):
         raise Unreadable("too many signs behind one number")
 
     def degrees(self) -> bool:
-        """Take ``^\\circ`` in any of its spellings."""
+        """Consume ``^\\circ`` in any of its spellings."""
         if self.peek() == "deg":
             self.take()
             return True
@@ -250,7 +250,7 @@ class _Reader(Atoms):
         return False
 
     def unit(self) -> str:
-        """The words of a unit as they stand: prose, and what joins prose to more of it."""
+        """The text of a unit: prose, and what joins it to more prose."""
         words = [self.take().text]
         while self.at < len(self.words):
             if self.kind() == "prose":
@@ -265,7 +265,7 @@ class _Reader(Atoms):
         return "".join(words)
 
     def argument(self) -> Node:
-        """``{...}``, or one word: of a number its first digit, as TeX has it."""
+        """``{...}``, or one token; of a number its first digit, as in TeX."""
         if self.peek() == "{":
             self.take()
             node = self.chosen(self.answer())
@@ -286,7 +286,7 @@ class _Reader(Atoms):
         return node
 
     def chosen(self, node: Node) -> Node:
-        """What ``\\choose`` or ``\\over`` makes of what stands before it."""
+        """``\\choose`` or ``\\over`` with what precedes it."""
         if self.peek() not in ("choose", "over"):
             return node
         name, other = self.take().text, self.answer()

@@ -38,7 +38,7 @@ EVERYTHING: Region = [Interval(MINUS_INFINITY, False, INFINITY, False)]
 
 
 def region_of(node: Node, budget: Budget) -> tuple[Region, str] | None:
-    """The numbers that ``node`` describes and the symbol it says so of (empty for a set); None if it describes none.
+    """The region that ``node`` describes and its symbol (empty for a set); None if it describes none.
 
     Example: ``x<3`` gives ``([Interval(MINUS_INFINITY, False, three, False)], "x")``.
     """
@@ -143,7 +143,7 @@ def _half_line(name: str, end: Node) -> Region:
 
 
 def _of_list(node: Node, budget: Budget) -> tuple[Region, str] | None:
-    """Inequalities of one symbol: ``or`` joins what they allow, ``and`` narrows it; a comma joins what is apart."""
+    """Inequalities of one symbol: ``or`` is a union, ``and`` an intersection; a comma is a union of disjoint regions."""
     parts = [region_of(part, budget) if part.kind in ("relation", "tuple") else None for part in node.parts]
     found = [part for part in parts if part is not None]
     names = {name for _, name in found if name}
@@ -205,7 +205,7 @@ def _before(a: Interval, b: Interval, budget: Budget) -> bool:
 
 
 def _touch(a: Interval, b: Interval, budget: Budget) -> bool:
-    """Whether nothing lies between an interval and one that does not begin before it."""
+    """Is there no gap between an interval and a later one?"""
     if less(b.low, a.high, budget):
         return True
     return equal(a.high, b.low, budget) and (a.high_closed or b.low_closed)

@@ -17,7 +17,7 @@ PRIMES = (2**127 - 1, 2**521 - 1)
 
 
 class NoResidue(ArithmeticError):
-    """The tree is no rational function with whole exponents."""
+    """The tree is no rational function with integer exponents."""
 
 
 def residue(node: Node, prime: int, budget: Budget) -> int:

@@ -1,4 +1,4 @@
-"""Shapes of answers: what a tree says beside its value, and the values that are in it."""
+"""Shapes of answers: what a tree contains beside its value (names, units), and the values in it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _signed(node: Node, upper: bool) -> Node:
 
 
 def continued(node: Node) -> list[Node]:
-    """What ``0.333...`` may stand for: the digits at its end for ever, or a decimal that was cut off."""
+    """The values that ``0.333...`` may have: repeating digits, or a truncated decimal."""
     if node.kind != "ellipsis":
         return [node]
     head, point, tail = node.name.partition(".")
@@ -161,12 +161,12 @@ def assigned(node: Node, loose: bool) -> Node | None:
         return value
     names = symbols(left)
     if left.kind == "call" and names and node.parts[1:] and not symbols(value):
-        return value  # sin x = 1/2 says what the sine is
+        return value  # sin x = 1/2 gives the value of sin x
     return value if loose and (len(names) > 1 or not (names or symbols(value))) else None
 
 
 def is_name(node: Node) -> bool:
-    """Whether a left side only names what it is about: ``x``, ``(x, y)``, ``AB``, ``V_1:V_2``, ``|AB|``."""
+    """Is a left side only a name? ``x``, ``(x, y)``, ``AB``, ``V_1:V_2``, ``|AB|``."""
     if node.kind in ("tuple", "list", "set", "multiply", "inverse", "ratio") or (
         node.kind == "call" and node.name == "abs"
     ):
@@ -179,7 +179,7 @@ def _stem(name: Node) -> str:
 
 
 def unnamed(a: Sequence[Node], b: Sequence[Node]) -> tuple[Sequence[Node], Sequence[Node], bool]:
-    """Without names that only one of both rows gives to its values, and whether their order counts then.
+    """Both lists without names that only one of them has, and whether their order counts.
 
     ``x_1=2, x_2=3`` names the values of one unknown, ``x=2, y=3`` those of two.
     """

@@ -1,7 +1,7 @@
 """The text of a mathematical answer, written one way: Unicode and plain spellings become plain LaTeX.
 
-``plain`` is applied until nothing changes, so that applying it twice changes nothing. It works on characters only and
-drops nothing that tells two values apart: what it takes away is space, dollars, sizes of brackets and the full stop.
+``plain`` repeats its rules until nothing changes. It works on characters only, and removes nothing that distinguishes two
+values: only space, dollars, sizes of brackets and the full stop.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import unicodedata
 from megatron_ring.rl.reward.answers import braced, unboxed
 
 MAX_ANSWER_CHARS = 1000
-"""Longer boxes are prose or an attack on the parser: no answer."""
+"""Longer boxes are prose or an attack on the parser, and are refused."""
 _MAX_PASSES = 12
 
 
 def word_list(text: str) -> list[str]:
-    """What spaces separate: a long table in few lines.
+    """The words of a text, for long tables in few lines.
 
     Example: ``word_list("sin cos") == ["sin", "cos"]``.
     """
@@ -128,7 +128,7 @@ _BOLD_FONTS = re.compile(r"\\(?:pmb|bold|bm|boldsymbol)(?=\s*\{)")
 _ROW = re.compile(r"\\\\(?:\s*\[[^\[\]]*\])?")
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}])")
 TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname)\s*\{([^{}]*)\}")
-"""Words in a font of their own."""
+"""A group of words with a font command."""
 _FENCES = re.compile(r"\\[()\[\]]")
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _PRIMES = re.compile(r"\^\s*(?:\{((?:\s*\\prime)+)\s*\}|\\prime(?![A-Za-z]))")
@@ -143,7 +143,7 @@ _TRANSPOSED = re.compile(
 _WITHOUT = re.compile(r"(?<=\\mathbb\{R\})\s*-\s*(?=\\\{)")
 _BETWEEN = re.compile(r"([(\[][^()\[\]]*,[^()\[\]]*[)\]])\s*[Uu]\s*(?=[(\[][^()\[\]]*,)")
 _OUTWARD = re.compile(r"(^|=\s*|\\(?:cup|in)\s*)([\[\]])([^()\[\]]*[,;][^()\[\]]*)([\[\]])")
-"""Intervals as they are written in France: ``[0,1[``."""
+"""Intervals in French notation: ``[0,1[``."""
 _LEADING = re.compile(
     r"(?:=(?![=<>])|\\(?:approx|therefore|implies|Rightarrow|Longrightarrow|rightarrow)(?![A-Za-z])"
     r"|\\text\{ ?(?i:(?:the )?(?:final |correct )?answer)(?: is)?:? ?\})\s*"
@@ -177,7 +177,7 @@ _SPELLINGS = (
     ),
     (re.compile(r"\\(?:hat|widehat|vec) ?\{? ?(?:\\mathbf ?\{)?k(?![A-Za-z]) ?\}?\}?"), r"\\mathbf{k}"),
 )
-"""What has another spelling of one meaning, and that spelling."""
+"""(pattern, replacement) of other spellings with the same meaning."""
 _OF_WHAT = re.compile(r"(-?\d[\d.,/]*) \(([A-Za-z][A-Za-z -]*)\)")
 _MONEY = re.compile(r"(?:USD|US\s*(?=\\?\$))\s*\\?\$?\s*(?=\d)")
 _BASES = {
@@ -221,7 +221,7 @@ _TEXT_STOP = re.compile(r"[.,;:]\s*\}$")
 
 
 class Unreadable(ValueError):
-    """The text is no mathematics that can be judged; the message says why."""
+    """The text is no mathematics that can be compared; the message says why."""
 
 
 def plain(text: str) -> str:
@@ -294,14 +294,14 @@ def _written_out(text: str) -> str:
 
 
 def _joined(rows: str) -> str:
-    r"""The equations of a system, which all hold: ``x=1\\land y=2``; empty where cases tell several apart."""
+    r"""The equations of a system, joined: ``x=1\\land y=2``; empty if they are alternative cases."""
     lines = [line.strip(" ,;.") for line in _ALIGNED.sub("", rows).split(r"\cr")]
     lines = [line for line in lines if line]
     return r"\land ".join(lines) if "&" not in "".join(lines) and all(map(_SAYS_WHAT.search, lines)) else ""
 
 
 def _behind(words: re.Pattern[str], text: str, written: str) -> str:
-    """``text`` with what ``words`` find at its end written in one way, the name in it included."""
+    """``text`` with the match of ``words`` at its end replaced by ``written``, the name in it included."""
     for match in words.finditer(text):
         if match.start() and match.end() == len(text):
             name = next((name for name in match.groupdict().values() if name), "")
@@ -342,7 +342,7 @@ def _folded(character: str) -> str:
 
 
 def _outer(text: str) -> str:
-    """Without what stands around the whole: boxes, ``\\text``, plain braces, the full stop."""
+    """``text`` without what encloses all of it: boxes, ``\\text``, plain braces, the full stop."""
     if text.startswith("\\"):
         text = unboxed(text) or text
         whole = _OUTER_TEXT.match(text)

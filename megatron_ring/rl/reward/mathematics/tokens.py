@@ -1,7 +1,7 @@
-"""Words of mathematics: what an answer may be made of. Everything else is refused here, before anything is computed.
+"""The tokens of an answer. Any other text is refused here, before anything is computed.
 
-A token is one number, symbol, function, operator, command or piece of prose out of the tables below; nothing is ever
-looked up in Python's own names. Lengths and nesting are bounded, so that what follows is linear in a bounded text.
+A token is a number, symbol, function, operator, command or piece of prose from the tables below; no name is ever looked up
+in Python. Lengths and nesting are bounded, so that parsing is linear in a bounded text.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_ring.rl.reward.mathematics.text import Unreadable, word_list
 
 MAX_TOKENS = 800
 MAX_DEPTH = 40
-"""Brackets and braces inside each other."""
+"""Deepest nesting of brackets and braces."""
 
 
 class Token(NamedTuple):
@@ -100,7 +100,7 @@ ACCENTS = frozenset(
     )
 )
 _MARKS = frozenset(word_list("odot oplus star dagger top"))
-"""Signs that stand above or below a letter only: as operations they are unknown."""
+"""Signs that are only allowed as a letter's superscript or subscript; as operations they are unknown."""
 _PROSE = frozenset(word_list("text textnormal textbf textit textrm textsf texttt mbox operatorname hbox"))
 _FONTS = frozenset(word_list("mathbf boldsymbol bm mathit mathsf mathtt mathrm"))
 _CHARACTERS = {**{c: c for c in "+-*/^_!()[]{}|,;<>=:&'%"}, "$": "$", "@": "@"}
@@ -260,7 +260,7 @@ class _Tokenizer:
             raise Unreadable(f"unknown command \\{name}")
 
     def _prose(self, name: str) -> None:
-        """``\\text{...}`` and the like: a connective, a number, a function's name, or words that stand as they are."""
+        """``\\text{...}`` and the like: a connective, a number, a function's name, or plain words."""
         opening = re.compile(r"\s*(?=\{)").match(self.text, self.at)
         inner = braced(self.text, opening.end()) if opening is not None else None
         if opening is None or inner is None:
@@ -311,7 +311,7 @@ class _Tokenizer:
             self._letters(word)
 
     def _letters(self, word: str) -> None:
-        """Letters side by side are symbols, but for names of functions and of pi among them."""
+        """Adjacent letters are symbols, except names of functions and of pi among them."""
         at = 0
         while at < len(word):
             name = next((n for n in _INNER_NAMES if word.startswith(n, at)), word[at])
@@ -331,7 +331,7 @@ def significant(text: str) -> int:
 
 
 def repeating(head: str, block: str) -> Fraction:
-    """The value of a decimal whose digits ``block`` repeat for ever behind ``head``.
+    """The value of a decimal whose digits ``block`` repeat for ever after ``head``.
 
     Example: ``repeating("0.1", "6") == Fraction(1, 6)``.
     """
@@ -359,4 +359,4 @@ UNITS = frozenset(
         "dogs cats birds trees boxes bags bottles stamps shirts cakes toys seats rooms words rides"
     )
 )
-"""Plain words that name a unit where they stand behind a number."""
+"""Plain words that are a unit after a number."""

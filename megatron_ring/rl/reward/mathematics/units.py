@@ -1,4 +1,4 @@
-"""Words behind a number: units that can be told apart, and other words that may stand there or not."""
+"""Words after a number: known units, which must agree, and other words, which are ignored."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ nm nanometer nanometre
 _KNOWN = {word: line.split()[0] for line in _SAME.strip().splitlines() for word in line.split()}
 _PREFIXED = re.compile("[YZEPTGMkhdcmu\u00b5\u03bcnpf](?:mol|Hz|Pa|eV|Wb|Bq|Gy|Sv|lm|lx|[mgsAKNJWCVFTHLl])")
 LETTERS = frozenset("msghNJWVL")
-"""Letters that are a unit though they stand alone and could be symbols."""
+"""Single letters that are taken as a unit rather than as a symbol."""
 _HEDGES = frozenset(
     word_list(
         "or nor and not no but if either maybe perhaps possibly isn't except unless instead actually wrong false "
@@ -92,7 +92,7 @@ _HEDGES = frozenset(
         "twenty thirty forty fifty sixty seventy eighty ninety pi i e x y z n"
     )
 )
-"""Words that make another value of the number before them, or another answer beside it."""
+"""Words that change the value of the number before them, or add another answer."""
 SCALES = {
     "dozen": 12,
     "hundred": 10**2,
@@ -112,7 +112,7 @@ _SPLIT = re.compile(r"[^\W\d_]+|[$€£¥¢\"]|\^-?\d{1,2}|/")
 
 
 def same_unit(wanted: str, given: str) -> bool:
-    """Whether two units agree: what is known is the same, what is not (``apples``) is no matter.
+    """Do two units agree? Known units must be the same; unknown ones (``apples``) are ignored.
 
     Raises Unreadable for words that are no unit at all, such as ``or 6``.
     """
@@ -126,7 +126,7 @@ def is_radian(text: str) -> bool:
 
 
 def is_measure(text: str) -> bool:
-    """Whether bare letters behind a number are a unit: ``m/s^2``, and of single letters the commonest.
+    """Are bare letters after a number a unit? ``m/s^2`` is, and so are the most common single letters.
 
     Examples: ``is_measure("km/h")``, ``not is_measure("a/b")``.
     """
@@ -136,14 +136,14 @@ def is_measure(text: str) -> bool:
 
 
 def scaled(text: str) -> tuple[int, str]:
-    """What a unit multiplies its number by, and the unit without it: ``(10**6, "dollars")`` of ``million dollars``."""
+    """(factor, rest) of a unit: ``(10**6, "dollars")`` for ``million dollars``."""
     first, _, rest = text.strip().partition(" ")
     factor = SCALES.get(first.casefold()) or SCALES.get(first.casefold().removesuffix("s"))
     return (factor, rest) if factor else (1, text)
 
 
 def _measure(text: str) -> tuple[tuple[str, int], ...]:
-    """A unit as powers of its words, each in one spelling; empty if it is no unit of measurement that is known."""
+    """A unit as (word, power) pairs in one spelling; empty if it is no known unit of measurement."""
     words = _WORD.findall(text)
     lowered = [word.casefold() for word in words]
     if len(words) > MAX_WORDS or _HEDGES & set(lowered):
@@ -176,7 +176,7 @@ def _measure(text: str) -> tuple[tuple[str, int], ...]:
 
 
 def _known(word: str) -> str | None:
-    """A unit's one spelling. ``mW`` and ``MW`` differ; only what is no unit as it is written is folded."""
+    """The canonical spelling of a unit. Case is ignored only if the unit is unknown as written: ``mW`` is not ``MW``."""
     if word not in _KNOWN and word not in ("pm", "am") and _PREFIXED.fullmatch(word):
         return word.replace("L", "l").replace("\u00b5", "\u03bc")
     lowered = word.casefold()

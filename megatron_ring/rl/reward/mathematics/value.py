@@ -1,8 +1,8 @@
-"""Numbers of a tree: exact where they are rational, otherwise to as many digits as are asked for.
+"""Evaluate a tree: exactly if its value is rational, else to a given number of digits.
 
-Nothing is simplified or expanded, and what an operation may cost is known before it is done: sizes of exact numbers,
-magnitudes of arguments, terms of a sum, and a budget of work for one judgement. What goes beyond is
-:class:`TooExpensive`, never a hang. A symbol gets a number that follows from its name and the point.
+Nothing is simplified or expanded, and the cost of each operation is checked first: sizes of exact numbers, magnitudes of
+arguments, terms of a sum, and a budget of work per answer. Beyond a limit :class:`TooExpensive` is raised; nothing hangs.
+The value of a symbol follows from its name and the point.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ GROWING = frozenset(("exp", "sinh", "cosh", "tanh", "coth"))
 FLAT_AND_FAST = frozenset(("tanh", "coth"))
 FLAT = frozenset(("arctan", "atan", "arccot", "acot"))
 _NOISE_DIGITS = 25
-"""Digits that a power of an inexact number keeps at least."""
+"""Digits that a power of an inexact number must keep."""
 
 
 class Evaluator:
-    """Values of trees at one point with some digits. ``rounded`` says that an exact number was too large to keep,
-    ``absorbed`` that something added was smaller than the last digit.
+    """Values of trees at one point with a number of digits. ``rounded``: an exact number was too large and was rounded;
+    ``absorbed``: a summand was smaller than the last digit.
 
     Example: ``Evaluator(Budget(), 60).value(read("1/2+1/3")) == Fraction(5, 6)``.
     """
@@ -62,7 +62,7 @@ class Evaluator:
         with mp.workdps(self.digits):
             try:
                 value = self._of(node)
-                # what was swallowed on the way is not in an exact number either
+                # a summand that was absorbed on the way is missing in an exact number as well
                 return self.inexact(value) if self.absorbed else value
             except (ZeroDivisionError, OverflowError) as error:
                 raise Undefined(str(error)) from error
@@ -85,7 +85,7 @@ class Evaluator:
         if node.name in self.bound:
             return self.bound[node.name]
         if self.bound and "_" in node.name:
-            # a_k under a sum over k is another number for every k
+            # a_k in a sum over k has another value for every k
             varying = [f"{name}={value}" for name, value in self.bound.items() if _names(node.name, name)]
             return symbol_value(" ".join((node.name, *varying)), self.point)
         return symbol_value(node.name, self.point)
@@ -103,7 +103,7 @@ class Evaluator:
         return reduce(self.plus, map(self._of, node.parts))
 
     def _finite(self, *values: Number) -> None:
-        """Infinity is an answer and an end, but no number: what is worked out with it would pay for another value."""
+        """Infinity may be an answer or a bound, but no operand: results of arithmetic with it would equal wrong answers."""
         if not all(map(finite, values)):
             raise Undefined("arithmetic with infinity")
 
@@ -197,12 +197,12 @@ class Evaluator:
         return self._checked(sign * +value)
 
     def _keeps_digits(self, size: float) -> None:
-        """Of e to the power of an inexact 2**size, as many digits are noise as that has before its point."""
+        """Check the digits of e to the power of an inexact 2**size: it loses as many as the exponent has integer digits."""
         if size > (self.digits - _NOISE_DIGITS) * math.log2(10):
             raise TooExpensive("a power none of whose digits can be told")
 
     def _swallows(self, it_does: bool) -> None:
-        """Note that a function is so flat here that its value says nothing of its argument: cos(10^-99) is not 1."""
+        """Note that a function is so flat here that its value does not depend on its argument: cos(10^-99) is not 1."""
         self.absorbed = self.absorbed or it_does
 
     def _root(self, node: Node) -> Number:
@@ -281,12 +281,12 @@ class Evaluator:
         return self._checked(function(self, *arguments))
 
     def _turned(self, node: Node, name: str) -> Number:
-        """An argument; degrees inside of a function are an angle."""
+        """An argument; an angle in degrees is converted to radians."""
         value = self._of(node)
         return value * mp.pi / 180 if _has_degrees(node) and name in TURNING else value
 
     def real_function(self, name: str, value: Number) -> Number:
-        """A function of mpmath, where it is real and not too large."""
+        """A function of mpmath, if its value is real and not too large."""
         self.budget.charge(2 * self.cost)
         value = self.inexact(value)
         if name in TURNING and log2(abs(value)) > MAX_TURNS_BITS:
@@ -303,7 +303,7 @@ class Evaluator:
         return getattr(mp, MPMATH.get(name, name))(value)
 
     def integer(self, value: Number, rounding: Callable[[Number], Number]) -> Fraction:
-        """Floor and the like; noise in the last digits is no reason to be off by one."""
+        """Floor and the like; noise in the last digits must not shift the result by one."""
         if isinstance(value, Fraction):
             return Fraction(rounding(value))
         if not is_real(value) or not finite(value) or log2(abs(value)) > 3 * self.digits:
@@ -336,7 +336,7 @@ class Evaluator:
         return value
 
     def _without_dust(self, value: Number) -> Number:
-        """A complex number without a part that is no digit of it: mpmath adds squares exactly, whatever that takes."""
+        """A complex number without a part below its last digit: mpmath adds squares exactly, at any cost."""
         real, imaginary = value.real, value.imag
         if real == 0 or not (mp.isfinite(real) and mp.isfinite(imaginary)):
             return value

@@ -1,15 +1,16 @@
 """Mathematics and science: the answer in the last box against the reference, by value (Ring-lite, arXiv 2506.14731).
 
-No text of a model is ever evaluated: an answer is read by a grammar of ours into a tree (``text``, ``tokens``,
-``reader``), and trees are compared (``compare``) by arithmetic whose cost is known before it is done
-(``value``). What is too expensive to decide is wrong and says so; nothing hangs.
+No text of a model is ever evaluated: our own grammar parses an answer into a tree (``text``, ``tokens``, ``reader``), and
+trees are compared (``compare``) by arithmetic whose cost is known in advance (``value``). An answer that is too expensive
+to decide counts as wrong, with that reason; nothing hangs.
 
-Readings, where a text could be taken in two ways:
-- boxes that only ``or``, ``and`` or a comma joins are one answer of several values; earlier boxes do not count;
-- a word is compared as a word: ``yes`` would read as the product y*e*s, equal to ``sey``;
-- the letter of a choice may be written with its text; the reference decides which of both is compared;
-- ``1,234`` is a number or a list, ``3e-2`` a power of ten or ``3*e-2``: whichever makes both sides agree;
-- in science, a reference that is one letter from A to J is a choice, and its letter alone is compared.
+Ambiguous texts are read as follows:
+
+- Boxes that only ``or``, ``and`` or a comma joins are one answer with several values; earlier boxes do not count.
+- A word is compared as a word: as a product, ``yes`` would be y*e*s and equal ``sey``.
+- The letter of a choice may be written with its text; the reference decides which of them is compared.
+- ``1,234`` is a number or a list, ``3e-2`` a power of ten or ``3*e-2``: whichever makes both sides agree.
+- In science, a reference that is one letter from A to J is a choice, and only its letter is compared.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ _MATHEMATICAL = frozenset(
     )
 )
 _IN_BRACKETS = re.compile(r"\((?:\s*[+-]?\d+\s*,)+\s*[+-]?\d+\s*\)")
-"""``(32,348)`` is a pair: nobody writes one number so."""
+"""``(32,348)`` is a pair, not a number with a thousands separator."""
 _AMBIGUOUS_COMMA = re.compile(r"\d,\d{3}(?!\d)")
 _AMBIGUOUS_EXPONENT = re.compile(r"(?<![\d.])\d+[eE][+-]?\d")
 _UNIT = r"[A-Za-z]{1,4}(?:\^\{?-?\d\}?)?"
 _LOOSE_UNIT = re.compile(
     rf"(.*\d\}}*)(?: (?P<plain>[A-Za-z]{{1,3}})|\s*(?P<joined>{_UNIT}(?:/{_UNIT})+))", re.DOTALL
 )
-"""``5 m`` and ``5m/s``: letters behind a number that may be a unit as well as symbols."""
+"""``5 m`` and ``5m/s``: letters after a number that may be a unit or symbols."""
 
 
 _TEXT_COMMANDS_WORDS = (
@@ -63,7 +64,7 @@ _TEXT_COMMANDS_WORDS = (
 _TEXT_COMMANDS = frozenset(_TEXT_COMMANDS_WORDS.split())
 _DEEPEST_TEXT = 20
 _NO_ANSWER = frozenset(("nan", "null", "n/a", "<na>"))
-"""What a table writes where it has no value."""
+"""Markers of a missing value in tables."""
 _ABOUT_ANSWER = re.compile(r"####|<<[^<>]*>>|\banswers?\b|^\[['\"]", re.IGNORECASE)
 """GSM8K's worked solutions, sentences such as "The answer is 3", and lists that Python printed."""
 
@@ -74,7 +75,7 @@ def verify_math(prompt: Prompt, text: str) -> RewardResult:
 
 
 def verify_science(prompt: Prompt, text: str) -> RewardResult:
-    """As mathematics; where the reference is the letter of a choice, 1 if the last box names that choice."""
+    """As :func:`verify_math`; if the reference is the letter of a choice, 1 if the last box names that choice."""
     reference = _reference(prompt)
     wanted = choices.CHOICE.fullmatch(reference)
     if wanted is None or len(reference) > 3:
@@ -94,12 +95,12 @@ def verify_science(prompt: Prompt, text: str) -> RewardResult:
 
 @functools.cache
 def load() -> None:
-    """Import what comparing needs, and work out the constants that every process needs once."""
+    """Import what comparing needs, and compute constants that a process needs once."""
     from megatron_ring.rl.reward.mathematics import compare as math_compare  # noqa: F401
 
 
 def check_reference(answer: str) -> str | None:
-    """Why nobody could be right about this reference, in a few words; None if it can be judged.
+    """Why no answer could equal this reference, in a few words; None if it can be verified.
 
     Examples: ``check_reference("3/4") is None``, ``check_reference("") == "it is empty"``.
     """
@@ -138,7 +139,7 @@ def _problem(answer: str, science: bool) -> str | None:
 
 
 def _worth(reference: str) -> None:
-    """Read and work out a reference once; raises Unreadable if that cannot be done."""
+    """Parse and evaluate a reference once. Raises Unreadable if that is not possible."""
     from megatron_ring.rl.reward.mathematics.forms import check
 
     check(_read(reference))
@@ -196,7 +197,7 @@ def _by_value(reference: str, answer: str, science: bool) -> RewardResult:
         why = _problem(reference, science)
         if why is None:
             why = "it cannot be read"
-        raise ValueError(f"the reference answer cannot be judged: {why}")
+        raise ValueError(f"the reference answer cannot be verified: {why}")
     given = _readings(answer, loose_units=True)
     if not given:
         return _unreadable(f"cannot read {answer[:60]}: {_why(answer)}")
@@ -219,7 +220,7 @@ def _by_value(reference: str, answer: str, science: bool) -> RewardResult:
 
 
 def _readings(text: str, loose_units: bool) -> list[Node]:
-    """The trees that a text may stand for, the likeliest first; none if it cannot be read."""
+    """The possible trees of a text, the most likely first; empty if it cannot be parsed."""
     options = [{}]
     if _IN_BRACKETS.fullmatch(text):
         options = [{"grouped": False}]
@@ -278,7 +279,7 @@ def _exact(answer: str) -> Fraction | None:
 
 
 def _is_long(answer: str) -> bool:
-    """Whether a decimal is long enough to stand for what it was rounded from."""
+    """Does a decimal have enough digits to stand for the value that it was rounded from?"""
     return "." in answer and len(answer) > 6
 
 
@@ -287,7 +288,7 @@ def _as_word(answer: str) -> str:
 
 
 def _is_word(reference: str) -> bool:
-    """Whether a reference is prose in Latin letters, to be compared as it is written."""
+    """Is a reference prose in Latin letters, which is compared as text?"""
     bare = TEXT.sub(r" \1 ", reference).strip() if "\\" in reference else reference
     match = _WORD.fullmatch(bare)
     if match is None or not all(c.isascii() or "\u00c0" <= c <= "\u024f" for c in bare):
@@ -300,7 +301,7 @@ def _is_word(reference: str) -> bool:
 
 
 def _is_text(reference: str) -> bool:
-    """Whether a reference that is no mathematics of ours is whole, so that an answer can be the same in writing.
+    """Is a reference that our grammar does not parse complete, so that an answer can be compared with it as text?
 
     Examples: ``4:30 p.m.`` and ``y^{\\prime}+ry=0`` are, ``甲`` and ``\\frac{1}{`` are not.
     """

@@ -1,4 +1,4 @@
-"""What a reader of mathematics walks on: the tree it builds and the words it takes, one after another."""
+"""The tree that the parser builds, and the tokens that it consumes one after another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_ring.rl.reward.mathematics.tokens import MAX_DEPTH, Token
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One operation and what it is applied to.
+    """One operation and its operands.
 
     Example: ``x+0.5`` is ``Node("add", (Node("symbol", name="x"), Node("number", number=Fraction(1, 2), digits=1)))``.
     """
@@ -36,13 +36,13 @@ _ENDS = frozenset(word_list(", ; or and ) ] } }) |) & cr end"))
 
 
 class Words:
-    """The words that are left, how deep the reader is, and whether it is between bars."""
+    """The remaining tokens, the nesting depth, and whether the parser is between bars."""
 
     def __init__(self, words: list[Token]) -> None:
         self.words, self.at, self.depth, self.bars = words, 0, 0, 0
 
     def peek(self, ahead: int = 0) -> str:
-        """Text of an operator that comes; empty for any other word and at the end."""
+        """The next token's text if it is an operator; else, and at the end, empty."""
         at = self.at + ahead
         return self.words[at].text if at < len(self.words) and self.words[at].kind == "operator" else ""
 
@@ -63,7 +63,7 @@ class Words:
         return self.take().text
 
     def canonical_argument(self) -> str:
-        """The words of a subscript or of a unit's power, without braces around them."""
+        """The text of a subscript or of a unit's power, without its braces."""
         if self.peek() != "{":
             return self.take().text if self.peek() != "-" else self.take().text + self.take().text
         return self.canonical_group()
@@ -78,7 +78,7 @@ class Words:
         return " ".join(words[:-1])
 
     def opaque(self, name: str) -> Node:
-        """An operation that is not worked out: a symbol named by all its words, up to a relation or a closing bracket."""
+        """An operation that is not evaluated: a symbol whose name is its text up to a relation or a closing bracket."""
         words, depth = [name], 0
         while self.at < len(self.words):
             token = self.words[self.at]
@@ -95,7 +95,7 @@ class Words:
 
     @contextlib.contextmanager
     def deeper(self) -> Iterator[None]:
-        """One level of nesting; raises Unreadable where there are too many."""
+        """One level of nesting; raises Unreadable if there are too many."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unreadable(f"nested deeper than {MAX_DEPTH}")
@@ -112,7 +112,7 @@ def sign_of(before: str, sign: str) -> str:
 
 
 def refuse(why: str) -> NoReturn:
-    """Raise Unreadable, where an expression is wanted."""
+    """Raise Unreadable, in an expression."""
     raise Unreadable(why)
 
 
