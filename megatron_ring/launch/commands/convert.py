@@ -97,7 +97,7 @@ class ConsoleReporter:
         print(line, flush=True)
 
     @contextmanager
-    def progress(self, title: str, total_bytes: int) -> Generator[Callable[[int], None]]:
+    def progress(self, title: str, total_bytes: int) -> Generator[Callable[[int], None], None, None]:
         """Gives the function that is told of bytes done; says the mean speed at the end."""
         console = Console(stderr=True)
         columns = (
