@@ -17,7 +17,7 @@ import pytest
 from megatron_ring import __main__
 from megatron_ring.data.corpus.writer import write_corpus
 from megatron_ring.launch.ring import COMMANDS, main
-from tests.helpers.parallel.spawning import free_port
+from tests.helpers.parallel.preloaded import free_port
 from tests.helpers.parallel.watching import assert_ended_well, run_to_the_end
 from tests.helpers.paths import python_path
 
