@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ring.kernels import dispatch
-from tests.helpers.kernels.backends import DEVICE, backends
+from tests.helpers.kernels.backends import DEVICE, INTERPRETER_SECONDS, backends, interpreted_files
 from tools.gpu.guard import guarded_outputs
 
 _Generator = torch.Generator
@@ -36,6 +36,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = [item for item in items if "backend" not in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Those that are left after -k and -m."""
+    for item in session.items:
+        if item.name == "test_triton_in_the_interpreter":
+            interpreted_files.add(str(item.path))
+            item.add_marker(pytest.mark.timeout(INTERPRETER_SECONDS + 100))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
