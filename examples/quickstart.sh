@@ -53,9 +53,10 @@ held_out="$(sed -n 's/^eval_prompt_data = \["\(.*\)"\]/\1/p' examples/tiny/rl.to
     --output "$run/sums_held_out.jsonl"
 
 _say "5/7 supervised fine-tuning, first on the careful teacher's, then on the hasty one's"
-_stage sft "$run/sft_careful" --sft-data "$run/sums.jsonl" --sft-eval-data "$run/sums_held_out.jsonl" \
-    --pretrained-checkpoint "$run/pretrain"
-_stage sft "$run/sft" --sft-data "$run/hasty_sums.jsonl" --sft-eval-data "$run/sums_held_out.jsonl" \
+# progress alone: the other stages show what a run says at its usual level, info
+held_out_sums=(--sft-eval-data "$run/sums_held_out.jsonl" --log-level warning)
+_stage sft "$run/sft_careful" --sft-data "$run/sums.jsonl" "${held_out_sums[@]}" --pretrained-checkpoint "$run/pretrain"
+_stage sft "$run/sft" --sft-data "$run/hasty_sums.jsonl" "${held_out_sums[@]}" \
     --pretrained-checkpoint "$run/sft_careful" --lr 1.5e-3 --min-lr 1e-4
 
 _say "6/7 reinforcement learning with C3PO"
@@ -86,7 +87,6 @@ print_summary(
         ("C3PO beside GRPO, three seeds each", f"{ring.with_name('python')} tools/benchmark/c3po_grpo.py --start {run}"),
         ("the plan of Ring-lite itself on 64 GPUs",
          f"{ring} rl --config examples/ring_lite/rl_math.toml --dry-run --world-size 64"),
-        ("all commands", f"{ring} --help"),
     ],
 )
 PY

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,13 +19,12 @@ _EVALS = ("perplexity", "accuracy")
 
 def summary_table(run: Run) -> Table:
     """First, best and last value of the headline quantities."""
-    table = Table(
-        title=Text(run.name, style="bold"), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False
-    )
-    table.add_column("", style="dim", no_wrap=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(Text(run.name, style="bold"), style="dim", no_wrap=True)
     for head in ("first", "best", "last"):
         table.add_column(head, justify="right", no_wrap=True)
-    for row in rows(run, [*headline(quantities(run)), *_EVALS]):
+    names = [name for name in headline(quantities(run)) if name != "lr"]
+    for row in rows(run, [*names, *_EVALS]):
         best = "" if row.best is None else f"{shown(row.name, row.best)} @ {row.best_step}"
         table.add_row(Text(row.label), shown(row.name, row.first), best, shown(row.name, row.last))
     return table
