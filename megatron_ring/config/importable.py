@@ -1,4 +1,4 @@
-"""Objects of the user's own, which a setting names as ``module:name``."""
+"""Import of a user's own objects, which a setting names as ``module:name``."""
 
 import importlib
 import importlib.util

@@ -7,9 +7,9 @@ from megatron_ring.config.ranges import Above, AtLeast, AtMost, OneOf
 from megatron_ring.families import FAMILIES
 
 MOST = 1 << 24
-"""Of any size: larger ones multiply to what no tensor can have, and torch's answer to that is a traceback."""
+"""Largest size of a model: products of larger ones overflow in torch, which answers with a traceback."""
 MOST_LAYERS = 1 << 14
-"""Of layers and of experts."""
+"""Most layers, and most experts."""
 Size = Annotated[int, Above(0), AtMost(MOST)]
 SizeOrOff = Annotated[int, AtLeast(0, remedy="0 turns it off"), AtMost(MOST)]
 CoefficientOrOff = Annotated[float, AtLeast(0, remedy="0 turns it off")]
@@ -31,7 +31,7 @@ class ModelConfig:
     hidden_size: Size = 128
     """Width of the residual stream (D)."""
     ffn_hidden_size: SizeOrOff = 384
-    """Width of the MLP in dense layers; unused where every layer has experts."""
+    """Width of the MLP in dense layers; unused if every layer has experts."""
     num_attention_heads: Size = 4
     """Query heads per layer."""
     num_query_groups: Size = 2
@@ -63,7 +63,7 @@ class ModelConfig:
     num_experts: Annotated[int, AtLeast(0, remedy="0 turns it off"), AtMost(MOST_LAYERS)] = 0
     """Routed experts per mixture-of-experts layer; 0 makes the model dense."""
     moe_router_topk: Annotated[int, AtLeast(1, remedy="try 2"), AtMost(MOST)] = 2
-    """Routed experts per token; unused in a dense model. With 1 a weight is the expert's score, not normalised."""
+    """Routed experts per token; unused in a dense model. With 1 the routing weight is the expert's score itself."""
     moe_ffn_hidden_size: Size = 64
     """Width of one routed expert (F)."""
     moe_shared_expert_intermediate_size: SizeOrOff = 0
@@ -87,9 +87,9 @@ class ModelConfig:
     mtp_loss_scaling_factor: CoefficientOrOff = 0.1
     """Weight of the multi-token-prediction loss, averaged over its layers."""
     moe_router_bias_update_rate: CoefficientOrOff | None = None
-    """Step by which the expert bias moves after each optimizer step.
+    """How far the expert bias moves after each optimizer step.
 
-    None means 1e-3, and 0 in reinforcement learning: a bias that moves changes routes without a gradient.
+    None means 1e-3, and 0 in reinforcement learning, where a moving bias would change routes without a gradient.
     """
     moe_router_dtype: Literal["fp32", "fp64"] = "fp32"
     """Precision of router logits and scores."""
@@ -109,14 +109,14 @@ class ModelConfig:
 
     @property
     def bias_update_rate(self) -> float:
-        """Step of the expert bias outside reinforcement learning, which sets moe_router_bias_update_rate itself."""
+        """The rate with its default outside reinforcement learning; see :meth:`with_still_bias` for RL's."""
         rate = self.moe_router_bias_update_rate
         return 1e-3 if rate is None else rate
 
     def with_still_bias(self) -> "ModelConfig":
-        """The model for reinforcement learning: an expert bias that nobody asked to move stands still."""
-        asked = self.moe_router_bias_update_rate is not None
-        return self if asked else replace(self, moe_router_bias_update_rate=0.0)
+        """The model for reinforcement learning: the bias does not move unless a rate is set."""
+        is_set = self.moe_router_bias_update_rate is not None
+        return self if is_set else replace(self, moe_router_bias_update_rate=0.0)
 
     @property
     def is_moe(self) -> bool:

@@ -10,7 +10,7 @@ RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_expert
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """Layout over the world's processes. What the sizes leave over is data parallel.
+    """Layout over the world's processes; the sizes' product divides them, and the quotient is data parallel.
 
     Example: ``ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)`` on 8 processes is
     tp 2, dp 4.

@@ -103,20 +103,15 @@ class ZeroOrAbove(Range):
 
 
 @dataclass(frozen=True)
-class Registered:
-    """On text: one of ``names``, or an object of the user's own as ``module:name``.
+class OneOf:
+    """On text: one of ``names``, a list that is kept elsewhere or that a user may extend (else ``Literal`` says it).
 
-    Example: ``objective: Annotated[str, Registered(("c3po", "grpo"))] = "c3po"``.
+    Example: ``objective: Annotated[str, OneOf(("c3po", "grpo"), importable=True)] = "c3po"``.
     """
 
     names: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class OneOf:
-    """What a word may be, as ``Literal`` says it, where the list is kept elsewhere."""
-
-    words: tuple[str, ...]
+    importable: bool = False
+    """True when ``module:name`` of the user's own is allowed as well."""
 
 
 Count = Annotated[int, AtLeast(1)]

@@ -13,14 +13,14 @@ from megatron_ring.config.train import TrainConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """What is read.
+    """Corpus and tokenizer.
 
     Example: ``DataConfig(data_path=("0.3", "corpus/code", "0.7", "corpus/web"),
     tokenizer_model="tok.model")``.
     """
 
     data_path: tuple[str, ...] = ()
-    """Prefix of a .bin/.idx pair, or a blend: weight, prefix, weight, prefix ..."""
+    """Prefix of a .bin/.idx pair. Several: weight, prefix, weight, prefix ..."""
     split: str = "949,50,1"
     """Shares of documents for training, validation and test."""
     tokenizer_type: Literal["sentencepiece", "huggingface"] = "sentencepiece"
@@ -28,11 +28,11 @@ class DataConfig:
     tokenizer_model: str | None = None
     """File (or folder) of the tokenizer."""
     chat_template_kwargs: str = ""
-    """Names that the chat template is given, as a JSON object such as {"enable_thinking": false}."""
+    """Variables of the chat template, as a JSON object such as {"enable_thinking": false}."""
     reset_at_document: bool = True
-    """Attention and positions start afresh at each document within a sample."""
+    """Attention and positions start again at each document within a sample."""
     num_workers: Annotated[int, AtLeast(0, remedy="0 reads in the training process")] = 0
-    """Reader threads; 0 reads in the training process."""
+    """Workers that read data: threads in pre-training, processes in fine-tuning; 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,13 +47,13 @@ class CheckpointConfig:
     load: str | None = None
     """Folder to load the latest checkpoint from."""
     pretrained_checkpoint: str | None = None
-    """Folder whose latest weights start the run as long as --load holds no checkpoint yet."""
+    """Folder whose latest weights the run starts from, unless --load has a checkpoint."""
     save_interval: CountOrOff = 0
     """Steps between checkpoints; 0 saves only at the end."""
     async_save: bool = False
-    """Write checkpoints beside training, from a snapshot."""
+    """Write checkpoints in the background, from a snapshot, while training goes on."""
     keep_last_n: CountOrOff = 0
-    """Newest checkpoints to keep, counted back from the one just saved; 0 keeps all."""
+    """Checkpoints to keep: the one just saved and those before it; 0 keeps all."""
     finetune: bool = False
     """Load weights only and start at step 0."""
     no_load_optim: bool = False
@@ -68,7 +68,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoggingConfig:
-    """What is said, and where.
+    """Progress lines, metrics and profiles.
 
     Example: ``LoggingConfig(log_interval=10, metrics_file="runs/a/metrics.jsonl")``.
     """
@@ -92,12 +92,12 @@ class LoggingConfig:
     peak_tflops: Annotated[float, AtLeast(0, remedy="0 means unknown")] = 0.0
     """Peak of one device in TFLOP/s, for model FLOP utilisation; 0 when unknown."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severe messages that are shown."""
+    """Show messages of this level and above."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """Everything a run is told. Example: ``RunConfig(train=TrainConfig(lr=1e-3))``."""
+    """All settings of a run. Example: ``RunConfig(train=TrainConfig(lr=1e-3))``."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from megatron_ring.config.ranges import OneOf, Range, Registered
+from megatron_ring.config.ranges import OneOf, Range
 from megatron_ring.config.run import RunConfig
 from megatron_ring.errors import ConfigError
 
@@ -224,7 +224,7 @@ def _setting(section: str, name: str, hint: Any, default: Any, doc: str) -> Sett
     else:
         kind, choices = _choices(hint)
     for mark in marks:
-        if isinstance(mark, Registered):
+        if isinstance(mark, OneOf):
             choices = mark.names
     return Setting(
         section=section,
@@ -237,19 +237,16 @@ def _setting(section: str, name: str, hint: Any, default: Any, doc: str) -> Sett
         item=item,
         length=length,
         ranges=tuple(mark for mark in marks if isinstance(mark, Range)),
-        importable=any(isinstance(mark, Registered) for mark in marks),
+        importable=any(isinstance(mark, OneOf) and mark.importable for mark in marks),
     )
 
 
-def _marks(hint: Any) -> tuple[Any, tuple[Range | Registered, ...]]:
+def _marks(hint: Any) -> tuple[Any, tuple[Range | OneOf, ...]]:
     """The bare type of a field and what is annotated on it."""
     if get_origin(hint) is not Annotated:
         return hint, ()
     bare, *marks = get_args(hint)
-    for mark in marks:
-        if isinstance(mark, OneOf):
-            bare = cast(Any, Literal)[mark.words]
-    return bare, tuple(mark for mark in marks if not isinstance(mark, OneOf))
+    return bare, tuple(marks)
 
 
 def _choices(hint: Any) -> tuple[type, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""How the model is trained: batches, length, optimizer, schedule, and what to do about loss spikes."""
+"""How the model is trained: batches, length, optimizer, schedule and loss spikes."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -25,7 +25,7 @@ class TrainConfig:
     seq_length: Count = 256
     """Tokens per sample."""
     train_iters: CountOrOff = 100
-    """Steps in the whole run, those before a resume included; an RL step has minibatches_per_step updates."""
+    """Steps of the whole run, including those before a resume; an RL step has minibatches_per_step updates."""
     eval_interval: CountOrOff = 0
     """Steps between validations; 0 for none."""
     eval_iters: CountOrOff = 10
@@ -39,7 +39,7 @@ class TrainConfig:
     lr_warmup_iters: CountOrOff = 0
     """Steps of linear warm-up from 0 to lr."""
     lr_decay_iters: Annotated[int, AtLeast(1, remedy="drop it to decay over train_iters")] | None = None
-    """Step at which the decay has ended; none means train_iters."""
+    """Step at which the decay ends; none means train_iters."""
     lr_wsd_decay_iters: CountOrOff = 0
     """WSD only: length of the final decay, in steps."""
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"
@@ -55,11 +55,11 @@ class TrainConfig:
     clip_grad: Annotated[float, AtLeast(0)] = 1.0
     """Largest global gradient norm; 0 for no clipping."""
     loss_spike_factor: Annotated[float, ZeroOrAbove(1, remedy="try 1.5")] = 0.0
-    """Skip an update whose loss exceeds this times the running mean of recent losses; 0 for off."""
+    """Skip an update if its loss exceeds this times the running mean of recent losses; 0 for off."""
     loss_spike_window: Annotated[int, AtLeast(1, remedy="try 100")] = 100
-    """Steps in that running mean; nothing is skipped before it is full."""
+    """Steps in that running mean; no update is skipped in a run's first steps, before it is full."""
     loss_spike_retry_lr_factor: Annotated[float, Above(0, at_most=1, remedy="try 0.5")] = 0.5
-    """Factor on the learning rate of a step whose samples spiked before and spike again."""
+    """Factor on the learning rate if a step's samples were skipped for a spike before and spike again."""
     exit_interval: CountOrOff = 0
     """Save and exit when the step is a multiple of this; 0 for off."""
     exit_duration_in_mins: Annotated[float, AtLeast(0)] = 0.0

@@ -27,7 +27,7 @@ class Ledger:
     ``carried``: left for the next step: a cut response's rest, responses that were not reached
     (``budget_overshoot="carry"``), and whatever belongs to groups that still wait for a member (C3PO++).
     ``wasted``: not reached, or in an update that was refused. ``excluded``: without advantage
-    (``zero_advantage="aside"``), or of a group that dynamic sampling replaced. ``stale``: waited longer than
+    (``zero_advantage="exclude"``), or of a group that dynamic sampling replaced. ``stale``: waited longer than
     ``rollout_max_staleness``, or of a group that lost its other members to that bound. ``masked``: responses without
     an end (``overlong="mask"``).
 

@@ -219,7 +219,7 @@ class RlRun(StageRun):
     def _trainable_tokens(self, collected: StepRollouts) -> int:
         """Response tokens of the job that may fill the budget. Collective over the data-parallel group."""
         objective, rollouts = self.config.objective, collected.rollouts
-        if self.config.budget.zero_advantage == "aside":
+        if self.config.budget.zero_advantage == "exclude":
             # group-relative advantages, which need no critic
             rollouts = [r for r in self._with_advantages(rollouts) if np.any(r.advantages_R)]
         own = sum(r.response.length for r in rollouts if not is_masked(r, objective))

@@ -55,7 +55,7 @@ CASES = [
     (dict(objective="dr_grpo", budget_overshoot="carry"), "objective=dr_grpo averages over responses"),
     (
         dict(old_logprobs="current", minibatches_per_step=2),
-        "old_logprobs=current never clips, so minibatches_per_step=2",
+        "old_logprobs=current makes every ratio 1, so with minibatches_per_step=2 nothing corrects",
     ),
     (dict(mismatch_low=0.4), "mismatch_low=0.4 does nothing in mismatch_correction=none"),
     (dict(mismatch_high=4.0), "mismatch_high=4.0 does nothing in mismatch_correction=none"),
@@ -69,8 +69,8 @@ CASES = [
     ),
     (dict(whiten_advantages=True), "whiten_advantages=True is for gae"),
     (
-        dict(critic=True, advantage_estimator="gae", zero_advantage="aside"),
-        "zero_advantage=aside looks for responses without advantage, gae gives each token its own",
+        dict(critic=True, advantage_estimator="gae", zero_advantage="exclude"),
+        "zero_advantage=exclude needs one advantage per response, and gae gives each token its own; set --zero-advantage",
     ),
     (
         dict(critic=True, advantage_estimator="gae", group_size=1, dynamic_sampling=True),
@@ -81,7 +81,7 @@ CASES = [
     (dict(mismatch_correction="tis", mismatch_high=0.5), "leaves out 1, at which engine and trainer agree"),
     (
         dict(objective="dapo", token_budget=0, token_budget_scope="per_gpu"),
-        "token_budget_scope=per_gpu says how",
+        "token_budget_scope=per_gpu has no effect without a token budget",
     ),
     (
         dict(objective="grpo", token_budget=0, minibatches_per_step=9, prompts_per_step=2, group_size=4),
@@ -89,15 +89,15 @@ CASES = [
     ),
     (
         dict(objective="dapo", token_budget=0, budget_order="arrival"),
-        "budget_order=arrival says how a budget is",
+        "budget_order=arrival has no effect without a token budget",
     ),
     (
         dict(objective="dapo", token_budget=0, budget_overshoot="response"),
-        "budget_overshoot=response says how a",
+        "budget_overshoot=response has no effect without a token budget",
     ),
     (
         dict(objective="dapo", token_budget=0, budget_shortfall="refill"),
-        "budget_shortfall=refill says how a budget",
+        "budget_shortfall=refill has no effect without a token budget",
     ),
     (dict(budget_overshoot="carry", rollout_max_staleness=0), "rollout_max_staleness=0 drops what"),
     (
@@ -124,7 +124,7 @@ CASES = [
         dict(**MOE, routing_replay="R2", old_logprobs="rollout"),
         "routing_replay=R2 records routes while old log p",
     ),
-    (dict(mtp_num_layers=1, **MOE), "mtp_num_layers=1 would stand still"),
+    (dict(mtp_num_layers=1, **MOE), "mtp_num_layers=1: reinforcement learning does not train these layers"),
 ]
 
 

@@ -63,7 +63,7 @@ CASES = [
         {
             "routing_replay": "R3",
             "objective": "dapo",
-            "zero_advantage": "aside",
+            "zero_advantage": "exclude",
             "rollout_token_budget": 200,
             "token_budget": 30,
         },

@@ -171,7 +171,7 @@ LEDGER = ("trained", "cut", "carried", "wasted", "excluded", "stale", "masked")
         ({}, {"trained", "cut", "wasted"}),
         ({"budget_overshoot": "carry"}, {"trained", "carried"}),
         ({"overlong": "mask"}, {"trained", "masked"}),
-        ({"zero_advantage": "aside", "minibatches_per_step": 2}, {"trained", "excluded"}),
+        ({"zero_advantage": "exclude", "minibatches_per_step": 2}, {"trained", "excluded"}),
         ({"dynamic_sampling": True, "token_budget": 40}, {"trained", "excluded"}),
         (
             {
@@ -197,7 +197,7 @@ LEDGER = ("trained", "cut", "carried", "wasted", "excluded", "stale", "masked")
         ),
         ({"objective": "grpo", "token_budget": 0}, {"trained"}),
     ],
-    ids=["token", "carry", "mask", "aside", "dynamic", "c3po++", "c3po++carry", "none"],
+    ids=["token", "carry", "mask", "exclude", "dynamic", "c3po++", "c3po++carry", "none"],
 )
 def test_every_sampled_token_is_accounted_for(configure, tmp_path, settings, moved):
     """What a step sampled is what it trained on, cut, left, wasted, left out or gave up; and nothing is lost between."""

@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from megatron_ring.config.layout import data_parallel_size
 from megatron_ring.config.rl import global_token_budget, rollout_concurrency
 from megatron_ring.config.run import RunConfig
+from megatron_ring.config.settings import flag
 
-_FILLING = {
+_UNUSED_WITHOUT = {
     "token_budget_scope": "global",
     "budget_overshoot": "token",
     "budget_order": "shuffled",
     "budget_shortfall": "train",
 }
-"""How a budget is filled, and the values that say nothing without one."""
+"""Settings that have no effect without a token budget, and their defaults."""
 
 
 def budget(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -20,11 +21,11 @@ def budget(config: RunConfig, world_size: int) -> Iterator[str]:
     r, b = config.rollout, config.budget
     if config.objective.objective == "c3po" and b.token_budget == 0:
         yield "token_budget=0 trains on every response, but objective=c3po divides by it; set --token-budget"
-    for name, default in _FILLING.items():
+    for name, default in _UNUSED_WITHOUT.items():
         if b.token_budget == 0 and getattr(b, name) != default:
             yield (
-                f"{name}={getattr(b, name)} says how a budget is filled, and token_budget=0 is none; set "
-                f"--token-budget or drop --{name.replace('_', '-')}"
+                f"{name}={getattr(b, name)} has no effect without a token budget, and token_budget=0 is none; set "
+                f"--token-budget or drop {flag(name)}"
             )
     if b.token_budget == 0 and b.minibatches_per_step > r.prompts_per_step * r.group_size:
         yield (

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from megatron_ring.config.rl import mismatch_bounds
 from megatron_ring.config.run import RunConfig
+from megatron_ring.config.settings import flag
 
 _OF_RESPONSES = ("grpo", "dr_grpo", "gspo")
 """Objectives that average over whole responses."""
@@ -33,9 +34,9 @@ def advantages(config: RunConfig, world_size: int) -> Iterator[str]:
             f"whiten_advantages=True is for gae; advantage_estimator={o.advantage_estimator} compares within groups; "
             "drop --whiten-advantages"
         )
-    if config.budget.zero_advantage == "aside" and o.advantage_estimator == "gae":
+    if config.budget.zero_advantage == "exclude" and o.advantage_estimator == "gae":
         yield (
-            "zero_advantage=aside looks for responses without advantage, gae gives each token its own; set "
+            "zero_advantage=exclude needs one advantage per response, and gae gives each token its own; set "
             "--zero-advantage count"
         )
     if o.objective == "gspo" and o.advantage_estimator == "gae":
@@ -54,8 +55,9 @@ def objective(config: RunConfig, world_size: int) -> Iterator[str]:
         )
     if o.old_logprobs == "current" and b.minibatches_per_step > 1 and o.mismatch_correction == "none":
         yield (
-            f"old_logprobs=current never clips, so minibatches_per_step={b.minibatches_per_step} goes "
-            "uncorrected after the first; set --old-logprobs recompute or --minibatches-per-step 1"
+            f"old_logprobs=current makes every ratio 1, so with minibatches_per_step={b.minibatches_per_step} nothing "
+            "corrects minibatches after the first for the moved policy; set --old-logprobs recompute or "
+            "--minibatches-per-step 1"
         )
     if o.overlong == "penalise" and not 1 <= o.overlong_buffer <= r.max_response_length:
         yield (
@@ -75,9 +77,9 @@ def mismatch(config: RunConfig, world_size: int) -> Iterator[str]:
     if o.mismatch_correction != "none" or o.old_logprobs == "rollout":
         word = f"mismatch_correction={o.mismatch_correction}, old_logprobs={o.old_logprobs}"
         if r.top_p < 1:
-            yield f"top_p={r.top_p} samples from another distribution than {word} weighs; set --top-p 1"
+            yield f"top_p={r.top_p} samples from another distribution than {word} compares; set --top-p 1"
         if r.top_k > 0:
-            yield f"top_k={r.top_k} samples from another distribution than {word} weighs; set --top-k 0"
+            yield f"top_k={r.top_k} samples from another distribution than {word} compares; set --top-k 0"
     unused = ("mismatch_low", "mismatch_high") if o.mismatch_correction == "none" else ()
     if o.mismatch_correction == "tis":
         unused = ("mismatch_low",)
@@ -85,7 +87,7 @@ def mismatch(config: RunConfig, world_size: int) -> Iterator[str]:
         if getattr(o, name) is not None:
             yield (
                 f"{name}={getattr(o, name)} does nothing in mismatch_correction={o.mismatch_correction}; drop "
-                f"--{name.replace('_', '-')} or set --mismatch-correction icepop"
+                f"{flag(name)} or set --mismatch-correction icepop"
             )
     low, high = mismatch_bounds(o)
     if low > high:
@@ -115,6 +117,6 @@ def further_tokens(config: RunConfig, world_size: int) -> Iterator[str]:
     """Multi-token prediction is not trained by reinforcement."""
     if config.model.mtp_num_layers:
         yield (
-            f"mtp_num_layers={config.model.mtp_num_layers} would stand still while the layers under it learn; "
+            f"mtp_num_layers={config.model.mtp_num_layers}: reinforcement learning does not train these layers; "
             "set --mtp-num-layers 0 and convert the checkpoint without them"
         )

@@ -205,7 +205,7 @@ def gather_metadata(
 
 def select_all(metas: Sequence[RolloutMeta], budget: BudgetConfig, seed: int) -> Selection:
     """Every response, in minibatches of equally many: the recipe without a token budget."""
-    exclude = budget.zero_advantage == "aside"
+    exclude = budget.zero_advantage == "exclude"
     used = [i for i, meta in enumerate(metas) if not (exclude and meta.zero_advantage)]
     order = sorted(used, key=lambda i: (metas[i].uid, metas[i].sample))
     if order:

@@ -28,7 +28,7 @@ from megatron_ring.rl.types import Pick, RolloutMeta
 
 Order = Literal["shuffled", "arrival", "groups"]
 Overshoot = Literal["token", "response", "carry"]
-ZeroAdvantage = Literal["count", "aside"]
+ZeroAdvantage = Literal["count", "exclude"]
 
 
 def select(
@@ -52,7 +52,7 @@ def select(
         overshoot: what becomes of the response that passes Phi. ``token``: cut, its rest is lost. ``response``:
             kept whole, eq. 3 as printed. ``carry``: cut, and its rest opens the next minibatch; what no
             minibatch reaches is carried to the next step.
-        zero_advantage: ``aside`` leaves responses without advantage out before the budget is filled.
+        zero_advantage: ``exclude`` leaves responses without advantage out before the budget is filled.
         seed: a new one for every step, the same on every process.
 
     Raises:
@@ -66,8 +66,8 @@ def select(
         raise ValueError("a response has no unused token: leave it out")
     left = length - start
     taken = _in_order(metas, start, carried, order, seed)
-    aside = zero[taken].astype(bool) & (zero_advantage == "aside")
-    excluded, taken = taken[aside], taken[~aside]
+    without = zero[taken].astype(bool) & (zero_advantage == "exclude")
+    excluded, taken = taken[without], taken[~without]
 
     parts, cut, at, start_at = _fill(left[taken], token_budget, num_minibatches, overshoot)
     # the first response that is left may have given its head to the last minibatch

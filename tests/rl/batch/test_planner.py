@@ -210,7 +210,7 @@ def test_without_a_budget_every_token_is_trained_on():
 
 
 def test_without_a_budget_responses_without_advantage_can_be_left_out_too():
-    planner = MinibatchPlanner(config(token_budget=0, zero_advantage="aside"), session())
+    planner = MinibatchPlanner(config(token_budget=0, zero_advantage="exclude"), session())
     new = step_of(0)
     same = [replace(r, advantages_R=np.zeros_like(r.advantages_R)) if r.prompt.uid < 2 else r for r in new]
     plan = planner.plan(same, [], step=0)
@@ -219,7 +219,7 @@ def test_without_a_budget_responses_without_advantage_can_be_left_out_too():
     assert plan.excluded == sum(r.response.length for r in same if r.prompt.uid < 2)
 
 
-@pytest.mark.parametrize("treatment", ["count", "aside"])
+@pytest.mark.parametrize("treatment", ["count", "exclude"])
 def test_responses_without_advantage(treatment):
     planner = MinibatchPlanner(config(zero_advantage=treatment), session())
     plain = step_of(0, groups=4)
@@ -227,7 +227,7 @@ def test_responses_without_advantage(treatment):
     plan = planner.plan(same, [], step=0)
     zeros = {int(t) for r in same if r.prompt.uid < 2 for t in r.response.tokens_R}
     hit = zeros & {t for part in trained(plan) for t in part}
-    if treatment == "aside":
+    if treatment == "exclude":
         assert not hit and plan.metrics["c3po/excluded"] == len(zeros)
     else:
         assert hit and plan.metrics["c3po/excluded"] == 0

@@ -39,7 +39,7 @@ SETTINGS = st.fixed_dictionaries(
         "num_minibatches": st.integers(1, 4),
         "order": ORDERS,
         "overshoot": OVERSHOOTS,
-        "zero_advantage": st.sampled_from(["count", "aside"]),
+        "zero_advantage": st.sampled_from(["count", "exclude"]),
         "seed": st.integers(0, 2**40),
     }
 )
@@ -96,16 +96,16 @@ def test_every_token_on_offer_is_accounted_for(candidates: list[RolloutMeta], se
     assert counts.carried_in == sum(c.length - c.start for c in candidates if c.carried)
     assert counts.selected == sum(sizes(found))
     assert counts.carried == sum(pick.num_tokens for pick in found.carried)
-    aside = [c for c in candidates if c.zero_advantage and settings["zero_advantage"] == "aside"]
-    assert counts.excluded == sum(c.length - c.start for c in aside)
-    assert counts.responses_excluded == len(aside)
+    excluded = [c for c in candidates if c.zero_advantage and settings["zero_advantage"] == "exclude"]
+    assert counts.excluded == sum(c.length - c.start for c in excluded)
+    assert counts.responses_excluded == len(excluded)
     used = {pick.index for picks in found.minibatches for pick in picks}
-    assert not any(candidates[i] in aside for i in used | {pick.index for pick in found.carried})
+    assert not any(candidates[i] in excluded for i in used | {pick.index for pick in found.carried})
     lost = counts.sampled - counts.selected - counts.carried - counts.excluded
     if settings["overshoot"] == "carry":
         assert counts.cut == counts.wasted == lost == 0
     else:
-        unused = [c for i, c in enumerate(candidates) if i not in used and c not in aside]
+        unused = [c for i, c in enumerate(candidates) if i not in used and c not in excluded]
         assert counts.wasted == sum(c.length - c.start for c in unused)
         assert counts.cut + counts.wasted == lost and not found.carried
     assert counts.responses_used == len(used)
