@@ -14,8 +14,9 @@ COVERED_BY: dict[str, str] = tomllib.loads((TESTS / "covered_by.toml").read_text
 
 @cache
 def files() -> dict[str, Path]:
-    """Dotted name -> file, of the package and of the tests."""
-    paths = [path for folder in (PACKAGE, TESTS) for path in folder.rglob("*.py")]
+    """Dotted name -> file, of the package, the tests and the scripts that they start."""
+    folders = (PACKAGE, TESTS, ROOT / "tools", ROOT / "examples")
+    paths = [path for folder in folders for path in folder.rglob("*.py")]
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths
     ]
@@ -36,7 +37,8 @@ def words(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             said = node.value.split()
             # of a sentence only full names: its other words are no module's
-            yield from (word for word in said if "." in word or len(said) == 1)
+            names = [word.removesuffix(".py").replace("/", ".") for word in said]
+            yield from (name for name in names if "." in name or len(names) == 1)
 
 
 @cache
