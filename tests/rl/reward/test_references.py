@@ -154,7 +154,7 @@ def test_what_stands_beside_the_tests_is_part_of_the_reference(tmp_path: Path):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"answer": "2", "ground_truth": "3"}, "ground_truth is not read; write what is right under answer"),
+        ({"answer": "2", "ground_truth": "3"}, "ground_truth is not read; put the reference under answer"),
         ({"answer": "2", "answr": "3"}, "answr is not read; did you mean answer?"),
         ({"tests": ["a"], "lang": "cpp"}, "lang is not read"),
         ({"tests": ["a"], "time_limits": 3}, "time_limits is not read; did you mean time_limit?"),
@@ -169,7 +169,7 @@ def test_what_stands_beside_the_tests_is_part_of_the_reference(tmp_path: Path):
         ({"tests": {"inputs": [1], "outputs": []}}, "tests must have as many outputs as inputs"),
         ({"tests": {"inputs": [1], "outputs": [2], "checker": "x"}}, "tests have a key checker"),
         ({"tests": "[1"}, "tests is not JSON"),
-        ({"answer": "2", "images": ["a.png"]}, "images is not read, only text can be asked"),
+        ({"answer": "2", "images": ["a.png"]}, "images is not read, only text is supported"),
     ],
 )
 def test_a_key_that_looks_like_a_reference_is_refused_by_name(tmp_path: Path, fields: dict, said: str):
