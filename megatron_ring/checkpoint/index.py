@@ -57,6 +57,7 @@ _ALLOWED = {
     "builtins": "set frozenset",
 }
 """All names that ``.metadata`` may contain. None is imported or called; any other name is refused as unsafe."""
+_ENUMS = (f"{_DCP}.metadata._MEM_FORMAT_ENCODING", f"{_DCP}.planner.WriteItemType")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def read_index(folder: Path, remedy: str = "load a complete checkpoint folder") 
     path = folder / METADATA
     try:
         with no_collection():
-            index = _checked(read_pickle(read_plain(path, MAX_BYTES), _ALLOWED))
+            index = _checked(read_pickle(read_plain(path, MAX_BYTES), _ALLOWED, enums=_ENUMS))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; {remedy}") from None
     except PickleError as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 MAX_OPCODES = 50_000_000
@@ -64,17 +64,24 @@ class Stored:
 
 
 def read_pickle(
-    data: bytes, allowed: Mapping[str, str], *, stored: bool = False, max_opcodes: int = MAX_OPCODES
+    data: bytes,
+    allowed: Mapping[str, str],
+    *,
+    enums: Collection[str] = (),
+    stored: bool = False,
+    max_opcodes: int = MAX_OPCODES,
 ) -> Any:
     """The value of the pickle ``data``. ``allowed``: module -> the names of it that may occur, separated by spaces.
 
-    With ``stored`` it may refer to data outside of it (:class:`Stored`).
+    ``enums`` are those of them (``module.name``) whose members may be written as ``getattr(enum, "MEMBER")``, as Python
+    3.11.0 to 3.11.3 does; such a member is read as ``Built(enum, ("MEMBER",))``, and no other ``getattr`` is let through.
+    With ``stored`` the pickle may refer to data outside of it (:class:`Stored`).
 
     Raises:
         PickleError: what is wrong, in one line.
     """
     try:
-        return _Machine(data, allowed, stored).run(max_opcodes)
+        return _Machine(data, allowed, enums, stored).run(max_opcodes)
     except (IndexError, KeyError, struct.error):
         raise PickleError("it is damaged") from None
     except UnicodeDecodeError:
@@ -96,9 +103,12 @@ def no_collection() -> Iterator[None]:
 class _Machine:
     """Reads one pickle: opcodes of protocols 2 to 5, without extension codes and shared buffers."""
 
-    def __init__(self, data: bytes, allowed: Mapping[str, str], stored: bool):
+    def __init__(self, data: bytes, allowed: Mapping[str, str], enums: Collection[str], stored: bool):
         self._data, self._at = data, 0
         self._allowed = {module: frozenset(names.split()) for module, names in allowed.items()}
+        self._enums = frozenset(enums)
+        if enums:
+            self._allowed["builtins"] = self._allowed.get("builtins", frozenset()) | {"getattr"}
         self._stored = stored
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []
@@ -231,8 +241,15 @@ class _Machine:
             raise PickleError("it calls what is no name")
         if (of.module, of.name) == ("collections", "OrderedDict") and not args:
             self._stack.append(Pairs())
+        elif (of.module, of.name) == ("builtins", "getattr"):
+            self._stack.append(self._member(*args) if len(args) == 2 else self._member(None, None))
         else:
             self._stack.append(Built(of, args))
+
+    def _member(self, enum: Any, name: Any) -> Built:
+        if type(enum) is not Name or str(enum) not in self._enums or not isinstance(name, str):
+            raise PickleError("it names builtins.getattr")
+        return Built(enum, (name,))
 
     def _build(self) -> None:
         state = self._stack.pop()

@@ -11,6 +11,7 @@ import resource
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from socket import AddressFamily
 
 import pytest
 import torch
@@ -197,7 +198,10 @@ HARMS: dict[str, tuple[bytes, str]] = {
         "sets items of what is no dict",
     ),
     "appended to an object": (before(BYTES + b")\x81Na0"), "appends to what is no list"),
-    "getattr": (before(b"cbuiltins\ngetattr\n0"), "it names builtins.getattr"),
+    "getattr": (
+        before(b"cbuiltins\ngetattr\n(cpathlib\nPath\nX\x04\x00\x00\x00hometR0"),
+        "it names builtins.getattr",
+    ),
     "a dotted way out": (before(b"ctorch\nSize.__init__.__globals__\n0"), "it names torch.Size"),
     "a name that is no text": (b"\x80\x04NN\x93.", "names something that is no name"),
     "opcode NEWOBJ_EX": (b"\x80\x04ctorch\nSize\n)}\x92.", "opcode b'\\x92'"),
@@ -324,6 +328,30 @@ def test_a_metadata_file_of_any_size_is_refused_by_its_size(tmp_path):
 def test_a_pickle_of_too_many_opcodes_is_refused():
     with pytest.raises(PickleError, match="more than 1,000 opcodes"):
         read_pickle(b"\x80\x02" + b"N0" * 1000 + b"N.", {}, max_opcodes=1000)
+
+
+class Member:
+    """Pickled as Python 3.11.0 to 3.11.3 pickle a member of an enum."""
+
+    def __init__(self, enum: object, name: object):
+        self.call = (getattr, (enum, name))
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_members_of_known_enums_may_be_written_as_getattr_and_nothing_else():
+    allowed, enums = {"socket": "AddressFamily", "pathlib": "Path"}, ["socket.AddressFamily"]
+    for protocol in (2, 3, 4, 5):
+        data = pickle.dumps([Member(AddressFamily, "AF_INET")] * 2, protocol, fix_imports=False)
+        one, two = read_pickle(data, allowed, enums=enums)
+        assert isinstance(one, Built) and str(one.of) == "socket.AddressFamily" and one.args == ("AF_INET",)
+        assert two is one
+        with pytest.raises(PickleError, match=r"it names builtins\.getattr"):
+            read_pickle(data, allowed)
+    for enum, name in ((Path, "home"), ("x", "upper"), (AddressFamily, b"AF_INET")):
+        with pytest.raises(PickleError, match=r"it names (builtins\.getattr|_codecs\.encode)"):
+            read_pickle(pickle.dumps(Member(enum, name), 4), allowed, enums=enums)
 
 
 def test_a_pickle_becomes_plain_values():
