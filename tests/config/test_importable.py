@@ -88,4 +88,5 @@ def test_the_form_is_checked_with_the_config_and_the_module_found_before_a_proce
 def test_the_form_of_a_path():
     assert is_importable("a:b") and is_importable("a.b_c:d")
     assert not any(map(is_importable, ("a", "a:", ":b", "a:b.c", "a b:c", "a..b:c", "a:b:c", 3, None)))
-    assert {s.name for s in settings().values() if s.importable} == {"objective", "advantage_estimator"}
+    own = {"objective", "advantage_estimator", "rollout_engine"}
+    assert {s.name for s in settings().values() if s.importable} == own
