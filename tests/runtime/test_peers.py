@@ -72,7 +72,7 @@ def _ended(command: list[str], common: dict[str, str], outs: list[Any], errs: li
             for rank in ranks:
                 if rank.poll() is None:
                     seen.update(psutil.Process(rank.pid).children(recursive=True))
-            time.sleep(0.05)
+            time.sleep(0.2)
         codes = [rank.poll() for rank in ranks]
     finally:
         for process in [*ranks, *seen]:
