@@ -29,7 +29,7 @@ from tools.gpu.waits import (
 from tools.gpu.whole import config_of
 
 # the gradient norm decides whether there is an update, the sums are what the step reports
-EVERY_STEP = {("scalar", "get_grad_norm_fp32"): 1, ("to host", "Engine._world_sums"): 1}
+EVERY_STEP = {("scalar", "get_grad_norm_fp32"): 1, ("to host", "InferenceEngine._world_sums"): 1}
 V2 = {
     "family": "bailing_moe_v2", "norm_head": False, "qk_layernorm": True, "mtp_num_layers": 1,
     "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
@@ -74,7 +74,7 @@ def test_a_c3po_step_waits_once_per_pass_of_generation_and_not_per_microbatch_or
     settings = {"critic": True, "advantage_estimator": "gae", "top_p": 0.9, "deterministic": True}
     seen = one_step(reinforcing(SMALL, **settings))
     assert by_function(seen.waits) == {
-        ("to host", "Runner.__call__"): SMALL.length,
+        ("to host", "ModelRunner.__call__"): SMALL.length,
         # old and reference log p
         ("to host", "with_column"): 2,
         ("to host", "Critic.values"): 1,
