@@ -401,3 +401,33 @@ NAMES_A_DOCUMENT = "tests/test_house_rules.py"
 
 def test_a_document_that_is_not_there_is_noticed():
     assert missing_documents("see PLAN.md, 3.3 and README.md", ["README.md"]) == ["PLAN.md"]
+
+
+def change_rows(text: str) -> list[tuple[str, str]]:
+    """(what to change, where) of the guide's table."""
+    table = text.partition("## To change X, open Y")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    return [(row[0], " | ".join(row[1:])) for row in rows if row[0] != "to change or add"]
+
+
+def test_the_table_of_where_to_change_what_is_true():
+    """Each folder is there, each name is in a file of its row, each flag is a setting."""
+    from megatron_ring.config.settings import settings
+
+    rows = change_rows((ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(rows) >= 25
+    wrong: list[str] = []
+    for what, where in rows:
+        words = re.findall(r"`([^`]+)`", where)
+        paths = [word for word in words if "/" in word and " " not in word]
+        text = "".join((PACKAGE / path).read_text(encoding="utf-8") for path in paths if path.endswith(".py"))
+        flags = [word.split()[0] for word in words if word.startswith("--")]
+        names = [word for word in words if word.isidentifier()]
+        wrong += [
+            f"{what}: no folder {path}"
+            for path in paths
+            if path.endswith("/") and not (PACKAGE / path).is_dir()
+        ]
+        wrong += [f"{what}: no {name} there" for name in names if f" {name}" not in text]
+        wrong += [f"{what}: no {flag}" for flag in flags if flag not in {s.flag for s in settings().values()}]
+    assert wrong == []
