@@ -6,7 +6,6 @@ beside each parameter in the parameter's own shape, so that any layout can read 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +27,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Checkpointable(Protocol):
     """What can be saved: model chunks and their optimizer, such as those of ``megatron_ring.train.engine.Engine``."""
 
-    models: Sequence[RingModel]
+    models: list[RingModel]
     optimizer: Any
     topology: Topology
     session: Session

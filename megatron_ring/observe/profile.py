@@ -48,6 +48,7 @@ class StepProfiler:
         self._profiler.start()
 
     def _stop(self) -> None:
+        assert self._profiler is not None
         self._profiler.stop()
         self._profiler.export_chrome_trace(str(self._path))
         self._profiler = None

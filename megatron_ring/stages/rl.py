@@ -87,6 +87,8 @@ class RlRun(StageRun):
 
     def build(self, resources: ExitStack) -> None:
         config, session, rollout = self.config, self.session, self.config.rollout
+        assert self.tokenizer is not None
+        tokenizer = self.tokenizer
         # one that cannot be imported ends the run before anything is built
         estimator_of(config.objective)
         prompts, rewards = self._open_problems(resources)
@@ -116,12 +118,12 @@ class RlRun(StageRun):
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             max_response_length=rollout.max_response_length,
-            stop_ids=self.tokenizer.stop_ids,
+            stop_ids=tokenizer.stop_ids,
             seed=config.train.seed,
             record_routes=config.objective.routing_replay == "R3",
         )
         self.sampler = RolloutSampler(
-            session, engine=self.rollout_engine, rewards=rewards, tokenizer=self.tokenizer
+            session, engine=self.rollout_engine, rewards=rewards, tokenizer=tokenizer
         )
         self.collector = Collector(
             rollout, session, state=self.rollouts, sampler=self.sampler, sampling=self.sampling
@@ -198,7 +200,7 @@ class RlRun(StageRun):
         metrics.log(self.step, values, tokens=ledger.generated, seconds=time.perf_counter() - begun)
         self.alarms.check(self.step, values, plan.shortfall, collected.rollouts)
         if self.responses.is_due(self.step):
-            self.responses.write(self.step, response_rows(collected.rollouts, self.tokenizer))
+            self.responses.write(self.step, response_rows(collected.rollouts, self.sampler.tokenizer))
 
     def _collect(self) -> StepRollouts:
         """The step's groups; more prompts are drawn where tokens are missing and refilling is asked for."""

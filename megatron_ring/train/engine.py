@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -79,7 +79,7 @@ class Engine(InferenceEngine):
         return wrap_data_parallel(models, self.config.parallel, self.topology)
 
     def _configure_schedule(self) -> None:
-        megatron_config = self.models[0].config
+        megatron_config: Any = self.models[0].config
         megatron_config.finalize_model_grads_func = finalize_model_grads
         if self.config.parallel.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]

@@ -87,7 +87,7 @@ class InferenceEngine:
     def forward(
         self,
         microbatches: Sequence[Microbatch],
-        read: Callable[[Microbatch, Logits], tuple[Tensor, Any]],
+        read: Callable[[Any, Any], tuple[Tensor, Any]],
         recorded: Sequence[dict[int, Tensor]] | None = None,
     ) -> list:
         """The results of ``read`` for each microbatch's logits on the last stage (empty elsewhere), without gradients.

@@ -33,16 +33,23 @@ class LossTerms:
 
 
 class Objective(Protocol):
-    """A pure function of logits and microbatch, and its denominator."""
+    """A pure function of what the model's last stage gives and of the microbatch, and its denominator.
 
-    sum_names: tuple[str, ...]
-    peak_names: tuple[str, ...]
+    An objective takes its own kind of output (:class:`~megatron_ring.model.build.Logits`, a critic's values) and of
+    microbatch; the engine hands them through.
+    """
 
-    def local_denominator(self, microbatches: Sequence[Microbatch]) -> float:
+    @property
+    def sum_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def peak_names(self) -> tuple[str, ...]: ...
+
+    def local_denominator(self, microbatches: Sequence[Any], /) -> float:
         """This rank's part of the denominator; the engine sums it over data-parallel ranks."""
         ...
 
-    def __call__(self, logits: Logits, microbatch: Microbatch) -> LossTerms: ...
+    def __call__(self, output: Any, microbatch: Any, /) -> LossTerms: ...
 
 
 def logprob(

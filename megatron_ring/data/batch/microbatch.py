@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 
 IGNORE = -100
@@ -84,8 +86,12 @@ def sent(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     return value.to(device, non_blocking=True)
 
 
+Row = Sequence[float] | np.ndarray[Any, Any] | torch.Tensor
+"""Numbers of one sequence."""
+
+
 def pack_microbatch(
-    sequences: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]],
+    sequences: Sequence[tuple[Row, Row, Row]],
     num_slots: int,
     *,
     segment_lengths: Sequence[Sequence[int]] | None = None,

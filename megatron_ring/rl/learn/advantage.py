@@ -198,10 +198,12 @@ def whiten(rollouts: Sequence[Rollout], of_all: Sequence[tuple[int, float, float
         return list(rollouts)
     mean = math.fsum(sums) / tokens
     scale = max(math.fsum(squares) / tokens - mean**2, 0.0) + 1e-8
-    return [
-        replace(rollout, advantages_R=((rollout.advantages_R - mean) / math.sqrt(scale)).astype(np.float32))
-        for rollout in rollouts
-    ]
+    deviation = math.sqrt(scale)
+
+    def whitened(advantages_R: np.ndarray | None) -> np.ndarray | None:
+        return None if advantages_R is None else ((advantages_R - mean) / deviation).astype(np.float32)
+
+    return [replace(rollout, advantages_R=whitened(rollout.advantages_R)) for rollout in rollouts]
 
 
 def _score(rollout: Rollout, config: ObjectiveConfig, max_response_length: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from megatron_ring.config.importable import resolve
 from megatron_ring.config.run import RunConfig
@@ -14,7 +15,7 @@ from megatron_ring.train.engine import Engine
 
 log = logging.getLogger("megatron_ring")
 
-ENGINES: dict[str, type[RolloutEngine]] = {"inprocess": InProcessEngine}
+ENGINES: dict[str, Any] = {"inprocess": InProcessEngine}
 """A class per name."""
 
 METHODS = ("publish", "generate", "close")
@@ -27,7 +28,7 @@ def open_rollout_engine(config: RunConfig, trainer: Engine) -> RolloutEngine:
         ConfigError: there is no such engine, or a setting needs what it does not guarantee.
     """
     name, session = config.rollout.rollout_engine, trainer.session
-    kind: type[RolloutEngine] = resolve("rollout_engine", name, ENGINES, _problem)
+    kind = resolve("rollout_engine", name, ENGINES, _problem)
     require_guarantees(kind.guarantees, config)
     if not kind.guarantees.exact_seeds and session.is_log_rank:
         log.info("rollout_engine=%s: a resumed run samples other responses, its seeds are not exact", name)

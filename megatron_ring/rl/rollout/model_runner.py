@@ -72,16 +72,17 @@ class ModelRunner:
             host_4T[3, : len(work.uniforms_W)] = work.uniforms_W.view(np.int64)
         device_4T = sent(torch.from_numpy(host_4T), self.device)
         tokens_T, positions_T, slots_T, uniforms_T = device_4T
-        decoding = work is None or work.lengths is None
+        lengths = () if work is None or work.lengths is None else work.lengths
         valid_T = slots_T != self.cache.scratch
         view = CacheView(
             cache=self.cache,
             slots_T=slots_T,
             positions_T=positions_T,
-            decoding=decoding,
-            rows_R=None if work is None or decoding else self._rows(work),
+            decoding=not lengths,
+            rows_R=self._rows(work) if work is not None and lengths else None,
         )
-        lengths = () if decoding else (*work.lengths, *((padding,) if padding else ()))
+        if lengths and padding:
+            lengths = (*lengths, padding)
         ends = self._no_ends
         if lengths:
             ends = sent(torch.tensor((0, *np.cumsum(lengths)), dtype=torch.int32), self.device)
@@ -169,6 +170,7 @@ class ModelRunner:
         """[N, L, K] on every rank. Communicates over the tensor- and pipeline-parallel groups."""
         topology = self.topology
         K = self.model.moe_router_topk
+        assert packed.valid_T is not None and packed.recorded is not None
         T = packed.valid_T.numel()
         whole_LTK = torch.zeros(self.num_expert_layers, T, K, dtype=torch.int32, device=self.device)
         for layer, experts_TK in packed.recorded.items():

@@ -6,11 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_ring.config.rl import RolloutConfig
 from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.errors import RolloutError
 from megatron_ring.rl.types import Response
-from megatron_ring.train.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,19 +79,21 @@ class Guarantees:
 class RolloutEngine(Protocol):
     """Turns requests into responses under the policy version that was published last.
 
+    ``--rollout-engine`` names a class whose classmethod ``open(trainer, config)`` makes the engine of a run that trains
+    ``trainer`` (:class:`~megatron_ring.train.engine.Engine`; ``config`` is its RolloutConfig), collective over the world.
     Every rank opens one, publishes to it and closes it. ``generate`` is called on every rank where ``on_every_rank`` is
     set: the ranks of a model-parallel group decode together. Else it is called on the first rank of each such group
     alone, and the others are given what that one heard (:class:`~megatron_ring.rl.rollout.relay.Relay`).
     """
 
-    guarantees: Guarantees
-    on_every_rank: bool
-    version: int
+    @property
+    def guarantees(self) -> Guarantees: ...
 
-    @classmethod
-    def open(cls, trainer: Engine, config: RolloutConfig) -> RolloutEngine:
-        """The engine of a run that trains ``trainer``. Collective over the world."""
-        ...
+    @property
+    def on_every_rank(self) -> bool: ...
+
+    @property
+    def version(self) -> int: ...
 
     def publish(self, version: int) -> None:
         """Sample from the trainer's present weights from here on, and mark tokens with ``version``. Collective over the

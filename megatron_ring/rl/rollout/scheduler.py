@@ -234,21 +234,22 @@ class Scheduler:
         needed = int(done.positions_N.max(initial=0)) + 1
         old = self.routes_SPLK
         have = 0 if old is None else old.shape[1]
-        if needed > have:
+        if old is None or needed > have:
             grown = np.zeros(
                 (self.num_slots, max(needed + 64, have * 4 // 3), *routes_NLK.shape[1:]), np.int16
             )
             if old is not None:
                 grown[:, :have] = old
-            self.routes_SPLK = grown
-        self.routes_SPLK[done.slots_N, done.positions_N] = routes_NLK
+            self.routes_SPLK = old = grown
+        old[done.slots_N, done.positions_N] = routes_NLK
         if done.lengths is None:
             return
         for slot in done.slots_W:
-            prefix = self.request_of[slot].prefix
+            request = self.request_of[slot]
+            prefix = None if request is None else request.prefix
             if prefix is not None and prefix.routes_SLK is not None:
                 # a token's route is the one that it was sampled through, under its own policy version
-                self.routes_SPLK[slot, : len(prefix.routes_SLK)] = prefix.routes_SLK
+                old[slot, : len(prefix.routes_SLK)] = prefix.routes_SLK
 
 
 def is_complete(request: Request, sampling: SamplingParams) -> bool:

@@ -69,6 +69,7 @@ class PolicyObjective:
             temperature=self.temperature,
             inplace_backward=True,
         )
+        assert entropy_T is not None
         return self.terms(logp_T, entropy_T, microbatch)
 
     def terms(self, logp_T: Tensor, entropy_T: Tensor, microbatch: RLMicrobatch) -> LossTerms:
