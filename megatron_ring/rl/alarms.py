@@ -15,9 +15,9 @@ from megatron_ring.runtime.session import Session
 log = logging.getLogger("megatron_ring")
 
 DOMINANT = 0.5
-"""Share of a step's responses above which a status of :data:`REMEDIES` is said."""
+"""Share of a step's responses above which a status of :data:`REMEDIES` is warned of."""
 AGAIN_AFTER = 100
-"""Steps after which it is said again."""
+"""Steps after which the warning is repeated."""
 REMEDIES = {
     "verifier_error": "the verifier fails on them, whatever the answer: look at the problems' references",
     "parse_error": "no answer can be read in them: say the form of an answer in the prompt (--prompt-suffix)",
@@ -29,7 +29,7 @@ class Alarms:
 
     def __init__(self, session: Session, mismatch_alarm: float):
         self._session, self._mismatch_alarm = session, mismatch_alarm
-        self._said: dict[str, int] = {}
+        self._warned: dict[str, int] = {}
 
     def check(
         self, step: int, values: Mapping[str, float], shortfall: int, rollouts: Sequence[Rollout]
@@ -37,7 +37,7 @@ class Alarms:
         """Collective over the data-parallel group: ``values`` and ``shortfall`` (tokens) are the step's, ``rollouts`` this
         rank's.
         """
-        self._unjudged(step, values, rollouts)
+        self._check_verifiers(step, values, rollouts)
         if not self._session.is_log_rank:
             return
         if values.get("mismatch", 0.0) > self._mismatch_alarm:
@@ -54,12 +54,12 @@ class Alarms:
                 shortfall,
             )
 
-    def _unjudged(self, step: int, values: Mapping[str, float], rollouts: Sequence[Rollout]) -> None:
+    def _check_verifiers(self, step: int, values: Mapping[str, float], rollouts: Sequence[Rollout]) -> None:
         for status, remedy in REMEDIES.items():
             share = values.get(f"status/{status}", 0.0)
-            if share <= DOMINANT or step - self._said.get(status, -AGAIN_AFTER) < AGAIN_AFTER:
+            if share <= DOMINANT or step - self._warned.get(status, -AGAIN_AFTER) < AGAIN_AFTER:
                 continue
-            self._said[status] = step
+            self._warned[status] = step
             own = Counter((r.prompt.domain, r.reward.detail) for r in rollouts if r.reward.status == status)
             counted = [[*key, number] for key, number in own.items()]
             total: Counter[tuple[str, str]] = Counter()

@@ -1,4 +1,4 @@
-"""Held-out problems: sampled, judged, counted."""
+"""Accuracy on held-out problems."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_ring.rl.rollout_metrics import add_up, rollout_metrics, rollout_su
 from megatron_ring.runtime.session import Session
 
 SEED = 1_000_003
-"""Held-out problems are answered with random numbers of their own, the same at every evaluation."""
+"""Seed of the responses to held-out problems, the same at every evaluation."""
 
 
 def evaluate(

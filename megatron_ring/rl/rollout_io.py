@@ -1,6 +1,6 @@
 """Rollouts as bytes: what crosses processes and what a checkpoint keeps. Safetensors, so nothing is unpickled.
 
-Layout: the arrays of all rollouts end to end, and one JSON list beside them that says where each begins.
+Layout: the arrays of all rollouts end to end, and one JSON list with the length of each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def rollouts_to_bytes(rollouts: Sequence[Rollout], note: Any = None) -> bytes:
         name: _joined((row for r in rollouts if (row := getattr(r, f"{name}_R")) is not None), np.float32)
         for name in _LEARNT
     }
-    entries = [_entry(rollout.prompt, rollout.response) | _judgement(rollout) for rollout in rollouts]
+    entries = [_entry(rollout.prompt, rollout.response) | _reward_of(rollout) for rollout in rollouts]
     return _saved([rollout.response for rollout in rollouts], entries, note, learnt)
 
 
@@ -147,7 +147,7 @@ def _entry(prompt: Prompt, response: Response) -> dict[str, Any]:
     }
 
 
-def _judgement(rollout: Rollout) -> dict[str, Any]:
+def _reward_of(rollout: Rollout) -> dict[str, Any]:
     reward = rollout.reward
     return {
         "score": reward.score,

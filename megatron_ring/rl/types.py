@@ -32,7 +32,7 @@ RewardStatus = Literal[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardResult:
-    """What a verifier says of one response; a failure of the response is a value, never an exception.
+    """A verifier's result for one response; a failure of the response is a value, never an exception.
 
     Example: ``RewardResult(score=0.0, status="timeout", detail="test 3 of 8: 5.0 s")``.
     """

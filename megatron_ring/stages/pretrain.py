@@ -1,6 +1,6 @@
 """Pre-training, from a corpus on disk to a checkpoint: the page to read first.
 
-One step: draw samples, accumulate gradients over the microbatches, judge the loss, update or skip, report,
+One step: draw samples, accumulate gradients over the microbatches, check the loss, update or skip, report,
 validate, save.
 """
 

@@ -1,6 +1,6 @@
 """Reinforcement learning with C3PO (Ring-lite, arXiv 2506.14731, 3.2): the page to read for a step.
 
-A step draws prompts, samples groups of responses, judges them while others are sampled, assigns advantages,
+A step draws prompts, samples groups of responses, verifies them while others are sampled, assigns advantages,
 fills the token budget, packs it into microbatches, scores them under the old and the reference policy, updates
 once per minibatch, and publishes the weights to the rollout engine. ``train_iters`` counts such steps. A ledger
 then accounts for every token.
@@ -233,11 +233,11 @@ class RlRun(StageRun):
         """Those that may be trained on, each with its advantages. Collective over the world with a critic."""
         objective = self.config.objective
         values = self.critic.values(rollouts) if self.critic else None
-        judged = assign(rollouts, objective, self.config.rollout.max_response_length, values)
+        assigned = assign(rollouts, objective, self.config.rollout.max_response_length, values)
         if not objective.whiten_advantages:
-            return judged
-        everyone = gather_json(moments(judged), self.session.topology.groups.dp, self.session.device)
-        return whiten(judged, [row for of_rank in everyone for row in of_rank])
+            return assigned
+        everyone = gather_json(moments(assigned), self.session.topology.groups.dp, self.session.device)
+        return whiten(assigned, [row for of_rank in everyone for row in of_rank])
 
     def _score(self, grid: list[RLMicrobatch]) -> list[RLMicrobatch]:
         """The minibatch with log p under the policy before this step and under the reference, and routes."""

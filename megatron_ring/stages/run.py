@@ -141,7 +141,7 @@ class StageRun:
         raise NotImplementedError
 
     def validate(self) -> dict[str, float]:
-        """Held-out figures; called when ``eval_interval`` says so."""
+        """Held-out figures; called every ``eval_interval`` steps."""
         raise NotImplementedError
 
     def sample_prompt(self) -> Sequence[int]:
@@ -295,7 +295,7 @@ class StageRun:
         log.info("settings that differ from the defaults (all of them: %s):\n%s", where, changed)
 
     def _write_sample(self) -> None:
-        """What the model says now, for the report."""
+        """Sample from the model, for the report."""
         run_dir = self.run_dir()
         if self.tokenizer is None or run_dir is None:
             return

@@ -68,7 +68,7 @@ class Collector:
         self.state, self.sampler, self.sampling = state, sampler, sampling
 
     def collect(self, version: int) -> StepRollouts:
-        """The judged groups of one step, in the order of their prompts.
+        """The rewarded groups of one step, in the order of their prompts.
 
         Without C3PO++ that is every prompt drawn; with it, what was finished when the step's tokens had been
         generated. With dynamic sampling, groups whose rewards are all equal are replaced by new prompts, as long

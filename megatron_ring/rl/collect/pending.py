@@ -18,7 +18,7 @@ from megatron_ring.rl.types import Response, Rollout
 class OpenGroup:
     """A prompt whose responses are not all there yet.
 
-    Example: 4 samples, of which 0 is judged, 2 was interrupted and 1 and 3 have not begun:
+    Example: 4 samples, of which 0 has its reward, 2 was interrupted and 1 and 3 have not begun:
     ``OpenGroup(prompt=..., waiting={1, 2, 3}, finished={0: rollout}, unfinished={2: response})``.
     """
 
@@ -37,7 +37,7 @@ class PendingGroups:
 
     @property
     def num_tokens(self) -> int:
-        """Response tokens that open groups hold, judged or interrupted."""
+        """Response tokens that open groups hold, finished or interrupted."""
         return sum(
             response.length
             for group in self.open.values()
@@ -58,7 +58,7 @@ class PendingGroups:
         ]
 
     def finish(self, rollout: Rollout) -> None:
-        """A response has ended and has been judged."""
+        """A response has ended and has its reward."""
         group, sample = self.open[rollout.prompt.uid], rollout.response.sample
         group.waiting.remove(sample)
         group.unfinished.pop(sample, None)
@@ -88,8 +88,8 @@ class PendingGroups:
         """Groups that wait for nothing more, each in the order of its samples, and members that were left alone;
         they are forgotten here.
 
-        A group that lost all but one of its members says nothing about their relative worth, so the one is no
-        group; with ``group_size`` 1 (a critic judges worth) every group has one.
+        A group that lost all but one of its members cannot be compared, so the one is no
+        group; with ``group_size`` 1 (with a critic) every group has one.
         """
         done = [uid for uid, group in self.open.items() if not group.waiting]
         members = [self.open.pop(uid).finished for uid in done]
@@ -99,7 +99,7 @@ class PendingGroups:
         return [group for group in groups if len(group) >= least], alone
 
     def contents(self) -> tuple[list[Prompt], list[Rollout], list[Response]]:
-        """Prompts, judged members and prefixes of the open groups: what a checkpoint has to hold."""
+        """Prompts, finished members and prefixes of the open groups: what a checkpoint has to hold."""
         groups = self.open.values()
         return (
             [group.prompt for group in groups],

@@ -15,18 +15,18 @@ from megatron_ring.runtime.session import Session
 
 
 class Rewards(Protocol):
-    """Who judges: :class:`megatron_ring.rl.reward.workers.pool.RewardPool` is one."""
+    """Where rewards come from: :class:`megatron_ring.rl.reward.workers.pool.RewardPool` is one."""
 
     def submit(self, prompt: Prompt, text: str) -> Future[RewardResult]: ...
 
 
 class RolloutSampler:
-    """Has requests answered and the answers judged, verifiers at work beside generation."""
+    """Turns requests into responses with rewards; verifiers run beside generation."""
 
     def __init__(
         self, session: Session, *, engine: RolloutEngine, rewards: Rewards | None, tokenizer: Tokenizer
     ):
-        """``rewards`` is needed on the judging rank of a model-parallel group only (:func:`is_reward_rank`)."""
+        """``rewards`` is needed on the reward rank of a model-parallel group only (:func:`is_reward_rank`)."""
         self.session, self.engine, self.rewards, self.tokenizer = session, engine, rewards, tokenizer
 
     def __call__(
@@ -36,7 +36,7 @@ class RolloutSampler:
         token_budget: int | None = None,
         concurrency: int | None = None,
     ) -> tuple[list[Rollout], list[Response]]:
-        """(judged responses in the order in which they ended, responses that a budget interrupted).
+        """(rewarded responses in the order in which they ended, responses that a budget interrupted).
 
         Collective over the model-parallel group, and over all ranks where the engine's ranks step together.
         """
@@ -61,7 +61,7 @@ class RolloutSampler:
         return self.rewards.submit(prompt, self.tokenizer.decode(response.tokens_R.tolist()))
 
     def _verdicts(self, ended: list[tuple[Response, Future[RewardResult] | None]]) -> list[RewardResult]:
-        """Each response's reward, once all are judged."""
+        """Each response's reward, once all verifiers are done."""
         values = None
         if self.rewards is not None:
             rewards = [future.result() for _, future in ended if future is not None]

@@ -62,4 +62,4 @@ def _problem(found: object) -> str | None:
     if isinstance(found, type) and not lacking:
         return None
     what = f"lacks {', '.join(lacking)}" if lacking else "is no class"
-    return f"{what}; name a class that does what megatron_ring.rl.rollout.protocol.RolloutEngine says"
+    return f"{what}; name a class that implements megatron_ring.rl.rollout.protocol.RolloutEngine"

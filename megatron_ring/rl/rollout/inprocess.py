@@ -202,8 +202,8 @@ class InProcessEngine:
 def continue_tokens(
     trainer: InferenceEngine, tokens: Sequence[int], limit: int, seed: int, stop_ids: Sequence[int]
 ) -> list[int]:
-    """Up to ``limit`` tokens behind ``tokens``, sampled at temperature 0.8, without a stop token; for a look at what the
-    model says. Collective over the world.
+    """Up to ``limit`` tokens behind ``tokens``, sampled at temperature 0.8, without a stop token; as a sample for
+    the report. Collective over the world.
     """
     if limit < 1:
         return []

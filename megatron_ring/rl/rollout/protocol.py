@@ -119,7 +119,7 @@ class RolloutEngine(Protocol):
         round, those of one round in the queue's order; what remains comes last as it stands, with
         ``stop="unfinished"`` and maybe no token at all.
 
-        A request whose prefix is as long as a response may be is answered first, without a token more; it keeps
+        A request whose prefix is as long as a response may be is returned first, without a new token; it keeps
         its place in the queue, which counts as ended after the round in which it was admitted.
 
         Raises:

@@ -5,7 +5,7 @@ them are admitted at first, and each that ends admits the next. In a round every
 gains one token: those admitted in this round by being read, the others by decoding. After a round the ranks add up
 what they produced and how many ended; generation stops after the first round that reaches the budget.
 
-So which tokens there are at the stop follows from the requests, what the model says, the budget and ``concurrency``
+So which tokens there are at the stop follows from the requests, the model, the budget and ``concurrency``
 alone. Pure bookkeeping, as in ``slots``. Invariants (one test each): the same tokens whatever the number of ranks
 and the size of a pass; never more than ``concurrency`` sequences in slots, summed over ranks, and no table larger
 than what its rank held at once; with a budget of ``concurrency`` whole responses at least ``concurrency`` end.
