@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.e2e.rl_settings import settings
 from tests.helpers.e2e.runs import records, run
+from tests.helpers.e2e.waiting import waiting_samples
 from tests.helpers.parallel.spawning import several_worlds
 from tests.helpers.parallel.watching import assert_ended_well
 
@@ -84,13 +85,8 @@ def single_budgeted(corpus, problems, tmp_path_factory) -> Path:
 
 
 def waiting(folder: Path, step: int) -> dict[int, list[int]]:
-    """Prompt -> samples that have not ended by ``step``, of all data-parallel ranks."""
-    state = json.loads((folder / f"iter_{step:07d}/trainer_state.json").read_text())
-    return {
-        prompt["uid"]: samples
-        for of_rank in state["trainer"]["open"]
-        for prompt, samples in zip(of_rank["prompts"], of_rank["waiting"], strict=True)
-    }
+    """Prompt -> samples that have not ended by ``step``."""
+    return waiting_samples(folder / f"iter_{step:07d}")
 
 
 @pytest.mark.slow

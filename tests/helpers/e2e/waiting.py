@@ -1,0 +1,21 @@
+"""What a checkpoint of an RL run holds for later steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_ring.rl.rollout_io import note_of
+
+
+def waiting_samples(checkpoint: Path) -> dict[int, list[int]]:
+    """Prompt -> samples that have not ended, of all data-parallel ranks."""
+    notes = [note_of(path.read_bytes()) for path in checkpoint.glob("rollouts-finished-*.safetensors")]
+    assert notes
+    return {group["prompt"]["uid"]: group["waiting"] for groups in notes for group in groups}
+
+
+def carried_places(checkpoint: Path) -> list[list[int]]:
+    """[start, steps] of every carried response, of all data-parallel ranks."""
+    paths = list(checkpoint.glob("rollouts-carried-*.safetensors"))
+    assert paths
+    return [place for path in paths for place in note_of(path.read_bytes())]
