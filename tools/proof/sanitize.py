@@ -1,4 +1,4 @@
-"""Run the C++ kernels' tests under AddressSanitizer: ``python -m tests.helpers.kernels.sanitize`` (about three minutes).
+"""The C++ kernels' tests under AddressSanitizer: ``bash tools/proof/sanitize.sh`` (about three minutes).
 
 Builds ``csrc`` with the sanitizer into a temporary folder and runs the native tests on that build. Needs g++.
 """
@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 FILES = [
     "native",
     "routing",
@@ -63,11 +63,11 @@ def main() -> int:
         builder = [
             sys.executable,
             "-c",
-            f"from tests.helpers.kernels import sanitize; sanitize.build({folder!r})",
+            f"from tools.proof import sanitize; sanitize.build({folder!r})",
         ]
         subprocess.run(builder, cwd=ROOT, env=environment, check=True)
         tests = [f"tests/kernels/test_{name}.py" for name in FILES]
-        options = ["-q", "-p", "no:cacheprovider", "-p", "tests.helpers.kernels.sanitize"]
+        options = ["-q", "-p", "no:cacheprovider", "-p", "tools.proof.sanitize"]
         selection = ["-k", "native and not interpreter and not ranks and not narrow"]
         command = [sys.executable, "-m", "pytest", *options, *tests, *selection]
         return subprocess.run(command, cwd=ROOT, env=environment).returncode
