@@ -30,8 +30,9 @@ out="$(mktemp -d)"
 beside=
 trap '[ -z "$beside" ] || kill -TERM -- "-$beside" 2>/dev/null; rm -rf "$out"' EXIT
 trap 'exit 130' INT TERM
-# half of the work; what is in no list is in the other half
+# half of the work; what is in no list is in the other half. The expensive proofs are mostly in these four
 half=(tests/parallel tests/e2e tests/checkpoint tests/kernels)
+[ -n "$all" ] || half+=(tests/stages tests/tools tests/train)
 
 both_halves() { # WORD...: two at a time, for most tests use one core; the one that runs beside is heard at its end
     local status=0

@@ -76,7 +76,7 @@ class StageRun:
     def __init__(self, config: RunConfig, session: Session):
         self.config, self.session = config, session
         self.tokenizer = _tokenizer(config)
-        self.step = 0
+        self.step = self.first_step = self.saved_step = 0
         self.non_finite = 0
         self.started = time.monotonic()
 
@@ -151,6 +151,7 @@ class StageRun:
     def loop(self) -> None:
         """Steps until ``train_iters``, a signal, or an exit setting; then the last checkpoint."""
         train = self.config.train
+        self.first_step = self.saved_step = self.step
         self._announce()
         with (
             self._metrics() as metrics,
@@ -277,7 +278,6 @@ class StageRun:
         )
 
     def _announce(self) -> None:
-        self.first_step = self.saved_step = self.step
         run_dir = self.run_dir()
         if not self.session.is_log_rank:
             return
