@@ -1,1 +1,1 @@
-"""Reinforcement learning on a fixed token budget: rollouts, rewards, advantages, C3PO and its rivals."""
+"""Reinforcement learning on a fixed token budget: rollouts, rewards, advantages, C3PO and other objectives."""

@@ -1,4 +1,4 @@
-"""What a person should hear of while a run goes on: figures that say that something else than the policy is wrong."""
+"""Warnings during a run: metrics that show a problem outside the policy."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from megatron_ring.runtime.session import Session
 log = logging.getLogger("megatron_ring")
 
 DOMINANT = 0.5
-"""Share of a step's responses above which a status of :data:`REMEDIES` is warned of."""
+"""A status of :data:`REMEDIES` gives a warning above this share of a step's responses."""
 AGAIN_AFTER = 100
 """Steps after which the warning is repeated."""
 REMEDIES = {
     "verifier_error": "the verifier fails on them, whatever the answer: look at the problems' references",
-    "parse_error": "no answer can be read in them: say the form of an answer in the prompt (--prompt-suffix)",
+    "parse_error": "no answer can be read in them: state the answer's format in the prompt (--prompt-suffix)",
 }
 
 
 class Alarms:
-    """Warns of each trouble in the step in which it shows."""
+    """Logs a warning in the step in which a problem shows."""
 
     def __init__(self, session: Session, mismatch_alarm: float):
         self._session, self._mismatch_alarm = session, mismatch_alarm
@@ -80,7 +80,7 @@ class Alarms:
 
 
 def say_held_out(prompts: Iterable[Prompt], held_out: Iterable[Prompt]) -> None:
-    """Warn of problems that a checkpoint carries and that are held out now: they are finished and trained on."""
+    """Warn if the checkpoint carries responses to problems that are held out now: they are still trained on."""
     problems = {prompt.asked for prompt in held_out}
     found = {prompt.uid: prompt for prompt in prompts if is_among(prompt.asked, problems)}
     if found:

@@ -28,8 +28,8 @@ class Ledger:
     (``budget_overshoot="carry"``), and whatever belongs to groups that still wait for a member (C3PO++).
     ``wasted``: not reached, or in an update that was refused. ``excluded``: without advantage
     (``zero_advantage="exclude"``), or of a group that dynamic sampling replaced. ``stale``: waited longer than
-    ``rollout_max_staleness``, or of a group that lost its other members to that bound. ``masked``: responses without
-    an end (``overlong="mask"``).
+    ``rollout_max_staleness``, or of a group that lost its other members to that bound. ``masked``: responses
+    cut at the maximum length (``overlong="mask"``).
 
     Example: 12 tokens generated, 3 left from the last step, Phi = 10: ``Ledger(generated=12, carried_in=3, trained=10,
     cut=2, carried=0, wasted=3, excluded=0, stale=0, masked=0)``.
@@ -50,9 +50,9 @@ class Ledger:
         return self.generated + self.carried_in
 
     def check(self, step: int, carried_before: int | None) -> None:
-        """Raise AssertionError, a fault of ours, where a token is lost or counted twice.
+        """Raise AssertionError (a bug, not a user's mistake) if a token is lost or counted twice.
 
-        ``carried_before`` is the last step's ``carried``; None where there was none.
+        ``carried_before`` is the last step's ``carried``; None in a run's first step.
         """
         places = (self.trained, self.cut, self.carried, self.wasted, self.excluded, self.stale, self.masked)
         if sum(places) != self.sampled or min(places) < 0:

@@ -1,4 +1,4 @@
-"""What to do about a rollout engine and a trainer that disagree on probabilities.
+"""Corrections for the mismatch between the rollout engine's and the trainer's probabilities.
 
 With ``k = pi_train_old / pi_rollout`` of the sampled token, constant in the backward pass. Legend: T token
 slots.

@@ -65,7 +65,7 @@ def rollouts_from_bytes(data: bytes) -> list[Rollout]:
     """Undo :func:`rollouts_to_bytes`.
 
     Raises:
-        CheckpointError: the bytes are none of ours, or cut short.
+        CheckpointError: the bytes have another format, or are truncated.
     """
     return _read(data, _rollout)
 
@@ -122,11 +122,11 @@ def prompt_to_json(prompt: Prompt) -> dict[str, Any]:
 
 
 def prompt_from_json(values: Mapping[str, Any]) -> Prompt:
-    # older checkpoints have the last turn alone
+    # older checkpoints hold only the last turn
     own = values["asked"] if "asked" in values else asked([values["text"]])
     texts = (values["domain"], values["text"], *own)
     if not all(isinstance(text, str) for text in texts) or not isinstance(values["reference"], dict):
-        raise ValueError("a prompt has a text that is none")
+        raise ValueError("a prompt has a text that is not a string")
     count_in(values, "uid")
     counts_in(values, "tokens")
     return Prompt(**{**values, "tokens": tuple(values["tokens"]), "asked": tuple(own)})
@@ -183,7 +183,7 @@ def _rollout(entry: dict[str, Any], take: Callable[[str, int], np.ndarray]) -> R
         raise ValueError("a response has no reward")
     version, rounds, new = counts_in(entry, "arrival")
     if not isinstance(entry["has"], list) or not set(entry["has"]) <= set(_LEARNT):
-        raise ValueError("a response has rows that are unknown")
+        raise ValueError("a response has unknown rows")
     return Rollout(
         prompt=prompt,
         response=response,

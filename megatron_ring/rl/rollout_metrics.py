@@ -1,4 +1,4 @@
-"""What a step's rollouts and updates were like, over all data-parallel ranks."""
+"""Metrics of a step's rollouts and updates, over all data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def rollout_metrics(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def router_metrics(reports: Sequence[StepReport]) -> dict[str, float]:
-    """Gradient norm, router losses, load and replay of a step's updates; one without tokens enters nothing.
+    """Gradient norm, router losses, load and replay of a step's updates; updates without tokens are skipped.
 
     ``grad_norm`` is the mean over updates; router figures are means over the tokens that they count; a flip rate is
     flipped choices / compared ones, whatever minibatch they are in, by layer and as the mean of layers.
@@ -102,7 +102,7 @@ def router_metrics(reports: Sequence[StepReport]) -> dict[str, float]:
 
 
 def value_metrics(reports: Sequence[StepReport]) -> dict[str, float]:
-    """Means of what the critic's updates say, over their loss tokens; nothing without updates."""
+    """Means of the critic's reports over their loss tokens; empty without updates."""
     tokens = sum(report.denominator for report in reports)
     names = ("value_loss", "value_error", "value_mean", "return_mean") if tokens else ()
     return {
@@ -111,7 +111,8 @@ def value_metrics(reports: Sequence[StepReport]) -> dict[str, float]:
 
 
 def best_and_worst(rollouts: Sequence[Rollout], count: int = 2) -> list[Rollout]:
-    """The ``count`` best and the ``count`` worst responses; of equals, the first drawn. None stands twice."""
+    """The ``count`` best and the ``count`` worst responses; among equals, the first drawn. No response appears
+    twice."""
     ranked = sorted(rollouts, key=lambda r: (-r.reward.score, r.response.key))
     return ranked if len(ranked) <= 2 * count else [*ranked[:count], *ranked[-count:]]
 

@@ -1,4 +1,4 @@
-"""What travels between the lines of an RL step.
+"""The data types of an RL step.
 
 Legend: R response tokens (end of sequence included), P prompt tokens, L layers with experts, K experts per
 token.
@@ -15,7 +15,7 @@ from megatron_ring.data.prompts.stream import Prompt
 
 StopReason = Literal["eos", "length", "unfinished"]
 """eos: ended by a stop token, which is its last token. length: cut at the longest allowed response.
-unfinished: generation itself stopped, and the next policy goes on."""
+unfinished: generation stopped, and the next step continues it with its policy."""
 
 RewardStatus = Literal[
     "correct",
@@ -69,7 +69,7 @@ class Response:
 
     @property
     def key(self) -> tuple[int, int]:
-        """What tells a response from every other of the run."""
+        """Identifies the response within the run."""
         return (self.prompt_uid, self.sample)
 
 
@@ -79,8 +79,8 @@ class Rollout:
 
     ``arrival`` is when it ended, the same at every layout: policy version, round of that step, and tokens that it
     gained in that round. ``advantages_R`` is float32[R]: the same number everywhere for group-relative
-    estimators. ``values_R`` and ``returns_R`` (float32[R], with a critic) are what the advantages were made of and
-    what the critic learns: fixed then, also for tokens that are trained on in a later step.
+    estimators. ``values_R`` and ``returns_R`` (float32[R], with a critic) are what the advantages were computed
+    from and what the critic learns. They stay fixed, also for tokens that a later step trains on.
     """
 
     prompt: Prompt
@@ -98,7 +98,8 @@ class Rollout:
 
 
 class CarryOver(NamedTuple):
-    """A rollout whose tokens from ``start`` on open the next step, offered for the ``steps``-th time."""
+    """A rollout whose tokens from ``start`` on come first in the next step, on offer for the ``steps``-th
+    time."""
 
     rollout: Rollout
     start: int

@@ -26,7 +26,7 @@ def exchange_rollouts(
     """Collective over ``group``: the rollouts that this rank trains on, by their index in ``metas``.
 
     Args:
-        own: this rank's rollouts, which ``local_index`` of its metas names.
+        own: this rank's rollouts; the ``local_index`` of its metas points into them.
         wanted: per rank, the indices that it trains on; the same on every rank.
     """
     parcels = [
@@ -42,7 +42,7 @@ def exchange_rollouts(
 
 
 def _for_training(rollout: Rollout) -> Rollout:
-    """Without what only verifiers need: the tests of a problem in code can be larger than its responses."""
+    """The rollout without what only verifiers need: a code problem's tests can be larger than its responses."""
     return replace(rollout, prompt=replace(rollout.prompt, text="", reference={}))
 
 
@@ -51,7 +51,7 @@ def send_rollouts(
 ) -> list[list[Rollout]]:
     """Collective over ``group``: ``rollouts_of[r]`` goes to rank r; returns what came from each rank.
 
-    Moves only what is asked for: 16 bytes a token plus the prompt, and the routes where they are kept.
+    Moves only what is asked for: 16 bytes a token plus the prompt, and routes if they were recorded.
     """
     if group.size() == 1:
         return [list(rollouts_of[0])]

@@ -1,8 +1,8 @@
-"""Rollouts as the trainer reads them: packed sequences with a column per thing the objective needs.
+"""Rollouts packed into sequences for the trainer, with a column for each quantity that the objective needs.
 
 Legend: T token slots of a microbatch, R response tokens, L layers with experts, K experts per token. Columns
-are aligned with labels: position p predicts token p + 1, so the column of a response token stands where it
-is predicted.
+are aligned with labels: position p predicts token p + 1, so a response token's values are at the position that
+predicts it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from megatron_ring.rl.types import Pick, Rollout
 
 @dataclass(frozen=True, kw_only=True)
 class RLMicrobatch(Microbatch):
-    """One microbatch of picked responses; every column is fp32 [T] and 0 where no loss is.
+    """One microbatch of picked responses; every column is fp32 [T] and 0 where there is no loss.
 
-    ``old_logp_T`` (the denominator of the ratio) and ``ref_logp_T`` are None until they are scored, and stay so on
-    stages without a loss (:func:`with_column`). ``weights_T`` is 1/|y|, |y| the response's tokens in this minibatch;
-    objectives that average over responses multiply by it. ``fresh_T`` is 1 where the token was sampled by the policy
-    that this step updates, 0 where by an older one; ``weights_moved`` is set if an earlier minibatch of the step has
-    updated it since. ``values_T`` and ``returns_T`` are there with a critic. ``routes_LTK`` (int16) replays expert
-    choices, ``NO_ROUTE`` where they are unknown.
+    ``old_logp_T`` (the denominator of the ratio) and ``ref_logp_T`` are None until they are scored, and stay
+    None on pipeline stages that compute no loss (:func:`with_column`). ``weights_T`` is 1/|y|, |y| the
+    response's tokens in this minibatch; objectives that average over responses multiply by it. ``fresh_T`` is 1
+    where the token was sampled by the policy that this step updates, 0 where by an older one; ``weights_moved``
+    is set if an earlier minibatch of the step has updated it since. ``values_T`` and ``returns_T`` are set with
+    a critic. ``routes_LTK`` (int16) replays expert choices, ``NO_ROUTE`` where they are unknown.
 
     Example: prompt (5, 6), response (7, 8, 2) of which tokens 1 and 2 carry loss, in T = 6 slots::
 
@@ -171,14 +171,14 @@ def _routes(
 def with_column(
     microbatches: Sequence[RLMicrobatch], name: str, columns: Sequence[Tensor]
 ) -> list[RLMicrobatch]:
-    """The microbatches with column ``name`` (such as "ref_logp_T") set to what was scored, 0 where no loss is.
+    """The microbatches with column ``name`` (such as "ref_logp_T") set to the scores, 0 where there is no loss.
 
     ``columns`` is what the last pipeline stage scored, one [T] each; elsewhere it is empty and the
     microbatches come back as they are, because only the last stage computes the objective.
     """
     if not columns:
         return list(microbatches)
-    # one copy, whatever the number of microbatches
+    # one copy for all microbatches
     on_host = torch.cat([column_T.float() for column_T in columns]).cpu().split([len(c) for c in columns])
     return [
         replace(microbatch, **{name: torch.where(microbatch.labels_T == IGNORE, 0.0, column_T)})

@@ -32,8 +32,8 @@ from megatron_ring.runtime.session import Session
 class Plan:
     """One step's work for this rank.
 
-    ``grids`` has one list of microbatches per optimizer step, as many on every rank. ``cut``, ``wasted``,
-    ``excluded``, ``carried_tokens`` and ``stale`` are response tokens of the whole job (see
+    ``grids`` has one list of microbatches per optimizer step, the same number on every rank. ``cut``,
+    ``wasted``, ``excluded``, ``carried_tokens`` and ``stale`` are response tokens of the whole job (see
     :class:`~megatron_ring.rl.ledger.Ledger`).
     """
 
@@ -67,16 +67,16 @@ class MinibatchPlanner:
         n, longest = budget.minibatches_per_step, config.rollout.max_response_length
         between = 0 if budget.budget_overshoot == "carry" else (n - 1) * (longest - 1)
         self.tokens_wanted = n * self.token_budget + between
-        """Response tokens that are sure to fill a step's minibatches, whatever is lost at a cut between two."""
+        """Response tokens that fill a step's minibatches even if as much as possible is lost at the cuts
+        between them."""
 
     def plan(self, rollouts: Sequence[Rollout], carried: Sequence[CarryOver], step: int) -> Plan:
         """Choose this step's tokens from what all ranks have, and build this rank's microbatches.
 
         Args:
-            rollouts: this rank's new ones, advantages assigned, in any order. One without any token has nothing
-                to train on and is left out.
-            carried: what :attr:`Plan.carried` was last time.
-            step: of the run: it seeds the order, and it is the version of the policy that is now updated.
+            rollouts: this rank's new ones with their advantages, in any order. Empty responses are left out.
+            carried: :attr:`Plan.carried` of the last step.
+            step: the run's step. It seeds the order, and it is the version of the policy that is updated now.
         """
         offers = [*carried, *(CarryOver(rollout, 0, 0) for rollout in rollouts if rollout.response.length)]
         metas = gather_metadata(offers, self.group, self.device)
@@ -151,7 +151,7 @@ class MinibatchPlanner:
         step: int,
     ) -> Plan:
         counts = selection.counts
-        # the next step's policy is one version on; an interrupted response was old before it was carried
+        # the next step's policy has version step + 1; an interrupted response may already hold older tokens
         oldest = step + 1 - self.max_staleness
         kept = [pick for pick in selection.carried if metas[pick.index].version >= oldest]
         carried_tokens = sum(pick.num_tokens for pick in kept)
@@ -180,7 +180,7 @@ class MinibatchPlanner:
 def gather_metadata(
     offers: Sequence[CarryOver], group: dist.ProcessGroup, device: torch.device
 ) -> list[RolloutMeta]:
-    """Collective over ``group``: every rank's offers, in the order of ranks, the same list on all of them."""
+    """Collective over ``group``: the offers of all ranks in rank order, the same list on every rank."""
     own = [
         [
             rollout.prompt.uid,
@@ -204,7 +204,7 @@ def gather_metadata(
 
 
 def select_all(metas: Sequence[RolloutMeta], budget: BudgetConfig, seed: int) -> Selection:
-    """Every response, in minibatches of equally many: the recipe without a token budget."""
+    """All responses, divided evenly among minibatches: the recipe without a token budget."""
     exclude = budget.zero_advantage == "exclude"
     used = [i for i, meta in enumerate(metas) if not (exclude and meta.zero_advantage)]
     order = sorted(used, key=lambda i: (metas[i].uid, metas[i].sample))
@@ -218,7 +218,7 @@ def select_all(metas: Sequence[RolloutMeta], budget: BudgetConfig, seed: int) ->
 def wanted_by_rank(
     minibatches: Sequence[Sequence[Pick]], grids: Sequence[Grid], dp_size: int
 ) -> list[list[int]]:
-    """Indices of the rollouts that each rank trains on, each once, in the order in which it comes to them."""
+    """Indices of the rollouts that each rank trains on, each once, in order of first use."""
     wanted: list[dict[int, None]] = [{} for _ in range(dp_size)]
     for picks, grid in zip(minibatches, grids, strict=True):
         for rank, slots in enumerate(grid.placements):
@@ -227,7 +227,8 @@ def wanted_by_rank(
 
 
 def _packing_metrics(grids: Sequence[Grid]) -> dict[str, float]:
-    """Means of the minibatches' shares, weighted by their slots, and the number of microbatches of a rank."""
+    """Packing metrics, averaged over minibatches by their microbatches, and the number of microbatches of a
+    rank."""
     slots = [len(grid.placements[0]) for grid in grids]
     each = [grid.metrics() for grid in grids]
     means = {

@@ -9,8 +9,8 @@ Invariants (one test each), counted in response tokens summed over data-parallel
   and the caller still divides by Phi (``overshoot="response"`` may hold more: up to one response);
 - no token is in two minibatches, nor in two steps when its rest is carried over;
 - every token on offer is accounted for: sampled = selected + cut + carried + wasted + excluded;
-- the choice depends on the seed, never on the order in which responses are listed, and an order other than
-  arrival never on who finished first;
+- the choice depends on the seed, never on the order in which responses are listed, and unless it is by
+  arrival never on which response finished first;
 - what was carried into this step comes before anything new, oldest first.
 """
 
@@ -70,7 +70,7 @@ def select(
     excluded, taken = taken[without], taken[~without]
 
     parts, cut, at, start_at = _fill(left[taken], token_budget, num_minibatches, overshoot)
-    # the first response that is left may have given its head to the last minibatch
+    # the last minibatch may have taken the head of the first response that is left
     rest = taken[at:]
     rest_start = start[rest]
     rest_start[:1] += start_at
@@ -116,7 +116,8 @@ def _in_order(
     place[by_key] = np.arange(len(metas))
     if order == "shuffled" and len(metas):
         place = Shuffle(len(metas), "token budget", seed).many(place)
-    # the last key of lexsort is the first to decide; of those carried as long, the response that has been cut goes first
+    # the last key of lexsort is the first to decide; of those carried equally long, the one that was cut goes
+    # first
     return np.lexsort((place, start == 0, -carried))
 
 

@@ -12,9 +12,9 @@ from megatron_ring.rl.types import Pick, RolloutMeta
 class BudgetCounts:
     """Where every token on offer went: sampled = selected + cut + carried + wasted + excluded.
 
-    ``cut`` are the rests of responses that were cut at the budget, ``wasted`` the tokens of responses that
-    were not reached, ``excluded`` those of responses without advantage that were left out, ``shortfall`` what
-    the minibatches lack of Phi each, ``overshoot`` what they hold beyond it. ``carried_in`` is the part of
+    ``cut`` is what remained of responses that were cut at the budget, ``wasted`` the tokens of responses that
+    were not reached, ``excluded`` those of responses that were left out for having no advantage, ``shortfall``
+    the tokens that minibatches lack to reach Phi, ``overshoot`` those beyond it. ``carried_in`` is the part of
     ``sampled`` that an earlier step had left.
 
     Example: responses of 5, 4 and 3 tokens, Phi = 7: ``BudgetCounts(token_budget=7, minibatches=1, sampled=12,
@@ -48,7 +48,7 @@ class BudgetCounts:
 class Selection:
     """Psi, one tuple of picks per optimizer step, and what is left for the next rollout step.
 
-    A carried pick names the tokens of a candidate that no minibatch has taken.
+    A carried pick names the tokens of a response that no minibatch has taken.
 
     Example: responses of 5, 4 and 3 tokens, Phi = 7, carry: ``Selection(minibatches=((Pick(0, 0, 5),
     Pick(1, 0, 2)),), carried=(Pick(1, 2, 4), Pick(2, 0, 3)), counts=...)``.

@@ -1,4 +1,4 @@
-"""Does the budget favour some responses? Those it used beside all that were on offer."""
+"""Statistics of the responses that the token budget used, beside those of all on offer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_ring.rl.types import Pick, RolloutMeta
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelectionStats:
-    """Whether the budget favours some responses: those it used beside all on offer.
+    """Shows whether the budget favours some responses: by length, or by reward.
 
     Lengths are whole response lengths in tokens, quantiles at 10, 50 and 90%.
 

@@ -21,11 +21,12 @@ from megatron_ring.runtime.session import Session
 
 @dataclass(kw_only=True)
 class StepRollouts:
-    """One step's rollouts of this data-parallel rank, and what happened on the way.
+    """One step's rollouts of this data-parallel rank, with counts.
 
     Response tokens: ``open_before`` and ``open_after`` are those of groups that wait for a member, before and after
-    the step; ``stale_tokens`` were given up for their age, ``excluded_tokens`` belong to uninformative groups that
-    dynamic sampling replaced. Example: ``StepRollouts(version=5, groups=[[...], [...]], generated_tokens=4012)``.
+    the step; ``stale_tokens`` were dropped for their age, ``excluded_tokens`` belong to uninformative groups
+    that dynamic sampling replaced. Example: ``StepRollouts(version=5, groups=[[...], [...]],
+    generated_tokens=4012)``.
     """
 
     version: int
@@ -70,9 +71,9 @@ class Collector:
     def collect(self, version: int) -> StepRollouts:
         """The rewarded groups of one step, in the order of their prompts.
 
-        Without C3PO++ that is every prompt drawn; with it, what was finished when the step's tokens had been
-        generated. With dynamic sampling, groups whose rewards are all equal are replaced by new prompts, as long
-        as C3PO++ has tokens left; what is missing then is drawn in the next step.
+        Without C3PO++ these are the groups of all prompts drawn; with it, those that are complete once the
+        step's tokens are generated. With dynamic sampling, groups whose rewards are all equal are replaced by
+        new prompts, as long as C3PO++ has tokens left; the next step draws what is missing then.
 
         Raises:
             RolloutError: refilling found too little to learn from in ``dynamic_sampling_max_rounds`` rounds, or,
@@ -88,7 +89,7 @@ class Collector:
             self._answer(found, self._tokens_left(found))
             if not self.config.dynamic_sampling:
                 return found
-            # with C3PO++ groups in the making will come by themselves
+            # with C3PO++ open groups will be completed without new prompts
             have = self._total(len(found.groups)) + self._total(len(self.state.pending.open))
             missing = self.config.prompts_per_step - have
             if missing <= 0 or self._tokens_left(found) == 0:
@@ -112,10 +113,10 @@ class Collector:
         )
 
     def refill(self, found: StepRollouts, count: int) -> None:
-        """Draw ``count`` prompts more for a step that lacks tokens, into ``found``.
+        """Draw ``count`` more prompts for a step that lacks tokens, and add their groups to ``found``.
 
-        With C3PO++ this is one more round of ``rollout_token_budget`` tokens, and groups in the making are counted
-        among the ``count``.
+        With C3PO++ this is one more round of ``rollout_token_budget`` tokens, and open groups count towards
+        ``count``.
         """
         if self.config.rollout_token_budget:
             count = max(count - self._total(len(self.state.pending.open)), 0)

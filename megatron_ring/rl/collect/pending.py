@@ -70,7 +70,7 @@ class PendingGroups:
             self.open[response.prompt_uid].unfinished[response.sample] = response
 
     def drop_stale(self, oldest_version: int) -> list[Response]:
-        """Give up responses with a token from before ``oldest_version``, finished or not; returns them."""
+        """Drop responses with a token from before ``oldest_version``, finished or not; returns them."""
 
         def is_stale(response: Response) -> bool:
             return bool((response.versions_R < oldest_version).any())
@@ -85,11 +85,11 @@ class PendingGroups:
         return dropped
 
     def take_complete(self) -> tuple[list[list[Rollout]], list[Rollout]]:
-        """Groups that wait for nothing more, each in the order of its samples, and members that were left alone;
-        they are forgotten here.
+        """Remove and return the complete groups, each in the order of its samples, and the members that were
+        left alone.
 
-        A group that lost all but one of its members cannot be compared, so the one is no
-        group; with ``group_size`` 1 (with a critic) every group has one.
+        If a group has lost all but one member, that member has nothing to be compared with and is returned
+        separately; with ``group_size`` 1 (with a critic) every group has one member.
         """
         done = [uid for uid, group in self.open.items() if not group.waiting]
         members = [self.open.pop(uid).finished for uid in done]

@@ -1,4 +1,4 @@
-"""Responses with their rewards: generation, with verifiers at work beside it."""
+"""Responses with their rewards: verifiers run while generation continues."""
 
 from __future__ import annotations
 

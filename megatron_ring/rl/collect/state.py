@@ -1,4 +1,4 @@
-"""What of a run's rollouts outlives a step: one object, saved and restored as a whole.
+"""The part of a run's rollouts that outlives a step: one object, saved and restored as a whole.
 
 A checkpoint keeps the numbers that all ranks share in its JSON, and what each data-parallel rank holds in files of
 that rank. A resume at another number of ranks reads all files and takes its share.
@@ -66,7 +66,7 @@ class RolloutState:
         }
 
     def files(self, dp_rank: int) -> dict[str, bytes]:
-        """This rank's own, as files of a checkpoint."""
+        """What only this rank has, as files of a checkpoint."""
         prompts, finished, unfinished = self.pending.contents()
         groups = [
             {"prompt": prompt_to_json(group.prompt), "waiting": sorted(group.waiting)}
@@ -83,11 +83,11 @@ class RolloutState:
     def load_state_dict(
         self, state: dict[str, Any], read: Callable[[str], bytes], topology: Topology
     ) -> None:
-        """Take this rank's share of what all ranks had; ``read`` gives a file of :meth:`files` by its name.
+        """Take this rank's share of what all ranks had; ``read`` returns a file of :meth:`files` by its name.
 
         Raises:
             CheckpointError: a file is missing or damaged.
-            KeyError, TypeError, ValueError: a value is missing or none of ours.
+            KeyError, TypeError, ValueError: a value is missing or invalid.
         """
         self.prompts.load_state_dict(state["prompts"])
         self.steps_without_signal = count_in(state, "steps_without_signal")
@@ -121,7 +121,8 @@ class RolloutState:
         return [*begun, *(carry.rollout.prompt for carry in self.carried)]
 
     def require_fit(self, microbatch_capacity: int, max_response_length: int) -> None:
-        """Raise CheckpointError where a response of an earlier run, as it is or may become, exceeds a microbatch."""
+        """Raise CheckpointError if a saved response, at its present or its largest possible length, exceeds a
+        microbatch."""
         slots = [carry.rollout.num_tokens - 1 for carry in self.carried]
         for group in self.pending.open.values():
             lengths = [r.response.length for r in group.finished.values()]

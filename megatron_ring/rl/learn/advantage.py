@@ -38,7 +38,7 @@ def group_mean(rewards_G: np.ndarray) -> np.ndarray:
 
 
 def rloo(rewards_G: np.ndarray) -> np.ndarray:
-    """Reward minus the mean of the others'; 0 for a response that is alone.
+    """Reward minus the mean of the others'; 0 for a single response.
 
     Example: ``rloo([1., 0., 0.])`` is ``[1., -.5, -.5]``.
     """
@@ -52,7 +52,8 @@ Estimator = Callable[[np.ndarray], np.ndarray]
 """Rewards of the responses to one prompt [G] -> their advantages [G]."""
 
 ESTIMATORS: dict[str, Estimator] = {"group_norm": group_norm, "group_mean": group_mean, "rloo": rloo}
-"""Estimators by their name in ``advantage_estimator``; gae is none of them: it asks a critic for each token."""
+"""Estimators by their name in ``advantage_estimator``; gae is not among them: it needs a critic's value per
+token."""
 
 
 def register(name: str, estimator: Estimator) -> None:
@@ -70,7 +71,7 @@ def estimator_of(config: ObjectiveConfig) -> Estimator | None:
     """The estimator that ``advantage_estimator`` names, a registered one or ``module:name``; None for gae.
 
     Raises:
-        ConfigError: there is none, it takes something else than the rewards, or its module cannot be imported.
+        ConfigError: it does not exist, does not take the rewards as its one argument, or cannot be imported.
     """
     if config.advantage_estimator == "gae":
         return None
@@ -134,7 +135,7 @@ def assign(
     max_response_length: int,
     values: Sequence[np.ndarray] | None = None,
 ) -> list[Rollout]:
-    """The rollouts, in their order, each with ``advantages_R``; responses to one prompt are compared.
+    """The rollouts, in their order, each with ``advantages_R``; a group is the responses to one prompt.
 
     Responses cut at ``max_response_length`` keep their reward (overlong=keep), or lose up to 1 by length
     (penalise), or are left out of what is returned (mask): their rewards still count in their group's mean,
@@ -146,7 +147,7 @@ def assign(
             rollouts get ``values_R`` and ``returns_R`` too.
 
     Raises:
-        ConfigError: an estimator of the user's own is not there, or returns no finite number per response.
+        ConfigError: a user's estimator does not exist, or does not return one finite number per response.
     """
     scores = np.array([_score(rollout, config, max_response_length) for rollout in rollouts])
     estimator = estimator_of(config)
@@ -184,11 +185,12 @@ def moments(rollouts: Sequence[Rollout]) -> list[tuple[int, float, float]]:
 
 
 def whiten(rollouts: Sequence[Rollout], of_all: Sequence[tuple[int, float, float]]) -> list[Rollout]:
-    """Advantages shifted and scaled to mean 0 and deviation 1 over the tokens of the whole step; returns stay.
+    """Advantages shifted and scaled to mean 0 and deviation 1 over the tokens of the whole step; returns are
+    unchanged.
 
     ``of_all`` are the :func:`moments` of every rank's rollouts, in any order: their sums are exact, so every layout
-    gets the same numbers. The deviation is the population's, with 1e-8 added to the variance. Fewer than two tokens
-    stay as they are.
+    gets the same numbers. The deviation is the population's, with 1e-8 added to the variance. With fewer than
+    two tokens nothing changes.
 
     Example: advantages 1, 2 and 3 become about -1.22, 0 and 1.22.
     """

@@ -1,7 +1,7 @@
-"""PPO's critic: a model of its own that learns the score to be expected after each token.
+"""PPO's critic: a separate model that learns the expected score after each token.
 
-It has the policy's layout, starts from the policy's layers, and has an optimizer of its own. A step asks it
-two things in turn: values of the sampled responses, of which advantages and returns are made; and one update per
+It has the policy's layout, starts from the policy's layers, and has its own optimizer. A step uses it twice:
+for values of the sampled responses, from which advantages and returns are computed; then for one update per
 minibatch, towards those returns. Legend: R response tokens, T token slots.
 """
 
@@ -34,7 +34,7 @@ VALUE_CLIP = 0.2
 class ValueObjective:
     """``1/2 max((V - R)^2, (clip(V, V_old +- 0.2) - R)^2)``, a mean over the minibatch's loss tokens.
 
-    V_old and R are those of the moment in which advantages were made.
+    V_old and R are those from which the advantages were computed.
     """
 
     sum_names: tuple[str, ...] = ("value_loss", "value_error", "value_mean", "return_mean")
@@ -60,7 +60,7 @@ class ValueObjective:
 
 
 class Critic:
-    """The value model, its optimizer, and what a step asks of it.
+    """The value model and its optimizer.
 
     ``config`` and ``engine`` are what a :class:`~megatron_ring.checkpoint.checkpointer.Checkpointer` takes to
     save it: in a folder ``critic`` inside the policy's.
@@ -106,7 +106,7 @@ class Critic:
         microbatches = [_whole(rollouts, group, capacity) for group in groups + padding]
         rows = self._scored(microbatches)
         out: dict[int, np.ndarray] = {}
-        # one copy, whatever the number of microbatches; every one has as many slots
+        # one copy for all microbatches, which have the same number of slots
         values_MT = torch.stack(rows).double().cpu().numpy()
         for group, row_T in zip(groups, values_MT, strict=False):
             place = 0
@@ -126,7 +126,8 @@ class Critic:
         return self.engine.step([replace(m, routes_LTK=None) for m in microbatches], self.objective, rate)
 
     def _scored(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
-        """Values [T] per microbatch, on every stage: the last one's, summed with the others' zeros."""
+        """Values [T] per microbatch on every pipeline stage: the last stage's, summed with zeros from the
+        others."""
         rows = self.engine.forward(microbatches, _read)
         if self.session.topology.pp_size == 1:
             return rows
@@ -148,7 +149,7 @@ def _read(microbatch: Microbatch, answer: Values) -> tuple[Tensor, Tensor]:
 
 
 def _whole(rollouts: Sequence[Rollout], group: Sequence[int], capacity: int) -> Microbatch:
-    """Prompts and whole responses; nothing is learnt from it, so no label is set."""
+    """Prompts and whole responses, without labels: no loss is computed."""
     sequences = []
     for index in group:
         tokens = [*rollouts[index].prompt.tokens, *rollouts[index].response.tokens_R.tolist()][:-1]

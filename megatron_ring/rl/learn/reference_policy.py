@@ -1,7 +1,7 @@
-"""The reference policy: the weights of the run's start, kept on the host and swapped in to score.
+"""The reference policy: the run's initial weights, kept on the host and swapped in to score.
 
-One copy of this rank's share of the weights in the model's own precision, none where nothing asks for it.
-Buffers belong to it: an expert bias moves with training and decides routes. A resumed run makes it from the
+One copy of this rank's share of the weights in the model's own precision, made only if a setting needs it.
+Buffers are included: an expert bias moves with training and decides routes. A resumed run makes it from the
 checkpoint that the run started from, before it loads its own.
 """
 
@@ -33,7 +33,7 @@ class Scoring(Protocol):
 
 
 class ReferencePolicy:
-    """Weights that do not learn, beside an engine's that do."""
+    """Frozen weights beside the engine's, which are trained."""
 
     def __init__(self, engine: Scoring):
         """Copies the engine's weights as they are now. Collective over data-parallel ranks."""
@@ -45,8 +45,8 @@ class ReferencePolicy:
     def score(self, microbatches: Sequence[Microbatch], temperature: float = 1.0) -> list[Tensor]:
         """log p [T] of every label under the reference, per microbatch; empty except on the last stage.
 
-        Collective over the world. Routes that the microbatches carry are the policy's: the reference is a
-        policy of its own and routes by itself.
+        Collective over the world. Routes that the microbatches carry are the policy's: the reference chooses
+        its own.
         """
         free = [replace(m, routes_LTK=None) if isinstance(m, RLMicrobatch) else m for m in microbatches]
         with self.in_place():
@@ -83,8 +83,8 @@ def _live(engine: Scoring) -> Iterator[tuple[str, Tensor]]:
 
 
 def _on_host(value: Tensor) -> Tensor:
-    """A contiguous copy. Where there is a device it is pinned, and done only when the device comes to it: read it with
-    what is queued after.
+    """A contiguous copy. With a device it is pinned and asynchronous: only work that is queued later may read
+    it.
     """
     copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type != "cpu")
     return copy.copy_(value.detach(), non_blocking=True)

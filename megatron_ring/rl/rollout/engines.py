@@ -1,4 +1,4 @@
-"""Rollout engines by name: ``--rollout-engine inprocess``, or ``module:name`` of one's own class."""
+"""Rollout engines by name: ``--rollout-engine inprocess``, or ``module:name`` of your own class."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_ring.train.engine import Engine
 log = logging.getLogger("megatron_ring")
 
 ENGINES: dict[str, Any] = {"inprocess": InProcessEngine}
-"""A class per name."""
+"""Engine classes by name."""
 
 METHODS = ("publish", "generate", "close")
 

@@ -30,7 +30,7 @@ class InProcessEngine:
     its iterator, with no other collective over data-parallel ranks in between.
 
     Args:
-        engine: whose weights.
+        engine: the trainer, whose weights are sampled from.
         slots: sequences that this data-parallel rank decodes at the same time where no token budget is given.
         prefill_tokens: tokens of new sequences that one pass reads at most (one sequence at least).
 
@@ -59,7 +59,7 @@ class InProcessEngine:
         return cls(trainer, slots=config.rollout_slots)
 
     def publish(self, version: int) -> None:
-        """Sample from the present weights from here on. Collective over data-parallel ranks."""
+        """Sample from the current weights from now on. Collective over data-parallel ranks."""
         self.engine.gather_parameters()
         self.version = version
 
@@ -103,7 +103,7 @@ class InProcessEngine:
     def _table(
         self, requests: Sequence[Request], sampling: SamplingParams, concurrency: int | None
     ) -> Scheduler:
-        """Communicates over the data-parallel group where ``concurrency`` is shared by it."""
+        """Communicates over the data-parallel group if its ranks share ``concurrency``."""
         shared = {"version": self.version, "prefill_tokens": self.prefill_tokens}
         if concurrency is None:
             return Scheduler(requests, sampling, num_slots=self.slots, **shared)
@@ -114,11 +114,11 @@ class InProcessEngine:
 
     @property
     def _steps_together(self) -> bool:
-        """Experts are spread over data-parallel ranks, so that those run as many passes as one another."""
+        """Are experts spread over data-parallel ranks, so that these must run the same number of passes?"""
         return self.engine.topology.dp_size > 1 and self.engine.topology.ep_size > 1
 
     def _freely(self, table: Scheduler, sampling: SamplingParams) -> Generator[Response, None, int]:
-        """Every request to its end; returns of how many sequences the logits were not finite.
+        """Decodes every request to its end; returns the number of sequences whose logits were not finite.
 
         Communicates over the data-parallel group where its ranks step together.
         """
@@ -137,7 +137,8 @@ class InProcessEngine:
     def _in_rounds(
         self, table: RoundScheduler, sampling: SamplingParams, token_budget: int
     ) -> Generator[Response, None, int]:
-        """Rounds up to the budget; returns of how many sequences of this rank the logits were not finite.
+        """Decodes rounds up to the budget; returns the number of this rank's sequences whose logits were not
+        finite.
 
         Communicates over the data-parallel group: after each pass where its ranks step together, else after each
         round.
@@ -160,9 +161,9 @@ class InProcessEngine:
         return broken
 
     def _advance(self, table: Scheduler, sampling: SamplingParams) -> tuple[list[Response], int]:
-        """One pass: what it finishes, and of how many sequences the logits were not finite.
+        """One pass: the responses that it finishes, and the number of sequences whose logits were not finite.
 
-        With nothing to do it takes part in the pass of those that it steps with.
+        A rank with nothing to do takes part in the pass of the ranks that it steps with.
         """
         work = table.next_pass()
         if work is None and not self._steps_together:
@@ -175,23 +176,24 @@ class InProcessEngine:
         return ([] if broken else table.accept(work, tokens_W, logprobs_W, routes_NLK)), broken
 
     def _summed(self, *numbers: int) -> Sequence[int]:
-        """Each number's sum over the data-parallel group, with which this communicates."""
+        """Each number's sum over the data-parallel group. Collective over it."""
         return [
             int(value) for value in self.engine.session.summed(*numbers, group=self.engine.topology.groups.dp)
         ]
 
     def _broken(self, tokens_W: np.ndarray, logprobs_W: np.ndarray) -> int:
-        """Of how many sequences the logits were not finite: their log p is not, whatever token was taken."""
+        """Number of sequences whose logits were not finite: then log p is not finite either, whichever token
+        was sampled."""
         inside_W = (tokens_W >= 0) & (tokens_W < self.engine.config.model.vocab_size)
         return int((~(np.isfinite(logprobs_W) & inside_W)).sum())
 
     def _refuse_broken(self, broken: int) -> None:
-        """Raises on every rank if any has met such logits. Communicates over the data-parallel group."""
+        """Raises on every rank if any rank has met such logits. Communicates over the data-parallel group."""
         (broken,) = self._summed(broken)
         if broken:
             raise RolloutError(
                 f"logits of {broken} sequences are not finite at policy version {self.version}; the weights are "
-                "broken: load an earlier checkpoint, lower --lr"
+                "broken: load an earlier checkpoint or lower --lr"
             )
 
     def close(self) -> None:
@@ -202,8 +204,8 @@ class InProcessEngine:
 def continue_tokens(
     trainer: InferenceEngine, tokens: Sequence[int], limit: int, seed: int, stop_ids: Sequence[int]
 ) -> list[int]:
-    """Up to ``limit`` tokens behind ``tokens``, sampled at temperature 0.8, without a stop token; as a sample for
-    the report. Collective over the world.
+    """Up to ``limit`` tokens that continue ``tokens``, sampled at temperature 0.8 without a stop token: a
+    sample for the report. Collective over the world.
     """
     if limit < 1:
         return []

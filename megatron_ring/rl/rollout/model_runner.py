@@ -60,11 +60,12 @@ class ModelRunner:
     ) -> tuple[Microbatch, PackedInputs, Tensor]:
         """Padded to a multiple of the tensor-parallel size; padding writes to the cache's scratch row.
 
-        The uniforms of the sampled rows come first in the third, which has a place for every token.
+        Returns the tokens, how they are packed, and the uniforms of the sampled rows (first, then zeros up to
+        [T]).
         """
         num = 0 if work is None else len(work.tokens_N)
         padding = max(num, 1) + (-max(num, 1)) % self.tp_size - num
-        # one copy to the device, whatever a pass is made of
+        # one copy to the device for everything in a pass
         host_4T = np.zeros((4, num + padding), np.int64)
         host_4T[2] = self.cache.scratch
         if work is not None:

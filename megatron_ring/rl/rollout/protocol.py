@@ -16,7 +16,7 @@ class SamplingParams:
     """How responses are sampled, for all requests of one call.
 
     ``temperature`` 0 takes the most likely token. ``max_response_length`` counts tokens, the stop token and a
-    resumed prefix included. ``stop_ids`` end a response, which keeps the one it met.
+    resumed prefix included. ``stop_ids`` end a response, and the stop token stays in it.
 
     With an engine of exact seeds (:class:`Guarantees`) a token's random number follows from ``seed``, its prompt's uid,
     its sample and its position alone, whatever else is decoded with it. Its logits still change with that by rounding,
@@ -50,7 +50,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Request:
-    """One response wanted: the ``sample``-th to ``prompt``, gone on with from ``prefix`` where there is one.
+    """One requested response: the ``sample``-th to ``prompt``, continued from ``prefix`` if there is one.
 
     Example: ``Request(prompt=prompt, sample=3)``; next step, ``Request(prompt=prompt, sample=3,
     prefix=unfinished)``.
@@ -63,7 +63,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Guarantees:
-    """What an engine's responses come with; a setting that needs more is refused before the first step.
+    """What an engine guarantees of its responses; a setting that needs more is refused before the first step.
 
     ``exact_seeds``: the same seed gives the same responses at every layout and after every resume. ``logprobs``: log p
     of each sampled token under the policy that sampled it. ``routes``: the experts of each token, where asked for.
@@ -82,8 +82,8 @@ class RolloutEngine(Protocol):
     ``--rollout-engine`` names a class whose classmethod ``open(trainer, config)`` makes the engine of a run that trains
     ``trainer`` (:class:`~megatron_ring.train.engine.Engine`; ``config`` is its RolloutConfig), collective over the world.
     Every rank opens one, publishes to it and closes it. ``generate`` is called on every rank where ``on_every_rank`` is
-    set: the ranks of a model-parallel group decode together. Else it is called on the first rank of each such group
-    alone, and the others are given what that one heard (:class:`~megatron_ring.rl.rollout.relay.Relay`).
+    set: the ranks of a model-parallel group decode together. Otherwise it is called on the first rank of each
+    such group alone, and the others receive its responses (:class:`~megatron_ring.rl.rollout.relay.Relay`).
     """
 
     @property
@@ -96,8 +96,8 @@ class RolloutEngine(Protocol):
     def version(self) -> int: ...
 
     def publish(self, version: int) -> None:
-        """Sample from the trainer's present weights from here on, and mark tokens with ``version``. Collective over the
-        world.
+        """Sample from the trainer's current weights from now on, and mark tokens with ``version``. Collective
+        over the world.
         """
         ...
 
@@ -112,14 +112,14 @@ class RolloutEngine(Protocol):
         """Each request's response as it finishes; a data-parallel rank asks for its own.
 
         With ``token_budget`` (new tokens) and ``concurrency`` (sequences decoded at the same time), both summed over
-        data-parallel ranks, what is decoded when is the job's affair and no layout changes it: the requests of all
-        ranks are one queue by (prompt uid, sample), of which ``concurrency`` are admitted at first, and each that
-        ends admits the next. In a round every admitted sequence gains one token; generation stops after the first
-        round that reaches the budget, so by less than ``concurrency`` tokens beyond it. Responses come round by
-        round, those of one round in the queue's order; what remains comes last as it stands, with
-        ``stop="unfinished"`` and maybe no token at all.
+        data-parallel ranks, the order of decoding is decided for the whole job and is the same at every layout:
+        the requests of all ranks are one queue by (prompt uid, sample), of which ``concurrency`` are admitted
+        at first, and each that ends admits the next. In a round every admitted sequence gains one token;
+        generation stops after the first round that reaches the budget, so by less than ``concurrency`` tokens
+        beyond it. Responses come round by round, those of one round in the queue's order; what remains comes
+        last with ``stop="unfinished"``, possibly without any token.
 
-        A request whose prefix is as long as a response may be is returned first, without a new token; it keeps
+        A request whose prefix already has the maximum length is returned first, without a new token; it keeps
         its place in the queue, which counts as ended after the round in which it was admitted.
 
         Raises:
@@ -128,5 +128,5 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self) -> None:
-        """Give memory, connections and processes back."""
+        """Release memory, connections and processes."""
         ...

@@ -1,4 +1,4 @@
-"""One rank speaks to an engine, such as a server's client; the others of its model-parallel group hear what it heard."""
+"""One rank calls an engine, such as a server's client, and passes its responses to its model-parallel group."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ them are admitted at first, and each that ends admits the next. In a round every
 gains one token: those admitted in this round by being read, the others by decoding. After a round the ranks add up
 what they produced and how many ended; generation stops after the first round that reaches the budget.
 
-So which tokens there are at the stop follows from the requests, the model, the budget and ``concurrency``
-alone. Pure bookkeeping, as in ``slots``. Invariants (one test each): the same tokens whatever the number of ranks
-and the size of a pass; never more than ``concurrency`` sequences in slots, summed over ranks, and no table larger
+So the tokens at the stop depend on the requests, the model, the budget and ``concurrency`` alone. Pure
+bookkeeping, as in ``scheduler``. Invariants (one test each): the same tokens whatever the number of ranks and
+the size of a pass; never more than ``concurrency`` sequences in slots, summed over ranks, and no table larger
 than what its rank held at once; with a budget of ``concurrency`` whole responses at least ``concurrency`` end.
 """
 
@@ -43,8 +43,8 @@ def queue_places(keys_of: Sequence[Iterable[Sequence[int]]]) -> list[list[int]]:
 class RoundScheduler(Scheduler):
     """One rank's requests of a budgeted call. Slots are added as sequences need them.
 
-    A request whose prefix is as long as a response may be is complete at once; its place counts as ended after the
-    round in which it was admitted.
+    A request whose prefix already has the maximum length is complete at once; its place counts as ended after
+    the round in which it was admitted.
 
     Args:
         requests: what this rank is asked.
@@ -109,7 +109,7 @@ class RoundScheduler(Scheduler):
         while self.waiting and self.waiting_places[0] < self.admitted:
             self.waiting_places.popleft()
             self.entering.append(self.waiting.popleft())
-        # what is read in this round gains its token by that
+        # sequences that are read in this round gain their token by it
         self.decoding_W = np.flatnonzero(self.active_S)
         self._have_slots(len(self.decoding_W) + len(self.entering))
 

@@ -1,4 +1,4 @@
-"""Which sequence is in which slot, what is fed to the model next, and which responses that ends.
+"""Which sequence is in which slot, what the model reads next, and which responses that finishes.
 
 Legend: S slots, R response tokens, N tokens of a pass, W sequences whose next token a pass samples, L layers with
 experts, K experts per token. Pure bookkeeping on the host: no tensor, no collective; every rank of a model-parallel
@@ -99,7 +99,7 @@ class Scheduler:
         return int(self.length_S.max(initial=0))
 
     def next_pass(self) -> ScheduledBatch | None:
-        """New sequences where a good share of the slots is free, else one token of every sequence.
+        """New sequences if many slots are free, else one token of every sequence.
 
         None where nothing is left to do.
         """
@@ -112,7 +112,7 @@ class Scheduler:
         return self._decode(np.flatnonzero(self.active_S))
 
     def _read(self, queue: deque[Request]) -> ScheduledBatch:
-        """As many of ``queue`` as free slots and ``prefill_tokens`` allow; they are taken off it."""
+        """As many of ``queue`` as free slots and ``prefill_tokens`` allow; they are removed from it."""
         entered: list[int] = []
         total = 0
         for slot in np.flatnonzero(~self.active_S):
@@ -177,7 +177,8 @@ class Scheduler:
         logprobs_W: np.ndarray,
         routes_NLK: np.ndarray | None,
     ) -> list[Response]:
-        """Take in what a pass sampled, and the routes of what it read; what that finishes."""
+        """Record a pass's sampled tokens and the routes of what it read; returns the responses that this
+        finishes."""
         slots_W = done.slots_W
         if routes_NLK is not None:
             self._keep_routes(done, routes_NLK)
@@ -195,7 +196,7 @@ class Scheduler:
         return [self._leave(slot, "eos" if ended else "length") for slot, ended in finished]
 
     def unfinished(self) -> Iterator[Response]:
-        """What is left, as it stands: sequences in their slots, then requests that never got one."""
+        """Unfinished responses: sequences in their slots, then requests that never had one."""
         for slot in np.flatnonzero(self.active_S):
             yield self._leave(int(slot), "unfinished")
         while self.waiting:
@@ -253,7 +254,7 @@ class Scheduler:
 
 
 def is_complete(request: Request, sampling: SamplingParams) -> bool:
-    """The prefix is as long as a response may be: there is nothing to decode."""
+    """The prefix already has the maximum length: there is nothing to decode."""
     return request.prefix is not None and request.prefix.length >= sampling.max_response_length
 
 

@@ -1,7 +1,7 @@
 """The policy's loss as the engine takes it: any policy loss, with KL, entropy and mismatch correction around it.
 
 Ring-lite, eq. 2 and 6. *Readings*: entropy H is the mean over the selected tokens and higher entropy lowers
-the loss; IcePop's weight falls on the surrogate only, so that KL and entropy hold a masked token too.
+the loss; IcePop's weight falls on the surrogate only, so KL and entropy also apply to masked tokens.
 
 Legend: T token slots of a microbatch.
 """
@@ -38,7 +38,7 @@ _PER_TOKEN = (
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyObjective:
-    """The loss of one minibatch; pure, so that every microbatch of every rank may be given in any order.
+    """The loss of one minibatch. Pure: microbatches may come in any order, on any rank.
 
     Example: ``PolicyObjective(config=ObjectiveConfig(), facts=StepFacts(token_budget=4096, dp_size=2,
     max_response_length=512), temperature=1.0)``.
@@ -53,7 +53,7 @@ class PolicyObjective:
     peak_names: tuple[str, ...] = ("mismatch_max", "ratio_max")
 
     def __post_init__(self) -> None:
-        """Raises ConfigError where ``config.objective`` names nothing that can be used."""
+        """Raises ConfigError if ``config.objective`` names no usable loss."""
         object.__setattr__(self, "loss", policy_loss(self.config.objective, self.facts))
 
     def local_denominator(self, microbatches: Sequence[RLMicrobatch]) -> float:
@@ -73,7 +73,7 @@ class PolicyObjective:
         return self.terms(logp_T, entropy_T, microbatch)
 
     def terms(self, logp_T: Tensor, entropy_T: Tensor, microbatch: RLMicrobatch) -> LossTerms:
-        """The loss from log p and entropy of this pass; local."""
+        """The loss from log p and entropy of this pass; no communication."""
         c = self.config
         mask_T = (microbatch.loss_mask_T > 0).to(logp_T.dtype)
         old_T, trainer_T = self._denominators(logp_T.detach(), microbatch)
@@ -147,11 +147,12 @@ def _scored(column_T: Tensor | None) -> Tensor:
 
 
 def metrics(reports: Sequence[StepReport]) -> dict[str, float]:
-    """What the updates of one RL step, of :class:`PolicyObjective` each, say of themselves.
+    """Metrics of the updates of one RL step, from the reports of :class:`PolicyObjective`.
 
-    By kind: ``loss_tokens`` is their sum; ``loss`` and ``policy_loss`` are means weighted by what each was divided by;
-    ``..._max`` are maxima; all else are means over loss tokens, ``mismatch`` over those on which the two engines can
-    be compared (left out, with its maximum, where there are none). An update without tokens enters nothing.
+    By kind: ``loss_tokens`` is their sum; ``loss`` and ``policy_loss`` are means weighted by each update's
+    denominator; ``..._max`` are maxima; all else are means over loss tokens, ``mismatch`` over those on which
+    the two engines can be compared (left out, with its maximum, where there are none). Updates without tokens
+    are skipped.
 
     Example: ``{"loss": .02, "policy_loss": .019, "loss_tokens": 8192., "kl": .001, "entropy": .4, ...}``.
     """

@@ -1,4 +1,4 @@
-"""What the objectives differ in: a surrogate per token, the token's weight, and the step's denominator.
+"""Policy losses. Each is a surrogate per token, the token's weight, and the step's denominator.
 
 Every one minimises, over the loss tokens t of a step::
 
@@ -23,8 +23,8 @@ from megatron_ring.rl.batch.microbatch import RLMicrobatch
 
 
 class Surrogate(NamedTuple):
-    """What to maximise per token, the ratio it was made of, where clipping took the gradient away, and where the
-    ratio was too large to be kept (None: nowhere).
+    """What to maximise per token, its ratio, where clipping removed the gradient, and where the ratio was
+    capped because it was too large (None: nowhere).
     """
 
     value_T: Tensor
@@ -66,8 +66,9 @@ data-parallel ranks."""
 class PolicyLoss:
     """One objective.
 
-    ``token_weight``: 1 of each token, or 1/|y| of each token of a response y, so that responses weigh the same. An
-    objective that averages over responses does not go together with budget_overshoot=carry, which cuts them in two.
+    ``token_weight``: 1 for each token, or 1/|y| for each token of a response y, so that all responses weigh the
+    same. An objective that averages over responses cannot be combined with budget_overshoot=carry, which cuts
+    them in two.
 
     Example: ``PolicyLoss(surrogate=token_ratio, token_weight="1/|y|", denominator=responses)`` is GRPO.
     """
@@ -126,7 +127,7 @@ def cispo_surrogate(
 
 
 def budget(microbatches: Sequence[RLMicrobatch], facts: StepFacts) -> float:
-    """Phi, whatever is there to train on (Ring-lite, eq. 2)."""
+    """Phi, however many tokens are trained on (Ring-lite, eq. 2)."""
     return facts.local_token_budget
 
 
@@ -141,7 +142,7 @@ def responses(microbatches: Sequence[RLMicrobatch], facts: StepFacts) -> float:
 
 
 def longest_responses(microbatches: Sequence[RLMicrobatch], facts: StepFacts) -> float:
-    """Responses of the step, each as if it were of the longest length allowed (Dr. GRPO)."""
+    """Responses of the step, each counted with the maximum response length (Dr. GRPO)."""
     return responses(microbatches, facts) * facts.max_response_length
 
 
@@ -171,8 +172,8 @@ def policy_loss(objective: str, facts: StepFacts) -> PolicyLoss:
     """The loss that the setting ``objective`` names: a registered one, or ``module:name`` of the user's own.
 
     Raises:
-        ConfigError: there is none, it is no PolicyLoss, its module cannot be imported, or it divides by a token
-            budget that the run does not have.
+        ConfigError: it does not exist or is no PolicyLoss, its module cannot be imported, or it divides by a
+        token budget that the run does not have.
     """
     loss: PolicyLoss = resolve("objective", objective, POLICY_LOSSES, _problem)
     if loss.denominator is budget and not facts.token_budget:

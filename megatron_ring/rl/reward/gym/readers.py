@@ -40,7 +40,8 @@ def last_place(text: str) -> Fraction:
 
 
 def numbers(text: str) -> list[Fraction] | None:
-    """Numbers between commas. Example: ``numbers("-0.5, 2") == [Fraction(-1, 2), 2]``; those have no commas within."""
+    """Numbers between commas. Example: ``numbers("-0.5, 2") == [Fraction(-1, 2), 2]``; they hold no commas
+    themselves."""
     found: list[Fraction] = []
     for word in text.split(","):
         value = number(word)

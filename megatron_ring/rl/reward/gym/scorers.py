@@ -69,7 +69,7 @@ def by_text(answer: str, entry: Entry) -> bool:
 
 
 def by_digits(answer: str, entry: Entry) -> bool:
-    # the package writes zero as no digit at all
+    # the package writes zero as an empty text
     own = entry["answer"].strip()
     return answer.strip() in (own, own or "0")
 

@@ -331,7 +331,7 @@ def significant(text: str) -> int:
 
 
 def repeating(head: str, block: str) -> Fraction:
-    """The value of a decimal whose digits ``block`` repeat for ever after ``head``.
+    """The value of a decimal whose digits ``block`` repeat forever after ``head``.
 
     Example: ``repeating("0.1", "6") == Fraction(1, 6)``.
     """

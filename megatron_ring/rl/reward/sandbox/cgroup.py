@@ -50,7 +50,7 @@ class Group:
 
     def __post_init__(self) -> None:
         if self.version == 1:
-            # a parent group may have the OOM killer disabled: a process at the limit would wait for ever
+            # a parent group may have the OOM killer disabled: a process at the limit would wait forever
             _write(self.path / "memory.oom_control", 0)
         # no swap: it would slow a run down and let it exceed the limit
         if self.version == 2 and (self.path / "memory.swap.max").exists():

@@ -135,8 +135,8 @@ def command(python: str, text_fd: int, words: Sequence[str]) -> list[str]:
     """bwrap's argv: ``python`` runs the zygote's source ``text_fd`` with ``words`` as the first process inside.
 
     The zygote keeps CAP_SYS_ADMIN (mounts) and CAP_SETPCAP in its own user namespace; no run has them. There is no
-    --die-with-parent: it fires when the thread that started bwrap ends, and if bwrap is killed before its child runs, the
-    child stays for ever. The zygote watches its owner instead.
+    --die-with-parent: it fires when the thread that started bwrap ends, and if bwrap is killed before its child
+    runs, the child stays forever. The zygote watches its owner instead.
     """
     devices = ("null", "full", "random", "urandom")
     return [

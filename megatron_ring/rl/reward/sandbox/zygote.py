@@ -229,7 +229,7 @@ def reset_signals():
 
 
 def serve(control_fd, owner, filter_fd):
-    """Serve requests for ever; returns the request in the process that runs it."""
+    """Serve requests forever; returns the request in the process that runs it."""
     with open(filter_fd, "rb") as file:
         sealed = Sealed(file.read())
     title = Title()

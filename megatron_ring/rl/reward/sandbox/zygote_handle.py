@@ -218,7 +218,7 @@ def _readable(fd: int, seconds: float) -> bool:
 def _kill_named(mark: str) -> None:
     """Kill every process that has ``mark`` among its arguments: what is left of a failed start.
 
-    If bwrap is killed before its child runs, the child waits for ever.
+    If bwrap is killed before its child runs, the child waits forever.
     """
     for entry in os.listdir("/proc"):
         if not entry.isdigit():

@@ -100,7 +100,7 @@ class RewardPool:
         if config.reward_workers < 1:
             raise RewardError(f"reward_workers={config.reward_workers} must be at least 1; try 2")
         if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
-            # every child process inherits it, and bwrap then waits for its own child for ever
+            # every child process inherits it, and bwrap then waits for its own child forever
             raise RewardError(
                 "SIGCHLD is ignored in this process, so the end of a reward worker goes unnoticed; set it to SIG_DFL "
                 "first (in a shell: trap - CHLD)"

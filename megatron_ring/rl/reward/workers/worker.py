@@ -10,7 +10,8 @@ sends ``loading`` if a library has to be loaded first, ``started`` with the time
 
 The supervisor never reads a model's text. An isolated one loads the libraries once, so that forking a new verifier
 process costs milliseconds. In a trusted one, which has users' functions, the verifier process loads them itself, since
-threads and connections that they open may not survive a fork. With a verifier process everything ends that it started.
+threads and connections that they open may not survive a fork. When a verifier process ends, everything that it
+started ends too.
 """
 
 from __future__ import annotations
