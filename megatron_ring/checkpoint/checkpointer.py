@@ -1,4 +1,4 @@
-"""Save and load the whole training state at any layout, if asked while training goes on."""
+"""Save and load the whole training state at any layout; on request, save while training continues."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ class Checkpointer:
 
     def _check_model(self, folder: Path, saved: dict[str, Any]) -> None:
         wanted = _shape_of(self.config.model)
-        # a checkpoint from before weights could be tied says nothing of it
+        # checkpoints from before tied weights were supported do not record the setting
         saved = {"untie_embeddings_and_output_weights": True, **saved}
         for name in _SHAPE_FIELDS:
             if saved.get(name) != wanted[name]:

@@ -59,7 +59,7 @@ def beside(folder: Path, name: str) -> Path | None:
 
 
 def _places(folder: Path) -> list[Path]:
-    """The paths beside which to look, in order: first the one that is named like a step, of a link and its target."""
+    """A path, or a link and its target, beside which to look: the one that is named like a step comes first."""
     named, real = folder.absolute(), folder.resolve()
     return [named, real] if _NAME.fullmatch(named.name.removesuffix(_REPLACED)) else [real, named]
 

@@ -91,8 +91,8 @@ _FIELDS = {
 
 
 def check_contents(folder: Path) -> CheckpointIndex:
-    """The index of a checkpoint that may come from outside, after a look at everything that Megatron is given of it
-    (see :mod:`megatron_ring.checkpoint.megatron_io`).
+    """The index of a checkpoint that may come from outside, after a check of everything in it that Megatron
+    gets (see :mod:`megatron_ring.checkpoint.megatron_io`).
 
     Raises:
         CheckpointError: it lacks files, is of another format, or has an object where a tensor should be. Objects are

@@ -29,7 +29,7 @@ def origin_of(folder: Path | None, seed: int) -> dict[str, Any]:
     step = TrainerState.read(folder).iteration
     found = {"folder": str(folder.absolute()), "step": step, "crc32": sum_file(path).crc32}
     if (folder / MANIFEST).exists():
-        # a resharded checkpoint has the weights of its source
+        # a repadded checkpoint has the weights of its source
         found["written_from"] = str(read_json(folder / MANIFEST, "write it again").get("source"))
     return found
 
@@ -37,8 +37,9 @@ def origin_of(folder: Path | None, seed: int) -> dict[str, Any]:
 def must_be_same(saved: Any, now: dict[str, Any], loaded: Path | None) -> None:
     """Refuse to resume with another reference policy than the run has had so far.
 
-    Other files of the same step give a warning if they are in the same folder or were resharded from it. Elsewhere they
-    count as another model, since every converted checkpoint is of step 0. ``saved`` is null in older checkpoints.
+    Other files of the same step give a warning if they are in the same folder or were repadded from it.
+    Elsewhere they count as another model, since every converted checkpoint is of step 0. ``saved`` is null in
+    older checkpoints.
 
     Raises:
         CheckpointError: the run began from other weights than the command names now.
@@ -59,8 +60,8 @@ def must_be_same(saved: Any, now: dict[str, Any], loaded: Path | None) -> None:
         )
     if saved.get("crc32") != now.get("crc32"):
         log.warning(
-            "%s: the run began from %s, and %s holds other files of that step: the reference is another one "
-            "unless they were written again as they are",
+            "%s: the run began from %s, and %s holds other files of that step: the reference differs "
+            "unless the same weights were written again",
             loaded,
             _said(saved),
             now["folder"],
@@ -71,7 +72,7 @@ def critic_folder(policy: Path, iteration: int) -> Path:
     """The critic's checkpoint that belongs to the policy's checkpoint ``policy`` of step ``iteration``.
 
     Raises:
-        CheckpointError: there is none: a critic that begins anew would judge a policy that does not.
+        CheckpointError: there is none, and a new critic does not fit a policy that is trained already.
     """
     folder = critic_of(policy, iteration) or folder_of(policy.parent / CRITIC, iteration)
     if not (folder / TRAINER_STATE).exists():

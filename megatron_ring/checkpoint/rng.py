@@ -44,7 +44,7 @@ def save_rng(states: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def load_rng(folder: Path, session: Session, same_layout: bool) -> None:
-    """Restore this rank's states. With another layout the seeds of the start stay, and a warning says so.
+    """Restore this rank's states. With another layout the initial seeds stay, with a warning.
 
     Raises:
         CheckpointError: the file is missing or damaged, or lacks a state of this rank.

@@ -297,7 +297,7 @@ def test_every_setting_is_written_or_trains_only_or_is_refused(field: str, base:
 )
 def test_a_v1_that_its_config_cannot_say_is_not_exported(changes: dict[str, Any]):
     with pytest.raises(
-        CheckpointError, match=f"{next(iter(changes))}=.* cannot be said in the config of a bailing_moe"
+        CheckpointError, match=f"{next(iter(changes))}=.* cannot be expressed in the config of a bailing_moe"
     ):
         hf_config(dataclasses.replace(ODD["v1"], **changes), {}, "float32")
 

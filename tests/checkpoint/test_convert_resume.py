@@ -48,7 +48,7 @@ def test_an_interrupted_conversion_goes_on_where_it_stopped(hf: dict[str, Path],
 
     monkeypatch.setattr(files, "open", lambda path, mode, buffering=0: SmallDisk(path, mode), raising=False)
     with pytest.raises(
-        CheckpointError, match="No space left on device; when that is mended, run the same command"
+        CheckpointError, match="No space left on device; solve that, then run the same command"
     ):
         hf_to_megatron(hf["v1"], target, SMALL, Silent())
     assert working.is_dir() and not (target / "iter_0000000").exists()
@@ -73,7 +73,7 @@ def test_another_plan_starts_afresh(hf: dict[str, Path], tmp_path: Path):
     shutil.copytree(tmp_path / "m/iter_0000000", working)
     reporter = Silent()
     back = megatron_to_hf(tmp_path / "m", tmp_path / "h", SMALL, reporter)
-    assert any("starting afresh" in line for line in reporter.lines)
+    assert any("starting over" in line for line in reporter.lines)
     assert not list(back.glob("*.distcp"))
     assert_same(read_hf(back), read_hf(hf["v1"]))
 
@@ -186,4 +186,4 @@ def test_verify_notices_a_flipped_bit(hf: dict[str, Path], tmp_path: Path, monke
     monkeypatch.undo()
     reporter = Silent()
     hf_to_megatron(hf["dense"], tmp_path / "m", SMALL, reporter)
-    assert any("starting afresh" in line for line in reporter.lines)
+    assert any("starting over" in line for line in reporter.lines)

@@ -31,7 +31,7 @@ _STORAGES = {
     "DoubleStorage": torch.float64,
 }
 _NEW_DTYPES = ("float8_e4m3fn", "float8_e5m2")
-"""Younger than typed storages: saved as untyped bytes with the dtype beside them."""
+"""Dtypes that are newer than typed storages: saved as untyped bytes with the dtype beside them."""
 _ALLOWED = {
     "torch._utils": "_rebuild_tensor_v2 _rebuild_tensor_v3",
     "torch": f"{' '.join(_STORAGES)} {' '.join(_NEW_DTYPES)}",
@@ -41,7 +41,8 @@ _ALLOWED = {
 
 
 class Window(io.RawIOBase):
-    """Part of a mapped file as a file of its own, for zipfile. Refuses reads that no archive of a tensor needs."""
+    """Part of a mapped file, presented to zipfile as a file. Refuses reads that no archive of a tensor
+    needs."""
 
     def __init__(self, data: Any, start: int, length: int):
         self._data, self._start, self.length, self._at = data, start, length, 0
@@ -97,8 +98,8 @@ def locate(file: Window) -> tuple[int, TensorInfo, tuple[int, ...]]:
 
 
 def _start(file: Window, entry: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin: its local header has a name and an extra field of lengths of their
-    own.
+    """Where an entry's bytes begin: the local header's name and extra field may differ in length from the
+    directory's.
     """
     file.seek(entry.header_offset + 26)
     lengths = file.read(4)
@@ -122,7 +123,7 @@ def _tensor(value: Any) -> tuple[torch.dtype, int, tuple[int, ...], tuple[int, .
         and all(map(is_count, (*shape, *stride)))
     )
     if not whole or len(shape) != len(stride):
-        raise PickleError("its shape is none")
+        raise PickleError("it has no valid shape")
     return _dtype(storage, value), offset, shape, stride
 
 
@@ -134,4 +135,4 @@ def _dtype(storage: Any, call: Built) -> torch.dtype:
     new = call.args[6] if call.of.name == "_rebuild_tensor_v3" and len(call.args) > 6 else None
     if isinstance(kind, Name) and isinstance(new, Name) and new.name in _NEW_DTYPES:
         return getattr(torch, new.name)
-    raise PickleError("its storage is none")
+    raise PickleError("it has no valid storage")

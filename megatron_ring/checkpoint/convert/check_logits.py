@@ -30,7 +30,7 @@ from megatron_ring.runtime.session import open_session
 
 NUM_TOKENS = 32
 TOLERANCE = 1e-4
-"""Largest difference of log p between two fp32 computations in another order, with room for deep models."""
+"""Largest difference of log p between two fp32 computations in different orders, with room for deep models."""
 
 
 def check_logits(hf_folder: Path, megatron_path: Path) -> str:

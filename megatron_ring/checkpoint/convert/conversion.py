@@ -24,7 +24,7 @@ from megatron_ring.model.sharding import SHARDING
 
 
 class Reporter(Protocol):
-    """Who hears how a conversion goes."""
+    """Receives the progress of a conversion."""
 
     def say(self, line: str) -> None: ...
 
@@ -44,7 +44,7 @@ class Options:
     num_workers: int = 1
     """Processes that convert."""
     verify: bool = False
-    """Read both sides back and compare before the result gets its name."""
+    """Read both sides back and compare them before the result is renamed into place."""
 
 
 def run(job: Job, working: Path, options: Options, reporter: Reporter) -> dict[str, Written]:
@@ -62,7 +62,8 @@ def verify(
     reporter: Reporter,
     padded: dict[str, list[TensorCopy]] | None = None,
 ) -> None:
-    """Compare, and look at the vocabulary padding of ``padded``. What differs is not resumed from.
+    """Compare, and check that the vocabulary padding of ``padded`` is zero. A conversion that differs is never
+    resumed.
 
     Raises:
         CheckpointError: something differs.

@@ -1,5 +1,5 @@
-"""What both formats share: a tensor's description, views into files, and a file that counts and sums what
-goes through.
+"""What both formats share: a tensor's description, views into files, and a file that counts and checksums what
+is written.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Source(Protocol):
         ...
 
     def release(self) -> None:
-        """Give the memory of what was read back; views stay valid."""
+        """Release the memory of what was read; views stay valid."""
         ...
 
 
@@ -67,7 +67,7 @@ class MappedFile:
             ) from None
 
     def release(self) -> None:
-        """Give its pages back; whoever looks at one again has it read again.
+        """Release its pages; one that is used again is read again.
 
         Dropping pages early is cheaper than reclaim under memory pressure.
         """
@@ -111,7 +111,7 @@ class SummedFile:
         self.num_bytes = 0
         self.crc32 = 0
         self.failure: OSError | None = None
-        """What ended the last write; torch.save raises an error of its own in its place."""
+        """The error that ended the last write; torch.save raises its own error instead."""
 
     def write(self, data) -> int:
         view = memoryview(data).cast("B")
@@ -131,7 +131,7 @@ class SummedFile:
         """torch.save asks for it; nothing is buffered here."""
 
     def settle(self) -> None:
-        """Wait until what was written is on the disk, then give its memory back."""
+        """Wait until what was written is on the disk, then drop it from the page cache."""
         os.fsync(self._file.fileno())
         os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 

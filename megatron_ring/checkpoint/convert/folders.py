@@ -27,12 +27,12 @@ ADAPTER = "adapter_config.json"
 """transformers loads the base model that it names, and not the weights beside it."""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 _OF_OTHER_WEIGHTS = (ADAPTER, "hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""What engines find beside a model and obey: it describes weights that do not come along."""
+"""Files that engines use if they are beside a model; they describe weights that are not converted."""
 _MAX_BYTES = 100_000_000
 
 
 def copy_hf_assets(source: Path, target: Path) -> list[str]:
-    """Copy everything but weights (config, tokenizer, chat template, model code) between flat run_folder."""
+    """Copy everything but weights (config, tokenizer, chat template, model code) between flat folders."""
     carried = []
     for path in sorted(source.iterdir()):
         is_weight = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
@@ -51,10 +51,10 @@ def copy_hf_assets(source: Path, target: Path) -> list[str]:
 
 
 def must_be_whole(source: Path) -> None:
-    """Refuse a Hugging Face folder whose model is not all that its config and weights say.
+    """Refuse a Hugging Face folder whose config and weights are not the whole model.
 
     Raises:
-        CheckpointError: it is a base with an adapter, or something that would be carried over is not there.
+        CheckpointError: it is a base with an adapter, or a file that would be copied is missing.
     """
     if (source / ADAPTER).exists():
         raise CheckpointError(

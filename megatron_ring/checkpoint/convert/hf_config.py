@@ -1,7 +1,7 @@
-"""``config.json`` of a Hugging Face folder and our model configuration, into each other.
+"""Convert between ``config.json`` of a Hugging Face folder and our model configuration.
 
-What a family's keys mean stands in its file (:mod:`megatron_ring.families`). What a config says beyond what this
-project can compute is refused by name; what it leaves out has the published configuration class's default.
+A family's file says what its keys mean (:mod:`megatron_ring.families`). A setting that this project cannot
+compute is refused by name; a missing one has the default of the published configuration class.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _typed(ours: str, name: str, value: Any, origin: str) -> Any:
             f"{origin}: the value {shown(value)} for {name} is no {kind.__name__}; correct it"
         )
     largest = 1e30 if kind is float else _LARGEST.get(ours, LARGEST_SIZE)
-    # no number at all fails the comparison too
+    # NaN fails the comparison too
     if kind in (int, float) and not abs(value) <= largest:
         raise CheckpointError(f"{origin}: {name}={shown(value)} is beyond what any model has; correct it")
     choices = get_args(get_type_hints(ModelConfig)[ours])
@@ -166,15 +166,15 @@ def hf_config(
     torch_dtype: str,
     token_ids: Mapping[str, int | None] | None = None,
 ) -> dict[str, Any]:
-    """``config.json`` of ``model``: ``base`` (the config it once came with, or empty) with what we know put
-    in.
+    """``config.json`` of ``model``: ``base`` (the config it once came with, or empty) with our settings written
+    into it.
 
-    ``token_ids`` are the tokenizer's ``pad_token_id`` and ``eos_token_id``, for a config that is made anew: the
-    published classes' own lie beyond a smaller vocabulary, and null is none.
+    ``token_ids`` are the tokenizer's ``pad_token_id`` and ``eos_token_id``, for a new config: the published
+    classes' defaults may exceed a smaller vocabulary, and null means that there is none.
 
     Raises:
-        CheckpointError: ``base`` is another family's or has tokens beyond the vocabulary, or the family's config
-            cannot say a setting of ``model``.
+        CheckpointError: ``base`` is another family's or has tokens beyond the vocabulary, or the family's
+        config cannot express a setting of ``model``.
     """
     family = FAMILIES[model.family]
     if base and family_of(base, "config.json to carry over") != family:
@@ -196,7 +196,7 @@ def hf_config(
     config |= {name: getattr(model, ours) for ours, name in family.fields.items()}
     config |= {name: not getattr(model, ours) for ours, name in family.opposites.items()}
     if config.get("n_group") == 0:
-        # one group of all experts is how the format says that there are none
+        # the format writes "no groups" as one group of all experts
         config |= {"n_group": 1, "topk_group": 1}
     config["torch_dtype"] = torch_dtype
     config.pop("dtype", None)
@@ -209,7 +209,7 @@ def hf_config(
     if family.counts_shared_experts:
         config |= _shared_experts(model)
     if family.keeps_score_of_one:
-        # engines that take it at its word would make the one weight of a top-1 model 1
+        # engines that normalise would set the only routing weight of a top-1 model to 1
         config["norm_topk_prob"] = model.moe_router_topk > 1
     for name in ("pad_token_id", "eos_token_id"):
         _refuse_tokens_beyond(name, config.get(name), model.vocab_size)
@@ -219,10 +219,10 @@ def hf_config(
 
 
 def _refuse_another_model(config: Mapping[str, Any], model: ModelConfig) -> None:
-    """What is carried over says more than we know: hold it to the rules that it would be read by.
+    """A config.json that is copied may have settings beside ours: check it by the rules for reading one.
 
     Raises:
-        CheckpointError: it means another model than ``model``.
+        CheckpointError: it describes another model than ``model``.
     """
     origin = "config.json to carry over"
     try:
@@ -240,15 +240,15 @@ def _refuse_another_model(config: Mapping[str, Any], model: ModelConfig) -> None
 def _refuse_what_cannot_be_said(model: ModelConfig) -> None:
     """
     Raises:
-        CheckpointError: the family's config and code mean another model than this one.
+        CheckpointError: the family's config and code describe another model than this one.
     """
     family = FAMILIES[model.family]
     for ours, value in family.implied.items():
         found = getattr(model, ours)
         if found != value:
             raise CheckpointError(
-                f"{ours}={found!r} cannot be said in the config of a {model.family}, which means {value!r}: "
-                "engines would compute another model; train with that, or as a family that can say it"
+                f"{ours}={found!r} cannot be expressed in the config of a {model.family}, which means {value!r}: "
+                "engines would compute another model; train with that value, or as another family"
             )
     unsaid = {field.name for field in fields(model)} - _accounted_for(family)
     assert not unsaid, f"{family.name} does not say what becomes of {unsaid}"
@@ -273,7 +273,7 @@ def _refuse_tokens_beyond(name: str, value: Any, vocab_size: int) -> None:
 
 
 def _shared_experts(model: ModelConfig) -> dict[str, Any]:
-    """The shared experts in the words of a family that counts them."""
+    """The shared experts as a family that counts them writes them."""
     shared, width = model.moe_shared_expert_intermediate_size, model.moe_ffn_hidden_size
     if model.is_moe and shared % width:
         raise CheckpointError(
@@ -289,8 +289,8 @@ def _shared_experts(model: ModelConfig) -> dict[str, Any]:
 def config_class_files(config: dict[str, Any]) -> dict[str, str]:
     """Code files that let transformers and vLLM read ``config``, which gets the ``auto_map`` that names them.
 
-    None where the class is built in, or where the model's own code was carried over. transformers runs
-    them with ``trust_remote_code``; there is nothing in them but a name.
+    None if the class is built in, or if the model's own code was copied. transformers runs them with
+    ``trust_remote_code``; they define nothing but a name.
     """
     name = family_of(config, "config.json").config_class
     if name is None or "auto_map" in config:

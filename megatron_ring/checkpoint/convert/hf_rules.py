@@ -21,7 +21,7 @@ def short(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of JSON as one line names it."""
+    """A JSON value, shortened for an error line."""
     try:
         return short(repr(value))
     except RecursionError:
@@ -70,7 +70,7 @@ def is_size(value: Any) -> bool:
 
 
 def _is_plain_rope(rope: Any) -> bool:
-    """Is the rope as it was before anything scaled it? ``default`` says so in as many words."""
+    """Is the rope unscaled? ``default`` says so explicitly."""
     if not isinstance(rope, dict):
         return False
     kinds = {rope.get("rope_type", "default"), rope.get("type", "default")} if _hashable(rope) else set()
@@ -85,7 +85,7 @@ def _hashable(rope: dict[str, Any]) -> bool:
 def refuse_what_is_not_computed(theirs: dict[str, Any], family: Family, origin: str) -> None:
     """
     Raises:
-        CheckpointError: a setting at a value that is computed otherwise here, or a key that nobody here knows.
+        CheckpointError: a setting has a value that is not supported, or a key is unknown.
     """
     if family.keeps_score_of_one and theirs.get("num_experts_per_tok") == 1:
         theirs.pop("norm_topk_prob", None)
@@ -115,9 +115,9 @@ def refuse_what_is_not_computed(theirs: dict[str, Any], family: Family, origin: 
 
 
 def said_or_default(name: str, theirs: Mapping[str, Any], family: Family, origin: str) -> Any:
-    """What the published class has at ``name``: what is said, or its default.
+    """The value of ``name`` in the published class: the one given, or the default.
 
-    Null is no number; where it is a switch that is off, it is off.
+    Null is refused for a number, except where it has a meaning; for a switch it means off.
     """
     default = family.defaults.get(name)
     value = theirs.get(name, default)
@@ -131,7 +131,7 @@ def said_or_default(name: str, theirs: Mapping[str, Any], family: Family, origin
         if is_size(width) and is_size(heads):
             return width // heads
     if value is None and name == "intermediate_size" and not theirs.get("first_k_dense_replace"):
-        # a width that no layer has
+        # no layer has this width, so any value will do
         value = theirs.get("moe_intermediate_size")
     null_is_heads = family.null_kv_heads_are_query_heads or name not in theirs
     if value is None and name == "num_key_value_heads" and null_is_heads:
@@ -142,7 +142,8 @@ def said_or_default(name: str, theirs: Mapping[str, Any], family: Family, origin
 
 
 def is_known(family: Family, key: str) -> bool:
-    """Is the key read, checked, or known to change nothing? transformers notes things of its own behind ``_``."""
+    """Is the key read, checked, or known to change nothing? Keys that begin with ``_`` are transformers' own
+    notes."""
     return (
         key in family.defaults
         or key in family.only

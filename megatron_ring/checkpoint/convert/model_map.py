@@ -12,15 +12,15 @@ from megatron_ring.config.model import ModelConfig
 from megatron_ring.families import FAMILIES, TensorNames
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
-"""Megatron's keys of what has a row for every word; vocabulary padding follows the last one."""
+"""Megatron's keys of tensors with one row per token id; vocabulary padding follows the last row."""
 
 
 def tensor_map(model: ModelConfig, num_vocab_rows: int) -> TensorMap:
     """The map of ``model``, whose embedding and head have ``num_vocab_rows`` rows on the Megatron side
     (padding included).
 
-    A model with tied embeddings has no head on either side. NormHead leaves no trace here: both sides keep the weight
-    as trained and divide it when they use it.
+    A model with tied embeddings has no head on either side. NormHead changes nothing here: both sides store the
+    weight as trained and divide it when they use it.
     """
     names, b = FAMILIES[model.family].tensors, MapBuilder()
     V, D = model.vocab_size, model.hidden_size

@@ -56,9 +56,9 @@ def shards_of(state: dict[str, Any]) -> Iterator[Shard]:
 
 
 def hf_parts(mapping: TensorMap, shards: Iterable[Shard]) -> Iterator[Part]:
-    """Cut shards at the borders of the Hugging Face tensors they belong to; vocabulary padding falls away.
+    """Cut shards at the borders of the Hugging Face tensors they belong to; vocabulary padding is dropped.
 
-    So do multi-token-prediction layers that ``mapping`` has none of: rollout engines need none.
+    So are multi-token-prediction layers if ``mapping`` has none: rollout engines do not need them.
     """
     for shard in shards:
         ahead = len(shard.shape) - shard.data.dim()
@@ -74,7 +74,7 @@ def hf_parts(mapping: TensorMap, shards: Iterable[Shard]) -> Iterator[Part]:
 
 
 class Assembler:
-    """Puts parts together; hands each tensor out as soon as it is whole and keeps nothing of it."""
+    """Assembles parts; returns each tensor as soon as it is complete, and does not keep it."""
 
     def __init__(self, mapping: TensorMap):
         self._shapes = mapping.names
@@ -82,8 +82,8 @@ class Assembler:
         self._done: set[str] = set()
 
     def add(self, part: Part) -> Tensor | None:
-        """The whole tensor if ``part`` was the last that it lacked; parts that came already (replicas) are
-        passed over.
+        """The whole tensor if ``part`` was the last one missing; parts that came already (replicas) are
+        ignored.
         """
         if part.name in self._done:
             return None
@@ -102,5 +102,5 @@ class Assembler:
         return whole
 
     def missing(self) -> list[str]:
-        """Names of tensors that are not whole yet."""
+        """Names of tensors that are not complete yet."""
         return [name for name in self._shapes if name not in self._done]

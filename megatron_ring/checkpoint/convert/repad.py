@@ -53,7 +53,7 @@ def repad(
     """
     own, *critics = run_folder.parts_of(find_checkpoint(source_path))
     require_no_checkpoints(target)
-    # as in training, a policy that has its name has its critic
+    # as in training, the critic first: a policy that is renamed into place has its critic
     for critic in critics:
         _repad(critic, target / run_folder.CRITIC, options, reporter, divisible_by, tensor_size)
     return _repad(own, target, options, reporter, divisible_by, tensor_size)

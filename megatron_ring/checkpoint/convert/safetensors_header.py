@@ -1,4 +1,4 @@
-"""The header of a safetensors file: read, and held against the format and against the file.
+"""The header of a safetensors file: read, and checked against the format and the file.
 
 The rules are the format's own (https://huggingface.co/docs/safetensors): each key once, shapes of integers, and
 the tensors' bytes one after another from the header's end to the file's, with no overlap and no hole.
@@ -29,7 +29,8 @@ def read_header(path: Path) -> list[tuple[str, TensorInfo, int]]:
     """(name, description, byte offset in the file) of every tensor.
 
     Raises:
-        CheckpointError: the file is none, damaged, truncated, or of a dtype that is not converted.
+        CheckpointError: the file is no safetensors file, damaged, truncated, or of a dtype that is not
+        converted.
     """
     try:
         with open_plain(path) as file:
@@ -51,7 +52,7 @@ def read_header(path: Path) -> list[tuple[str, TensorInfo, int]]:
 def _placed(
     path: Path, entries: list[tuple[str, str, tuple[int, ...], int, int]], first: int, size: int
 ) -> list[tuple[str, TensorInfo, int]]:
-    """Every tensor at its place, the places held against the dtypes, each other and the file."""
+    """Every tensor with its offset; offsets are checked against dtypes, each other and the file."""
     placed: list[tuple[str, TensorInfo, int]] = []
     end = 0
     for name, dtype, shape, start, stop in entries:

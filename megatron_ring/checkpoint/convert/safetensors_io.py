@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _IGNORED = ".rotary_emb.inv_freq"
-"""A buffer that old exports carry; it follows from the config."""
+"""A buffer that old exports contain; it follows from the config."""
 
 
 class SafetensorsFolder:
@@ -116,7 +116,7 @@ class SafetensorsWriter:
         sink.write(struct.pack("<Q", len(text)) + text)
 
     def write(self, name: str, box: Box, rows: Tensor) -> list[int]:
-        """Append rows. Returns an empty list: the header has said where they lie."""
+        """Append rows. Returns an empty list: the header already has their offsets."""
         self._sink.write(rows.contiguous().view(-1).view(torch.uint8).numpy())
         return []
 

@@ -1,8 +1,8 @@
 """Write a set of output files box by box from a source: bounded memory, several processes, resumable.
 
 Every output file is written under a temporary name, made durable, renamed, and then noted in ``.done/``. A
-run that finds such notes for the same plan goes on after them; another plan starts afresh. The folder as a
-whole is ``NAME.incomplete`` until the caller has added what makes it a checkpoint and renames it.
+run that finds such notes for the same plan continues after them; with another plan it starts over. The folder
+as a whole is ``NAME.incomplete`` until the caller has added what makes it a checkpoint and renames it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from megatron_ring.errors import CheckpointError
 
 Format = Literal["safetensors", "torch_dist"]
 BUFFER_BYTES = 32_000_000
-"""What is assembled at once; a few of these are a process's memory."""
+"""Largest block that is assembled at once; a process holds a few of them."""
 SETTLE_BYTES = 128_000_000
-"""fsync and drop the page cache after as many bytes, so that dirty pages stay bounded."""
+"""fsync and drop the page cache after this many bytes, so that dirty pages stay bounded."""
 _DONE = ".done"
 _PLAN = "plan.json"
 _OPEN = {"safetensors": SafetensorsFolder, "torch_dist": TorchDistFolder}
@@ -74,7 +74,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Written:
-    """What became of one output file. ``places`` are (tensor, box, byte offset, length); empty for
+    """The record of one written output file. ``places`` are (tensor, box, byte offset, length); empty for
     safetensors.
     """
 
@@ -86,7 +86,7 @@ class Written:
 def fill(source: Source, copies: list[TensorCopy], box: Box, dtype: torch.dtype) -> Tensor:
     """``box`` of the tensor that ``copies`` describe, read from ``source``; zero where no copy lands.
 
-    Not to be written to: it may be the source's own memory.
+    Do not write to it: it may be the source's own memory.
     """
     parts = [part for part in (copy.within(box) for copy in copies) if part is not None]
     if len(parts) == 1 and parts[0].target_box == box:
@@ -128,7 +128,7 @@ def group_into_files(
 
 @contextmanager
 def working_folder(working: Path) -> Iterator[Path]:
-    """``working``, made if need be, held against a second conversion until the block ends.
+    """``working``, made if needed, and locked against a second conversion until the block ends.
 
     A block that fails before it has written anything leaves no trace.
 
@@ -160,7 +160,7 @@ def working_folder(working: Path) -> Iterator[Path]:
             if wrote_nothing or not working.exists():
                 lock.unlink(missing_ok=True)
             for folder in made if wrote_nothing else ():
-                with suppress(OSError):  # somebody else's now
+                with suppress(OSError):  # it belongs to another conversion now
                     folder.rmdir()
     finally:
         os.close(handle)
@@ -181,7 +181,7 @@ def begin(job: Job, working: Path, say: Callable[[str], None]) -> list[OutputFil
             say(f"resuming: {len(job.files) - len(todo)} of {len(job.files)} files are done already")
     else:
         if any(working.iterdir()):
-            say(f"{working} is left from another conversion: starting afresh")
+            say(f"{working} is left from another conversion: starting over")
             shutil.rmtree(working)
             working.mkdir()
         todo = list(job.files)
@@ -195,7 +195,7 @@ def begin(job: Job, working: Path, say: Callable[[str], None]) -> list[OutputFil
             "free space or name a folder on another disk"
         )
     done.mkdir(exist_ok=True)
-    # half-written files, and those that came after the weights: the next run may name others to carry over
+    # half-written files, and those that are copied after the weights: the next run may copy others
     for leftover in working.iterdir():
         if leftover.is_file() and leftover.name not in {file.name for file in job.files}:
             leftover.unlink()
@@ -206,7 +206,7 @@ def begin(job: Job, working: Path, say: Callable[[str], None]) -> list[OutputFil
 def write(
     job: Job, working: Path, todo: list[OutputFile], num_workers: int, on_bytes: Callable[[int], None]
 ) -> None:
-    """Write ``todo`` into ``working``; ``on_bytes`` hears of bytes as they are written.
+    """Write ``todo`` into ``working``; ``on_bytes`` is called with the number of bytes as they are written.
 
     Raises:
         CheckpointError: reading or writing failed, or a worker died; what is finished stays for the next run.
@@ -243,7 +243,7 @@ def write(
 
 
 def written(job: Job, working: Path) -> dict[str, Written]:
-    """What is known of every file once all are written."""
+    """The records of all files, once all are written."""
     notes = {file.name: _note(working, file.name) for file in job.files}
     assert all(notes.values()), "a file was not finished"
     return {name: note for name, note in notes.items() if note}
@@ -272,7 +272,7 @@ def _last_words(pipe: Connection, exit_code: int | None) -> str:
     try:
         return pipe.recv()
     except EOFError:
-        return f"a worker process died (exit code {exit_code}); run the same command again to go on where it stopped"
+        return f"a worker process died (exit code {exit_code}); run the same command again to continue"
 
 
 def _write_files(job: Job, working: Path, files: list[OutputFile], on_bytes: Callable[[int], None]) -> None:
@@ -295,7 +295,7 @@ def _write_files(job: Job, working: Path, files: list[OutputFile], on_bytes: Cal
 
 def _resumable(working: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
-        f"{working}: {error.strerror or error}; when that is mended, run the same command again to go on"
+        f"{working}: {error.strerror or error}; solve that, then run the same command again to continue"
     )
 
 

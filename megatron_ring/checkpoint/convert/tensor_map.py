@@ -1,5 +1,4 @@
-"""What corresponds to what: boxes of Megatron tensors and the boxes of Hugging Face tensors that hold the
-same numbers.
+"""Correspondences: boxes of Megatron tensors and the boxes of Hugging Face tensors that hold the same numbers.
 
 A *key* names a Megatron tensor, a *name* a Hugging Face tensor. A map is a list of correspondences, each of which
 says that a box of a key equals a box of a name, element by element. Where the key has more dimensions (experts are

@@ -43,7 +43,7 @@ class Export:
     """What goes into a Hugging Face folder besides the weights. Example: ``Export(without_mtp=True)``."""
 
     hf_files: Path | None = None
-    """Folder whose config.json and tokenizer go along; None means ``hf`` beside the steps."""
+    """Folder whose config.json and tokenizer are copied; None means ``hf`` beside the steps."""
     config_file: Path | None = None
     """TOML that describes the model; None means the one beside the weights."""
     normalize_head: bool = False
@@ -62,7 +62,7 @@ def megatron_to_hf(
         its name.
     """
     export = export or Export()
-    # a link to a folder on another disk stays, and what it names is what is made
+    # a symbolic link to a folder on another disk stays, and its target is made
     target = target.resolve() if target.is_symlink() else target
     folder = find_checkpoint(source_path)
     config = run_config_of(folder, export.config_file)

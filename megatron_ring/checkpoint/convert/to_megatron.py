@@ -114,7 +114,7 @@ def _repeated_head(source: SafetensorsFolder, model: ModelConfig, reporter: Repo
     it; empty without one.
 
     Raises:
-        CheckpointError: it is another tensor, which engines would not look at.
+        CheckpointError: it is another tensor, which engines would ignore.
     """
     names = FAMILIES[model.family].tensors
     head, embedding = f"{names.head}.weight", f"{names.embedding}.weight"

@@ -1,8 +1,8 @@
 """Megatron's torch_dist folders (PyTorch distributed checkpoints) without a process group.
 
 A folder holds ``*.distcp`` files, each a row of small ``torch.save`` archives, one per chunk of a tensor, and
-``.metadata``, a pickle of where each chunk lies. An archive is a zip that stores its bytes as they are, so a
-box of a chunk is read in place, however large the chunk is.
+``.metadata``, a pickle that says where each chunk is. An archive is a zip that stores its bytes as they are, so
+a box of a chunk is read in place, however large the chunk is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from megatron_ring.checkpoint.index import CheckpointIndex, IndexedChunk, read_i
 from megatron_ring.errors import CheckpointError
 
 EXTRA_STATE = "._extra_state/shard_0_1"
-"""What follows a linear layer's key where Megatron keeps an object beside its weight."""
+"""Suffix of the key under which Megatron keeps an object beside a linear layer's weight."""
 
 
 class TorchDistFolder:
@@ -79,7 +79,7 @@ class TorchDistFolder:
     def view(self, name: str, chunk: IndexedChunk, box: Box, *, at_once: bool = False) -> Tensor:
         """``box`` of one chunk of ``name``, counted from the chunk's own corner; read-only.
 
-        ``at_once``: most of the chunk's bytes are about to be looked at.
+        ``at_once``: most of the chunk's bytes will be read soon.
         """
         info = TensorInfo(self.tensors[name].dtype, chunk.shape)
         mapped, start = self._locate(name, chunk, info)
@@ -168,7 +168,7 @@ def write_metadata(
     with open(folder / ".metadata", "wb") as file:
         pickle.dump(metadata, file)
     (folder / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
-    # torch.save hides what a disk says; in memory it is a few hundred bytes
+    # torch.save hides errors of the disk; serialised in memory it is a few hundred bytes
     data = io.BytesIO()
     torch.save(common, data)
     (folder / "common.pt").write_bytes(data.getvalue())
