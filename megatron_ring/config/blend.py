@@ -1,4 +1,4 @@
-"""A blend of sources as settings write it: one source, or weight, source, weight, source ..."""
+"""A blend of sources as a setting's value: one source, or weight, source, weight, source ..."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ def parse_blend(name: str, words: Sequence[str], what: str) -> list[tuple[Fracti
     Args:
         name: the setting.
         words: its value.
-        what: a source is, for the error.
+        what: what a source is called in the error, such as prefix.
 
     Raises:
         ConfigError: there are no words, or they are not weight, source, weight, source with positive weights.
@@ -31,7 +31,7 @@ def parse_blend(name: str, words: Sequence[str], what: str) -> list[tuple[Fracti
 
 
 def blend_problems(name: str, words: Sequence[str], what: str) -> Iterator[str]:
-    """Why ``words``, if there are any, are no blend."""
+    """Why ``words`` are no blend, in one line each; nothing if there are no words."""
     form = f"write weight {what} weight {what}"
     if len(words) < 2:
         return

@@ -11,10 +11,10 @@ from megatron_ring.errors import ConfigError, RingError
 
 
 def require_module(shown: str, path: str, error: type[RingError] = ConfigError) -> None:
-    """Raise ``error`` if there is no module as ``path`` names one; nothing is imported but its parent packages.
+    """Raise ``error`` if the module that ``path`` names does not exist; only its parent packages are imported.
 
     Args:
-        shown: setting and value, which begin the line.
+        shown: setting and value, at the beginning of the line.
         path: ``module:name``.
         error: RewardError for a verifier.
     """
@@ -45,9 +45,9 @@ def load_object(shown: str, path: str, error: type[RingError] = ConfigError) -> 
 def resolve(
     setting: str, value: str, registered: Mapping[str, Any], problem: Callable[[Any], str | None]
 ) -> Any:
-    """What ``value`` of ``setting`` names: one of ``registered``, or an object of the user's own as ``module:name``.
+    """What ``value`` of ``setting`` names: one of ``registered``, or a user's object as ``module:name``.
 
-    ``name`` is an attribute of the module, or what the module's import has added to ``registered``.
+    ``name`` is an attribute of the module, or a name that the module's import has added to ``registered``.
 
     Args:
         problem: says why an object is not of the setting's kind; None if it is.

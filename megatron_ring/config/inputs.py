@@ -1,6 +1,6 @@
-"""Files and folders that must be there before a process starts; each function checks one kind.
+"""Files and folders that must exist before a run starts; each function checks one kind.
 
-Raises DataError or CheckpointError in one line. A plan needs none of them.
+Raises DataError or CheckpointError in one line. ``--dry-run`` does not check them.
 """
 
 from collections.abc import Callable, Sequence

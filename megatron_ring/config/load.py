@@ -130,7 +130,7 @@ def _config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[RunCo
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse that complains by a ConfigError of one line, not by a usage page; our tools use it as well."""
+    """argparse whose errors are a ConfigError of one line, not a usage page; our tools use it as well."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help")

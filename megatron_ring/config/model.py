@@ -1,4 +1,4 @@
-"""What the model is, in Megatron's words; Hugging Face's words live only in the checkpoint maps."""
+"""What the model is, under Megatron's names; Hugging Face's names occur only in families and checkpoint/convert."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -57,7 +57,7 @@ class ModelConfig:
     qk_layernorm: bool = False
     """RMSNorm on every query and key head before rotary (BailingMoeV2, Qwen3)."""
     untie_embeddings_and_output_weights: bool = True
-    """An output weight of its own; off, the embedding is the output weight too (small Qwen models)."""
+    """The output layer has its own weight; off: it shares the embedding's (small Qwen models)."""
     norm_head: bool = False
     """Divide each column of the output weight by its norm over the vocabulary (NormHead, BailingMoe)."""
     num_experts: Annotated[int, AtLeast(0, remedy="0 turns it off"), AtMost(MOST_LAYERS)] = 0

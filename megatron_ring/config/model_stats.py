@@ -43,7 +43,7 @@ class RankCount:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankMemory:
-    """Bytes one rank needs for what does not depend on the batch: activations come on top."""
+    """Bytes one rank needs for what does not depend on the batch; activations are not included."""
 
     weights: int
     gradients: int

@@ -104,14 +104,15 @@ class ZeroOrAbove(Range):
 
 @dataclass(frozen=True)
 class OneOf:
-    """On text: one of ``names``, a list that is kept elsewhere or that a user may extend (else ``Literal`` says it).
+    """On text: one of ``names``, a list that is kept elsewhere or that a user may extend (otherwise use
+    ``Literal``).
 
     Example: ``objective: Annotated[str, OneOf(("c3po", "grpo"), importable=True)] = "c3po"``.
     """
 
     names: tuple[str, ...]
     importable: bool = False
-    """True when ``module:name`` of the user's own is allowed as well."""
+    """True when a user's ``module:name`` is allowed as well."""
 
 
 Count = Annotated[int, AtLeast(1)]

@@ -44,7 +44,7 @@ class Setting:
     ranges: tuple[Range, ...] = ()
     """What a number, or each item of a tuple, may be."""
     importable: bool = False
-    """True when ``module:name`` of the user's own is a value."""
+    """True when a user's ``module:name`` is allowed."""
 
     @property
     def flag(self) -> str:
@@ -99,7 +99,7 @@ def unknown(name: str, options: Sequence[str], what: str) -> ConfigError:
 
 
 def parse_flag(setting: Setting, words: Sequence[str]) -> Any:
-    """Value of a flag from the words behind it; ConfigError names flag, word and what is allowed."""
+    """Value of a flag from the words after it; ConfigError names flag, word and what is allowed."""
     if setting.optional and len(words) == 1 and words[0].lower() == "none":
         return None
     try:

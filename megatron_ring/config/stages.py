@@ -1,4 +1,4 @@
-"""The stages: what each reads of a config, requires of it, finds on disk, and where its code begins.
+"""The stages: which sections and rules of a config each one has, which files it needs, and its entry point.
 
 A stage is one entry here and one file, which may be anybody's: ``register_stage(StageSpec(...))``.
 """
@@ -25,11 +25,11 @@ class StageSpec:
 
     name: str
     does: str
-    """What ``ring --help`` says of it."""
+    """Its line in ``ring --help``."""
     sections: tuple[str, ...]
     """Sections of a config that it reads, and that are printed."""
     rules: tuple[Rule, ...]
-    """What it requires of a config beside the rules of every stage (``config/check.py``), in order."""
+    """The stage's own rules, beside the rules of every stage (``config/check.py``), in order."""
     inputs: tuple[Input, ...]
     """What must be on disk before a process starts, in order."""
     entry: str

@@ -21,4 +21,4 @@ FAMILIES = _found()
 """Name -> family."""
 
 ARCHITECTURES = {family.architecture: family for family in FAMILIES.values()}
-"""What ``architectures`` of a config.json says -> family."""
+"""Class name in ``architectures`` of a config.json -> family."""

@@ -21,16 +21,16 @@ ONLY_BAILING: Final[dict[str, tuple[Any, ...]]] = {
     "norm_softmax": NOT,
     "multi_gate": NOT,
     "use_rmsnorm": ON,
-    # mlx-lm's ports have them on unless a config says otherwise, and obey the first
+    # mlx-lm's ports default to on, and read the first
     "moe_router_enable_shared_expert": ON,
     "moe_router_enable_routed_scaling": ON,
     "router_type": ("topN", None),
-    # precision of the gate, not which model it is: it is computed in fp32 or better here, as published
-    # (the published exporter writes the word None)
+    # precision of the gate, which does not change the model: it is computed in fp32 or better here, as
+    # published (the published exporter writes the word None)
     "router_dtype": ("fp32", "fp64", "float32", "float64", None, "None"),
 }
 WRITTEN: Final[dict[str, Any]] = {
-    # fp64 is how it was trained; engines take every word but this one for bfloat16
+    # it was trained in fp64; engines read every other value as bfloat16
     "router_dtype": "fp32",
     "use_rmsnorm": True,
     "use_bias": False,
@@ -90,7 +90,7 @@ FAMILY = Family(
     },
     only={
         **ONLY_BAILING,
-        # engines that read both generations with one piece of code would obey these
+        # engines that read both generations with the same code would apply these
         "partial_rotary_factor": (1.0, None),
         "use_qk_norm": NOT,
         "score_function": ("softmax", None),

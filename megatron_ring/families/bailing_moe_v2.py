@@ -81,7 +81,7 @@ FAMILY = Family(
         "moe_router_enable_expert_bias": True,
         "num_nextn_predict_layers": 0,
     },
-    # the published code has no NormHead, where some engines obey the key
+    # the published code has no NormHead, but some engines apply the key
     only={**ONLY_BAILING, "norm_head": NOT},
     implied={
         "moe_router_pre_softmax": False,

@@ -1,4 +1,4 @@
-"""What a model family is: everything that the rest of the package asks of one, as data.
+"""A model family as data: everything that the rest of the package needs to know of one.
 
 Words: *ours* are the fields of ``ModelConfig``, which are Megatron's; *theirs* are the keys of a ``config.json``.
 """
@@ -14,8 +14,8 @@ from typing import Any
 class TensorNames:
     """What a family calls its tensors in Hugging Face's folders.
 
-    Names without a default differ between families. Those of a layer's parts follow ``layer``, and a linear's stand
-    without ``.weight`` or ``.bias``. Example: ``names.layer.format(3) + names.qkv[0] + ".weight"`` is
+    Names without a default differ between families. Names of a layer's parts follow ``layer``; a linear's name
+    has no ``.weight`` or ``.bias``. Example: ``names.layer.format(3) + names.qkv[0] + ".weight"`` is
     ``"model.layers.3.self_attn.q_proj.weight"`` for Qwen.
     """
 
@@ -51,7 +51,7 @@ class TensorNames:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-    """A rule between two settings: where ``when`` holds, ``then`` has to.
+    """A rule between two settings: if ``when`` holds, ``then`` must hold.
 
     Example: ``Needs(when=("moe_router_topk", 1), then=("moe_router_pre_softmax", True), because="...")``.
     """
@@ -69,40 +69,42 @@ class Family:
 
     Each key of a config.json is one of four kinds: read into a field of ours (``fields``, ``opposites``); right at a
     few values only, because this project computes the setting in one way (``only``); without effect on what the model
-    computes (:data:`megatron_ring.families.shared.HARMLESS`); or unknown, and then refused unless it says nothing.
+    computes (:data:`megatron_ring.families.shared.HARMLESS`); or unknown, and then refused unless it is null,
+    false or empty.
     """
 
     name: str
-    """What ``--family`` says."""
+    """Its name in ``--family``."""
     architecture: str
     """Its class, as ``architectures`` in config.json names it."""
     model_types: tuple[str, ...]
-    """What ``model_type`` may say; the first is written."""
+    """Allowed values of ``model_type``; the first is written."""
     fields: Mapping[str, str]
     """Our field -> their key, where the value is the same."""
     opposites: Mapping[str, str] = field(default_factory=dict[str, str])
     """Our switch -> their key that says the opposite."""
     defaults: Mapping[str, Any]
-    """Their key -> what the published class takes where it is absent; keys without one have to be there."""
+    """Their key -> the published class's default; a key without one is required."""
     only: Mapping[str, tuple[Any, ...]]
-    """Their key -> the values that are computed here; absent is as good as the first."""
+    """Their key -> the values that are supported; if it is absent, the first is assumed."""
     implied: Mapping[str, Any]
-    """Our field -> the one value of it that this family's config.json can say."""
+    """Our field -> the only value of it that this family's config.json can express."""
     written: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Their key -> what is written besides, whatever the model."""
+    """Their key -> a value that is written for every model."""
     aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     """Another name of a key -> the key."""
     tensors: TensorNames
     presets: Mapping[str, Mapping[str, Any]]
     """Name of a model -> our flat settings that differ from the defaults; the family itself is added."""
     has_experts: bool
-    """Has every model of it routed experts, or none?"""
+    """Do all its models have routed experts, or none?"""
     has_mtp: bool = False
     """May its models have multi-token-prediction layers?"""
     needs: tuple[Needs, ...] = ()
     """Rules between our settings that its models must keep."""
     counts_shared_experts: bool = False
-    """Its config.json says how many shared experts there are and how wide one is, where we say how wide all are."""
+    """Its config.json has the number of shared experts and the width of one, where ours has the width of
+    all."""
     keeps_score_of_one: bool = False
     """Its gate weighs the only expert of a token by its score, whatever ``norm_topk_prob`` says."""
     null_kv_heads_are_query_heads: bool = False

@@ -42,7 +42,7 @@ FAMILY = Family(
     },
     only={
         **ONLY,
-        # Qwen2 has them on query, key and value whatever this says, and nowhere else
+        # Qwen2 always has them on query, key and value, and nowhere else
         "attention_bias": ON,
         "qkv_bias": ON,
         "partial_rotary_factor": (1.0, None),

@@ -53,7 +53,7 @@ FAMILY = Family(
         "attention_bias": OFF,
         "qkv_bias": OFF,
         "partial_rotary_factor": (1.0, None),
-        # other families' keys that engines would obey
+        # other families' keys that engines would apply
         "use_qk_norm": (True, None),
         "score_function": ("softmax", None),
         "scoring_func": ("softmax", None),
@@ -76,7 +76,7 @@ FAMILY = Family(
         "add_qkv_bias": False,
         "norm_head": False,
     },
-    # every layer has experts; the class takes this for granted, some engines ask
+    # every layer has experts; the class assumes it, some engines read it
     written={"decoder_sparse_step": 1, "mlp_only_layers": []},
     aliases={"num_local_experts": "num_experts"},
     tensors=TensorNames(

@@ -1,4 +1,4 @@
-"""What several families have in common; a family takes from here what is its own."""
+"""What several families have in common; each family picks its parts from here."""
 
 from typing import Any, Final
 
@@ -42,7 +42,7 @@ ONLY: Final[dict[str, tuple[Any, ...]]] = {
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": NOT,
     "mlp_bias": OFF,
-    # factors of other families, harmless where they are 1
+    # factors of other families, harmless if they are 1
     "logit_scale": ONE,
     "logits_scaling": ONE,
     "embedding_multiplier": ONE,
@@ -53,7 +53,7 @@ ONLY: Final[dict[str, tuple[Any, ...]]] = {
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "clip_qkv": (None,),
-    # on unless a config says otherwise, and always on here; transformers and vLLM obey the first
+    # on by default, and always on here; transformers and vLLM read the first
     "is_causal": ON,
     "causal": ON,
     "use_causal_mask": ON,
@@ -69,10 +69,10 @@ ONLY: Final[dict[str, tuple[Any, ...]]] = {
     "decoder_sparse_step": ONE,
     "mlp_only_layers": ([], None),
 }
-"""Of every family: their key -> the values that are computed here."""
+"""Of every family: their key -> the values that are supported."""
 
 TIED: Final = {"untie_embeddings_and_output_weights": "tie_word_embeddings"}
-"""Our switch -> their key that says the opposite, of families whose class obeys it."""
+"""Our switch -> their key that says the opposite, in families whose class reads it."""
 
 PLAIN_ROUTER: Final[dict[str, Any]] = {
     "moe_router_score_function": "softmax",
@@ -82,7 +82,7 @@ PLAIN_ROUTER: Final[dict[str, Any]] = {
     "moe_router_topk_scaling_factor": 1.0,
     "moe_router_enable_expert_bias": False,
 }
-"""Our router's settings in a family whose config.json knows nothing of them."""
+"""Our router's settings in a family whose config.json does not have them."""
 
 NO_EXPERTS: Final[dict[str, Any]] = {
     **PLAIN_ROUTER,
@@ -106,7 +106,8 @@ TINY: Final[dict[str, Any]] = {
     "global_batch_size": 16,
     "lr": 2e-3,
 }
-"""A relative of any model that trains on a CPU in seconds, and what such a run needs (fp32, short samples)."""
+"""A tiny version of any model that trains on a CPU in seconds, and what such a run needs (fp32, short
+samples)."""
 
 HARMLESS: Final[dict[str, tuple[str, ...]]] = {
     "read by hand: see hf_config": (
@@ -156,4 +157,4 @@ HARMLESS: Final[dict[str, tuple[str, ...]]] = {
         "assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind",
     ),
 }  # fmt: skip
-"""Why keys are passed over -> the keys."""
+"""Why keys are ignored -> the keys."""

@@ -1,6 +1,6 @@
 """Rules between settings, one file per topic; ``config/check.py`` and ``config/stages.py`` have them in order.
 
-A rule looks at no file and may rely on single values being in their ranges and on the rules before it.
+A rule reads no file. It may assume that single values are in their ranges and that earlier rules hold.
 """
 
 from collections.abc import Callable, Iterator

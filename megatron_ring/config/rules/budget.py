@@ -1,4 +1,4 @@
-"""Reinforcement learning: whether the token budget can be filled, and what it goes together with."""
+"""Reinforcement learning: whether the token budget can be filled, and what it can be combined with."""
 
 from collections.abc import Iterator
 

@@ -11,7 +11,7 @@ _OF_RESPONSES = ("grpo", "dr_grpo", "gspo")
 
 
 def groups(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Advantages that have something to compare, or a critic; an estimator of the user's own decides by itself."""
+    """Advantages that have something to compare, or a critic. A user's estimator is not checked."""
     o, size = config.objective, config.rollout.group_size
     if o.advantage_estimator in ("group_norm", "group_mean", "rloo") and size < 2:
         yield (
@@ -67,7 +67,7 @@ def objective(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def mismatch(config: RunConfig, world_size: int) -> Iterator[str]:
-    """A correction that compares what it should, with bounds that leave something."""
+    """A correction must compare two different log p, and its bounds must leave some tokens."""
     o, r = config.objective, config.rollout
     if o.mismatch_correction != "none" and o.old_logprobs == "rollout":
         yield (
@@ -100,7 +100,7 @@ def mismatch(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def replay(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Routes that are there to be replayed."""
+    """Routes must be recorded before they can be replayed."""
     o, m = config.objective, config.model
     if o.routing_replay == "none":
         return

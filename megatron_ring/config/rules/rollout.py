@@ -1,4 +1,4 @@
-"""Reinforcement learning: what is asked, how responses are sampled, and who judges them."""
+"""Reinforcement learning: prompts, sampling, and reward functions."""
 
 from collections.abc import Iterator
 
@@ -48,7 +48,7 @@ def lengths(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def sampling(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Settings of generation under which training would wait for ever."""
+    """Settings of generation under which training would never take a step."""
     r = config.rollout
     if r.dynamic_sampling and r.group_size < 2:
         yield (
@@ -65,7 +65,7 @@ def sampling(config: RunConfig, world_size: int) -> Iterator[str]:
         return
     together = max(min(concurrency, r.prompts_per_step * r.group_size), r.group_size)
     steps = -(-together * r.max_response_length // r.rollout_token_budget)
-    # a response that begins at the end of a step has as many whole steps left as it may grow old
+    # a response that begins at the end of a step may take rollout_max_staleness whole steps more
     allowed = max(r.rollout_max_staleness, 1)
     if steps > allowed:
         least = -(-together * r.max_response_length // allowed)
@@ -77,7 +77,7 @@ def sampling(config: RunConfig, world_size: int) -> Iterator[str]:
 
 
 def rewards(config: RunConfig, world_size: int) -> Iterator[str]:
-    """Reward functions of the user's own, in the form domain=module:function."""
+    """A user's reward functions, in the form domain=module:function."""
     for word in config.reward.reward_functions:
         domain, _, path = word.partition("=")
         if not (domain.isidentifier() and is_importable(path)):

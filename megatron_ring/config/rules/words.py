@@ -1,4 +1,4 @@
-"""Parts of a problem's line: what a size must divide, and sizes near to it that fit."""
+"""Parts of an error line: what a size must divide, and nearby sizes that fit."""
 
 from collections.abc import Iterator
 
