@@ -31,8 +31,8 @@ MAX_RANK_ROWS = 64
 def dry_run(config: RunConfig, world_size: int, *, stage: str = "pretrain", styled: bool = False) -> str:
     """The whole config, layout, sizes and memory of a valid ``config`` on ``world_size`` processes, as text.
 
-    ``styled`` adds terminal colours. Memory is weights, gradients and optimizer state; activations come on
-    top.
+    ``styled`` adds terminal colours. Memory is weights, gradients and optimizer state; activations are not
+    included.
     """
     sink = io.StringIO()
     console = Console(file=sink, width=110, force_terminal=styled, color_system="auto" if styled else None)

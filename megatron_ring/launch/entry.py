@@ -1,8 +1,8 @@
 """What every entry point does first and last: read its command line, and report a user's mistake in one line.
 
 A stage's entry point is ``run_stage("pretrain")`` under ``if __name__ == "__main__"``; any other command's is
-``run_entry(main)``. A stage's code is imported when its command line is known to be right: a wrong one or
-``--dry-run`` costs no torch.
+``run_entry(main)``. A stage's code is imported after its command line was checked, so neither a mistake nor
+``--dry-run`` imports torch.
 """
 
 import contextlib
@@ -103,7 +103,7 @@ def _dependency_warnings(action: Literal["ignore", "default"]) -> None:
         warnings.filterwarnings(
             action, category=category, module=r"(torch|megatron|megatron_ring|tensorboard)(\.|$)"
         )
-    # in what is compiled at its first import
+    # from packages that are compiled at their first import
     warnings.filterwarnings(action, category=SyntaxWarning, module=r".*/site-packages/")
     # at import, for each optional package that is not installed
     warnings.filterwarnings(action, category=UserWarning, module=r"megatron\.core(\.|$)")

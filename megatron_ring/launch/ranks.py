@@ -51,7 +51,7 @@ def _run(argv: list[str], prepare: Callable[[Any], None]) -> int:
         torchrun.run(arguments)
     except ChildFailedError as error:
         failures: dict[int, Any] = error.failures
-        # a rank that was ended because of another is no cause
+        # a rank that was stopped because another had failed is not the cause
         rank, first = min(failures.items(), key=lambda item: (_follows(item[1].exitcode), item[1].timestamp))
         if first.exitcode not in _SPOKEN:
             print(_line_of(rank, first.pid, first.exitcode), file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """The installed command: ``ring COMMAND FLAG ...``. Each command imports only what it needs.
 
 To add one, write a ``main`` that reads ``sys.argv`` in ``launch/commands/``, and a row below. The stages of
-``config/stages.py`` are here by themselves.
+``config/stages.py`` are added automatically.
 """
 
 import sys

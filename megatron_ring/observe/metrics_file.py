@@ -88,7 +88,7 @@ class MetricsFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.wall_seconds = self._keep(resume_step) if path.exists() else 0.0
-            # unbuffered: a line is with the system as soon as it is written
+            # unbuffered: a line reaches the operating system as soon as it is written
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise self._refusal(error) from None

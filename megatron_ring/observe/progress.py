@@ -38,7 +38,7 @@ class ProgressLine:
         mfu: float | None,
         wall_seconds: float,
     ) -> None:
-        """Count one step in; ``wall_seconds`` is the time from the run's start to the step's end."""
+        """Count one step; ``wall_seconds`` is the time from the run's start to the step's end."""
         is_first = self._first_step_seconds is None
         if is_first:
             self._first_step_seconds = seconds

@@ -31,7 +31,7 @@ class ResponseLog:
             kept = [row for row in read_samples(self._path) if row["step"] <= resume_step]
             with _writing(self._path):
                 if resume_step == 0:
-                    # another run's: kept as its metrics are
+                    # another run's log: renamed, as its metrics file is
                     self._path.replace(f"{self._path}.old")
                 else:
                     write_durably(self._path, "".join(map(_line, kept)))

@@ -21,7 +21,7 @@ _BOOKKEEPING = {"kind", "step", "tokens", "seconds", "wall_seconds"}
 class Row:
     """One quantity from start to end.
 
-    ``best`` is None where neither high nor low is better.
+    ``best`` is None if neither high nor low is better.
 
     Example: ``Row(label="validation loss", name="loss", first=8.3, best=3.1, best_step=250, last=3.2)``
     """

@@ -58,7 +58,7 @@ class Run:
 
     @property
     def world_size(self) -> int:
-        """Processes of the latest start; 1 where no start says."""
+        """Processes of the latest start; 1 if no start recorded it."""
         return self.starts[-1].get("world_size", 1) if self.starts else 1
 
 

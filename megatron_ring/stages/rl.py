@@ -89,7 +89,7 @@ class RlRun(StageRun):
         config, session, rollout = self.config, self.session, self.config.rollout
         assert self.tokenizer is not None
         tokenizer = self.tokenizer
-        # one that cannot be imported ends the run before anything is built
+        # an estimator that cannot be imported ends the run before anything is built
         estimator_of(config.objective)
         prompts, rewards = self._open_problems(resources)
         self.rollouts = RolloutState(prompts, rollout.group_size)
@@ -131,7 +131,7 @@ class RlRun(StageRun):
         self.alarms = Alarms(session, config.objective.mismatch_alarm)
 
     def _open_problems(self, resources: ExitStack) -> tuple[PromptStream, RewardPool | None]:
-        """The stream of problems and, on the rank that has them, the verifiers; ``held_out`` is set."""
+        """The stream of problems and, on reward ranks, the verifiers. Also sets ``held_out``."""
         rollout, tokenizer = self.config.rollout, self.tokenizer
         assert tokenizer is not None
         own_domains = parse_reward_functions(self.config.reward.reward_functions)
@@ -143,7 +143,7 @@ class RlRun(StageRun):
             self.held_out, domains = held_out.each_once(rollout.eval_prompts), held_out.domains
             if len(self.held_out) < rollout.eval_prompts:
                 log.info(
-                    "eval_prompts=%d, but eval_prompt_data has %d that may come: each is asked once",
+                    "eval_prompts=%d, but eval_prompt_data has only %d that can be used: each is used once",
                     rollout.eval_prompts,
                     len(self.held_out),
                 )
@@ -162,7 +162,8 @@ class RlRun(StageRun):
         return prompts, resources.enter_context(pool)
 
     def on_initial_weights(self) -> None:
-        """The reference and the critic's layers are those that the run begins with; a resumed run has the same."""
+        """The reference and the critic's layers are copies of the run's initial weights, also in a resumed
+        run."""
         self.began_from = origin_of(self.checkpointer.began_from, self.config.train.seed)
         if self.config.objective.kl_loss_coef > 0:
             self.reference = ReferencePolicy(self.engine)
@@ -203,7 +204,7 @@ class RlRun(StageRun):
             self.responses.write(self.step, response_rows(collected.rollouts, self.sampler.tokenizer))
 
     def _collect(self) -> StepRollouts:
-        """The step's groups; more prompts are drawn where tokens are missing and refilling is asked for."""
+        """The step's groups; with budget_shortfall=refill, more prompts are drawn while tokens are missing."""
         rollout = self.config.rollout
         collected = self.collector.collect(self.step)
         if self.config.budget.budget_shortfall != "refill":
@@ -214,7 +215,8 @@ class RlRun(StageRun):
             if missing <= 0:
                 break
             count = math.ceil(missing / max(there, 1) * max(collected.prompts_drawn, 1))
-            # no more than a step's at once: what is there may be a poor sample of what comes
+            # at most one step's prompts at once: the tokens so far may be a poor estimate of what more prompts
+            # give
             self.collector.refill(collected, min(count, rollout.prompts_per_step))
         return collected
 
@@ -230,7 +232,8 @@ class RlRun(StageRun):
         return int(total)
 
     def _with_advantages(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """Those that may be trained on, each with its advantages. Collective over the world with a critic."""
+        """The rollouts that may be trained on, each with its advantages. Collective over the world with a
+        critic."""
         objective = self.config.objective
         values = self.critic.values(rollouts) if self.critic else None
         assigned = assign(rollouts, objective, self.config.rollout.max_response_length, values)
@@ -257,7 +260,7 @@ class RlRun(StageRun):
 
     def _update(self, grid: list[RLMicrobatch], lr: float) -> Update:
         report = self.engine.accumulate(grid, self.objective)
-        # without a token momentum alone would move the weights
+        # in an update without tokens momentum alone would move the weights
         made = not self.skip_non_finite(report) and report.means["tokens"] > 0
         if made:
             self.engine.update(report, lr)
@@ -322,7 +325,7 @@ class RlRun(StageRun):
         return evaluate(self.held_out, self.sampler, self.sampling, self.session, samples=samples)
 
     def save_checkpoint(self) -> None:
-        # the policy's pointer moves last: a step that it names has its critic
+        # the policy's pointer moves last, so that every step it names has its critic
         if self.critic is not None:
             self.critic_checkpointer.save(self.step, {"step": self.step})
             self.critic_checkpointer.finish()

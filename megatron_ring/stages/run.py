@@ -1,4 +1,4 @@
-"""What the training stages share: one order of construction, and the loop.
+"""What the training stages share: the order of construction, and the loop.
 
 A run is built, restored and looped, in that order (:meth:`StageRun.run`). A stage is a subclass that fills in the parts.
 """
@@ -45,7 +45,8 @@ SAMPLE_TOKENS = 120
 def open_stage(config: RunConfig) -> Iterator[Session]:
     """This process's session, with our messages shown from ``log_level`` on, Megatron-Core's from warnings on.
 
-    Messages below WARNING are logged on the writer rank only. Holds the run's folder: nobody else writes there meanwhile.
+    Messages below WARNING are logged on the log rank only. Holds the lock of the run's folder: no other run
+    writes there.
     """
     logging.basicConfig(level=config.logging.log_level.upper(), format="%(message)s")
     logging.getLogger("megatron.core").setLevel(logging.WARNING)
@@ -87,7 +88,7 @@ class StageRun:
 
     @contextmanager
     def opened(self) -> Iterator[Self]:
-        """The run, ready for its next step. What it has opened is closed behind the block."""
+        """The run, ready for its next step. What it has opened is closed after the block."""
         with ExitStack() as resources:
             self.build(resources)
             self.restore()
@@ -99,7 +100,7 @@ class StageRun:
         self.checkpointer = Checkpointer(self.config, self.engine, self.session, stage=self.stage)
 
     def restore(self) -> None:
-        """Load the weights that the run begins with; then go on from its own checkpoint if there is one."""
+        """Load the run's initial weights; then resume from its own checkpoint, if there is one."""
         settings = self.config.checkpoint
         if settings.finetune and settings.load:
             self.checkpointer.load(settings.load)
@@ -115,7 +116,8 @@ class StageRun:
 
     @contextmanager
     def _foreign_state(self) -> Iterator[None]:
-        """What is read here may be another stage's state, or somebody's edit: what it lacks is one line."""
+        """The state that is read here may be another stage's, or edited: a missing or wrong value is one error
+        line."""
         try:
             yield
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -126,14 +128,15 @@ class StageRun:
             ) from None
 
     def on_initial_weights(self) -> None:
-        """Called while the model holds what the run begins with, or began with where it is resumed."""
+        """Called while the model holds the run's initial weights; in a resumed run too, before it loads its own
+        checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside weights, optimizer and random states (JSON-able)."""
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Continue from what :meth:`state_dict` returned."""
         self.step = state["step"]
 
     def train_step(self, metrics: MetricsLogger) -> None:
@@ -141,7 +144,7 @@ class StageRun:
         raise NotImplementedError
 
     def validate(self) -> dict[str, float]:
-        """Held-out figures; called every ``eval_interval`` steps."""
+        """Metrics on held-out data; called every ``eval_interval`` steps."""
         raise NotImplementedError
 
     def sample_prompt(self) -> Sequence[int]:
@@ -254,7 +257,7 @@ class StageRun:
         return {}
 
     def save_checkpoint(self) -> None:
-        """Save the whole state under the present step. Collective over the world."""
+        """Save the whole state under the current step. Collective over the world."""
         self.checkpointer.save(self.step, self.state_dict(), self.attachments())
         self.saved_step = self.step
 

@@ -45,7 +45,8 @@ class SftRun(StageRun):
 
     @classmethod
     def of(cls, config: RunConfig, session: Session) -> SftRun:
-        """The run of ``config``'s conversations, as many steps as they make where the config does not say."""
+        """The run on ``config``'s conversations; if the config sets no number of steps, as many as its epochs
+        have."""
         streams = open_streams(config, session)
         return cls(with_derived_steps(config, streams.steps), session, streams)
 
@@ -93,7 +94,7 @@ class SftRun(StageRun):
         """Loss over the same ``eval_iters`` global batches every time, or over all there is if that is less."""
         assert self.valid is not None
         groups = self.valid.first(self.per_step * self.config.train.eval_iters)
-        # as many on every rank, and as many as a pipeline with virtual stages wants
+        # the same number on every rank, and a multiple of what virtual pipeline stages need
         groups += [()] * (-len(groups) % self.per_step)
         loss = self.engine.evaluate(self._own(self.valid, groups), self.objective)["lm_loss"]
         return {"loss": loss, "perplexity": math.exp(min(loss, 50.0))}
@@ -156,7 +157,7 @@ def _open_stream(paths: Sequence[str], config: RunConfig, session: Session) -> S
         )
         if conversations.num_split:
             log.info(
-                "the chat template writes earlier turns anew: %s conversations are read once per answer, each as the "
+                "the chat template rewrites earlier turns: %s conversations are read once per answer, each as the "
                 "last turn",
                 f"{conversations.num_split:,}",
             )
@@ -164,7 +165,7 @@ def _open_stream(paths: Sequence[str], config: RunConfig, session: Session) -> S
 
 
 def with_derived_steps(config: RunConfig, steps: int) -> RunConfig:
-    """``config`` with what it leaves to the data: ``train_iters`` and ``lr_warmup_iters`` where they are 0.
+    """``config`` with ``train_iters`` and ``lr_warmup_iters`` computed from the data where they are 0.
 
     Raises:
         ConfigError: the schedule does not fit so many steps.

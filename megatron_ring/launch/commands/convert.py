@@ -98,7 +98,7 @@ class ConsoleReporter:
 
     @contextmanager
     def progress(self, title: str, total_bytes: int) -> Generator[Callable[[int], None], None, None]:
-        """Gives the function that is told of bytes done; says the mean speed at the end."""
+        """Yields the function to call with the number of bytes done; prints the mean speed at the end."""
         console = Console(stderr=True)
         columns = (
             TextColumn("{task.description}"),
@@ -172,7 +172,7 @@ def _parser() -> OneLineParser:
     to_hf.add_argument(
         "--normalize-head",
         action="store_true",
-        help="apply NormHead to lm_head.weight and say norm_head: false",
+        help="apply NormHead to lm_head.weight and write norm_head: false",
     )
     to_hf.add_argument(
         "--without-mtp",

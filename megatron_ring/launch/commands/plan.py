@@ -3,7 +3,7 @@
     ring plan --gpus 64 --memory-gib 80 --preset ring_lite --seq-length 4096
 
 Every setting of the config is a flag here as well; the layout's own (tp, pp, vpp, ep, etp, sequence parallel)
-are what is searched. Memory is weights, gradients and optimizer state of the fullest rank, exact, plus an
+are searched. Memory is weights, gradients and optimizer state of the fullest rank, exact, plus an
 estimate of activations (bf16 or fp32, with the recompute setting given). No torch, no GPU: it runs on a login
 node.
 """

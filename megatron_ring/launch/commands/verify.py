@@ -1,4 +1,4 @@
-"""Sum the files of a checkpoint again and compare them with the checksums that were written with it.
+"""Compute the checksums of a checkpoint's files again and compare them with those that were written with it.
 
     ring verify runs/tiny                  # a run's folder: its latest checkpoint
     ring verify runs/tiny/iter_0000100     # one checkpoint, and its critic
@@ -53,7 +53,7 @@ def _compare(folder: Path, sums: Mapping[str, Summed]) -> int:
 
 
 def _had_a_critic(folder: Path) -> bool:
-    """Is it a policy's, of a run that trains a critic beside it?"""
+    """Is it the policy's checkpoint of a run that also trains a critic?"""
     if folder.absolute().parent.name == CRITIC or not (folder / RUN_CONFIG).exists():
         return False
     return read_toml(folder / RUN_CONFIG)[1].get("critic") is True
