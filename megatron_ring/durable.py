@@ -1,4 +1,4 @@
-"""Files that a crash leaves whole: the old one or the new one."""
+"""Durable writes: after a crash a file is complete, the old one or the new one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_durably(path: Path, contents: str | Iterable[bytes]) -> None:
 
 
 def write_synced(path: Path, contents: str | Iterable[bytes]) -> None:
-    """Write ``path`` in place and have it on the disk before this returns."""
+    """Write ``path`` in place; it is on the disk when this returns."""
     with path.open("wb") as file:
         file.writelines([contents.encode()] if isinstance(contents, str) else contents)
         file.flush()
@@ -33,7 +33,7 @@ def write_synced(path: Path, contents: str | Iterable[bytes]) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Have a file's bytes, or the names in a folder, on the disk before this returns."""
+    """Flush a file's bytes, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,7 @@
 """Read files whose name or contents come from outside.
 
-Opening never blocks, whatever the path is: a named pipe would block ``open`` for ever. Bad JSON gives a one-line reason.
+Opening never blocks, whatever the path is: a named pipe would block ``open`` forever. Bad JSON gives a one-line
+reason.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def read_plain(path: Path, max_bytes: int = 1 << 40) -> bytes:
 
 
 def json_value(text: str | bytes, *, unique: bool = True) -> Any:
-    """The value of JSON ``text``. ``unique`` refuses an object with a repeated key, of which readers keep different ones.
+    """The value of JSON ``text``. ``unique`` refuses an object with a repeated key: parsers differ in which
+    value they keep.
 
     Raises:
         TooDeepError: it is nested more than ``MAX_DEPTH`` deep.

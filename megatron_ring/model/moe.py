@@ -138,7 +138,7 @@ class RingMoELayer(BaseMoELayer):
         return combine(self.experts(rows_ND, index.offsets_E, probs_N), index)
 
     def _compute_there(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
-        """All-to-all over the expert (times expert tensor) group, forth and back."""
+        """Sends rows to their experts' ranks, and results back. All-to-all over the expert (times expert tensor) group."""
         e, W = self.experts.num_local, self.exchange_group.size()
         slots_TS = self._slot_experts(routing.experts_TK)
         index = route_index(slots_TS, W * e)

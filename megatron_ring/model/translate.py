@@ -65,7 +65,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         recompute_num_layers=parallel.recompute_num_layers if full else None,
         recompute_modules=list(parallel.recompute_modules) if granularity == "selective" else None,
         batch_p2p_sync=False,
-        # batched calls mismatch the two directions between the same two ranks (pp 2)
+        # batched calls mix up the two directions between the same two ranks (pp 2)
         batch_p2p_comm=vpp == 1,
         overlap_p2p_comm=vpp > 1,
         # outputs that were sent are kept: freeing them needs custom_backward, which skips autograd's checks

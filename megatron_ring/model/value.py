@@ -55,7 +55,7 @@ class ValueModel(RingModel):
         topology: Topology,
         vp_stage: int | None = None,
     ):
-        # its head is no vocabulary, so that the embedding has nothing to be tied to
+        # its head has no vocabulary to tie the embedding to
         model = replace(model, untie_embeddings_and_output_weights=True)
         super().__init__(model, parallel, config, topology, vp_stage)
         if self.post_process:

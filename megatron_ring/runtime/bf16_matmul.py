@@ -32,7 +32,7 @@ def bf16_products() -> Iterator[None]:
         yield
     elif not dispatch.native_is_available():
         log.warning(
-            "this processor has no bfloat16 products and the C++ kernels are not there: bf16 is about ten times "
+            "this processor has no bfloat16 products and the C++ kernels are not built: bf16 is about ten times "
             "slower than fp32; build them, or set --no-bf16"
         )
         yield

@@ -13,7 +13,7 @@ def _forced_to_cpu() -> bool:
 
 
 if _forced_to_cpu():
-    # before CUDA is looked for: torch and Megatron ask for themselves, and must hear the same
+    # before the first check for CUDA: torch and Megatron check by themselves, and must find the same
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
@@ -67,7 +67,7 @@ def peak_memory_bytes() -> int:
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """Generator states of the CPU and, where there is one, the device (``uint8`` tensors)."""
+    """Generator states of the CPU and, with CUDA, of the device (``uint8`` tensors)."""
     state = {"cpu": torch.get_rng_state()}
     if has_cuda():
         state["device"] = torch.cuda.get_rng_state()

@@ -76,7 +76,7 @@ def _buffers_for_training(get_tensor: Callable[..., Tensor]) -> Callable[..., Te
     InferenceMode" once a pass of generation had read more tokens than any pass before it.
 
     utils.py:628 (0.16.1) keeps the largest buffer that was asked for and gathers every rank's tokens into it.
-    Where that was allocated inside torch.inference_mode, training may not write to it. Here it is allocated
+    If it was allocated inside torch.inference_mode, training may not write to it. Here it is allocated
     outside, wherever the call is. Delete when upstream allocates it so.
     """
     outside = functools.partial(torch.inference_mode, False)
@@ -94,7 +94,7 @@ def _buffers_for_training(get_tensor: Callable[..., Tensor]) -> Callable[..., Te
 
 
 def _write_results_queue() -> Any:
-    """2026-11: a rank that was killed after its first save left two processes behind for ever.
+    """2026-11: a rank that was killed after its first save left two processes behind forever.
 
     dist_checkpointing/strategies/filesystem_async.py:51 (0.16.1) keeps the writers' results in a manager process, which
     does not end with its parent and keeps multiprocessing's resource tracker alive. Delete when upstream has no manager,

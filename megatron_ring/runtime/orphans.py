@@ -33,7 +33,8 @@ def end_with_parent() -> None:
 def end_with_launcher() -> None:
     """End this rank, in one line per node, within a second of the end of the torchrun that started it.
 
-    The ranks of a killed torchrun would go on, or wait for its store at the start, and hold the run's folder.
+    The ranks of a killed torchrun would continue, or wait for its store at the start, and hold the run's
+    folder.
     """
     global _launcher, _parent
     if "TORCHELASTIC_RUN_ID" not in os.environ or _launcher is not None:
