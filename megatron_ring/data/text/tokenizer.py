@@ -80,10 +80,6 @@ class Tokenizer(Protocol):
         """The first messages as text, for each of ``texts``; :mod:`megatron_ring.data.text.chat` encodes them."""
         ...
 
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as text."""
-        ...
-
 
 def load_tokenizer(
     tokenizer_type: TokenizerType,
@@ -179,9 +175,6 @@ class _Base:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[str]:
         return self.template.render(messages, texts, tools=tools, names=template_kwargs or {})
-
-    def apply_chat_template(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        return self.render(messages, [(len(messages), add_generation_prompt)])[0]
 
     def _set_control_text(
         self, control: Iterable[str], kept_in_answers: Iterable[str], document: Iterable[str]

@@ -8,6 +8,7 @@ from megatron_ring.data.text.chat import render_samples
 from megatron_ring.data.text.messages import Conversation
 from megatron_ring.data.text.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_ring.errors import DataError
+from tests.helpers.data.chat_lines import as_text
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -33,7 +34,7 @@ def answers(tokenizer, ids: list[int], mask: list[bool]) -> str:
 
 
 def test_lings_turns(sentencepiece: SentencePieceTokenizer):
-    assert sentencepiece.apply_chat_template(CONVERSATION[:4], add_generation_prompt=True) == (
+    assert as_text(sentencepiece, CONVERSATION[:4], add_generation_prompt=True) == (
         "<role>SYSTEM</role>Be brief.<role>HUMAN</role>1+1?\n"
         "<role>ASSISTANT</role><think>add</think>2<|endoftext|><role>HUMAN</role>+1?<role>ASSISTANT</role>"
     )
@@ -46,7 +47,7 @@ def test_answers_and_their_ends_are_learned_and_nothing_else(
         ids, mask = render_chat(tokenizer, CONVERSATION)
         assert answers(tokenizer, ids, mask) == "<think>add</think>2 3"
         assert sum(learned and i == tokenizer.eos_id for i, learned in zip(ids, mask, strict=True)) == 2
-        text = tokenizer.apply_chat_template(CONVERSATION).replace(tokenizer.eos_token, "")
+        text = as_text(tokenizer, CONVERSATION).replace(tokenizer.eos_token, "")
         assert tokenizer.decode(ids) == text
 
 
@@ -139,7 +140,7 @@ def test_a_tokenizer_without_template_says_so(huggingface_folder: Path, tmp_path
     shutil.copy(huggingface_folder / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     with pytest.raises(DataError, match=r"no chat template in the folder of .*tokenizer\.json"):
-        HuggingFaceTokenizer(tmp_path).apply_chat_template(CONVERSATION)
+        as_text(HuggingFaceTokenizer(tmp_path), CONVERSATION)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from megatron_ring.data.text.control_text import ControlText, free_mark
 from megatron_ring.data.text.messages import Conversation
 from megatron_ring.data.text.tokenizer import HuggingFaceTokenizer, Tokenizer
 from megatron_ring.errors import DataError
+from tests.helpers.data.chat_lines import as_text
 
 PIECES = [
     "a",
@@ -82,8 +83,8 @@ def test_a_users_text_never_becomes_a_control_token(tokenizers, said: list[str],
         )
         control = control_ids(tokenizer)
         assert [i for i in ids if i in control] == [i for i in bare_ids if i in control]
-        shown = tokenizer.apply_chat_template(spoken(question, answer).messages)
-        template = tokenizer.apply_chat_template(plain.messages)
+        shown = as_text(tokenizer, spoken(question, answer).messages)
+        template = as_text(tokenizer, plain.messages)
         for token in (tokenizer.eos_token, "<|endoftext|>"):
             # those of the template are silent, a user's own are shown
             if token in template:
@@ -100,7 +101,7 @@ def test_text_without_control_tokens_has_its_usual_ids(tokenizers, said: list[st
     question = "".join(said) + "."
     assume(not any(token in question for token in CONTROL))
     for tokenizer in tokenizers:
-        text = tokenizer.apply_chat_template(spoken(question).messages[:1], add_generation_prompt=True)
+        text = as_text(tokenizer, spoken(question).messages[:1], add_generation_prompt=True)
         first, *others = text.split(tokenizer.eos_token)
         ids = tokenizer.encode(first)
         for part in others:

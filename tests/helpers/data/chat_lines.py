@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ring.data.text.chat import render_samples
@@ -13,6 +14,11 @@ def learned(tokenizer: Tokenizer, fields: dict) -> list[str]:
     """What each sample of a line teaches."""
     samples = render_samples(tokenizer, read_conversation(fields, "a.jsonl:1"))
     return [tokenizer.decode([i for i, own in zip(ids, mask, strict=True) if own]) for ids, mask in samples]
+
+
+def as_text(tokenizer: Tokenizer, messages: Sequence[dict], add_generation_prompt: bool = False) -> str:
+    """The template's text of a whole conversation."""
+    return tokenizer.render(messages, [(len(messages), add_generation_prompt)])[0]
 
 
 def with_template(folder: Path, tmp_path: Path, template: str, **files: dict) -> HuggingFaceTokenizer:
