@@ -32,7 +32,7 @@ def evaluate(
     requests = [
         Request(prompt=prompt, sample=sample, prefix=None)
         for prompt in problems
-        if prompt.uid % topology.dp_size == topology.dp_rank
+        if topology.owns(prompt.uid)
         for sample in range(samples)
     ]
     rollouts, _ = sampler(requests, replace(sampling, seed=SEED, record_routes=False))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from megatron_ring.rl.batch.planner import Plan
 from megatron_ring.rl.collect.collector import StepRollouts
+from megatron_ring.rl.learn.objective import loss_tokens
 from megatron_ring.rl.rollout_metrics import add_up
 from megatron_ring.runtime.session import Session
 from megatron_ring.train.engine import StepReport
@@ -80,7 +81,7 @@ class Update(NamedTuple):
     @property
     def tokens(self) -> int:
         """Loss tokens of the minibatch, over the whole job, as counted in its loss masks."""
-        return round(self.report.means["tokens"] * self.report.denominator)
+        return round(loss_tokens(self.report))
 
 
 def account(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import device as Device
 
 from megatron_ring.data.text.tokenizer import Tokenizer
+from megatron_ring.rl.learn.objective import loss_tokens
 from megatron_ring.rl.types import Rollout
 from megatron_ring.runtime.collectives import gather_json
 from megatron_ring.train.engine import StepReport
@@ -82,7 +83,7 @@ def router_metrics(reports: Sequence[StepReport]) -> dict[str, float]:
     ``grad_norm`` is the mean over updates; router figures are means over the tokens that they count; a flip rate is
     flipped choices / compared ones, whatever minibatch they are in, by layer and as the mean of layers.
     """
-    made = [report for report in reports if report.means["tokens"]]
+    made = [report for report in reports if loss_tokens(report)]
     if not made:
         return {}
     valid = sum(report.valid for report in made)

@@ -36,7 +36,7 @@ from megatron_ring.rl.collect.state import RolloutState
 from megatron_ring.rl.evaluation import evaluate
 from megatron_ring.rl.learn.advantage import assign, estimator_of, is_masked, moments, whiten
 from megatron_ring.rl.learn.critic import Critic
-from megatron_ring.rl.learn.objective import PolicyObjective
+from megatron_ring.rl.learn.objective import PolicyObjective, loss_tokens
 from megatron_ring.rl.learn.objective import metrics as objective_metrics
 from megatron_ring.rl.learn.objective.policy_losses import StepFacts
 from megatron_ring.rl.learn.reference_policy import ReferencePolicy
@@ -91,7 +91,7 @@ class RlRun(StageRun):
         tokenizer = self.tokenizer
         # an estimator that cannot be imported ends the run before anything is built
         estimator_of(config.objective)
-        prompts, rewards = self._open_problems(resources)
+        prompts, self.held_out, rewards = self._open_problems(resources)
         self.rollouts = RolloutState(prompts, rollout.group_size)
         self.planner = MinibatchPlanner(config, session)
         self.objective = PolicyObjective(
@@ -130,36 +130,36 @@ class RlRun(StageRun):
         )
         self.alarms = Alarms(session, config.objective.mismatch_alarm)
 
-    def _open_problems(self, resources: ExitStack) -> tuple[PromptStream, RewardPool | None]:
-        """The stream of problems and, on reward ranks, the verifiers. Also sets ``held_out``."""
+    def _open_problems(self, resources: ExitStack) -> tuple[PromptStream, list[Prompt], RewardPool | None]:
+        """The stream of problems, the held-out problems and, on reward ranks, the verifiers."""
         rollout, tokenizer = self.config.rollout, self.tokenizer
         assert tokenizer is not None
         own_domains = parse_reward_functions(self.config.reward.reward_functions)
-        self.held_out: list[Prompt] = []
+        held_out: list[Prompt] = []
         domains = frozenset[str]()
         if rollout.eval_prompt_data:
-            held_out = open_prompts(rollout.eval_prompt_data, tokenizer, rollout, seed=0)
-            check_sources(held_out.sources, own_domains)
-            self.held_out, domains = held_out.each_once(rollout.eval_prompts), held_out.domains
-            if len(self.held_out) < rollout.eval_prompts:
+            stream = open_prompts(rollout.eval_prompt_data, tokenizer, rollout, seed=0)
+            check_sources(stream.sources, own_domains)
+            held_out, domains = stream.each_once(rollout.eval_prompts), stream.domains
+            if len(held_out) < rollout.eval_prompts:
                 log.info(
                     "eval_prompts=%d, but eval_prompt_data has only %d that can be used: each is used once",
                     rollout.eval_prompts,
-                    len(self.held_out),
+                    len(held_out),
                 )
         prompts = open_prompts(
             rollout.prompt_data,
             tokenizer,
             rollout,
             seed=self.config.train.seed,
-            excluded={prompt.asked for prompt in self.held_out},
+            excluded={prompt.asked for prompt in held_out},
         )
         check_sources(prompts.sources, own_domains)
         if not is_reward_rank(self.session):
-            return prompts, None
+            return prompts, held_out, None
         # before the model, so that verifiers load their libraries meanwhile
         pool = RewardPool.open(self.config.reward, prompts.domains | domains, warns=self.session.is_save_rank)
-        return prompts, resources.enter_context(pool)
+        return prompts, held_out, resources.enter_context(pool)
 
     def on_initial_weights(self) -> None:
         """The reference and the critic's layers are copies of the run's initial weights, also in a resumed
@@ -261,7 +261,7 @@ class RlRun(StageRun):
     def _update(self, grid: list[RLMicrobatch], lr: float) -> Update:
         report = self.engine.accumulate(grid, self.objective)
         # in an update without tokens momentum alone would move the weights
-        made = not self.skip_non_finite(report) and report.means["tokens"] > 0
+        made = not self.skip_non_finite(report) and loss_tokens(report) > 0
         if made:
             self.engine.update(report, lr)
         else:

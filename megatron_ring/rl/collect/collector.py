@@ -93,12 +93,12 @@ class Collector:
             have = self._total(len(found.groups)) + self._total(len(self.state.pending.open))
             missing = self.config.prompts_per_step - have
             if missing <= 0 or self._tokens_left(found) == 0:
-                self._count_barren(found)
+                self._count_without_signal(found)
                 return found
             if found.rounds >= self.config.dynamic_sampling_max_rounds:
                 self._give_up(self._total(len(found.groups)), f"{found.rounds} rounds")
 
-    def _count_barren(self, found: StepRollouts) -> None:
+    def _count_without_signal(self, found: StepRollouts) -> None:
         if self._total(len(found.groups)):
             self.state.steps_without_signal = 0
         elif self._total(found.uninformative_groups):

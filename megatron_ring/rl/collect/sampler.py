@@ -51,7 +51,7 @@ class RolloutSampler:
                 ended.append((response, self._submit(prompts[response.prompt_uid], response)))
         rollouts = [
             Rollout(prompt=prompts[response.prompt_uid], response=response, reward=reward)
-            for (response, _), reward in zip(ended, self._verdicts(ended), strict=True)
+            for (response, _), reward in zip(ended, self._rewards_of(ended), strict=True)
         ]
         return rollouts, unfinished
 
@@ -60,7 +60,7 @@ class RolloutSampler:
             return None
         return self.rewards.submit(prompt, self.tokenizer.decode(response.tokens_R.tolist()))
 
-    def _verdicts(self, ended: list[tuple[Response, Future[RewardResult] | None]]) -> list[RewardResult]:
+    def _rewards_of(self, ended: list[tuple[Response, Future[RewardResult] | None]]) -> list[RewardResult]:
         """Each response's reward, once all verifiers are done."""
         values = None
         if self.rewards is not None:

@@ -104,7 +104,7 @@ def run(folder: Path, name: str, line: str | None) -> None:
     planner.MinibatchPlanner.plan = record(trap, folder / f"{name}.jsonl")
     trap.wrap(Collector, "_draw", "prompts", after=True)
     trap.wrap_generate(InProcessEngine)
-    trap.wrap(RolloutSampler, "_verdicts", "reward")
+    trap.wrap(RolloutSampler, "_rewards_of", "reward")
     trap.wrap(rl, "assign", "advantage")
     trap.wrap(planner, "select", "budget", after=True)
     trap.wrap(planner, "pack", "pack", after=True)

@@ -146,6 +146,11 @@ def _scored(column_T: Tensor | None) -> Tensor:
     return column_T
 
 
+def loss_tokens(report: StepReport) -> float:
+    """Loss tokens of an update, over the whole job, as counted in its loss masks."""
+    return report.means["tokens"] * report.denominator
+
+
 def metrics(reports: Sequence[StepReport]) -> dict[str, float]:
     """Metrics of the updates of one RL step, from the reports of :class:`PolicyObjective`.
 
@@ -156,7 +161,7 @@ def metrics(reports: Sequence[StepReport]) -> dict[str, float]:
 
     Example: ``{"loss": .02, "policy_loss": .019, "loss_tokens": 8192., "kl": .001, "entropy": .4, ...}``.
     """
-    made = [report for report in reports if report.means["tokens"]]
+    made = [report for report in reports if loss_tokens(report)]
     if not made:
         return {"loss": 0.0, "loss_tokens": 0.0}
 

@@ -176,9 +176,9 @@ def _confirmed(a: Node, b: Node, budget: Budget, real: bool) -> bool:
     # with a gamma function the first value to 500 digits takes seconds
     few = _has_gamma(a) or _has_gamma(b)
     for digits in (MORE_DIGITS,) if few else (MOST_DIGITS, 6 * MOST_DIGITS):
-        verdict = _same_to(a, b, budget, real, digits)
-        if verdict is not None:
-            return verdict
+        same = _same_to(a, b, budget, real, digits)
+        if same is not None:
+            return same
     raise TooExpensive("a difference that is too small beside what it stands in")
 
 

@@ -71,7 +71,7 @@ _ABOUT_ANSWER = re.compile(r"####|<<[^<>]*>>|\banswers?\b|^\[['\"]", re.IGNORECA
 
 def verify_math(prompt: Prompt, text: str) -> RewardResult:
     """1 if the last box of ``text`` is equal in value to ``prompt.reference["answer"]``."""
-    return _judge(_reference(prompt), text, science=False)
+    return _verify(_reference(prompt), text, science=False)
 
 
 def verify_science(prompt: Prompt, text: str) -> RewardResult:
@@ -79,7 +79,7 @@ def verify_science(prompt: Prompt, text: str) -> RewardResult:
     reference = _reference(prompt)
     wanted = choices.CHOICE.fullmatch(reference)
     if wanted is None or len(reference) > 3:
-        return _judge(reference, text, science=True)
+        return _verify(reference, text, science=True)
     box = last_boxed(answer_part(text))
     if box is None:
         return _no_box()
@@ -90,7 +90,7 @@ def verify_science(prompt: Prompt, text: str) -> RewardResult:
     given = choices.named(answer)
     if given is None:
         return _unreadable(f"no choice in the box: {answer[:60]}")
-    return _verdict(given == wanted[1].upper(), answer)
+    return _result(given == wanted[1].upper(), answer)
 
 
 @functools.cache
@@ -156,7 +156,7 @@ def _reference(prompt: Prompt) -> str:
     return reference
 
 
-def _judge(reference: str, text: str, science: bool) -> RewardResult:
+def _verify(reference: str, text: str, science: bool) -> RewardResult:
     box = boxed_answer(answer_part(text))
     if box is None:
         return _no_box()
@@ -167,18 +167,18 @@ def _judge(reference: str, text: str, science: bool) -> RewardResult:
     if not answer:
         return _unreadable(f"a box of 0 characters; 1 to {MAX_ANSWER_CHARS} are read")
     if answer == reference:
-        return _verdict(True, answer)
+        return _result(True, answer)
     wanted, given = _exact(reference), _exact(answer)
     if wanted is not None and given is not None and not (_is_long(reference) or _is_long(answer)):
-        return _verdict(wanted == given, answer)
+        return _result(wanted == given, answer)
     if (chosen := choices.choice(reference, answer)) is not None:
         if isinstance(chosen, bool):
-            return _verdict(chosen, answer)
+            return _result(chosen, answer)
         reference, answer = chosen
         if reference == answer:
-            return _verdict(True, answer)
+            return _result(True, answer)
     if _is_word(reference):
-        return _verdict(_as_word(reference) == _as_word(answer), answer)
+        return _result(_as_word(reference) == _as_word(answer), answer)
     return _by_value(reference, answer, science)
 
 
@@ -192,7 +192,7 @@ def _by_value(reference: str, answer: str, science: bool) -> RewardResult:
         reference = letter[1] or letter[2]
     wanted = _readings(reference, loose_units=science)
     if not wanted and _is_text(reference):
-        return _verdict(_as_text(reference) == _as_text(answer), answer)
+        return _result(_as_text(reference) == _as_text(answer), answer)
     if not wanted:
         why = _problem(reference, science)
         if why is None:
@@ -209,14 +209,14 @@ def _by_value(reference: str, answer: str, science: bool) -> RewardResult:
         for b in given:
             try:
                 if same(*lone_members(a, b, budget), budget):
-                    return _verdict(True, answer)
+                    return _result(True, answer)
             except TooExpensive as error:
                 return RewardResult(score=0.0, status="wrong", detail=f"{answer[:40]}: {error}")
             except Unreadable as error:
                 reason = str(error)
     if reason:
         return _unreadable(f"{answer[:40]}: {reason}")
-    return _verdict(False, answer)
+    return _result(False, answer)
 
 
 def _readings(text: str, loose_units: bool) -> list[Node]:
@@ -333,7 +333,7 @@ def _unreadable(why: str) -> RewardResult:
     return RewardResult(score=0.0, status="parse_error", detail=why[:200])
 
 
-def _verdict(right: bool, answer: str) -> RewardResult:
+def _result(right: bool, answer: str) -> RewardResult:
     if right:
         return RewardResult(score=1.0, status="correct")
     return RewardResult(score=0.0, status="wrong", detail=answer[:60])
