@@ -53,7 +53,7 @@ class PhaseTimer:
 
 
 class MetricsLogger:
-    """Everything a run reports, one call a step. Only the writer rank (``is_writer``) writes or prints.
+    """Everything a run reports, one call a step. Only the log rank (``is_log_rank``) writes or prints.
 
     Call on every rank, so that stages need no rank checks; it communicates nothing. Raises ConfigError,
     before training, for a folder that cannot be written and for W&B without its package or login.
@@ -79,7 +79,7 @@ class MetricsLogger:
         tensorboard_dir: str | Path | None = None,
         metrics_file: str | Path | None = None,
         wandb_project: str | None = None,
-        is_writer: bool = True,
+        is_log_rank: bool = True,
         world_size: int = 1,
         peak_tflops: float = 0.0,
         flops_per_token: float = 0.0,
@@ -104,7 +104,7 @@ class MetricsLogger:
                 the others.
         """
         self.phase = PhaseTimer()
-        self._is_writer = is_writer
+        self._is_log_rank = is_log_rank
         self._peak_flops = peak_tflops * 1e12 * world_size
         self._flops_per_token = flops_per_token
         self._step = resume_step
@@ -115,7 +115,7 @@ class MetricsLogger:
             # on every rank, so that no rank waits for the writer
             remedy = "pip install wandb or drop the flag"
             raise ConfigError(f"--wandb-project {wandb_project} needs wandb; {remedy}")
-        if not is_writer:
+        if not is_log_rank:
             return
         path = metrics_file or (None if run_dir is None else Path(run_dir) / "metrics.jsonl")
         started = {"world_size": world_size, **(facts or {})}
@@ -138,7 +138,7 @@ class MetricsLogger:
         Raises ConfigError when the disk is full; the file then ends with the last whole line.
         """
         phases = self.phase.drain()
-        if not self._is_writer:
+        if not self._is_log_rank:
             return
         assert step > self._step, f"step {step} after step {self._step}: each step is reported once"
         assert not RESERVED & values.keys(), f"{sorted(RESERVED & values.keys())} are the logger's own names"
@@ -161,7 +161,7 @@ class MetricsLogger:
 
     def log_eval(self, step: int, values: Mapping[str, float]) -> None:
         """Report a validation after ``step`` steps. Example: ``log_eval(50, {"loss": 3.1})``."""
-        if not self._is_writer:
+        if not self._is_log_rank:
             return
         numbers = {name: float(value) for name, value in values.items()}
         wall = time.perf_counter() - self._start
@@ -171,7 +171,7 @@ class MetricsLogger:
 
     def close(self) -> None:
         """Record that the run ended normally and close the sinks."""
-        if self._is_writer:
+        if self._is_log_rank:
             wall = time.perf_counter() - self._start
             phases = {f"seconds_{name}": spent for name, spent in self.phase.drain().items()}
             self._write({"kind": "end", "step": self._step, **phases, "wall_seconds": wall})

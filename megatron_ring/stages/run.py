@@ -272,7 +272,7 @@ class StageRun:
             tensorboard_dir=settings.tensorboard_dir,
             metrics_file=settings.metrics_file,
             wandb_project=settings.wandb_project,
-            is_writer=self.session.is_log_rank,
+            is_log_rank=self.session.is_log_rank,
             world_size=self.session.world_size,
             peak_tflops=settings.peak_tflops,
             flops_per_token=flops_per_token(self.config.model, self.config.train.seq_length),

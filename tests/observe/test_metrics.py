@@ -156,7 +156,7 @@ def test_phase_timer_example():
 
 def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
     metrics = MetricsLogger(
-        tmp_path / "run", total_steps=1, log_interval=1, is_writer=False, tensorboard_dir=tmp_path / "tb"
+        tmp_path / "run", total_steps=1, log_interval=1, is_log_rank=False, tensorboard_dir=tmp_path / "tb"
     )
     with metrics, metrics.phase("data"):
         log_steps(metrics, 1, 1)
@@ -298,10 +298,10 @@ def test_without_tensorboard_training_goes_on_and_it_is_said_once(tmp_path, monk
 
 def test_wandb_without_its_package_is_refused_on_every_rank(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics_module.importlib.util, "find_spec", lambda name: None)
-    for is_writer in (True, False):
+    for is_log_rank in (True, False):
         with pytest.raises(ConfigError, match="--wandb-project ring needs wandb; pip install wandb"):
             MetricsLogger(
-                tmp_path / "run", total_steps=1, log_interval=1, wandb_project="ring", is_writer=is_writer
+                tmp_path / "run", total_steps=1, log_interval=1, wandb_project="ring", is_log_rank=is_log_rank
             )
     assert list(tmp_path.iterdir()) == []
 

@@ -93,7 +93,7 @@ def ours(a: argparse.Namespace, folder: Path) -> None:
         # no token ends a response: every one is of the same length
         run.collector.sampling = forced(run.sampling)
         count = sum(p.numel() for model in run.engine.models for p in model.parameters())
-        metrics = MetricsLogger(None, total_steps=10_000, log_interval=10_000, is_writer=False)
+        metrics = MetricsLogger(None, total_steps=10_000, log_interval=10_000, is_log_rank=False)
         answer(parameters=count, device=machine.device_name())
         while True:
             wait_for_turn()

@@ -58,7 +58,7 @@ def training(size: Size, **settings: Any) -> Iterator[tuple[Callable[[], Any], S
 def reinforcing(size: Size, **settings: Any) -> Iterator[tuple[Callable[[], Any], Seen]]:
     """A C3PO run on the pretended GPU: one step of it, and what was seen."""
     with pretending() as seen, open_rl(size, **{"bf16": True, "reward_workers": 1} | settings) as run:
-        metrics = MetricsLogger(None, total_steps=1000, log_interval=1000, is_writer=False)
+        metrics = MetricsLogger(None, total_steps=1000, log_interval=1000, is_log_rank=False)
         yield lambda: run.train_step(metrics), seen
 
 

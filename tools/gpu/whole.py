@@ -176,7 +176,7 @@ class _Steps(MetricsLogger):
     """Keeps a row per step in place of a run's own records."""
 
     def __init__(self, results: Results, budget: int):
-        super().__init__(None, total_steps=1000, log_interval=1000, is_writer=False)
+        super().__init__(None, total_steps=1000, log_interval=1000, is_log_rank=False)
         self.results, self.budget = results, budget
 
     def log(self, step: int, values: dict[str, float], tokens: float, seconds: float) -> None:
