@@ -72,7 +72,7 @@ def write_random_checkpoint(
     init_method_std.
 
     Raises:
-        CheckpointError: the disk is too small, or it failed; nothing has ``folder``'s name then.
+        CheckpointError: the disk is too small, or it failed; then ``folder`` does not exist.
     """
     try:
         return _write(model, folder, dtype, max_file_bytes, seed)
@@ -132,7 +132,7 @@ def _parser() -> OneLineParser:
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="bf16", help="of the weights (default: bf16)"
     )
-    parser.add_argument("--num-layers", type=int, help="as many layers instead of the preset's")
+    parser.add_argument("--num-layers", type=int, help="number of layers instead of the preset's")
     parser.add_argument(
         "--mtp-num-layers", type=int, help="multi-token-prediction layers instead of the preset's"
     )

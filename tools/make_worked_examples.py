@@ -1,4 +1,4 @@
-r"""Write worked sums as chat JSONL: a teacher shows its steps, and errs as often as it is told to.
+r"""Write worked sums as chat JSONL: a teacher shows its steps, and makes mistakes at a given rate.
 
     python tools/make_worked_examples.py --output sums.jsonl
     python tools/make_worked_examples.py --count 500 --seed 2 --slip-share 0 --output held_out.jsonl

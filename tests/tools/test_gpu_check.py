@@ -317,7 +317,7 @@ def test_the_package_that_is_installed_is_the_one_that_is_checked(found: str, tm
             "9.9.9",
             "pyproject.toml",
             "checkout",
-            "note: an editable install of another checkout is left aside",
+            "note: an editable install of another checkout is ignored",
         ),
     ],
 )

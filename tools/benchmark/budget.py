@@ -3,11 +3,11 @@
 
     python tools/benchmark/budget.py [--ranks 64] [--steps 8]
 
-Then trained / selected tokens and fill where prompts are from a hundredth to a hundred times as long as answers.
+Then trained / selected tokens and fill for prompts from a hundredth to a hundred times as long as answers.
 
 Usual: every sampled response is trained on, samples are dealt to ranks by count, each rank packs by first-fit-decreasing,
 and the number of microbatches is the largest that any rank needs. Lengths are lognormal and independent, so the
-usual recipe's tokens per step differ here by chance alone; lengths that drift in training come on top.
+usual recipe's tokens per step differ here by chance alone; lengths that drift in training add to that.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def ours(args: argparse.Namespace, responses: np.ndarray, prompts: np.ndarray, p
 
 def usual(args: argparse.Namespace, responses: np.ndarray, prompts: np.ndarray) -> dict[str, float]:
     ranks = np.array_split(responses + prompts, args.ranks)
-    # one bin after the other is tried: first fit
+    # bins are tried in order: first fit
     microbatches = max(first_fit_decreasing(rank.tolist(), args.capacity) for rank in ranks)
     attention = [float((rank.astype(float) ** 2).sum()) for rank in ranks]
     return {

@@ -4,9 +4,9 @@
     python tools/benchmark/c3po_grpo.py --start runs/quickstart [--steps 40] [--seeds 3] [--out runs/c3po_grpo]
 
 ``--start`` is a folder that examples/quickstart.sh made (its tokenizer and its supervised model). GRPO trains on every
-response of the step, so its tokens float; C3PO on exactly Phi of them in each of the step's two updates. Runs take turns,
-one seed after the other; the numbers are printed as they fall, and ``c3po_grpo.png`` shows what figure 7 of the paper
-shows.
+response of the step, so its number of tokens varies; C3PO trains on exactly Phi of them in each of the step's
+two updates. Runs take turns, one seed after the other; the numbers are printed as they come, and
+``c3po_grpo.png`` has the curves of the paper's figure 7.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def _parser() -> OneLineParser:
     )
     parser.add_argument("--preset", default="ring_lite", help="model to convert (default: ring_lite)")
     parser.add_argument(
-        "--num-layers", type=int, help="as many layers instead of the preset's, for a small disk"
+        "--num-layers", type=int, help="number of layers instead of the preset's, for a small disk"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes that convert (default: 1)")
     parser.add_argument("--max-file-gb", type=float, default=2.0, help="largest file (default: 2)")

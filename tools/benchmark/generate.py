@@ -5,10 +5,10 @@
     python tools/benchmark/generate.py --peer-python PYTHON         and transformers, from that interpreter
     python tools/benchmark/generate.py --slots 32 --rounds 9        a smaller batch; more rounds
 
-Each engine lives in a process of its own, with the same number of threads, and they take turns, round by round.
-All have the same shapes, weights of the same size, prompts of the same lengths, and sample every response to its
-full length at temperature 1; ours also answers log p of every token. Reported: tokens per second, the median and
-the best of the rounds. On a GPU all run there, in bf16 (--no-bf16: fp32), and no C++ kernel has a part in it.
+Each engine runs in its own process, with the same number of threads, and they take turns, round by round. All
+have the same shapes, weights of the same size, prompts of the same lengths, and sample every response to its
+full length at temperature 1; ours also returns log p of every token. Reported: tokens per second, the median
+and the best of the rounds. On a GPU all run there, in bf16 (--no-bf16: fp32), and no C++ kernel is used.
 """
 
 from __future__ import annotations

@@ -213,7 +213,8 @@ def milliseconds(run: Callable[[], object], repeats: int) -> float:
 
 
 def check_same(case: Case) -> None:
-    """Both give the same answer, within the rounding of the dtype; compared in parts, as the logits are large."""
+    """Check that both give the same answer, within the dtype's rounding; in parts, because the logits are
+    large."""
     for ours, plain in zip(case.ours(), case.plain(), strict=True):
         scale = plain.detach().abs().max().item() or 1.0
         pairs = zip(ours.detach().split(64), plain.detach().split(64), strict=True)

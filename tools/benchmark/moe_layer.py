@@ -6,8 +6,8 @@
 
 Stock is ``MoELayer`` with ``SequentialMLP`` and the all-to-all dispatcher, as megatron-core 0.16 builds it without
 Transformer Engine; both layers route with a balance loss, have no shared experts and start from the same weights.
-Their outputs and every gradient must agree before anything is timed. The two take turns, so that what else the
-machine does hits both. On a busy machine the fastest rounds say more than the medians.
+Their outputs and every gradient must agree before anything is timed. The two take turns, so that other load on
+the machine affects both. On a busy machine the fastest rounds are more reliable than the medians.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def _arguments() -> argparse.Namespace:
 
 
 class _NullStream:
-    """A stream that is always done, as work on the host is."""
+    """A stream that has always finished, as on the host."""
 
     def record_event(self) -> "_NullStream":
         return self

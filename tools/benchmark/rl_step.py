@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""A C3PO step end to end beside TRL's GRPOTrainer: sample, judge, train. Same parameter count, prompts, forced lengths.
+"""A C3PO step end to end beside TRL's GRPOTrainer: sample, verify, train. Same parameter count, prompts, forced
+lengths.
 
     python tools/benchmark/rl_step.py                               ours alone
     python tools/benchmark/rl_step.py --peer-python PYTHON          and TRL, from an interpreter that has it
     python tools/benchmark/rl_step.py --bf16 --peer-python PYTHON   both in bf16, as they are on a GPU anyway
 
-Each lives in a process of its own with the same number of threads, and they take turns, step by step. No KL, no
+Each runs in its own process with the same number of threads, and they take turns, step by step. No KL, no
 recomputed log p on either side; every sampled token is trained on (the budget is all of them).
 """
 
@@ -168,7 +169,7 @@ def peer(a: argparse.Namespace, folder: Path) -> None:
 
 
 class Worker:
-    """One engine in a process of its own, which makes a step when it is told to."""
+    """One engine in its own process, which makes a step on request."""
 
     def __init__(self, python: str, kind: str, words: list[str]):
         environment = {**os.environ, "PYTHONWARNINGS": "ignore"}

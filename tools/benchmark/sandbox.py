@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""What a verdict costs: a tiny Python program bare and in the sandbox, compiled languages, answers in mathematics.
+"""What a verification costs: a tiny Python program bare and in the sandbox, compiled languages, answers in
+mathematics.
 
     python tools/benchmark/sandbox.py [--runs 100] [--workers 1 2] [--without-compilers]
 
-Bare is ``python -I -S -B`` of the same system Python on the same program, without any wall; "one bwrap per run" puts the
-same walls around each run with a bubblewrap of its own and a fresh interpreter, "own interpreter" starts the latter only.
-All take turns in rounds, so that what else the machine does hits each. Every run's output is checked before its time
-counts.
+Bare is ``python -I -S -B`` of the same system Python on the same program, without isolation; "one bwrap per
+run" isolates each run in the same way, in its own bubblewrap and interpreter; "own interpreter" only starts a
+new interpreter. All take turns in rounds, so that other load on the machine affects each. Every run's output is
+checked before its time counts.
 """
 
 import argparse

@@ -86,7 +86,7 @@ def main() -> int:
         objective = NextTokenObjective()
 
         def step() -> float:
-            # processor time: what else the machine does is not the stand-in's cost
+            # processor time: other load on the machine is not the stand-in's cost
             start = time.process_time()
             engine.step(microbatches, objective, 1e-4)
             return time.process_time() - start
@@ -108,7 +108,7 @@ def main() -> int:
 
         pairs = []
         for turn in range(args.rounds):
-            # who goes first changes, so that a drift of the machine favours neither
+            # the order alternates, so that a drift of the machine favours neither
             first, second = (step, direct_step) if turn % 2 else (direct_step, step)
             times = first(), second()
             pairs.append(times if turn % 2 else times[::-1])

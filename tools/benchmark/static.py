@@ -159,7 +159,7 @@ def profile(spec: Spec, arch: int) -> dict[str, object]:
 
 
 def broken_gates(name: str, found: dict, arch: int) -> list[str]:
-    """What the profile of one kernel breaks; only spills are judged off sm_90a."""
+    """Which gates the profile of one kernel breaks; on other architectures than sm_90a only spills count."""
     broken = [f"{name}: {found['spills']} spills, must be 0"] if found["spills"] else []
     if arch != 90 or name not in ISSUE_GATES:
         return broken

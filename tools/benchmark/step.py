@@ -6,12 +6,12 @@
 
 Stock is ``GPTModel`` with ``get_gpt_layer_local_spec``, ``SequentialMLP`` and the all-to-all dispatcher. Both read the
 same sequences (stock as a batch, ours packed) and have a balance loss; a step here is forward, loss and backward,
-without the optimizer, which is the same for both. Logits, loss and gradients must agree before anything is timed. The
-two take turns, so that what else the machine does hits both.
+without the optimizer, which is the same for both. Logits, loss and gradients must agree before anything is
+timed. The two take turns, so that other load on the machine affects both.
 
 The floor is the matrix products of the step alone, on tensors of the right shapes that are ready when the clock
-starts: the experts' (every expert with as many rows), the projections and the head, forward and backward. Attention's
-own products are not in it.
+starts: the experts' (all experts with the same number of rows), the projections and the head, forward and
+backward. Attention's own products are not included.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def stock_model(model, config, groups):
 
 
 def counterpart(ours, name: str) -> tuple[str, object, int | slice]:
-    """Where stock's tensor ``name`` lies in ours: name, parameter and, of stacked experts, which one."""
+    """Which of our parameters holds stock's tensor ``name``: name, parameter and, for stacked experts, which
+    one."""
     if ".local_experts." not in name:
         return name, ours.get_parameter(name), slice(None)
     layer, _, rest = name.partition(".experts.local_experts.")
@@ -107,7 +108,7 @@ def counterpart(ours, name: str) -> tuple[str, object, int | slice]:
 
 
 def copy_weights(ours, stock) -> None:
-    """Stock's weights become copies of ours, of our dtypes: Megatron casts them when it wraps a model."""
+    """Copy our weights into stock's model, in our dtypes: Megatron casts them when it wraps a model."""
     for name, parameter in stock.named_parameters():
         _, mine, place = counterpart(ours, name)
         parameter.data = mine.detach()[place].reshape(parameter.shape).clone()

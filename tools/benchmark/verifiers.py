@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Verdicts on mathematics: how many a second, what the dearest answers cost, and how both sides differ.
+"""Verification of mathematics: results per second, the cost of the most expensive answers, and where both sides
+differ.
 
     python tools/benchmark/verifiers.py [--pairs 300] [--rounds 3] [--without-math-verify]
 
 The pairs are those of ``tests/rl/reward/math_pairs.jsonl``. Ours and Math-Verify's parse and verify (without its own
-time limits, which need a signal) take turns on every pair, so that what else the machine does hits both. Pairs whose
-powers Math-Verify would try to write out are left out of its side.
+time limits, which need a signal) take turns on every pair, so that other load on the machine affects both.
+Pairs whose powers Math-Verify would try to write out are left out of its side.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def _math_verify(reference: str, answer: str) -> bool:
 
 
 def pairs(words: argparse.Namespace) -> None:
-    """Both sides' verdicts a second, taking turns, and the pairs on which they differ from the table."""
+    """Both sides' results per second, taking turns, and the pairs on which they differ from the table."""
     table = (ROOT / "tests" / "rl" / "reward" / "math_pairs.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in table]
     rows = [row for row in rows if not any(text in str(row) for text in _TOO_LARGE_FOR_THE_OTHER)]
@@ -94,7 +95,7 @@ def pairs(words: argparse.Namespace) -> None:
 
 
 def killers() -> None:
-    """What the dearest answers cost, the first time and once more."""
+    """The cost of the most expensive answers, the first and the second time."""
     for answer in KILLERS:
         milliseconds = []
         for _ in range(2):

@@ -1,4 +1,5 @@
-"""Timing work on one device beside its peers, as a share of what that device gave just before and of its maker's figure."""
+"""Time our work beside its peers on one device, as a share of that device's measured peak and of its maker's
+figure."""
 
 from __future__ import annotations
 
@@ -40,16 +41,16 @@ TINY = Sizes(T=64, D=64, F=32, E=4, K=2, V=512, S=4, context=32, roof=64, copied
 
 
 def tensors(found: Any) -> list[Tensor]:
-    """What a work gave, to be compared: a tensor, or the tensors of a sequence."""
+    """The tensors of a result, to be compared."""
     return [found] if isinstance(found, Tensor) else [each for each in found if each is not None]
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of those that do the same work.
+    """One implementation of the work that is compared.
 
-    ``make`` prepares and returns what is timed; it may fail. ``seen`` makes of its first result what is compared with
-    ours; None: nothing can be.
+    ``make`` prepares and returns the function that is timed; it may fail. ``seen`` turns its first result into
+    the tensors that are compared with ours; None: they cannot be compared.
     """
 
     who: str
@@ -62,16 +63,17 @@ def side(who: str, work: Work, seen: Callable[[Any], Sequence[Tensor]] | None = 
 
 
 def peer(package: str, who: str, make: Callable[[], Work], seen: Any = tensors) -> list[Side]:
-    """A side that needs ``package``; none where that is not installed."""
+    """A side that needs ``package``; none if it is not installed."""
     return [Side(who, make, seen)] if find_spec(package) is not None else []
 
 
 class Differs(Exception):
-    """A peer gave something else than ours: however fast it is, it is no row."""
+    """A peer's result differs from ours, so its time does not count."""
 
 
 class Bench:
-    """Times work on one device and writes a row for each: ``flops`` or ``bytes_moved`` say what it did."""
+    """Times work on one device and writes a row for each; ``flops`` or ``bytes_moved`` is the amount of
+    work."""
 
     def __init__(self, device: str, sizes: Sizes, results: Results):
         self.device, self.sizes, self.results = device, sizes, results
@@ -83,7 +85,7 @@ class Bench:
         return (torch.randn(*shape, device=self.device) * scale).to(dtype).requires_grad_(leaf)
 
     def milliseconds(self, work: Work, budget: float) -> float:
-        """Median of as many runs as fit into ``budget`` milliseconds, with a cold L2 cache; of one run on a CPU."""
+        """Median of the runs that fit into ``budget`` milliseconds, with a cold L2 cache; one run on a CPU."""
         if self.device == "cuda":
             from triton.testing import do_bench
 
@@ -102,10 +104,10 @@ class Bench:
         tolerance: float = 3e-2,
         budget: float = BUDGET_MS,
     ) -> None:
-        """A row for each side, ours first. What a side fails with, or that it gives something else, is its row's error.
+        """A row for each side, ours first. If a side fails or gives another result, its row has the error.
 
-        ``flops`` and ``bytes_moved`` are the least that the work takes; a row's rate is of the first that is given,
-        its share that of the time which the slower of the two takes at the roof.
+        ``flops`` and ``bytes_moved`` are the least that the work needs. A row's rate is of the first one given;
+        its share is the time of the slower of the two at the device's peak, divided by the measured time.
         """
         assert what not in self._named, f"{what} is timed already"
         self._named.add(what)
@@ -123,7 +125,8 @@ class Bench:
     def _timed(
         self, each: Side, expected: list[Tensor] | None, tolerance: float, budget: float
     ) -> tuple[float, float | None, list[Tensor] | None]:
-        """(milliseconds, error beside ours, what ours gave if this is ours); the check is the work's first run."""
+        """(milliseconds, error against ours, our result if this is ours); the first run is the one that is
+        checked."""
         work = each.make()
         found = None if each.seen is None else list(each.seen(work()))
         error = None
@@ -162,7 +165,7 @@ class Bench:
             self.results.row(what=what, who=who, failed=line[:160])
 
     def measure_roof(self) -> None:
-        """One large cuBLAS product and one large copy: what this card gives today."""
+        """One large cuBLAS product and one large copy: this card's measured peaks."""
         n = self.sizes.roof
         a, b = self.new(n, n), self.new(n, n)
         x = torch.zeros(self.sizes.copied, dtype=BF16, device=self.device)

@@ -1,4 +1,5 @@
-"""What is compared with its reference: every op of megatron_ring/kernels, its options, the paper's sizes and odd ones.
+"""The comparisons with a reference: every op of megatron_ring/kernels, its options, the paper's sizes and odd
+ones.
 
 Legend: T tokens, N rows, D model width, F expert width, E experts, K experts per token, G key heads, R query heads of each,
 C channels per head, V vocabulary, S sequences.
@@ -39,7 +40,7 @@ BF16 = torch.bfloat16
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One comparison. ``op(*leaves, *fixed)`` gives tensors, of which those at ``differentiated`` are differentiated.
+    """One comparison. ``op(*leaves, *fixed)`` returns tensors; those at ``differentiated`` are differentiated.
 
     It names the ops of megatron_ring where it is called: for the reference they are plain.py's.
     """
@@ -50,10 +51,10 @@ class Case:
     fixed: Sequence[Tensor] = ()
     differentiated: Sequence[int] = ()
     tolerance: float = 8e-3
-    """Norm of the difference over the norm: bf16 has 2^-8."""
+    """Bound of the norm of the difference over the norm; bf16 rounds to 2^-8."""
     repeatable: bool = True
     reference: Callable[..., Any] | None = field(default=None)
-    """In place of ``op`` in fp64."""
+    """The reference, in fp64; by default ``op`` on plain.py's ops."""
     starts_kernels: bool = True
     """Kernels of ours; greedy sampling and flash attention are torch's."""
 
@@ -99,7 +100,7 @@ def products(make: Maker, rows: int, D: int, F: int, experts: int, skewed: bool)
     return [
         Case(name=f"grouped_gemm {size}", op=lambda x, w, ends: grouped_gemm(x, w, ends),
              leaves=[x_ND, up_e2FD.flatten(1, 2)], fixed=[offsets_e], differentiated=[0], tolerance=tolerance),
-        # between the products values are rounded, which the reference does not do
+        # values are rounded between the products, but not in the reference
         Case(name=f"expert_mlp {size}", op=lambda x, up, down, p, ends: expert_mlp(x, up, down, ends, p),
              leaves=[x_ND, up_e2FD, down_eDF, make.uniform(rows)], fixed=[offsets_e], differentiated=[0],
              tolerance=loose * tolerance),
@@ -110,7 +111,8 @@ def products(make: Maker, rows: int, D: int, F: int, experts: int, skewed: bool)
 
 
 def accumulated(make: Maker, rows: int, D: int, F: int, experts: int) -> list[Case]:
-    """Weight gradients that are added in fp32 to what is there; the outputs are the sums and the other gradients."""
+    """Weight gradients that are added in fp32 to an existing buffer; the outputs are the sums and the other
+    gradients."""
     offsets_e = expert_ends(rows, experts, make.device, skewed=True)
     fp32 = torch.float32
     x_ND, p_N = make.normal(rows, D), make.uniform(rows)
@@ -171,13 +173,13 @@ def routing(make: Maker, T: int, D: int, E: int, K: int) -> list[Case]:
 
 
 def dropping(make: Maker, T: int, D: int, E: int, K: int) -> list[Case]:
-    """Padding, experts that were recorded, one expert per token; slots that nobody computes."""
+    """Padding, recorded experts, one expert per token, dropped slots."""
     drawn_TE = make.normal(T, E, scale=2.0, dtype=torch.float32)
     logits_TE = make.firm_logits(drawn_TE, lambda x: route(x, topk=K).experts_TK)
     single_TE = make.firm_logits(drawn_TE, lambda x: route(x, topk=1).experts_TK)
     x_TD, y_ND, weights_TK = make.normal(T, D), make.normal(T * K, D), make.uniform(T, K)
     valid_T = make.integers(3, T) > 0
-    # E is nobody's
+    # expert E does not exist: the slot is dropped
     replay_TK = torch.stack([make.integers(E + 1, T) for _ in range(K)], 1)
     index = route_index(replay_TK, E)
     fine = 8e-3 if make.dtype == BF16 else 1e-5
@@ -235,7 +237,7 @@ def logprobs(make: Maker, T: int, V: int, temperature: float) -> list[Case]:
         return tuple(token_logprob(logits, targets, temperature=temperature, vocab_size=V - 1))
 
     def shard(logits: Tensor, targets: Tensor) -> Tensor:
-        # one of several shards of a vocabulary; some targets are another's, some nobody's
+        # one of several shards of a vocabulary; some targets are in another shard, some are ignored
         words = {"vocab_start": V, "with_entropy": False, "inplace_backward": True}
         return token_logprob(logits, targets, temperature=temperature, **words)[0]
 
@@ -251,7 +253,7 @@ def logprobs(make: Maker, T: int, V: int, temperature: float) -> list[Case]:
 
 
 def decoding(make: Maker, S: int, context: int, V: int) -> list[Case]:
-    """One token of each sequence: attention over the cache, and the draw."""
+    """One token of each sequence: attention over the cache, and sampling."""
     G, R, C = 4, 4, 128
     keys, values = make.normal(S + 1, context, G, C), make.normal(S + 1, context, G, C)
 
@@ -308,7 +310,7 @@ def cases(make: Maker, small: bool) -> Iterator[Case]:
     """All of them, the smallest first; in fp32 without the microbatch of 49,152 rows."""
     kind = str(make.dtype).removeprefix("torch.")
     for each in _small(make) if small else (*_small(make), *_large(make)):
-        # a kernel that is wrong must not make the inputs of the others
+        # a wrong kernel must not produce the inputs of the others
         with dispatch.force("torch"):
             made = each()
         for case in made:

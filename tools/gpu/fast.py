@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""How fast the kernels are beside what else is installed: TFLOP/s or GB/s, and the share of what this card gave before.
+"""How fast the kernels are beside other installed packages: TFLOP/s or GB/s, and the share of this card's
+measured peak.
 
     python tools/gpu/fast.py OUT            the paper's sizes; writes OUT/fast.json
     python tools/gpu/fast.py OUT --tiny     the same code in seconds, on a CPU too; its times mean nothing
 
-The roofs are measured first: one large cuBLAS product, one large copy; ``peak_share`` is of the maker's figure. What a
-peer gives is held to what ours gives before it is timed; one that fails, or gives something else, is named with that.
-A peer that does less or more says so in its name.
+The card's peaks are measured first: one large cuBLAS product, one large copy; ``peak_share`` is of the maker's
+figure. A peer's result is compared with ours before it is timed; one that fails or differs is listed with the
+reason. The name of a peer that does less or more work says so.
 
 Legend: T tokens, N rows, D model width, F expert width, E experts, K experts per token, S sequences.
 """
@@ -56,7 +57,7 @@ def products(bench: Bench, skewed: bool) -> None:
     )
     size = f"{N}x{s.D}x{2 * s.F}, {s.E} experts{', skewed' if skewed else ''}"
     flops = 2.0 * N * s.D * 2 * s.F
-    # what is read and written, if each is moved once
+    # bytes read and written, if each is moved once
     rows, weights = 2.0 * N * (s.D + 2 * s.F), w_EFD.numel()
     once = {"flops": flops, "bytes_moved": rows + 2 * weights}
 
@@ -97,7 +98,7 @@ def products(bench: Bench, skewed: bool) -> None:
 
 
 def accumulating(who: str, w_EFD: Tensor, add: Callable[[Tensor], object]) -> Side:
-    """A side that adds into a buffer of its own, which is compared after the first time."""
+    """A side that adds into its own buffer, which is compared after the first run."""
     kept: list[Tensor] = []
 
     def make() -> Work:

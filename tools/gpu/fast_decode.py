@@ -1,4 +1,5 @@
-"""One token of each of S sequences: attention over the cache, the draw, the experts, and a whole step of four layers.
+"""One token of each of S sequences: attention over the cache, sampling, the experts, and a whole step of four
+layers.
 
 Legend: S sequences, G key heads, R query heads of each, C channels per head, V vocabulary, N rows, D model width, F expert
 width, E experts, L positions of the cache, H half of the channels.
@@ -91,19 +92,20 @@ def draw(bench: Bench) -> None:
         return tokens_S1.squeeze(1), logp_SV.gather(1, tokens_S1).squeeze(1)
 
     def tokens(found: tuple[Tensor, Tensor]) -> list[Tensor]:
-        # sums in another order give a neighbour now and then, which is close as a number
+        # sums in another order sometimes give the neighbouring token, whose id is a close number
         return [found[0].float()]
 
     bench.compare(f"sample a token, {s.S}x{s.V}", [
         side("ours", lambda: sample_token(logits_SV, uniforms_S), tokens),
         side("eager torch", eager, tokens),
-        side("torch.multinomial (draws for itself, no log p)",
+        side("torch.multinomial (its own random numbers, no log p)",
              lambda: torch.multinomial(logits_SV.float().softmax(-1), 1), None),
     ], bytes_moved=2.0 * logits_SV.numel())  # fmt: skip
 
 
 def whole_step(bench: Bench) -> None:
-    """A step of the rollouts' own code over Ring-lite with four layers, from the host's tokens to the host's tokens."""
+    """A decoding step of the rollout engine over Ring-lite with four layers, from tokens on the host to tokens
+    on the host."""
     s = bench.sizes
     preset = {**PRESETS["ring_lite_tiny" if s is TINY else "ring_lite"], "num_layers": LAYERS}
     config = config_from_mapping({**preset, "bf16": bench.device == "cuda"})

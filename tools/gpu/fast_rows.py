@@ -1,4 +1,5 @@
-"""The ops that stream rows, and attention, beside eager torch and what else is installed: forward, and both ways.
+"""The ops that stream rows, and attention, beside eager torch and other installed packages: forward, and both
+ways.
 
 Legend: T tokens, N rows, D model width, E experts, K experts per token, V vocabulary, G key heads, R query heads of each,
 M = R + 2, C channels per head.
@@ -85,7 +86,7 @@ def permutation(bench: Bench) -> None:
     ids_TK = torch.rand(s.T, s.E, device=bench.device).topk(s.K).indices
     index = route_index(ids_TK, s.E)
     y_ND, into_ND = bench.new(s.T * s.K, s.D, leaf=True), bench.new(s.T * s.K, s.D)
-    # every row once here and once there, and its number
+    # every row read once and written once, and its index
     moved = 2.0 * (s.K + 1) * x_TD.numel() + 8 * s.T * s.K
     size = f"{s.T}x{s.D}, top-{s.K}"
     works: dict[str, dict[str, Callable[[], Tensor]]] = {
@@ -186,7 +187,7 @@ def heads(bench: Bench) -> None:
         return logp_TV.gather(1, targets_T[:, None]).squeeze(1), -(logp_TV.exp() * logp_TV).sum(-1)
 
     def of(values: Callable[[], Sequence[Tensor]], logits: Tensor = logits_TV) -> Work:
-        """Loss and gradient of -log p, and where there is one of the entropy too."""
+        """Loss and gradient of -log p, and of the entropy if it is asked for."""
 
         def work() -> tuple[Tensor, Tensor]:
             logp_T, entropy_T = values()
@@ -227,7 +228,7 @@ def heads(bench: Bench) -> None:
 
 
 def attention(bench: Bench) -> None:
-    """Two segments of half a microbatch. What the model runs is torch's kernel, or flash-attn where that is installed."""
+    """Two segments of half a microbatch. The model runs torch's kernel, or flash-attn if it is installed."""
     s, H, G, C = bench.sizes, 16, 4, 128
     half, scale = s.T // 2, C**-0.5
     q, k, v = (bench.new(s.T, heads, C, leaf=True) for heads in (H, G, G))
@@ -253,7 +254,7 @@ def attention(bench: Bench) -> None:
         ("ours", None, lambda: (lambda: varlen_attention(q, k, v, packed, scale)) if on_gpu else per_segment)
     ]
     if on_gpu and find_spec("flash_attn") is not None:
-        # the model takes that one then
+        # then the model uses that one
         by_name = torch_varlen()
         attends.append(
             (

@@ -1,4 +1,4 @@
-"""Inputs whose outcome, an expert or a token, does not hang on a rounding: fp32 and fp64 must choose alike.
+"""Inputs whose result, an expert or a token, does not depend on rounding: fp32 and fp64 must choose alike.
 
 Legend: T tokens, E experts, K experts per token, S sequences, V vocabulary.
 """
@@ -17,9 +17,10 @@ _TRIES = 50
 
 
 def firm_logits(logits_TE: Tensor, choose: Callable[[Tensor], Tensor], shift: float = 1e-4) -> Tensor:
-    """``logits_TE``, where a token whose experts change when its logits move by about ``shift`` takes over another's.
+    """``logits_TE``; a token whose experts change when its logits move by about ``shift`` gets another token's
+    logits.
 
-    ``choose``: logits -> experts [T, K], in the precision of what it is given.
+    ``choose``: logits -> experts [T, K], in the precision of its input.
     """
     generator = torch.Generator(logits_TE.device).manual_seed(1)
     wide_TE = logits_TE.double()
@@ -30,7 +31,7 @@ def firm_logits(logits_TE: Tensor, choose: Callable[[Tensor], Tensor], shift: fl
             noise_TE = torch.randn(wide_TE.shape, generator=generator, device=wide_TE.device)
             firm_T &= (choose(wide_TE + shift * noise_TE) == chosen_TK).all(1)
     assert firm_T.any(), f"no token is firm at {shift}"
-    # the first firm token stands in
+    # the first firm token replaces it
     return torch.where(firm_T[:, None], logits_TE, logits_TE[firm_T.int().argmax()])
 
 

@@ -1,4 +1,4 @@
-"""What the kernels were to reach on an H100 or H200, and whether they did."""
+"""Speed goals of the kernels on an H100 or H200, and whether they are met."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class Verdict:
 
 
 def verdicts(rows: Sequence[dict[str, Any]], device: str, tiny: bool) -> list[Verdict]:
-    """One for each goal, of even rows (a skewed row has none); empty on other cards and at tiny sizes."""
+    """One for each goal, with balanced experts (skewed rows have no goal); empty on other cards and at tiny
+    sizes."""
     # the PCIe and NVL cards have less
     if tiny or not re.search(r"\bH[12]00\b(?! (PCIe|NVL))", device):
         return []

@@ -1,4 +1,5 @@
-"""Tensors that start as NaN between margins: what a kernel leaves unwritten, or writes beside its output, is seen."""
+"""Tensors that start as NaN between margins: shows what a kernel leaves unwritten or writes outside its
+output."""
 
 from __future__ import annotations
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 
 _MARGIN = 64
-"""Elements; a multiple of 16 bytes, so that kernels are compiled as for a tensor of its own."""
+"""Elements; a multiple of 16 bytes, so that kernels are compiled as for a separate tensor."""
 
 
 @contextmanager
 def guarded_outputs() -> Iterator[None]:
-    """Tensors allocated empty inside start as NaN (integers: a canary), between margins to stay untouched."""
+    """Tensors allocated empty inside start as NaN (integers: a canary), between margins that must stay
+    untouched."""
     plain_empty, plain_like, plain_new = torch.empty, torch.empty_like, Tensor.new_empty
     buffers: list[tuple[Tensor, Tensor]] = []
 

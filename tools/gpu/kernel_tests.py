@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The kernels' own tests on the GPU, a process per file: most of their time goes into compiling, which is the CPUs' work.
+"""The kernels' own tests on the GPU, one process per file: most of the time is compilation, on the CPUs.
 
 python tools/gpu/kernel_tests.py OUT           writes OUT/tests.json; exit code 1 for a test that fails
 python tools/gpu/kernel_tests.py OUT --tiny    on plain torch: a rehearsal
@@ -50,7 +50,7 @@ def start(name: str, files: Sequence[Path], folder: Path, tiny: bool) -> Started
 
 
 def count(started: Started, results: Results) -> None:
-    """A row per file, and a line for each test that failed and for a pytest that ended otherwise."""
+    """A row per file, and a line for each failed test and for each pytest that ended abnormally."""
     status, said = started.process.wait(), started.log.read_text(encoding="utf-8", errors="replace").strip()
     print(said[-6000:], flush=True)
     rows: dict[str, dict[str, Any]] = {}
@@ -91,7 +91,7 @@ def main() -> int:
     groups = {"all": files} if args.tiny else {file.stem: [file] for file in files}
     with tempfile.TemporaryDirectory() as folder:
         running = [start(name, each, Path(folder), args.tiny) for name, each in groups.items()]
-        # an interrupt reaches every process of the group, and each writes its report yet
+        # an interrupt reaches every process of the group, and each still writes its report
         with contextlib.suppress(KeyboardInterrupt):
             for each in running:
                 each.process.wait()

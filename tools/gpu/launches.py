@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Every launch of a training step and of decoding, compiled for a GPU that is not there, and held to its limits.
+"""Compile every launch of a training step and of decoding for a GPU that is not there, and check it against its
+limits.
 
     python tools/gpu/launches.py                    sm_90: launches, binaries per kernel, problems; exit code 1 for problems
     python tools/gpu/launches.py --arch 100 --json  for sm_100, as JSON
@@ -36,13 +37,14 @@ from tools.gpu.results import Results
 
 SETS = ("step", "mini", "odd", "wide", "right", "tiny")
 PROVEN = ("step", "mini", "odd", "wide")
-"""What is compiled unless sets are named: the others are for the cache of a GPU."""
+"""Compiled by default; the other sets fill the cache of a GPU."""
 TINY = shapes.Widths(D=128, F=64, E=8, K=2, G=2, R=2, C=32, V=512, rotated=32)
 """ring_lite_tiny with the vocabulary of tools/gpu/same.py."""
 TINY_TOKENS = (128, 256, 255)
 """Microbatches of same.py: whole, and as responses fill them."""
 MAX_BINARIES = 3
-"""Of one kernel over a training step and all steps of decoding: each one more is compiled in the midst of a run."""
+"""Most binaries of one kernel over a training step and all decoding steps: each is compiled in the middle of a
+run."""
 
 
 def calls(name: str) -> Iterator[tuple[str, shapes.Call]]:
@@ -75,7 +77,7 @@ def comparisons() -> Iterator[tuple[str, shapes.Call]]:
     from tools.gpu.right import Maker, cases
 
     class Untouched(Maker):
-        """Tensors whose memory nobody touches: the values do not matter here."""
+        """Tensors whose memory is never touched: the values do not matter here."""
 
         def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
             return torch.empty(*shape, dtype=dtype or self.dtype)
@@ -122,9 +124,10 @@ def compile_share(
 
 
 def report(launches: Sequence[Launch], failed: Sequence[str], *, judged: bool) -> dict:
-    """What was launched: per kernel its launches, binaries, shared bytes, spills; and all that is wrong.
+    """What was launched: per kernel its launches, binaries, shared bytes and spills; and all problems.
 
-    Where ``judged``, more than ``MAX_BINARIES`` of a kernel and any load or store of a spilled register are wrong.
+    With ``judged``, more than ``MAX_BINARIES`` of a kernel and any load or store of a spilled register are
+    problems.
     """
     problems = sorted({problem for launch in launches for problem in launch.problems}) + list(failed)
     binaries = {launch.binary: launch for launch in launches}

@@ -1,10 +1,12 @@
-"""Launches without a GPU: the launchers' own calls go through Triton's compiler, and stop where a kernel would start.
+"""Launches without a GPU: the launchers' calls go through Triton's compiler and stop where a kernel would
+start.
 
     with recording(arch=90) as launches:
         rms_norm(x, weight)        # CPU tensors under dispatch.force("triton"); the result is not computed
 
-Each launch is held to what the driver would refuse: tensor maps (CUDA driver API, cuTensorMapEncodeTiled), shared
-memory, grids, scratch that nobody allocates. What is compiled lands in Triton's cache as a GPU of ``arch`` finds it.
+Each launch is checked for what the driver would refuse: tensor maps (CUDA driver API, cuTensorMapEncodeTiled),
+shared memory, grids, scratch that nobody allocates. Compiled kernels go into Triton's cache, where a GPU of
+``arch`` finds them.
 """
 
 from __future__ import annotations
@@ -43,9 +45,10 @@ class Launch:
 
 @contextmanager
 def recording(arch: int, *, launchers: bool = False) -> Iterator[list[Launch]]:
-    """Inside, every launch is compiled for ``arch``, noted in the list and not run.
+    """Inside the block every launch is compiled for ``arch``, recorded in the list and not run.
 
-    ``launchers``: with the C function too that Triton 3.6 builds for each signature, which wants a CUDA driver.
+    ``launchers``: also build the C function that Triton 3.6 needs for each signature, which needs a CUDA
+    driver.
     """
     launches: list[Launch] = []
     run = JITFunction.run
@@ -65,7 +68,7 @@ def recording(arch: int, *, launchers: bool = False) -> Iterator[list[Launch]]:
 
 @contextmanager
 def driver_of(arch: int) -> Iterator[None]:
-    """Inside, Triton hears of a GPU of ``arch`` when it asks its driver."""
+    """Inside the block Triton's driver reports a GPU of ``arch``."""
     # asking for it would look for a device
     before = driver._active
     driver.set_active(_NoDevice(arch))
@@ -148,7 +151,7 @@ class _NoDevice:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        # kernels that are compiled already are kept by device: those of one architecture are none of another's
+        # compiled kernels are kept by device number: one per architecture keeps them apart
         return self.arch
 
     def get_current_stream(self, _device: int) -> int:
@@ -164,7 +167,7 @@ class _NoDevice:
         return torch.empty(0)
 
     def clear_cache(self, _cache: torch.Tensor) -> None:
-        """No cache is there to be cold."""
+        """Does nothing: there is no cache to clear."""
 
     def map_python_to_cpp_type(self, kind: str) -> str:
         return kind

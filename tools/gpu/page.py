@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What the parts of the check found, as one HTML page and as a table that fits a README.
+"""The results of all parts of the check, as one HTML page and as a table for a README.
 
     python tools/gpu/page.py OUT        reads OUT/*.json; writes OUT/page.html and OUT/table.md
 
-Both say the card and the versions, what was judged and what is wrong, which goals were met (on an H100 or H200), and of
-each kernel ours, the best of the others and all that failed.
+Both have the card and the versions, what was checked and what is wrong, which goals were met (on an H100 or
+H200), and for each kernel our time, the best peer's and all that failed.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ TIMED = ("kernel", "ms", "rate", "of the roof", "of the peak", "best other", "ou
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """{part: what it wrote}; parts that did not run are missing."""
+    """{part: its results}; parts that did not run are missing."""
     paths = {name: folder / f"{name}.json" for name in PARTS}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def compared(rows: Sequence[dict]) -> Iterator[tuple[str, ...]]:
-    """Cells under ``TIMED`` of each thing that was timed. A ratio above 1 says that ours is so many times as fast."""
+    """Cells under ``TIMED`` of each thing that was timed. A ratio above 1 means that ours is that many times as
+    fast."""
     for what in dict.fromkeys(row["what"] for row in rows):
         timed = [row for row in rows if row["what"] == what and "ms" in row]
         ours = next((row for row in timed if row["who"] == "ours"), None)
@@ -69,7 +70,7 @@ def failed_peers(parts: dict[str, dict]) -> list[tuple[str, str, str]]:
 
 
 def judged(parts: dict[str, dict]) -> list[tuple[str, str, bool]]:
-    """(part, what it says, whether all is well); results of another card or of other versions are not."""
+    """(part, summary, whether all is well); results of another card or of other versions are not."""
     lines = []
     first = next(iter(parts.values()))["where"]
     for name, found in parts.items():
@@ -113,7 +114,7 @@ def rehearsed(parts: dict[str, dict]) -> bool:
 
 
 def table(parts: dict[str, dict]) -> str:
-    """Markdown: the card and versions, what was judged, goals, what was timed, whole steps, what failed."""
+    """Markdown: the card and versions, what was checked, goals, what was timed, whole steps, what failed."""
     device, versions = card(parts)
     blocks = [f"**{device}**: {versions}"]
     if rehearsed(parts):
@@ -145,7 +146,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def whole_facts(parts: dict[str, dict]) -> Iterator[tuple[str, str]]:
-    # a part that died has rows and not the facts that it ends with
+    # a part that died has rows, but not the facts that are written last
     if "planned_gb" in (found := parts.get("pretrain", {})):
         yield "pre-training", f"{found['tokens_per_second']:,.0f} tokens/s"
         if found.get("mfu") is not None:
@@ -170,7 +171,7 @@ def whole_facts(parts: dict[str, dict]) -> Iterator[tuple[str, str]]:
 
 
 def page(parts: dict[str, dict]) -> str:
-    """The same as HTML, with the dearest kernels."""
+    """The same as HTML, with the most expensive kernels."""
     device, versions = card(parts)
     blocks = [f"<h1>megatron_ring on {html.escape(device)}</h1>", f"<p>{html.escape(versions)}</p>"]
     rows = [(name, said, "all well" if good else "wrong") for name, said, good in judged(parts)]
@@ -210,7 +211,7 @@ def page(parts: dict[str, dict]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Numbers to the right; a row that ends in what is bad or good is coloured."""
+    """Numbers are right-aligned; a row whose last cell is bad or good is coloured."""
     classes = {
         "wrong": ' class="bad"',
         "missed": ' class="bad"',

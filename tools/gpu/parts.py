@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What tools/gpu_check.sh asks around its parts: which megatron_ring is checked, and how a part ended.
+"""Helpers of tools/gpu_check.sh: which megatron_ring is checked, and how a part ended.
 
 python -P tools/gpu/parts.py package        prints installed or checkout, and what to know of it
 python tools/gpu/parts.py where OUT         writes OUT/where.json; exit code 2 without a GPU (--tiny: may be none)
 python tools/gpu/parts.py ended OUT PART STATUS SECONDS LIMIT
-                                            says in OUT/PART.json what the part itself could not
+                                            adds to OUT/PART.json what the part itself could not write
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ NEEDED = {
 }  # fmt: skip
 """What the parts import; rewards of the check's own task need neither reasoning-gym nor pyseccomp."""
 JUDGED = {"sanitizer": (1, 9)}
-"""Exit codes by which a part says that it found something wrong; 1 of all others."""
+"""Exit codes of parts that found something wrong; 1 for all others."""
 
 
 def package() -> tuple[str, list[str]]:
-    """(``installed`` or ``checkout``, lines to say): what ``import megatron_ring`` gives outside this checkout.
+    """(``installed`` or ``checkout``, lines to print): what ``import megatron_ring`` finds outside this
+    checkout.
 
-    Another checkout (an editable install) is nobody's installation.
+    Another checkout (an editable install) does not count as installed.
     """
     ours = ROOT / "megatron_ring"
     spec = importlib.util.find_spec("megatron_ring")
@@ -43,14 +44,14 @@ def package() -> tuple[str, list[str]]:
     if found == ours:
         return "checkout", []
     if (found.parent / "pyproject.toml").exists():
-        return "checkout", ["note: an editable install of another checkout is left aside"]
+        return "checkout", ["note: an editable install of another checkout is ignored"]
     versions = version(found), version(ours)
     differ = f"note: megatron_ring {versions[0]} is installed, and this checkout has {versions[1]}"
     return "installed", [differ] if versions[0] != versions[1] else []
 
 
 def where(out: Path, tiny: bool) -> str | None:
-    """Write ``OUT/where.json``; the line that says why nothing can be checked, or None."""
+    """Write ``OUT/where.json``; returns why nothing can be checked, or None."""
     missing = [name for module, name in NEEDED.items() if not _is_here(module)]
     if missing:
         return f"{', '.join(missing)}: not installed here; without a network see the head of tools/gpu/offline.sh"
@@ -73,7 +74,7 @@ def where(out: Path, tiny: bool) -> str | None:
 
 
 def _scheme() -> str:
-    """As Triton reads it: Debian's own scheme names another folder."""
+    """Install scheme under which Triton looks for Python's headers; Debian's own scheme names another folder."""
     return sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
 
 
@@ -91,7 +92,8 @@ def version(folder: Path) -> str:
 
 
 def ended(out: Path, part: str, status: int, seconds: int, limit: int) -> dict[str, Any]:
-    """What ``OUT/PART.json`` is to hold after the part: what it wrote, and a line if it did not end by itself."""
+    """The contents of ``OUT/PART.json`` after the part: what it wrote, and a line if it did not end by
+    itself."""
     found = _written(out, part) or {"where": _written(out, "where")["where"], "bad": [], "rows": []}
     log = out / f"{part.removesuffix('-small')}.log"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""

@@ -1,7 +1,7 @@
-"""What the maker gives for a card: dense bf16 products and bytes of memory per second.
+"""The maker's figures for a card: dense bf16 FLOP/s and memory bandwidth in bytes per second.
 
-A card is listed under words of the name that its driver gives; of several that fit, the first counts. A GH200's name
-holds H200, but not as a word.
+A card is listed under words of its driver's name; the first entry that fits counts. A GH200's name contains
+H200, but not as a word.
 """
 
 from __future__ import annotations

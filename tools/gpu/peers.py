@@ -1,7 +1,7 @@
-"""Other packages' calls for what the kernels do, where they are installed, by their public API.
+"""Calls of other packages that do what the kernels do, if they are installed, by their public API.
 
-Read in the sources of Transformer Engine 2.18, Liger 0.8.2 and flash-attn 2.8.4. Each function returns sides for
-:meth:`tools.gpu.bench.Bench.compare`; none of a package that is not there.
+Written from the sources of Transformer Engine 2.18, Liger 0.8.2 and flash-attn 2.8.4. Each function returns
+sides for :meth:`tools.gpu.bench.Bench.compare`; none for a package that is not installed.
 
 Legend: T tokens, N rows, D model width, F width, E experts, K experts per token, V vocabulary, H heads, C channels.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from tools.gpu.bench import BF16, Side, Work, peer
 
 TE, LIGER = "transformer_engine", "liger_kernel"
-# Triton's search would take longer than all that is timed; Liger reads this when it is imported
+# Triton's autotuning would take longer than everything that is timed; Liger reads this when it is imported
 os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
 
 
@@ -95,7 +95,7 @@ def router(logits_TE: Tensor, ids_TK: Tensor, into_TK: Tensor | None = None) -> 
         K = ids_TK.shape[1]
 
         def forward() -> Tensor:
-            # softmax after the choice: what is chosen adds up to 1, as ours does
+            # softmax after the choice, so that the weights sum to 1, as ours do
             return fused_topk_with_score_function(logits_TE, K, False, None, None, None, "softmax", None)[0]
 
         if into_TK is None:
@@ -129,7 +129,7 @@ def permuted(x_TD: Tensor, ids_TK: Tensor, into_ND: Tensor | None = None) -> lis
 
 
 def combined(y_ND: Tensor, x_TD: Tensor, ids_TK: Tensor, into_TD: Tensor | None = None) -> list[Side]:
-    """Transformer Engine's way back, which wants weights: here all are 1."""
+    """Transformer Engine's unpermute, which needs weights: here all are 1."""
 
     def make() -> Work:
         from transformer_engine.pytorch import moe_permute, moe_unpermute
@@ -159,7 +159,7 @@ def norm(x_TD: Tensor, weight_D: Tensor, eps: float, into_TD: Tensor | None = No
     def liger() -> Work:
         from liger_kernel.transformers.functional import liger_rms_norm
 
-        # in place it would write over the gradient that all sides are given
+        # in place it would overwrite the gradient that all sides share
         return timed(lambda: liger_rms_norm(x_TD, weight_D, eps, in_place=False), weight_D)
 
     def transformer_engine() -> Work:
@@ -181,7 +181,7 @@ def qk_norm_rope(mixed_TGMC: Tensor, rotary_2TH: Tensor, norms: Any, into: Any =
 
         R, C = mixed_TGMC.shape[2] - 2, mixed_TGMC.shape[3]
         cos, sin = rotary_2TH.repeat(1, 1, 2)[:, None]
-        # the rotation's backward pass writes over the gradients that it is given
+        # the rotation's backward pass overwrites the gradients that it is given
         own = None if into is None else [each.clone() for each in into]
 
         def forward() -> tuple[Tensor, Tensor, Tensor]:
@@ -226,7 +226,7 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> list[Side]:
         own_1TV = logits_TV.detach().clone()[None].requires_grad_()
 
         def work() -> tuple[Tensor, Tensor]:
-            # the mean: a loss for each token would be multiplied into the gradient in a pass of its own
+            # the mean: with a loss per token another pass would multiply it into the gradient
             loss = parallel_cross_entropy(own_1TV, targets_T[None], 0.0, True, None)
             return loss, torch.autograd.grad(loss, own_1TV)[0]
 

@@ -1,7 +1,7 @@
-"""Every op again, in plain torch and for autograd: what tools/gpu/right.py holds the ops to, in fp64.
+"""Every op again, in plain torch with autograd: the fp64 reference of tools/gpu/right.py.
 
-Nothing of megatron_ring.kernels runs here, so that a fault in an op's own autograd function is seen as well. Slow, and
-with no care for memory. The signatures and the legend are those of the ops.
+Nothing of megatron_ring.kernels runs here, so that a bug in an op's own autograd function is found as well.
+Slow, and wasteful of memory. The signatures and the legend are those of the ops.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.functional import silu
 
 
 def _added_into(weight: Tensor, buffer: Tensor | None) -> Tensor:
-    """The weight, or one in its place whose gradient is added to the buffer."""
+    """The weight, or a stand-in whose gradient is added to the buffer."""
     if buffer is None:
         return weight
     other = weight.detach().requires_grad_()
@@ -25,7 +25,7 @@ def _added_into(weight: Tensor, buffer: Tensor | None) -> Tensor:
 
 
 def _by_expert(rows: Tensor, offsets_e: Tensor) -> tuple[Tensor, ...]:
-    """Each expert's rows, then those of nobody."""
+    """Each expert's rows, then the dropped ones."""
     ends = [0, *offsets_e.tolist(), len(rows)]
     return rows.split([end - begin for begin, end in pairwise(ends)])
 
@@ -187,7 +187,7 @@ def sample_token(
         best_V, order_V = row_V.sort(descending=True)
         mass_V = p_V[order_V][: top_k or None].cumsum(0)
         number = int((mass_V < top_p * mass_V[-1]).sum()) + 1 if top_p < 1 else len(mass_V)
-        # what ties with the last one is allowed too
+        # tokens that tie with the last one are allowed too
         here_V = p_V.where(row_V >= best_V[number - 1], 0).cumsum(0)
         tokens.append((here_V > uniform * here_V[-1]).long().argmax())
     tokens_T = torch.stack(tokens)

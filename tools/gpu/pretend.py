@@ -1,5 +1,4 @@
-"""A GPU that is only said: tensors whose numbers are the CPU's and that answer ``cuda:0``, to see what a GPU would refuse
-or wait for.
+"""A pretended GPU: CPU tensors that report ``cuda:0``, to find what a GPU would refuse or wait for.
 
     with pretending() as seen:
         x = torch.ones(3, device="cuda")
@@ -45,13 +44,13 @@ _SIZES_ON_HOST = {
     _aten.is_nonzero.default,
     _aten.multinomial.default,
 }
-"""What torch answers only after it has waited for the device (beside copies, scalars, and masks that index)."""
+"""Operations for which torch waits for the device (beside copies, scalars, and masks that index)."""
 
 _NEVER_DETERMINISTIC = (
     "bincount", "cumsum", "cumsum_", "grid_sampler_2d", "histc", "kthvalue", "max_pool3d_with_indices", "median",
     "nll_loss_forward", "put", "put_",
 )  # fmt: skip
-"""What ``torch.use_deterministic_algorithms`` refuses on CUDA of what a language model could ask for."""
+"""Operations of language models that ``torch.use_deterministic_algorithms`` refuses on CUDA."""
 
 _MAY_MIX = {_aten.copy_.default, _aten._to_copy.default, _aten.index.Tensor, _aten.index_put_.default}
 
@@ -70,7 +69,7 @@ class Place:
 class Seen:
     """What happened on the pretended device.
 
-    ``pageable`` are copies from memory that is not pinned: asynchronous by their word, yet they may wait.
+    ``pageable`` are copies from memory that is not pinned: they are called asynchronous, but may wait.
     """
 
     waits: Counter[Place] = field(default_factory=Counter)
@@ -202,7 +201,7 @@ def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
     if func is torch.ops.prim.device.default:
         return torch.device("meta")
     if torch.is_inference_mode_enabled() and func._can_decompose() and str(func) not in STAND_INS:
-        # autograd is not there to do it
+        # autograd is not active here to do it
         with _Mode():
             made = func.decompose(*args, **kwargs)
         if made is not NotImplemented:
@@ -238,7 +237,7 @@ def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _target(kwargs: dict, cuda: bool) -> str:
-    """Where the result lies: what C++ takes from a pretended tensor says meta."""
+    """The device of the result: C++ code that reads a pretended tensor's device gets meta."""
     device = kwargs.get("device")
     if device is None:
         return "cuda" if cuda else "cpu"
@@ -297,7 +296,7 @@ def _note_waits(func: Any, args: tuple, kwargs: dict, target: str) -> None:
     elif func is _aten.copy_.default:
         asynchronous = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
         to_device = isinstance(args[0], CudaTensor)
-        # into memory that is not pinned the driver copies before it answers, whatever was asked
+        # into memory that is not pinned the driver copies synchronously, even with non_blocking
         asynchronous = asynchronous and (to_device or _seen.is_pinned(args[0]))
         _note_copy(args[1], "cuda" if to_device else "cpu", not asynchronous)
 
@@ -319,7 +318,7 @@ def _note_copy(source: torch.Tensor, target: str, blocking: bool) -> None:
 
 @contextmanager
 def pretending() -> Iterator[Seen]:
-    """Inside, CUDA is there by its word."""
+    """Inside the block CUDA is reported as available."""
     global _seen
     assert _seen is _NOBODY, "one pretended GPU at a time"
     _seen = Seen()

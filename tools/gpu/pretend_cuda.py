@@ -20,7 +20,7 @@ _PROPERTIES = SimpleNamespace(
 
 
 class _Stream:
-    """Work in the order of the host: nothing to wait for, and only the host's own waits count."""
+    """Work runs in the host's order, so streams never wait; only the host's own waits are counted."""
 
     seen: Any = None
 
@@ -52,7 +52,7 @@ class _Event:
         self.seen.wait("driver")
 
     def elapsed_time(self, _other: Any) -> float:
-        """Milliseconds that nobody measured: so many that nobody repeats what took them."""
+        """Made-up milliseconds, large enough that nothing is repeated."""
         return 1e3
 
 
@@ -86,14 +86,14 @@ def _names(seen: Any, kind: type) -> dict[str, Any]:
 
 
 class DeviceGenerator(torch.Generator):
-    """A generator on the CPU, in the place of the device's."""
+    """A generator on the CPU in place of the device's."""
 
     def __new__(cls, device: Any = "cpu"):
         return super().__new__(cls)
 
 
 class _MetaForCuda(TorchFunctionMode):
-    """Says meta to torch's C++ wherever Python said cuda: it asks no driver then."""
+    """Passes meta to torch's C++ wherever Python said cuda, so that no driver is needed."""
 
     def __init__(self, seen: Any, kind: type):
         super().__init__()
@@ -107,7 +107,7 @@ class _MetaForCuda(TorchFunctionMode):
             like = {"dtype": args[0].dtype, "device": args[0].device}
             return self._from_python(torch.tensor, args[1:2], like | kwargs)
         if func is torch.Tensor.__setitem__ and isinstance(args[2], self.kind) and args[2].numel() == 1:
-            # of a number on the host it is a masked fill, and waits for nothing
+            # with a number on the host it is a masked fill, which does not wait
             keys = args[1] if isinstance(args[1], tuple) else (args[1],)
             if any(isinstance(key, torch.Tensor) and key.dtype is torch.bool and key.dim() for key in keys):
                 self.seen.wait("size")
@@ -136,7 +136,7 @@ class _MetaForCuda(TorchFunctionMode):
         return made.to(_meta(place, True), kwargs.get("dtype", made.dtype)).requires_grad_(grad)
 
     def _numbers(self, data: Any) -> Any:
-        """Lists of what Python can hold: torch asks the device for one scalar after the other."""
+        """Lists of tensors: torch reads one scalar after the other from the device."""
         if isinstance(data, list | tuple):
             return [each.tolist() if isinstance(each, self.kind) else self._numbers(each) for each in data]
         return data
@@ -174,7 +174,7 @@ def cuda_names(seen: Any, kind: type) -> Iterator[None]:
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))
         stack.enter_context(mock.patch.object(torch, "Generator", DeviceGenerator))
-        # what NCCL would carry goes through gloo
+        # NCCL's traffic goes through gloo
         stack.enter_context(mock.patch.object(device, "collective_backend", lambda: "gloo"))
         stack.enter_context(_MetaForCuda(seen, kind))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", apply_and_keep_attributes))

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""One part of the check on a pretended GPU: its own code takes the path of a GPU, and what a GPU would refuse raises.
+"""Run one part of the check on a pretended GPU: its code takes the GPU's path, and what a GPU would refuse
+raises.
 
     python tools/gpu/rehearse.py right.py OUT --small
     python tools/gpu/rehearse.py fast.py OUT --tiny      its times are made up
 
-Numbers are the reference's (see pretend.py): what the kernels compute is not tried here.
+Numbers are the reference's (see pretend.py): what the kernels compute is not tested here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where the parts of the check leave what they found: one JSON file each, written after every row."""
+"""The results of the check's parts: one JSON file each, written after every row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Results:
     """The rows of one part, printed and kept. ``bad`` holds a line for each thing that is wrong.
 
-    ``goes_on``: behind what an earlier process of the part has written.
+    ``goes_on``: append to what an earlier process of the part has written.
     """
 
     def __init__(self, folder: Path, part: str, goes_on: bool = False):
@@ -89,7 +89,7 @@ def children_path(*first: Path) -> str:
 
 
 def _version(name: str) -> str:
-    """Of a distribution, which is not imported: that takes seconds."""
+    """The version of a distribution, without importing it, which would take seconds."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

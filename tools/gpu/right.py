@@ -4,9 +4,9 @@
 python tools/gpu/right.py OUT            the paper's sizes and odd ones; exit code 1 for what is wrong
 python tools/gpu/right.py OUT --small    small ones only, for compute-sanitizer and a CPU
 
-Outputs start as NaN between margins, so that what a kernel leaves unwritten, or writes beside them, is seen. On a GPU an
-op that starts no Triton kernel is wrong, and after a kernel that breaks the GPU for its process (an illegal access) a new
-process goes on with the next comparison.
+Outputs start as NaN between margins, which shows what a kernel leaves unwritten or writes outside them. On a
+GPU an op that starts no Triton kernel is wrong, and after a kernel that breaks the GPU for its process (an
+illegal access) a new process continues with the next comparison.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check(case: Case, results: Results) -> None:
     """Add the case's row to ``results``, and a line for each thing that is wrong with it."""
     begun = time.perf_counter()
     try:
-        # what a kernel does to the device shows at the next wait, here too
+        # a kernel's fault shows at the next synchronisation, which may be here
         worst, wrong = _compared(case)
     except Exception as error:
         worst, wrong = None, [f"{case.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"]
@@ -111,7 +111,7 @@ def _run(case: Case, wide: bool) -> tuple[list[Tensor], list[Tensor]]:
         if wide:
             stack.enter_context(mock.patch.multiple(of_cases, **OPS))
             stack.enter_context(mock.patch.object(dispatch, "backend", _no_backend))
-        # margins would hide from compute-sanitizer what lies beyond a tensor
+        # with margins compute-sanitizer would not see accesses beyond a tensor
         elif not os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
             stack.enter_context(guarded_outputs())
         made = op(*leaves, *map(cast, case.fixed))
@@ -136,7 +136,7 @@ def _gradients(case: Case, outputs: list[Tensor], leaves: list[Tensor]) -> list[
         )
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     found = torch.autograd.grad(chosen, wanted, into, allow_unused=True)
-    # one that is written over its leaf still asks for gradients
+    # a tensor that was written over its leaf still requires gradients
     return [gradient.detach() for gradient in found if gradient is not None]
 
 
@@ -165,7 +165,7 @@ def main() -> int:
 
 
 def _is_broken() -> bool:
-    """Whether this process has lost its GPU: every later call would fail with the same words."""
+    """Whether this process has lost its GPU: every later call would fail with the same error."""
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -177,7 +177,7 @@ def _is_broken() -> bool:
 def go_on(done: int) -> None:
     """A new process in place of this one, after the first ``done`` comparisons."""
     words = sys.argv[: sys.argv.index("--done")] if "--done" in sys.argv else sys.argv
-    print("the GPU is lost to this process; a new one goes on", flush=True)
+    print("the GPU is lost to this process; a new one continues", flush=True)
     os.execv(sys.executable, [sys.executable, *words, "--done", str(done)])
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""A tiny model trains and reinforces on the GPU as on the CPU, in fp32 from the same weights; in bf16 a resume is exact.
+"""Check that pre-training and RL of a tiny model agree between GPU and CPU in fp32, and that a bf16 resume is
+exact.
 
     python tools/gpu/same.py OUT        writes OUT/same.json; exit code 1 for what is wrong
 
@@ -40,7 +41,8 @@ RL = {
 STEPS = 4
 SEEDS = (1234, 4321)
 TOLERANCE = 1e-4
-"""Of a loss, relative: fp32 products of the two devices add in another order, and steps carry it on."""
+"""Relative, of a loss: the two devices sum fp32 products in different orders, and differences grow over
+steps."""
 
 
 class Runs:
@@ -48,7 +50,7 @@ class Runs:
 
     def __init__(self, folder: Path, results: Results):
         self.folder, self.results = folder, results
-        # most of a run is its start, and no run of those that go together needs another
+        # most of a run's time is its start, and runs that are started together do not depend on one another
         self.pool, self._lock = ThreadPoolExecutor(max_workers=min(6, os.cpu_count() or 1)), threading.Lock()
 
     def start(self, *words: Any, on_cpu: bool) -> Future[list[dict]]:
@@ -56,7 +58,7 @@ class Runs:
         return self.pool.submit(self.run, *words, on_cpu=on_cpu)
 
     def run(self, name: str, script: str, settings: dict[str, object], *, on_cpu: bool) -> list[dict]:
-        """The training records of a run; empty if it failed, which is then said."""
+        """The training records of a run; empty if it failed, which is then reported."""
         words: list[str] = []
         for key, value in {**settings, "metrics-file": self.folder / name / "metrics.jsonl"}.items():
             if isinstance(value, bool):

@@ -1,4 +1,5 @@
-"""The kernels' calls of a training step and of a step of decoding, and odd ones: what is compiled, checked, timed.
+"""The kernels' calls of a training step and of a step of decoding, and odd ones: they are compiled, checked and
+timed.
 
 Legend: T tokens, D model width, F expert width, E experts, K experts per token, G key heads, R query heads of each, C
 channels per head, V vocabulary, S sequences that are decoded at once.
@@ -60,7 +61,7 @@ ODD = (
     Widths(D=264, F=136, E=8, K=2, G=2, R=1, C=40, V=4097, rotated=20),
     Widths(D=5632, F=64, E=5, K=3, G=4, R=7, C=128, V=4099, rotated=128, head_norms=True),
 )
-"""Sizes at which blocks do not fill; D and F stay multiples of 8, as tensor maps want 16 bytes."""
+"""Sizes that do not fill blocks; D and F stay multiples of 8, because tensor maps need 16 bytes."""
 TRAINING_TOKENS = 8192
 DECODED = (256, 255, 241, 100, 17, 16, 3, 2, 1)
 ODD_TOKENS = (1, 5, 17, 133)
@@ -149,7 +150,8 @@ class Calls:
 
 
 def expert_ends(rows: int, experts: int, device: str, *, skewed: bool, left_over: int = 0) -> Tensor:
-    """Where each expert's rows end (int32); skewed: some have few or none. The last ``left_over`` rows are nobody's.
+    """Where each expert's rows end (int32); skewed: some have few or none. The last ``left_over`` rows have no
+    expert.
 
     Example: ``expert_ends(6, 3, "cpu", skewed=False).tolist() == [2, 4, 6]``.
     """

@@ -1,4 +1,5 @@
-"""A tiny task that needs no download: the built-in corpus, sums whose answer nobody reads, a reward by parity."""
+"""A tiny task that needs no download: the built-in corpus, sums whose answer is not read, a reward by parity of
+length."""
 
 from __future__ import annotations
 

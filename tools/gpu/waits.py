@@ -5,9 +5,9 @@
     python tools/gpu/waits.py rl routing_replay='"R3"'       a C3PO step, with settings as Python values
 
 Each line says how often, what was waited for, and where: "size" is a result whose shape only the device knows, "to device"
-and "to host" are copies; pageable copies are asynchronous by their word and may still wait. What a GPU would refuse raises:
-tensors of two devices in one operation and, with deterministic=True, what has no such algorithm. Waits inside a library,
-and collectives of several ranks, are not seen.
+and "to host" are copies; pageable copies are called asynchronous and may still wait. What a GPU would refuse
+raises: tensors of two devices in one operation and, with deterministic=True, what has no such algorithm. Waits
+inside a library, and collectives of several ranks, are not seen.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def settings_of(words: Sequence[str]) -> dict[str, Any]:
 
 
 def one_step(opened: contextlib.AbstractContextManager) -> Seen:
-    """What is seen in the second step: the first one makes what lasts."""
+    """What is seen in the second step: the first one allocates what stays."""
     with opened as (step, seen):
         step()
         seen.clear()

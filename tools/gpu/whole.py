@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Ring-lite with four layers in bf16 on one GPU: pre-training and C3PO steps, with rates, memory and the dearest kernels.
+"""Ring-lite with four layers in bf16 on one GPU: pre-training and C3PO steps, with rates, memory and the most
+expensive kernels.
 
     python tools/gpu/whole.py OUT pretrain      writes OUT/pretrain.json and OUT/profile-pretrain.txt
     python tools/gpu/whole.py OUT rl            writes OUT/rl.json and OUT/profile-rl.txt
@@ -86,7 +87,8 @@ TINY = Size(
 
 
 def pretrain(size: Size, results: Results, out: Path) -> None:
-    """Steps on random tokens, two sequences a microbatch: the loss must fall, for the batch stays the same."""
+    """Steps on random tokens, two sequences a microbatch: the loss must fall, because the batch stays the
+    same."""
     half = size.tokens // 2
     config = config_of(
         size, seq_length=size.tokens, micro_batch_size=1, global_batch_size=size.microbatches, lr=1e-4
@@ -102,7 +104,7 @@ def pretrain(size: Size, results: Results, out: Path) -> None:
             results.row(step=step, loss=report.loss, grad_norm=report.grad_norm, seconds=seconds[-1])
         if not losses[-1] < losses[0]:
             results.wrong(f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f} on one batch")
-        # the first step compiles what is left
+        # the first step compiles the remaining kernels
         rate = size.tokens * size.microbatches / statistics.median(seconds[1:])
         results.facts |= {
             "parameters": count_parameters(config.model).total,
@@ -224,7 +226,7 @@ def _mfu(flops_per_second: float) -> float | None:
 
 
 def _memory(config: RunConfig) -> dict[str, float]:
-    """Gigabytes: the highest use, and what the planner says of it."""
+    """Gigabytes: the highest use, and the planner's estimate of it."""
     planned = rank_memory(config.model, config.parallel, 0, 1).total + activation_bytes(config, 0, 1)
     return {"peak_gb": device.peak_memory_bytes() / 1e9, "planned_gb": planned / 1e9}
 
@@ -283,7 +285,7 @@ def main() -> int:
     parser.add_argument("part", choices=("pretrain", "rl"))
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: a rehearsal")
     args = parser.parse_args()
-    # Megatron wants its communication in the order of its launches
+    # Megatron needs its communication in the order of its launches
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     results = Results(args.out, args.part)
     results.facts["tiny"] = args.tiny
