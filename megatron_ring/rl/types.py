@@ -46,9 +46,9 @@ class RewardResult:
 class Response:
     """One sampled answer.
 
-    ``logprobs_R`` are at the sampling temperature, before top-p and top-k; ``versions_R`` is the policy
-    version that sampled each token. ``routes_SLK`` (S = P + R - 1: every position that was fed to the model)
-    holds the engine's expert choices, for replay; None where they were not asked for.
+    ``logprobs_R`` are at the sampling temperature, before top-p and top-k, NaN where the engine does not know them;
+    ``versions_R`` is the policy version that sampled each token. ``routes_SLK`` (S = P + R - 1: every position that was
+    fed to the model) holds the engine's expert choices, for replay; None where they were not asked for.
 
     Example: ``Response(prompt_uid=17, sample=3, tokens_R=int32[42, 7, 2], logprobs_R=float32[-.1, -.7, -.01],
     versions_R=int32[5, 5, 5], stop="eos")``.

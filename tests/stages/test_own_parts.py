@@ -77,6 +77,10 @@ def test_twice_the_surrogate_of_half_the_advantage_is_the_same_step(
             {"advantage_estimator": f"{OWN}:too_few"},
             "advantage_estimator: too_few must give one finite number per reward, and for [",
         ),
+        (
+            {"advantage_estimator": f"{OWN}:unable"},
+            f"advantage_estimator={OWN}:unable raised ArithmeticError: cannot compare (own_parts.py, line ",
+        ),
     ],
 )
 def test_what_is_none_is_one_line(values, monkeypatch, capsys, settings, said):

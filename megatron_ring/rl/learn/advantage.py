@@ -15,6 +15,7 @@ import numpy as np
 from megatron_ring.config.importable import resolve
 from megatron_ring.config.rl import ObjectiveConfig
 from megatron_ring.errors import ConfigError
+from megatron_ring.rl.own_code import own_code
 from megatron_ring.rl.types import Rollout
 
 EPSILON = 1e-6
@@ -147,7 +148,7 @@ def assign(
             rollouts get ``values_R`` and ``returns_R`` too.
 
     Raises:
-        ConfigError: a user's estimator does not exist, or does not return one finite number per response.
+        ConfigError: a user's estimator does not exist, raises, or does not return one finite number per response.
     """
     scores = np.array([_score(rollout, config, max_response_length) for rollout in rollouts])
     estimator = estimator_of(config)
@@ -159,7 +160,8 @@ def assign(
             advantages_R, returns_R = gae(values_R, score, config.gae_gamma, config.gae_lambda)
             rows.append({"advantages_R": advantages_R, "values_R": values_R, "returns_R": returns_R})
     else:
-        advantages = _group_relative(rollouts, scores, estimator)
+        with own_code("advantage_estimator", config.advantage_estimator):
+            advantages = _group_relative(rollouts, scores, estimator)
         rows = [
             {"advantages_R": np.full(rollout.response.length, advantage)}
             for rollout, advantage in zip(rollouts, advantages, strict=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
 from megatron_ring.config.importable import resolve
 from megatron_ring.config.run import RunConfig
-from megatron_ring.errors import ConfigError
+from megatron_ring.config.settings import is_importable
+from megatron_ring.errors import ConfigError, RolloutError
+from megatron_ring.rl.own_code import own_code
+from megatron_ring.rl.rollout.checked import Checked
 from megatron_ring.rl.rollout.inprocess import InProcessEngine
 from megatron_ring.rl.rollout.protocol import Guarantees, RolloutEngine
 from megatron_ring.rl.rollout.relay import Relay
@@ -32,7 +36,10 @@ def open_rollout_engine(config: RunConfig, trainer: Engine) -> RolloutEngine:
     require_guarantees(kind.guarantees, config)
     if not kind.guarantees.exact_seeds and session.is_log_rank:
         log.info("rollout_engine=%s: a resumed run samples other responses, its seeds are not exact", name)
-    engine = kind.open(trainer, config.rollout)
+    with own_code("rollout_engine", name, RolloutError):
+        engine = kind.open(trainer, config.rollout)
+    if is_importable(name):
+        engine = Checked(engine, name=name, vocab_size=config.model.vocab_size)
     return engine if kind.on_every_rank else Relay(engine, session)
 
 
@@ -42,6 +49,12 @@ def require_guarantees(given: Guarantees, config: RunConfig) -> None:
     needs = [
         (given.routes, objective.routing_replay == "R3", "routing_replay=R3", "expert ids"),
         (given.logprobs, objective.old_logprobs == "rollout", "old_logprobs=rollout", "log p of its tokens"),
+        (
+            given.logprobs,
+            objective.mismatch_correction != "none",
+            f"mismatch_correction={objective.mismatch_correction}",
+            "log p of its tokens",
+        ),
         (
             given.token_budget,
             rollout.rollout_token_budget > 0,
@@ -58,8 +71,16 @@ def require_guarantees(given: Guarantees, config: RunConfig) -> None:
 
 
 def _problem(found: object) -> str | None:
+    form = "name a class that implements megatron_ring.rl.rollout.protocol.RolloutEngine"
     lacking = [name for name in ("open", "guarantees", "on_every_rank", *METHODS) if not hasattr(found, name)]
-    if isinstance(found, type) and not lacking:
-        return None
-    what = f"lacks {', '.join(lacking)}" if lacking else "is no class"
-    return f"{what}; name a class that implements megatron_ring.rl.rollout.protocol.RolloutEngine"
+    if not isinstance(found, type) or lacking:
+        return f"lacks {', '.join(lacking)}; {form}" if lacking else f"is no class; {form}"
+    engine: Any = found
+    for name, kind in (("guarantees", Guarantees), ("on_every_rank", bool)):
+        if not isinstance(getattr(engine, name), kind):
+            return f"has {name}={getattr(engine, name)!r}, not {kind.__name__}; {form}"
+    try:
+        inspect.signature(engine.generate).bind(None, (), None, token_budget=None, concurrency=None)
+    except TypeError as error:
+        return f"has a generate that does not take (requests, sampling, token_budget=, concurrency=): {error}; {form}"
+    return None

@@ -66,8 +66,9 @@ class Guarantees:
     """What an engine guarantees of its responses; a setting that needs more is refused before the first step.
 
     ``exact_seeds``: the same seed gives the same responses at every layout and after every resume. ``logprobs``: log p
-    of each sampled token under the policy that sampled it. ``routes``: the experts of each token, where asked for.
-    ``token_budget``: a call stops at a number of new tokens, and goes on from prefixes.
+    of each sampled token under the policy that sampled it; without it ``logprobs_R`` may hold anything and is not read.
+    ``routes``: the experts of each token, where asked for. ``token_budget``: a call stops at a number of new tokens, and
+    goes on from prefixes.
     """
 
     exact_seeds: bool

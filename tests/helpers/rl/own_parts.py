@@ -22,5 +22,10 @@ def too_few(rewards_G: np.ndarray) -> np.ndarray:
     return rewards_G.mean(keepdims=True)
 
 
+def unable(rewards_G: np.ndarray) -> np.ndarray:
+    """Nothing."""
+    raise ArithmeticError("cannot compare")
+
+
 doubled = PolicyLoss(surrogate=twice, token_weight="1", denominator=tokens)
 register("mine", doubled)

@@ -8,12 +8,28 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_ring.config.load import config_from_mapping
-from megatron_ring.errors import ConfigError
+from megatron_ring.errors import ConfigError, RingError
 from megatron_ring.rl.rollout import engines
 from megatron_ring.rl.rollout.engines import open_rollout_engine, require_guarantees
 from megatron_ring.rl.rollout.protocol import Guarantees
 from megatron_ring.rl.rollout.relay import Relay
 from tests.helpers.rl.collecting import ScriptedEngine
+
+
+class Shut(ScriptedEngine):
+    @classmethod
+    def open(cls, trainer, config):
+        raise ConnectionError("nobody at port 1")
+
+
+class Vague(Shut):
+    guarantees = None  # pyright: ignore[reportAssignmentType]
+
+
+class Older(Shut):
+    def generate(self, requests, sampling):  # pyright: ignore[reportIncompatibleMethodOverride]
+        yield from ()
+
 
 ALL = {"exact_seeds": True, "logprobs": True, "routes": True, "token_budget": True}
 
@@ -23,6 +39,7 @@ ALL = {"exact_seeds": True, "logprobs": True, "routes": True, "token_budget": Tr
     [
         ("routes", {"routing_replay": "R3"}),
         ("logprobs", {"old_logprobs": "rollout"}),
+        ("logprobs", {"mismatch_correction": "icepop"}),
         ("token_budget", {"rollout_token_budget": 100}),
     ],
 )
@@ -59,10 +76,14 @@ def test_an_engine_that_one_rank_speaks_to_is_relayed(monkeypatch):
             "tests.helpers.rl.collecting:Stream",
             "lacks open, guarantees, on_every_rank, publish, generate, close; name a",
         ),
+        (f"{__name__}:Vague", "has guarantees=None, not Guarantees; name a"),
+        (f"{__name__}:Older", "has a generate that does not take .*: got an unexpected keyword .*; name a"),
+        (f"{__name__}:Shut", r"raised ConnectionError: nobody at port 1 \(test_engines.py, line "),
     ],
 )
 def test_an_engine_of_ones_own_is_checked(name, said):
     config = config_from_mapping({})
     config = replace(config, rollout=replace(config.rollout, rollout_engine=name))
-    with pytest.raises(ConfigError, match=f"^rollout_engine={name}.*{said}"):
-        open_rollout_engine(config, SimpleNamespace(session=None))
+    with pytest.raises(RingError, match=f"^rollout_engine={name}.*{said}"):
+        session = SimpleNamespace(is_log_rank=False)
+        open_rollout_engine(config, SimpleNamespace(session=session))

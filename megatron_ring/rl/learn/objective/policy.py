@@ -8,6 +8,7 @@ Legend: T token slots of a microbatch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,11 +16,18 @@ import torch
 from torch import Tensor
 
 from megatron_ring.config.rl import ObjectiveConfig, mismatch_bounds
+from megatron_ring.errors import ConfigError
 from megatron_ring.model.build import Logits
 from megatron_ring.rl.batch.microbatch import RLMicrobatch
 from megatron_ring.rl.learn.objective.divergence import ESTIMATORS, K3_LIMIT, LOG_RATIO_LIMIT
-from megatron_ring.rl.learn.objective.policy_losses import PolicyLoss, StepFacts, policy_loss
+from megatron_ring.rl.learn.objective.policy_losses import (
+    PolicyLoss,
+    StepFacts,
+    Surrogate,
+    policy_loss,
+)
 from megatron_ring.rl.mismatch import CORRECTIONS
+from megatron_ring.rl.own_code import own_code
 from megatron_ring.train.engine import StepReport
 from megatron_ring.train.objective import LossTerms, logprob
 
@@ -58,7 +66,14 @@ class PolicyObjective:
 
     def local_denominator(self, microbatches: Sequence[RLMicrobatch]) -> float:
         """This rank's part of the step's denominator."""
-        return self.loss.denominator(microbatches, self.facts)
+        with own_code("objective", self.config.objective):
+            found = float(self.loss.denominator(microbatches, self.facts))
+        if not math.isfinite(found) or found < 0:
+            raise ConfigError(
+                f"objective={self.config.objective}: its denominator gave {found}, which must be finite and at least 0; "
+                "correct it"
+            )
+        return found
 
     def __call__(self, logits: Logits, microbatch: RLMicrobatch) -> LossTerms:
         """Communicates over the tensor-parallel group (log p and entropy)."""
@@ -79,8 +94,9 @@ class PolicyObjective:
         old_T, trainer_T = self._denominators(logp_T.detach(), microbatch)
         free_T = logp_T - old_T
         log_ratio_T = free_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-        surrogate = self.loss.surrogate(logp_T, log_ratio_T, microbatch, c)
-        gap_T = (trainer_T - microbatch.rollout_logp_T) * mask_T
+        surrogate = self._surrogate(logp_T, log_ratio_T, microbatch)
+        known_T = ~microbatch.rollout_logp_T.isnan()
+        gap_T = torch.where(known_T, trainer_T - microbatch.rollout_logp_T, 0.0) * mask_T
         k_T = gap_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
         correction_T = CORRECTIONS[c.mismatch_correction](k_T, *mismatch_bounds(c))
         clamped_T = (free_T.detach().abs() > LOG_RATIO_LIMIT) | (gap_T.abs() > LOG_RATIO_LIMIT)
@@ -107,7 +123,7 @@ class PolicyObjective:
             "approx_kl": -log_ratio_T,
             "older_policy_share": 1.0 - microbatch.fresh_T,
         }
-        compared_T = self._compared(microbatch) * mask_T
+        compared_T = self._compared(microbatch) * mask_T * known_T
         sums = {name: (value_T.detach() * mask_T).double().sum() for name, value_T in per_token.items()}
         sums["policy_loss"] = (policy_T.detach() * weight_T).double().sum()
         sums["tokens"] = mask_T.double().sum()
@@ -118,6 +134,28 @@ class PolicyObjective:
             "ratio_max": (surrogate.ratio_T.detach() * mask_T).max(),
         }
         return LossTerms(loss_sum=(total_T * weight_T).sum(), sums=sums, peaks=peaks)
+
+    def _surrogate(self, logp_T: Tensor, log_ratio_T: Tensor, microbatch: RLMicrobatch) -> Surrogate:
+        """What the loss maximises per token.
+
+        Raises:
+            ConfigError: a loss of the user's own raises, or gives something else.
+        """
+        name = self.config.objective
+        with own_code("objective", name):
+            found = self.loss.surrogate(logp_T, log_ratio_T, microbatch, self.config)
+        if not isinstance(found, Surrogate):
+            raise ConfigError(
+                f"objective={name}: its surrogate gave {type(found).__name__}; return a Surrogate of policy_losses.py"
+            )
+        for row, value_T in found._asdict().items():
+            if value_T is not None and getattr(value_T, "shape", None) != logp_T.shape:
+                what = list(value_T.shape) if isinstance(value_T, Tensor) else type(value_T).__name__
+                raise ConfigError(
+                    f"objective={name}: its surrogate gave {what} as {row}, which must be a tensor of one number per "
+                    f"token, {list(logp_T.shape)}; correct it"
+                )
+        return found
 
     def _denominators(self, current_T: Tensor, microbatch: RLMicrobatch) -> tuple[Tensor, Tensor]:
         """log p under the old policy, and the trainer's log p that the rollout engine's is compared with."""

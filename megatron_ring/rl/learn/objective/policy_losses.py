@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -62,6 +62,9 @@ DenominatorFunction = Callable[[Sequence[RLMicrobatch], StepFacts], float]
 data-parallel ranks."""
 
 
+TokenWeight = Literal["1", "1/|y|"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
     """One objective.
@@ -74,7 +77,7 @@ class PolicyLoss:
     """
 
     surrogate: SurrogateFunction
-    token_weight: Literal["1", "1/|y|"]
+    token_weight: TokenWeight
     denominator: DenominatorFunction
 
 
@@ -183,5 +186,13 @@ def policy_loss(objective: str, facts: StepFacts) -> PolicyLoss:
 
 def _problem(found: object) -> str | None:
     if isinstance(found, PolicyLoss):
+        for name in ("surrogate", "denominator"):
+            if not callable(getattr(found, name)):
+                return (
+                    f"has {name}={getattr(found, name)!r}, not a function; write one as policy_losses.py does"
+                )
+        weights = get_args(TokenWeight)
+        if found.token_weight not in weights:
+            return f"has token_weight={found.token_weight!r}; write one of {', '.join(map(repr, weights))}"
         return None
     return f"is {type(found).__name__}, not PolicyLoss; name a PolicyLoss(surrogate=..., token_weight=..., denominator=...)"

@@ -1,0 +1,117 @@
+"""An engine of a user's own is held to its contract: whatever it gives that is no answer is one line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_ring.errors import RolloutError
+from megatron_ring.rl.rollout.checked import Checked
+from megatron_ring.rl.rollout.protocol import Guarantees, Request, SamplingParams
+from tests.helpers.rl.collecting import ScriptedEngine, prompt
+
+NAME = "my_engines:Server"
+ASKED = [Request(prompt=prompt(uid), sample=sample) for uid in range(2) for sample in range(2)]
+SAMPLING = SamplingParams(max_response_length=16)
+
+
+class Server(ScriptedEngine):
+    """A scripted engine whose responses ``change`` spoils."""
+
+    def __init__(self, change=lambda responses: responses):
+        super().__init__()
+        self.change = change
+
+    def generate(self, requests, sampling, **budget):
+        yield from self.change(list(super().generate(requests, sampling, **budget)))
+
+
+def answers(engine, asked=ASKED, **budget):
+    checked = Checked(engine, name=NAME, vocab_size=50)
+    checked.publish(3)
+    assert checked.version == engine.version == 3
+    return list(checked.generate(asked, SAMPLING, **budget))
+
+
+def each(**fields):
+    """Every response with these fields, each a value or a function of the response."""
+
+    def change(responses):
+        return [replace(r, **{k: v(r) if callable(v) else v for k, v in fields.items()}) for r in responses]
+
+    return change
+
+
+def of_length(count):
+    rows = {"tokens_R": np.int32, "logprobs_R": np.float32, "versions_R": np.int32}
+    return each(**{name: np.zeros(count, dtype) for name, dtype in rows.items()})
+
+
+def test_what_keeps_the_contract_passes():
+    assert [r.key for r in answers(Server())] == [r.key for r in ScriptedEngine().generate(ASKED, SAMPLING)]
+    interrupted = answers(Server(), token_budget=3, concurrency=2)
+    assert len(interrupted) == len(ASKED) and interrupted[-1].stop == "unfinished"
+    resumed = [replace(ASKED[0], prefix=next(r for r in interrupted if r.key == (0, 0)))]
+    assert answers(Server(), resumed)[0].stop == "eos"
+
+
+def test_log_p_that_is_not_guaranteed_is_not_read():
+    engine = Server(each(logprobs_R=lambda r: np.zeros(r.length, np.float32)))
+    assert not any(np.isnan(r.logprobs_R).any() for r in answers(engine))
+    engine.guarantees = Guarantees(exact_seeds=False, logprobs=False, routes=False, token_budget=False)
+    assert all(np.isnan(r.logprobs_R).all() for r in answers(engine))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda rs: [*rs, rs[0]],
+            r"answered sample 0 of prompt 0, which was not asked for or is answered already",
+        ),
+        (each(prompt_uid=7), "answered sample 0 of prompt 7, which was not asked for"),
+        (lambda rs: rs[1:], "left 1 of 4 requests without a response, first sample 0 of prompt 0"),
+        (lambda rs: ["text"], "gave str, not a Response"),
+        (each(tokens_R=lambda r: r.tokens_R.tolist()), "whose tokens_R is no row of integers"),
+        (each(tokens_R=lambda r: r.tokens_R / 2), "whose tokens_R is no row of integers"),
+        (each(versions_R=np.zeros(1, np.int32)), "with 1 versions_R for "),
+        (
+            each(logprobs_R=lambda r: r.logprobs_R * np.nan),
+            "whose log p is not finite, although it guarantees",
+        ),
+        (
+            each(tokens_R=lambda r: r.tokens_R + 50),
+            "with token ids from 50 to .*, which must be from 0 to below",
+        ),
+        (each(tokens_R=lambda r: r.tokens_R - 1), "with token ids from -1 to "),
+        (each(stop="stop"), "that says stop='stop', which must be one of eos, length;"),
+        (each(stop="unfinished"), "that says stop='unfinished', which must be one of eos, length;"),
+        (of_length(0), "of 0 tokens, which must be from 1 to max_response_length=16"),
+        (of_length(17), "of 17 tokens, which must be from 1 to max_response_length=16"),
+    ],
+)
+def test_what_breaks_it_is_one_line(change, said):
+    with pytest.raises(RolloutError, match=f"^rollout_engine={NAME} .*{said}"):
+        answers(Server(change))
+
+
+def test_a_prefix_is_gone_on_from():
+    prefix = replace(answers(Server(), token_budget=3, concurrency=2)[0], tokens_R=np.array([9, 9], np.int32))
+    with pytest.raises(RolloutError, match="that does not begin with the prefix"):
+        answers(
+            Server(lambda rs: [replace(r, tokens_R=r.tokens_R * 0) for r in rs]),
+            [replace(ASKED[0], prefix=prefix)],
+        )
+
+
+def test_an_exception_of_it_is_one_line():
+    def gone(responses):
+        yield responses[0]
+        raise ConnectionError("the server hung up")
+
+    with pytest.raises(
+        RolloutError, match=f"^rollout_engine={NAME} raised ConnectionError: the server hung up"
+    ):
+        answers(Server(gone))
