@@ -365,6 +365,17 @@ def test_a_wrong_configuration_is_one_exact_line(preset: str, flags: str, world_
     assert str(caught.value) == line
 
 
+@pytest.mark.parametrize("name", ["save", "load", "pretrained_checkpoint", "metrics_file", "tokenizer_model"])
+def test_a_name_that_is_empty_is_no_name(name: str, tmp_path: Path):
+    """``--save "$UNSET"`` would train without saving."""
+    flag = "--" + name.replace("_", "-")
+    (tmp_path / "run.toml").write_text(f'{name} = ""\n')
+    for words in ([flag, ""], ["--config", str(tmp_path / "run.toml")]):
+        with pytest.raises(ConfigError) as caught:
+            validate(load_config(["--preset", "ring_lite_tiny", *words]), 1)
+        assert str(caught.value) == f"{name}='' is empty; write none, or a value for {flag}"
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_valid_on_one_process(preset: str):
     validate(preset_config(preset), 1)
