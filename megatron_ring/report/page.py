@@ -144,8 +144,8 @@ def _tiles(run: Run) -> str:
     if (train := run.series(main)).values:
         text = f"training {label(main)}, from {shown(main, train.values[0])}"
         tiles.append((shown(main, picture.smooth(train.values)[-1]), text))
-    speeds = sorted(run.series("tokens_per_second").values)
-    tiles.append((shown("tokens_per_second", speeds[len(speeds) // 2]), "tokens per second, median"))
+    if speeds := sorted(run.series("tokens_per_second").values):
+        tiles.append((shown("tokens_per_second", speeds[len(speeds) // 2]), "tokens per second, median"))
     if mfu := sorted(run.series("mfu").values):
         tiles.append((shown("mfu", mfu[len(mfu) // 2]), "model FLOP utilisation, median"))
     tiles.append((duration(run.wall_seconds), "wall time"))

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from megatron_ring.errors import DataError
 from megatron_ring.report.facts import label, quantities
 from megatron_ring.report.read import Run, Series
 from megatron_ring.report.topics import headline
@@ -147,8 +148,14 @@ def thin(series: Series, points: int = _POINTS) -> tuple[Series, Series]:
 
 
 def main_quantity(runs: Sequence[Run]) -> str:
-    """The quantity drawn large: the reward if there is one, else the loss, else the first quantity."""
+    """The quantity drawn large: the reward if there is one, else the loss, else the first quantity.
+
+    Raises DataError where no step of any run has a finite quantity.
+    """
     names = [name for run in runs for name in quantities(run) if run.series(name).values]
+    if not names:
+        folders = ", ".join(str(run.folder) for run in runs)
+        raise DataError(f"metrics of {folders}: no step has a finite quantity to draw; name another run")
     return next(name for name in ("reward", "loss", *names) if name in names)
 
 

@@ -56,6 +56,18 @@ def test_the_page_says_first_best_last_facts_phases_and_settings(write_run):
     assert "train_iters = 4" in said and "def f(): pass" in said
 
 
+def test_a_run_without_figures_to_draw_is_one_line_and_one_without_speed_has_a_page(tmp_path):
+    record = {"kind": "train", "step": 1, "tokens": 1, "seconds": 1.0, "wall_seconds": 1.0, "loss": None}
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    for draw in (render_report, lambda run, out: render_comparison([run, run], out)):
+        with pytest.raises(DataError, match="no step has a finite quantity to draw; name another run"):
+            draw(tmp_path, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+    file.write_text(json.dumps(record | {"loss": 3.5}) + "\n")
+    assert "tokens per second" not in render_report(tmp_path, tmp_path / "report.html").read_text()
+
+
 def test_what_a_run_wrote_cannot_act_as_html(write_run):
     folder = write_run("<img src=x>", sample='<script>alert(1)</script> & "more"')
     page = render_report(folder, folder / "report.html").read_text()
