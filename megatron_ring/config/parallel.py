@@ -1,9 +1,9 @@
 """How the model is spread over processes, and in what precision it computes."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron_ring.config.ranges import Count
+from megatron_ring.config.ranges import AtLeast, AtMost, Count
 
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "shared_experts"]
 
@@ -48,5 +48,5 @@ class ParallelConfig:
     """Compute in bfloat16 with fp32 main parameters and gradients; otherwise all in fp32."""
     fp8: str | None = None
     """8-bit floating point; not supported, must be none."""
-    distributed_timeout_minutes: Count = 10
+    distributed_timeout_minutes: Annotated[int, AtLeast(1), AtMost(525_600, remedy="that is a year")] = 10
     """Minutes a collective may wait for the other processes."""

@@ -196,13 +196,13 @@ class RewardConfig:
     """Your own reward functions, as domain=module:function; a built-in domain is replaced."""
     reward_workers: Count = 2
     """Verifier processes of one data-parallel process."""
-    reward_timeout: Annotated[float, Above(0, remedy="try 10 seconds")] = 10.0
+    reward_timeout: Annotated[float, Above(0, at_most=86_400, remedy="try 10 seconds")] = 10.0
     """Seconds until a verifier is killed and the response scored 0; for code the time limits of its tests hold."""
     reward_worker_judgements: Count = 1000
     """Responses after which a verifier process is replaced by a new one, so that leaks stay bounded."""
     sandbox_memory_mb: Count = 512
     """MB of memory for model-written code; a problem's memory_limit_mb may ask for up to 4 times this."""
-    sandbox_timeout: Annotated[float, Above(0, remedy="try 5 seconds")] = 5.0
+    sandbox_timeout: Annotated[float, Above(0, at_most=86_400, remedy="try 5 seconds")] = 5.0
     """CPU seconds per test of model-written code; a problem's time_limit may ask for up to 4 times this."""
 
 

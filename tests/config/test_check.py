@@ -14,6 +14,12 @@ from megatron_ring.families import FAMILIES
 WRONG = [
     (
         "ring_lite",
+        "--distributed-timeout-minutes 99999999999999999999999",
+        1,
+        "distributed_timeout_minutes=99999999999999999999999 must be at most 525600; that is a year",
+    ),
+    (
+        "ring_lite",
         "--expert-model-parallel-size 6",
         6,
         "expert_model_parallel_size=6 must divide num_experts=64; try 4 or 8",

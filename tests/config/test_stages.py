@@ -54,7 +54,9 @@ RL = [
     ("--eps-clip-c 0.5", 1, "eps_clip_c=0.5 must be 0 (off) or above 1"),
     ("--mismatch-low -1", 1, "mismatch_low=-1.0 must be at least 0"),
     ("--reward-workers 0", 1, "reward_workers=0 must be at least 1"),
-    ("--reward-timeout 0", 1, "reward_timeout=0.0 must be positive; try 10 seconds"),
+    ("--reward-timeout 0", 1, "reward_timeout=0.0 must be above 0 and at most 86400; try 10 seconds"),
+    ("--reward-timeout 1e20", 1, "reward_timeout=1e+20 must be above 0 and at most 86400; try 10 seconds"),
+    ("--sandbox-timeout 1e20", 1, "sandbox_timeout=1e+20 must be above 0 and at most 86400; try 5 seconds"),
     ("--reward-functions rhymes", 1, "reward_functions=rhymes must be domain=module:function"),
 ]
 BASE = {
