@@ -30,6 +30,7 @@ from megatron_ring.config.load import OneLineParser, preset_config
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.presets import PRESETS
 from megatron_ring.errors import CheckpointError
+from megatron_ring.families import FAMILIES
 from megatron_ring.launch.entry import run_entry
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -85,7 +86,8 @@ def write_random_checkpoint(
 def _write(model: ModelConfig, folder: Path, dtype: str, max_file_bytes: int, seed: int) -> Size:
     names = tensor_map(model, model.vocab_size).names
     kind = getattr(torch, dtype)
-    infos = {n: TensorInfo(torch.float32 if n.endswith("expert_bias") else kind, s) for n, s in names.items()}
+    bias = FAMILIES[model.family].tensors.expert_bias
+    infos = {n: TensorInfo(torch.float32 if n.endswith(bias) else kind, s) for n, s in names.items()}
     total = sum(info.num_bytes for info in infos.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
@@ -122,7 +124,8 @@ def _random(name: str, shape: tuple[int, ...], model: ModelConfig, generator: to
     values = torch.empty(shape).normal_(generator=generator)
     if name.endswith(("norm.weight", "layernorm.weight")):
         return 1 + 0.1 * values
-    return values * (0.01 if name.endswith("expert_bias") else model.init_method_std)
+    bias = FAMILIES[model.family].tensors.expert_bias
+    return values * (0.01 if name.endswith(bias) else model.init_method_std)
 
 
 def _parser() -> OneLineParser:

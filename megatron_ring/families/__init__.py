@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from collections import Counter
 
 from megatron_ring.families.family import Family, Needs, TensorNames
 
@@ -12,9 +13,14 @@ def _found() -> dict[str, Family]:
     """The ``FAMILY`` of every module of this package that has one."""
     modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
     families: list[Family] = [module.FAMILY for module in modules if hasattr(module, "FAMILY")]
-    found = {family.name: family for family in families}
-    assert len(found) == len(families), f"two families of one name among {[f.name for f in families]}"
-    return found
+    for what, names in (
+        ("name", [family.name for family in families]),
+        ("architecture", [family.architecture for family in families]),
+        ("preset", [name for family in families for name in family.presets]),
+    ):
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        assert not twice, f"two families have the {what} {twice[0]}"
+    return {family.name: family for family in families}
 
 
 FAMILIES = _found()

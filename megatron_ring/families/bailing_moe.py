@@ -124,7 +124,7 @@ FAMILY = Family(
         },
     },
     has_experts=True,
-    counts_shared_experts=True,
+    shared_experts_key="num_shared_experts",
     keeps_score_of_one=True,
     config_class="BailingMoeConfig",
 )

@@ -108,7 +108,7 @@ FAMILY = Family(
     },
     has_experts=True,
     has_mtp=True,
-    counts_shared_experts=True,
+    shared_experts_key="num_shared_experts",
     keeps_score_of_one=True,
     window_is_off_by_default=False,
     config_class="BailingMoeConfig",

@@ -102,9 +102,8 @@ class Family:
     """May its models have multi-token-prediction layers?"""
     needs: tuple[Needs, ...] = ()
     """Rules between our settings that its models must keep."""
-    counts_shared_experts: bool = False
-    """Its config.json has the number of shared experts and the width of one, where ours has the width of
-    all."""
+    shared_experts_key: str | None = None
+    """The config.json key for the number of shared experts, where ours has the width of all together."""
     keeps_score_of_one: bool = False
     """Its gate weighs the only expert of a token by its score, whatever ``norm_topk_prob`` says."""
     null_kv_heads_are_query_heads: bool = False

@@ -112,7 +112,7 @@ samples)."""
 HARMLESS: Final[dict[str, tuple[str, ...]]] = {
     "read by hand: see hf_config": (
         "architectures", "model_type", "rope_parameters", "rope_scaling", "rotary_dim", "layer_types",
-        "sliding_window", "num_shared_experts", "moe_shared_expert_intermediate_size",
+        "sliding_window", "moe_shared_expert_intermediate_size",
     ),
     "where files come from and what wrote them": (
         "auto_map", "torch_dtype", "dtype", "transformers_version", "transformers_weights", "name_or_path",

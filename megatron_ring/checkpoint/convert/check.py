@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 
 from megatron_ring.checkpoint.convert.files import Source, TensorInfo
+from megatron_ring.checkpoint.convert.model_map import EXPERT_BIAS
 from megatron_ring.checkpoint.convert.tensor_map import Shape, TensorCopy
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.errors import CheckpointError
@@ -57,7 +58,8 @@ def target_infos(
     infos: dict[str, TensorInfo] = {}
     for name, shape in shapes.items():
         kinds = {source.tensors[copy.source].dtype for copy in copies[name]}
-        if dtype is not None and not name.endswith("expert_bias"):
+        is_bias = any(key.endswith(EXPERT_BIAS) for key in (name, copies[name][0].source))
+        if dtype is not None and not is_bias:
             kinds = {dtype}
         if len(kinds) > 1:
             raise CheckpointError(

@@ -36,6 +36,8 @@ TRAINING_ONLY = frozenset(
 _EXPERTS_ONLY = frozenset({"moe_router_topk", "moe_ffn_hidden_size"})
 """Our fields that mean nothing in a dense model, and that no family of such models implies."""
 
+_GROUPS = ("moe_router_num_groups", "moe_router_group_topk")
+
 _MAX_BYTES = 10_000_000
 _LARGEST = {"num_layers": 10_000, "num_experts": 100_000, "mtp_num_layers": 100}
 _MOST_EXPERTS = 10_000_000
@@ -98,8 +100,10 @@ def model_config(config: Mapping[str, Any], origin: str) -> ModelConfig:
     }
     for ours, name in family.opposites.items():
         values[ours] = not _typed(ours, name, said_or_default(name, theirs, family, origin), origin)
-    if family.counts_shared_experts:
-        values["moe_shared_expert_intermediate_size"] = _shared_width(theirs, values, family, origin)
+    if family.shared_experts_key:
+        values["moe_shared_expert_intermediate_size"] = _shared_width(
+            family.shared_experts_key, theirs, values, family, origin
+        )
     if values.get("moe_router_num_groups") == 1:
         values["moe_router_num_groups"] = values["moe_router_group_topk"] = 0
     model = ModelConfig(family=family.name, **{**family.implied, **values})
@@ -128,12 +132,14 @@ def defaults_taken(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
     }
 
 
-def _shared_width(theirs: Mapping[str, Any], values: dict[str, Any], family: Family, origin: str) -> int:
+def _shared_width(
+    key: str, theirs: Mapping[str, Any], values: dict[str, Any], family: Family, origin: str
+) -> int:
     """Width of all shared experts together: engines take each one's from the key of its own if it is there."""
-    shared = said_or_default("num_shared_experts", theirs, family, origin)
+    shared = said_or_default(key, theirs, family, origin)
     each = theirs.get("moe_shared_expert_intermediate_size")
     each = values["moe_ffn_hidden_size"] if each is None else each
-    for name, value in (("num_shared_experts", shared), ("moe_shared_expert_intermediate_size", each)):
+    for name, value in ((key, shared), ("moe_shared_expert_intermediate_size", each)):
         if value != 0 and not is_size(value):
             raise CheckpointError(f"{origin}: the value {shown(value)} for {name} is no int; correct it")
     return shared * each
@@ -195,9 +201,9 @@ def hf_config(
     }
     config |= {name: getattr(model, ours) for ours, name in family.fields.items()}
     config |= {name: not getattr(model, ours) for ours, name in family.opposites.items()}
-    if config.get("n_group") == 0:
-        # the format writes "no groups" as one group of all experts
-        config |= {"n_group": 1, "topk_group": 1}
+    if model.moe_router_num_groups == 0:
+        # the formats write "no groups" as one group of all experts
+        config |= {family.fields[ours]: 1 for ours in _GROUPS if ours in family.fields}
     config["torch_dtype"] = torch_dtype
     config.pop("dtype", None)
     for block in ("rope_parameters", "rope_scaling"):
@@ -206,8 +212,8 @@ def hf_config(
             own = {"rope_theta": model.rotary_base, "partial_rotary_factor": model.rotary_percent}
             config[block] = {name: own.get(name, value) for name, value in rope.items()}
     config |= family.written
-    if family.counts_shared_experts:
-        config |= _shared_experts(model)
+    if family.shared_experts_key:
+        config |= _shared_experts(family.shared_experts_key, model)
     if family.keeps_score_of_one:
         # engines that normalise would set the only routing weight of a top-1 model to 1
         config["norm_topk_prob"] = model.moe_router_topk > 1
@@ -231,7 +237,7 @@ def _refuse_another_model(config: Mapping[str, Any], model: ModelConfig) -> None
         raise CheckpointError(
             f"{error}; the weights were trained without: correct a copy of it and name its folder with --hf-files"
         ) from None
-    ungrouped = ("moe_router_num_groups", "moe_router_group_topk") if model.moe_router_num_groups < 2 else ()
+    ungrouped = _GROUPS if model.moe_router_num_groups < 2 else ()
     family = FAMILIES[model.family]
     for ours, name in {**family.fields, **family.opposites}.items():
         assert ours in ungrouped or getattr(again, ours) == getattr(model, ours), f"{name} was not put in"
@@ -257,7 +263,7 @@ def _refuse_what_cannot_be_said(model: ModelConfig) -> None:
 def _accounted_for(family: Family) -> set[str]:
     otherwise = {
         "family",
-        *(("moe_shared_expert_intermediate_size",) if family.counts_shared_experts else ()),
+        *(("moe_shared_expert_intermediate_size",) if family.shared_experts_key else ()),
     }
     unused = set() if family.has_experts else _EXPERTS_ONLY
     return {*family.fields, *family.opposites, *family.implied, *TRAINING_ONLY, *otherwise, *unused}
@@ -272,7 +278,7 @@ def _refuse_tokens_beyond(name: str, value: Any, vocab_size: int) -> None:
             )
 
 
-def _shared_experts(model: ModelConfig) -> dict[str, Any]:
+def _shared_experts(key: str, model: ModelConfig) -> dict[str, Any]:
     """The shared experts as a family that counts them writes them."""
     shared, width = model.moe_shared_expert_intermediate_size, model.moe_ffn_hidden_size
     if model.is_moe and shared % width:
@@ -281,7 +287,7 @@ def _shared_experts(model: ModelConfig) -> dict[str, Any]:
             "the format counts shared experts; train with a multiple"
         )
     return {
-        "num_shared_experts": shared // width if model.is_moe else 0,
+        key: shared // width if model.is_moe else 0,
         "moe_shared_expert_intermediate_size": width,
     }
 

@@ -123,7 +123,7 @@ def said_or_default(name: str, theirs: Mapping[str, Any], family: Family, origin
     value = theirs.get(name, default)
     if value is None and isinstance(default, bool):
         return False
-    if value is None and name in ("num_shared_experts", "num_nextn_predict_layers"):
+    if value is None and name in (family.shared_experts_key, family.fields.get("mtp_num_layers")):
         return 0
     if value is None and name == "head_dim":
         width = said_or_default("hidden_size", theirs, family, origin)

@@ -13,6 +13,8 @@ from megatron_ring.families import FAMILIES, TensorNames
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 """Megatron's keys of tensors with one row per token id; vocabulary padding follows the last row."""
+EXPERT_BIAS = "router.expert_bias"
+"""How Megatron's keys of expert biases end. A bias is added to the scores when experts are chosen; always fp32."""
 
 
 def tensor_map(model: ModelConfig, num_vocab_rows: int) -> TensorMap:
@@ -83,7 +85,7 @@ def _experts(b: MapBuilder, model: ModelConfig, names: TensorNames, key: str, na
     E, F, D = model.num_experts, model.moe_ffn_hidden_size, model.hidden_size
     b.rename(f"{key}router.weight", f"{name}{names.router}.weight", E, D)
     if model.moe_router_enable_expert_bias:
-        b.rename(f"{key}router.expert_bias", f"{name}{names.expert_bias}", E)
+        b.rename(f"{key}{EXPERT_BIAS}", f"{name}{names.expert_bias}", E)
     *gate_up, down = names.gate_up_down
     experts = [f"{name}{names.expert.format(e)}" for e in range(E)]
     fc1 = {(e, i): f"{experts[e]}{part}.weight" for e in range(E) for i, part in enumerate(gate_up)}
