@@ -30,7 +30,7 @@ MR_INLINE T load_bits(const void* p) {
   return value;
 }
 
-// ---- loads and stores -------------------------------------------------------------------------------------------
+// loads and stores
 
 template <class S>
 struct Lane;
@@ -119,7 +119,7 @@ MR_INLINE void store_tail(S* p, typename Lane<S>::V v, int64_t count) {
   std::memcpy(p, buffer, count * sizeof(S));
 }
 
-// ---- arithmetic --------------------------------------------------------------------------------------------------
+// arithmetic
 
 template <class V>
 MR_INLINE V largest(V a, V b) {
@@ -158,7 +158,7 @@ MR_INLINE auto total(V v) {
   return sum;
 }
 
-// ---- log-probability ---------------------------------------------------------------------------------------------
+// log-probability
 
 // columns whose maximum is found before they are exponentiated: 4 KiB of floats, in the first cache
 constexpr int64_t kBlock = 1024;
@@ -233,7 +233,7 @@ void logprob_gradient(const S* x, S* out, int64_t n, arithmetic_t<S> inv_tempera
   if (whole < n) store_tail<S>(out + whole, gradient(load_tail<S>(x + whole, n - whole, V{} + max)), n - whole);
 }
 
-// ---- rows of the experts -----------------------------------------------------------------------------------------
+// rows of the experts
 
 template <class S>
 void weighted_sum(S* out, const S* const* row, const arithmetic_t<S>* weight, int64_t count, int64_t n) {
@@ -340,7 +340,7 @@ arithmetic_t<S> swiglu_backward(const S* dh, const S* gate, const S* up, arithme
   return total(dp);
 }
 
-// ---- norm --------------------------------------------------------------------------------------------------------
+// norm
 
 template <class S>
 arithmetic_t<S> rms_norm(S* y, const S* x, const S* weight, arithmetic_t<S> eps, int64_t n) {
@@ -396,7 +396,7 @@ void rms_norm_backward(const S* dy, const S* x, const S* weight, arithmetic_t<S>
   }
 }
 
-// ---- scores of the router ----------------------------------------------------------------------------------------
+// scores of the router
 
 template <class A>
 A softmax(const A* x, A* out, int64_t n) {
@@ -438,7 +438,7 @@ A sigmoid(const A* x, A* out, int64_t n) {
   return lse;
 }
 
-// ---- rotary positions ----------------------------------------------------------------------------------------------
+// rotary positions
 
 template <class S>
 void rotate(S* x, const float* cos, const float* sin, arithmetic_t<S> sign, int64_t half) {
@@ -469,7 +469,7 @@ void rotate(S* x, const float* cos, const float* sin, arithmetic_t<S> sign, int6
   }
 }
 
-// ---- attention of one token over a cache --------------------------------------------------------------------------
+// attention of one token over a cache
 
 // as total, in log2 steps: what is short enough to wait for it
 template <class V, class A>

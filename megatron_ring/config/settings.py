@@ -140,7 +140,7 @@ def value_problems(section: object) -> Iterator[str]:
 def _value_problem(setting: Setting, value: Any) -> str | None:
     remedy = f"set {setting.flag}"
     if setting.optional and value == "":
-        # a shell's variable that is not set must not mean a run that saves nothing
+        # an unset shell variable must not turn saving off without notice
         return f"{setting.name}='' is empty; write none, or a value for {setting.flag}"
     if value is None:
         fits = setting.optional

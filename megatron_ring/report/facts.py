@@ -53,7 +53,7 @@ def rows(run: Run, names: Iterable[str] | None = None) -> list[Row]:
 def label(name: str) -> str:
     """A metric as people say it, below its topic's title.
 
-    Example: ``label("c3po/responses_cut")`` is ``"responses cut"``, ``label("status/wrong")`` ``"judged wrong"``.
+    Example: ``label("c3po/responses_cut")`` is ``"responses cut"``, ``label("status/wrong")`` ``"status: wrong"``.
     """
     said = {
         "lr": "learning rate",
@@ -61,7 +61,7 @@ def label(name: str) -> str:
         "loss_tokens": "trained tokens per step",
         "mfu": "MFU",
     }
-    bare = name.removeprefix("c3po/").removeprefix("packing/").replace("status/", "judged ")
+    bare = name.removeprefix("c3po/").removeprefix("packing/").replace("status/", "status: ")
     return said.get(name, bare.replace("_", " "))
 
 

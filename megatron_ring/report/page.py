@@ -269,7 +269,7 @@ def _responses_card(run: Run) -> str:
         f"{_cell(format(row['score'], 'g'))}<td>{escape(row['status'])}</td></tr>"
         for row in run.responses
     )
-    head = '<th>problem</th><th>response</th><th class="n">reward</th><th>verdict</th>'
+    head = '<th>problem</th><th>response</th><th class="n">reward</th><th>status</th>'
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return _card(f"Best and worst responses of step {run.responses[0]['step']:,}", table)
 

@@ -1,4 +1,4 @@
-"""Calls of a user's own code, which a setting names as ``module:name``: an exception there is one line."""
+"""Calls of a user's code, which a setting names as ``module:name``: an exception in it becomes one line."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ log = logging.getLogger("megatron_ring")
 
 @contextmanager
 def own_code(setting: str, value: str, error: type[RingError] = ConfigError) -> Iterator[None]:
-    """Raise what a user's own ``value`` of ``setting`` raises in this block as an ``error`` that says where.
+    """An exception of the user's code that ``setting=value`` names, raised in this block, becomes an ``error``
+    with its place.
 
-    A built-in value's exception is ours and stays as it is, as does one that follows from the end of another rank.
+    Exceptions of built-in code are not changed, nor are those that follow from the end of another rank.
     ``--log-level debug`` shows the traceback.
 
     Example: ``with own_code("objective", "my_losses:mine"): ...``.

@@ -1,4 +1,5 @@
-"""A rollout engine of a user's own, held to :class:`~megatron_ring.rl.rollout.protocol.RolloutEngine`'s contract."""
+"""A user's rollout engine, checked against the contract of
+:class:`~megatron_ring.rl.rollout.protocol.RolloutEngine`."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ from megatron_ring.rl.types import Response, StopReason
 
 
 class Checked:
-    """Passes on what ``engine`` answers, if it keeps the contract; an exception of it is one line.
+    """Passes on the responses of ``engine`` after checking them; an exception of it becomes one line.
 
-    Where the engine does not guarantee log p, that of its responses is NaN, whatever it gives.
+    If the engine does not guarantee log p, log p of its responses is set to NaN.
 
     Args:
-        name: what ``rollout_engine`` names it.
+        name: the value of ``rollout_engine``.
         vocab_size: token ids are below it.
     """
 
