@@ -34,7 +34,7 @@ class RewardError(RingError):
 
 
 class Interrupted(RingError):
-    """Somebody pressed Ctrl-C."""
+    """The user pressed Ctrl-C."""
 
     exit_code = 130
 

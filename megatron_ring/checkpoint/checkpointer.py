@@ -257,7 +257,7 @@ class Checkpointer:
         )
         raise CheckpointError(
             f"{folder}: {origin}, which --load cannot resume in stage {self.stage!r}; start from its weights alone "
-            "with --pretrained-checkpoint (or --load and --finetune), and give --save a folder of its own"
+            "with --pretrained-checkpoint (or --load and --finetune), and give --save another folder"
         )
 
     def _check_model(self, folder: Path, saved: dict[str, Any]) -> None:
@@ -313,7 +313,7 @@ class Checkpointer:
                 raise
             raise CheckpointError(
                 f"--save {self.config.checkpoint.save}: writing failed ({_reason(error)}); "
-                "see that the disk has space; the previous checkpoint stays"
+                "check that the disk has space; the previous checkpoint stays"
             ) from None
         except CheckpointError:
             if self.session.is_save_rank:

@@ -169,7 +169,7 @@ def _only_one(root: Path) -> Path | None:
     if len(there) > 1:
         raise CheckpointError(
             f"{root / TRACKER}: is missing beside checkpoints of steps {', '.join(map(str, there))}; write the step to "
-            "resume from into it, or name another folder to start anew"
+            "resume from into it, or name another folder to start from the beginning"
         )
     if not there:
         return None

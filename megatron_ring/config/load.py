@@ -117,7 +117,9 @@ def _config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[RunCo
     if rest:
         flag = rest[0].split("=")[0]
         if not flag.startswith("-"):
-            raise ConfigError(f"argument {flag} stands alone; every setting is a flag, see --help")
+            raise ConfigError(
+                f"argument {flag} is not a flag or its value; every setting is a flag, see --help"
+            )
         raise unknown(flag, [setting.flag for setting in settings().values()], "flag")
     given = vars(known)
     flags = {name: given.pop(name) for name in list(given) if name in settings()}

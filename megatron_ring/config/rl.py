@@ -55,7 +55,7 @@ class RolloutConfig:
     rollout_slots: Count = 256
     """Sequences that one data-parallel process decodes at a time; C3PO++ uses rollout_concurrency instead."""
     rollout_token_budget: CountOrOff = 0
-    """C3PO++: tokens generated per step, summed over processes; unfinished responses go on in the next step.
+    """C3PO++: tokens generated per step, summed over processes; unfinished responses continue in the next step.
 
     0 for no limit: every response of a step is generated to its end.
     """
@@ -99,7 +99,7 @@ class BudgetConfig:
     token_budget_scope: Literal["global", "per_dp_rank", "per_gpu"] = "global"
     """Who gets token_budget tokens: the whole job, each data-parallel rank, or each process (the paper's "per GPU")."""
     minibatches_per_step: Count = 1
-    """Optimizer steps per rollout step; each trains on Phi tokens of its own."""
+    """Optimizer steps per rollout step; each trains on another Phi tokens."""
     budget_order: Literal["shuffled", "arrival", "groups"] = "shuffled"
     """Order in which responses fill the budget.
 
@@ -109,8 +109,8 @@ class BudgetConfig:
     budget_overshoot: Literal["token", "response", "carry"] = "token"
     """What happens to the response that passes Phi.
 
-    token: cut there, its rest is lost; response: kept whole (eq. 3 as printed); carry: cut, its rest goes on in
-    the next minibatch or step.
+    token: cut there, its rest is lost; response: kept whole (eq. 3 as printed); carry: cut, and the next
+    minibatch or step trains on its rest.
     """
     zero_advantage: Literal["count", "exclude"] = "count"
     """Responses with advantage 0: count them towards Phi (the paper), or exclude them before the budget is filled."""

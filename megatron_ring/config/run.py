@@ -51,7 +51,7 @@ class CheckpointConfig:
     save_interval: CountOrOff = 0
     """Steps between checkpoints; 0 saves only at the end."""
     async_save: bool = False
-    """Write checkpoints in the background, from a snapshot, while training goes on."""
+    """Write checkpoints in the background, from a snapshot, while training continues."""
     keep_last_n: CountOrOff = 0
     """Checkpoints to keep: the one just saved and those before it; 0 keeps all."""
     finetune: bool = False

@@ -30,7 +30,7 @@ from megatron_ring.runtime.orphans import end_with_launcher
 
 def run_entry(main: Callable[[], object]) -> NoReturn:
     """Run ``main`` and exit: 0 when it returns, 2 after ``error: ...`` on stderr when it raises a RingError, 130
-    after such a line when somebody pressed Ctrl-C.
+    after such a line when the user pressed Ctrl-C.
 
     Any other exception is a bug of ours and keeps its traceback. If several processes raise the same error, one
     prints it.

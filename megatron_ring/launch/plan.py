@@ -66,7 +66,7 @@ def activation_bytes(config: RunConfig, stage: int, microbatches: int) -> int:
     outputs and, per routed slot, two values of model width and three of expert width; with tp they are split
     by sequence parallelism. Full recompute keeps one value of model width per layer plus one layer's working
     set; selective recompute keeps what its modules do not make again, plus one layer's share of that. Flash
-    attention keeps almost nothing of its own, so core_attn changes no estimate. 1F1B keeps up to pp - stage
+    attention keeps almost nothing, so core_attn changes no estimate. 1F1B keeps up to pp - stage
     microbatches in flight. The last stage adds fp32 logits twice. Balanced experts are assumed.
     """
     model, parallel, train = config.model, config.parallel, config.train

@@ -1,8 +1,9 @@
 """torchrun with short errors: ``ring launch FLAG ... COMMAND FLAG ...``, and for scripts
 ``python -m megatron_ring.launch.ranks FLAG ... SCRIPT FLAG ...``.
 
-When a rank fails, torchrun prints a traceback of its own and a table, and exits with 1. Here the rank's own lines come
-last, and the exit code is the rank's: 2 for a user's mistake, 75 for a lost peer, 128 + n for signal n (130: Ctrl-C).
+When a rank fails, torchrun prints its own traceback and a table, and exits with 1. Here the rank's own lines
+come last, and the exit code is the rank's: 2 for a user's mistake, 75 for a lost peer, 128 + n for signal n
+(130: Ctrl-C).
 """
 
 from __future__ import annotations

@@ -233,7 +233,7 @@ class _TensorBoard:
 
     def _give_up(self, error: OSError) -> None:
         log.warning(
-            "no more TensorBoard events in %s: %s; the run goes on without them, make room and resume to have more",
+            "no more TensorBoard events in %s: %s; the run continues without them; free space and resume to get more",
             self._folder,
             error.strerror or error,
         )

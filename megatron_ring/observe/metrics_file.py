@@ -115,7 +115,7 @@ class MetricsFile:
         self._file.close()
 
     def _refusal(self, error: OSError) -> ConfigError:
-        return ConfigError(f"metrics file {self._path}: {error.strerror}; make room or set --metrics-file")
+        return ConfigError(f"metrics file {self._path}: {error.strerror}; free space or set --metrics-file")
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -56,7 +56,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; see that the disk has space") from None
+        raise ConfigError(f"{path}: {error.strerror}; check that the disk has space") from None
 
 
 def _line(row: dict) -> str:

@@ -56,7 +56,7 @@ def _unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
     """2026-11: a run of one process slowed down after its first step.
 
     distributed/param_and_grad_buffer.py:285 and :443 (0.16.1) gather and scatter whole buffers in groups of one
-    process too. gloo copies them in a thread of its own, whose OpenMP team outnumbers the processors from then
+    process too. gloo copies them in a separate thread, whose OpenMP team outnumbers the processors from then
     on: waiting threads sleep instead of spinning, and every small parallel operation takes two to three times
     as long. Here a group of one copies nothing that is in place. Delete when upstream skips such groups.
     """

@@ -277,7 +277,7 @@ class RlRun(StageRun):
         pairs = zip(grids, updates, strict=True)
         reports = [self.critic.step(grid) for grid, update in pairs if update.made]
         if not all(report.finite for report in reports):
-            log.warning("step %d: the critic's loss is not finite: its update refused", self.step + 1)
+            log.warning("step %d: the critic's loss is not finite: its update skipped", self.step + 1)
         return reports
 
     def _account(

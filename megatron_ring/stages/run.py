@@ -190,7 +190,7 @@ class StageRun:
             return False
         self.non_finite += 1
         log.warning(
-            "step %d: loss %s, grad norm %s: update refused", self.step + 1, report.loss, report.grad_norm
+            "step %d: loss %s, grad norm %s: update skipped", self.step + 1, report.loss, report.grad_norm
         )
         if self.non_finite >= MAX_NON_FINITE_STEPS:
             raise RingError(
@@ -232,7 +232,7 @@ class StageRun:
         limit = train.exit_duration_in_mins
         asked = self.session.exit_wanted(limit > 0 and minutes >= limit)
         if asked and self.session.is_log_rank:
-            log.info("leaving after step %d: a signal or the time limit asked for it", self.step)
+            log.info("stopping after step %d, at a signal or the time limit", self.step)
         due = (
             train.exit_interval
             and self.step
@@ -313,7 +313,7 @@ class StageRun:
                 write_durably(sample, self.tokenizer.decode([*prompt, *new]) + "\n")
             except OSError as error:
                 raise ConfigError(
-                    f"{sample}: {error.strerror}; see that the disk has space, the checkpoint is saved"
+                    f"{sample}: {error.strerror}; check that the disk has space; the checkpoint is saved"
                 ) from None
 
 

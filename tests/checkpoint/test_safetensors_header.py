@@ -53,9 +53,9 @@ BAD: dict[str, tuple[bytes, str]] = {
     "the same bytes twice": (with_header({"a": entry(0, 16), "b": entry(0, 16)}, 16), "overlaps"),
     "a hole": (
         with_header({"a": entry(0, 16), "b": entry(20, 36)}, 36),
-        "'b' begins behind a hole of 4 bytes",
+        "'b' begins after a hole of 4 bytes",
     ),
-    "a hole at the start": (with_header({"a": entry(16, 32)}), "'a' begins behind a hole of 16 bytes"),
+    "a hole at the start": (with_header({"a": entry(16, 32)}), "'a' begins after a hole of 16 bytes"),
     "bytes behind the last": (with_header(TWO, 40), "truncated or damaged"),
     "bytes missing": (with_header(TWO, 31), "truncated or damaged"),
     "a key twice": (

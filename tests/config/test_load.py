@@ -99,7 +99,7 @@ def test_none_is_a_value_of_optional_settings_only(tmp_path: Path):
         ("--num-layer 3", "flag --num-layer does not exist; did you mean --num-layers?"),
         ("--zero 3", "flag --zero does not exist; see --help"),
         ("--num_layers 3", "flag --num_layers does not exist; did you mean --num-layers?"),
-        ("tiny.toml", "argument tiny.toml stands alone; every setting is a flag, see --help"),
+        ("tiny.toml", "argument tiny.toml is not a flag or its value; every setting is a flag, see --help"),
         ("--num-layers four", "--num-layers four: the value must be an integer"),
         ("--lr", "argument --lr: expected 1 argument; see --help"),
         ("--family gpt2", f"--family gpt2: the value must be one of {', '.join(FAMILIES)}"),

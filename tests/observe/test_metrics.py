@@ -240,7 +240,7 @@ def test_console_has_colour_only_in_a_terminal(capsys, monkeypatch):
 def test_an_unwritable_place_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        ConfigError, match=r"metrics file .*metrics.jsonl: .*; make room or set --metrics-file"
+        ConfigError, match=r"metrics file .*metrics.jsonl: .*; free space or set --metrics-file"
     ):
         MetricsLogger(tmp_path / "file" / "run", total_steps=1, log_interval=1)
     with pytest.raises(ConfigError, match="--tensorboard-dir"):
@@ -266,7 +266,7 @@ except ConfigError as error:
 def test_a_full_disk_leaves_whole_lines_and_one_clear_error(tmp_path):
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path), "300"]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"^REFUSED metrics file .*; make room or set --metrics-file$", said, re.MULTILINE)
+    assert re.search(r"^REFUSED metrics file .*; free space or set --metrics-file$", said, re.MULTILINE)
     content = (tmp_path / "metrics.jsonl").read_text()
     assert [json.loads(line)["kind"] for line in content.splitlines()] == ["run", "train"]
     assert content.endswith("\n")
@@ -380,6 +380,6 @@ def test_a_full_disk_ends_tensorboard_with_one_warning_and_not_the_run(tmp_path,
             metrics.log(step, {"loss": 1.0}, tokens=1, seconds=1.0)
         metrics.log(step + 1, {"loss": 1.0}, tokens=1, seconds=1.0)
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 1 and "No space left on device; the run goes on without them" in lines[0]
+    assert len(lines) == 1 and "No space left on device; the run continues without them" in lines[0]
     assert "Traceback" not in capfd.readouterr().err and threading.excepthook is hook
     assert len(of_kind(tmp_path / "metrics.jsonl", "train")) == step + 1

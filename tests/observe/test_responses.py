@@ -58,7 +58,7 @@ def test_a_resume_on_a_full_disk_and_a_run_from_the_start_lose_no_sample(tmp_pat
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(ConfigError, match="No space left on device; see that"),
+        pytest.raises(ConfigError, match="No space left on device; check that"),
     ):
         patch.setattr(os, "fsync", full)
         ResponseLog(tmp_path, resume_step=3, every=1)

@@ -61,7 +61,7 @@ def test_a_sample_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(stage_run, "continue_tokens", lambda *_, **__: [])
     monkeypatch.setattr(run, "sample_prompt", lambda: [1])
     with pytest.raises(
-        ConfigError, match=r"sample\.txt: Is a directory; see that .* the checkpoint is saved"
+        ConfigError, match=r"sample\.txt: Is a directory; check that .* the checkpoint is saved"
     ):
         run._write_sample()
 

@@ -1,4 +1,4 @@
-"""What stands beside the tensors: tokenizer and config files of a model, and the manifest of a conversion."""
+"""The files beside the tensors: tokenizer and config files of a model, and the manifest of a conversion."""
 
 from __future__ import annotations
 

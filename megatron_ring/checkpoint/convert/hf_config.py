@@ -135,7 +135,7 @@ def defaults_taken(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
 def _shared_width(
     key: str, theirs: Mapping[str, Any], values: dict[str, Any], family: Family, origin: str
 ) -> int:
-    """Width of all shared experts together: engines take each one's from the key of its own if it is there."""
+    """Width of all shared experts together: engines read the width of one from its own key if that is there."""
     shared = said_or_default(key, theirs, family, origin)
     each = theirs.get("moe_shared_expert_intermediate_size")
     each = values["moe_ffn_hidden_size"] if each is None else each
@@ -274,7 +274,7 @@ def _refuse_tokens_beyond(name: str, value: Any, vocab_size: int) -> None:
         if type(token) is int and not 0 <= token < vocab_size:
             raise CheckpointError(
                 f"{name}={token} of config.json to carry over is not below vocab_size={vocab_size}, so that no "
-                "engine loads the model; name the folder of its own tokenizer with --hf-files"
+                "engine loads the model; name the folder of the model's tokenizer with --hf-files"
             )
 
 

@@ -29,7 +29,7 @@ def shown(value: Any) -> str:
 
 
 def under_one_name(config: Mapping[str, Any], family: Family, origin: str) -> dict[str, Any]:
-    """``config`` with every setting at its own key: aliases and what stands in the rope's settings."""
+    """``config`` with every setting at its own key: aliases and keys inside the rope's settings included."""
     theirs = dict(config)
 
     def put(name: str, value: Any, said_by: str) -> None:

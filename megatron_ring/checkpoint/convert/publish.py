@@ -47,7 +47,7 @@ def shards_of(state: dict[str, Any]) -> Iterator[Shard]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    # factories split stacked weights (gate and up) into shards of their own
+    # factories split stacked weights (gate and up) into separate shards
     apply_factories(state)
     for value in nested_values(state):
         if isinstance(value, ShardedTensor):

@@ -70,7 +70,7 @@ def _placed(
             what = (
                 "overlaps the tensor before it"
                 if start < end
-                else f"begins behind a hole of {start - end:,} bytes"
+                else f"begins after a hole of {start - end:,} bytes"
             )
             raise CheckpointError(f"{path}: {shown(name)} {what}; {_REMEDY}")
         end = stop
@@ -83,7 +83,7 @@ def _placed(
 
 
 def _entry(name: str, entry: Any) -> tuple[str, str, tuple[int, ...], int, int]:
-    """(name, dtype, shape, first byte, byte behind the last), each of its kind."""
+    """(name, dtype, shape, first byte, byte after the last), each checked for its type."""
     if not isinstance(entry, dict):
         raise ValueError(f"{shown(name)} is {shown(entry)}, not an object")
     dtype, shape, place = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")

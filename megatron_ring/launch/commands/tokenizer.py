@@ -60,7 +60,7 @@ def _parser() -> OneLineParser:
         "--split-digits",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="each digit is a token of its own",
+        help="each digit is one token",
     )
     parser.add_argument(
         "--symbol",

@@ -50,7 +50,7 @@ class PendingGroups:
             self.open[prompt.uid] = OpenGroup(prompt=prompt, waiting=set(range(self.group_size)))
 
     def wanted(self) -> list[tuple[Prompt, int, Response | None]]:
-        """(prompt, sample, prefix to go on from) of every response that is missing, oldest prompt first."""
+        """(prompt, sample, prefix to continue) of every response that is missing, oldest prompt first."""
         return [
             (group.prompt, sample, group.unfinished.get(sample))
             for group in self.open.values()

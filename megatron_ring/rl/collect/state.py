@@ -131,7 +131,7 @@ class RolloutState:
         if max(slots, default=0) > microbatch_capacity:
             raise CheckpointError(
                 f"microbatch_capacity={microbatch_capacity} is less than the {max(slots)} tokens of a prompt and response "
-                f"that the checkpoint goes on with; set --microbatch-capacity {max(slots)} or more"
+                f"that the checkpoint continues; set --microbatch-capacity {max(slots)} or more"
             )
 
 

@@ -1,4 +1,4 @@
-"""Where the answer stands in a response: pure functions on text.
+"""Find the answer in a response: pure functions on text.
 
 Only the answer part counts, which begins after the last ``</think>``; in it, only the last ``\\boxed{...}``.
 Earlier boxes are intermediate results, and an unclosed last box is an answer that was cut off, so it is no answer

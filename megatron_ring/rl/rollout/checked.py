@@ -99,7 +99,7 @@ class Checked:
             return "whose log p is not finite, although it guarantees log p"
         prefix = request.prefix
         if prefix is not None and not np.array_equal(tokens_R[: prefix.length], prefix.tokens_R):
-            return "that does not begin with the prefix it was asked to go on from"
+            return "that does not begin with the prefix it was asked to continue"
         return None
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The rollout engine's interface: requests, sampling parameters, guarantees; in this process or behind a server."""
+"""The rollout engine's interface: requests, sampling parameters, guarantees; in this process or on a server."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class Guarantees:
 
     ``exact_seeds``: the same seed gives the same responses at every layout and after every resume. ``logprobs``: log p
     of each sampled token under the policy that sampled it; without it ``logprobs_R`` may hold anything and is not read.
-    ``routes``: the experts of each token, where asked for. ``token_budget``: a call stops at a number of new tokens, and
-    goes on from prefixes.
+    ``routes``: the experts of each token, where asked for. ``token_budget``: a call stops at a number of new
+    tokens, and continues prefixes.
     """
 
     exact_seeds: bool

@@ -90,7 +90,7 @@ def code_blocks(text: str, deepest: int = _DEEPEST) -> list[Block]:
         info = _INFO.search(match["info"])
         tag = info[0].lower() if info else ""
     if fence:
-        # splitting leaves an empty piece behind the last line break
+        # splitting leaves an empty piece after the last line break
         lines = lines[:-1] if lines and not lines[-1] else lines
         close()
     return blocks

@@ -84,7 +84,7 @@ def build(sandbox: Sandbox, job: CodeJob, limits: Limits) -> Built | RewardResul
         files["/code/prompt.py"] = job.prompt.encode(errors="surrogateescape")
     if job.mode == "unit_test":
         files |= {f"/code/{name}.py": _inside(name).encode() for name in _UNIT_TEST_FILES}
-        # the test runs in a process of its own
+        # the test runs in its own process
         limits = dataclasses.replace(limits, processes=limits.processes + 1)
     return Built(program=sandbox.python(_inside("python_harness"), job.mode, files=files), limits=limits)
 

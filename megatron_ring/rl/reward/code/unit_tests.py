@@ -1,9 +1,9 @@
 """Read from a unit test's source which names of the solution it uses; nothing is run.
 
-The test runs in a process of its own, where the solution's names are proxies of objects in the solution's process (see
-``harness_test``). The names are chosen here, so that a solution cannot replace ``len`` or ``abs``: a name that Python or
-its standard library offers counts as the solution's only if the test imports it from ``solution``, or if it uses no other
-name of the solution.
+The test runs in its own process, where the solution's names are proxies of objects in the solution's process
+(see ``harness_test``). The names are chosen here, so that a solution cannot replace ``len`` or ``abs``: a name
+that Python or its standard library offers counts as the solution's only if the test imports it from
+``solution``, or if it uses no other name of the solution.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from megatron_ring.rl.reward.gym import puzzles
 from megatron_ring.rl.reward.gym import scorers as by
 from megatron_ring.rl.reward.gym.scorers import Scorer
 
-_JUNK = "pays for junk behind the answer"
+_JUNK = "pays for junk after the answer"
 _EVAL = "hands the answer to eval()"
 _SYMPY = "hands the answer to sympy's parse_expr, which is eval()"
 _HUGE = "raises or hangs on huge numbers"

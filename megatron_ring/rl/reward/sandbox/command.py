@@ -1,7 +1,7 @@
 """The sandbox's isolation as data: bubblewrap's command line, resource limits, a seccomp filter, an unprivileged uid.
 
-bubblewrap isolates the zygote once (``zygote.py``); the zygote isolates every run anew inside of that. Each part closes a
-hole that the others leave:
+bubblewrap isolates the zygote once (``zygote.py``); inside of that the zygote isolates every run again. Each
+part closes a hole that the others leave:
 
 - bwrap never starts as root: root's /proc/sys is writable inside, and RLIMIT_NPROC does not bind root.
 - ``/`` and ``/dev`` are remounted read-only, so that code cannot fill their memory-backed file systems.

@@ -65,7 +65,8 @@ class ZygoteHandle:
     @classmethod
     @above_streams()
     def start(cls, python: str, memory: MemoryCgroup | None = None) -> ZygoteHandle:
-        """Start a zygote, in a cgroup of its own, and wait until it is ready. Raises RewardError if it does not start."""
+        """Start a zygote, in its own cgroup, and wait until it is ready. Raises RewardError if it does not
+        start."""
         fds: list[int] = []
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:

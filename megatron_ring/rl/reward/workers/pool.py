@@ -1,4 +1,5 @@
-"""A pool of reward workers beside the trainer: scores arrive while generation goes on, and no response can stop a run.
+"""A pool of reward workers beside the trainer: scores arrive while generation continues, and no response can
+stop a run.
 
 Each worker has a thread here, which sends it one response at a time and waits for the result. A verifier that exceeds
 its time limit is killed, and a worker that dies is replaced; only the response that it had loses its score. The time

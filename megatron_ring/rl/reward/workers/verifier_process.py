@@ -41,7 +41,8 @@ class Task:
     prompt: Prompt
     text: str
     timeout: float
-    """Seconds after which the process is killed, unless the verifier has a limit of its own; loading does not count."""
+    """Seconds after which the process is killed, unless the verifier has its own limit; loading does not
+    count."""
     alone: bool = False
     """Verify it in a new process that is not used again: the library evaluates the text."""
 

@@ -2,11 +2,12 @@
 
     python -m megatron_ring.rl.reward.workers.worker FD PARENT_PID
 
-A program of its own rather than a multiprocessing child, so that it never imports the entry script, torch or anything
-else of the trainer. Protocol on the socket FD: the trainer sends pickles, first the settings, then one :class:`Task`
-after another. The worker sends JSON: ``loaded`` (or ``refused`` with an error line), then ``ready``. For each task it
-sends ``loading`` if a library has to be loaded first, ``started`` with the time limit, and last ``result``, ``timeout``,
-``died`` or ``refused``. That message also tells whether it is ``ready`` for the next task; if not, ``ready`` follows.
+A separate program rather than a multiprocessing child, so that it never imports the entry script, torch or
+anything else of the trainer. Protocol on the socket FD: the trainer sends pickles, first the settings, then one
+:class:`Task` after another. The worker sends JSON: ``loaded`` (or ``refused`` with an error line), then
+``ready``. For each task it sends ``loading`` if a library has to be loaded first, ``started`` with the time
+limit, and last ``result``, ``timeout``, ``died`` or ``refused``. That message also tells whether it is
+``ready`` for the next task; if not, ``ready`` follows.
 
 The supervisor never reads a model's text. An isolated one loads the libraries once, so that forking a new verifier
 process costs milliseconds. In a trusted one, which has users' functions, the verifier process loads them itself, since

@@ -103,7 +103,7 @@ class Remote:
 
 
 class Method:
-    """A bound method of an object of the solution: called with one request, without an object of its own there."""
+    """A bound method of an object of the solution: called with one request, without a separate object there."""
 
     def __init__(self, owner, name):
         self.owner, self.__name__ = owner, name
