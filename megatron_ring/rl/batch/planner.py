@@ -182,25 +182,23 @@ def gather_metadata(
 ) -> list[RolloutMeta]:
     """Collective over ``group``: the offers of all ranks in rank order, the same list on every rank."""
     own = [
-        [
-            rollout.prompt.uid,
-            rollout.response.sample,
-            rollout.response.length,
-            rollout.arrival,
-            not np.any(rollout.advantages_R),
-            start,
-            steps,
-            len(rollout.prompt.tokens),
-            rollout.reward.score,
-            int(rollout.response.versions_R.min()),
-        ]
-        for rollout, start, steps in offers
+        RolloutMeta(
+            uid=rollout.prompt.uid,
+            sample=rollout.response.sample,
+            length=rollout.response.length,
+            arrival=rollout.arrival,
+            zero_advantage=not np.any(rollout.advantages_R),
+            start=start,
+            carried=steps,
+            prompt_tokens=len(rollout.prompt.tokens),
+            score=rollout.reward.score,
+            version=int(rollout.response.versions_R.min()),
+            rank=group.rank(),
+            local_index=index,
+        )
+        for index, (rollout, start, steps) in enumerate(offers)
     ]
-    return [
-        RolloutMeta(*values, rank=rank, local_index=index)
-        for rank, of_rank in enumerate(gather_json(own, group, device))
-        for index, values in enumerate(of_rank)
-    ]
+    return [RolloutMeta(*values) for of_rank in gather_json(own, group, device) for values in of_rank]
 
 
 def select_all(metas: Sequence[RolloutMeta], budget: BudgetConfig, seed: int) -> Selection:
