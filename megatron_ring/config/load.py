@@ -67,7 +67,7 @@ def preset_config(name: str) -> RunConfig:
 def read_toml(path: str | Path) -> tuple[str | None, dict[str, Any]]:
     """(preset it names or None, flat values) of a TOML file, with sections or flat."""
     try:
-        tables = tomllib.loads(read_plain(Path(path), _MAX_BYTES).decode("utf-8"))
+        tables = tomllib.loads(read_plain(Path(path), _MAX_BYTES).decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}; name a readable TOML file") from None
     except RecursionError:
@@ -100,6 +100,10 @@ def _read_section(path: str | Path, section: str, table: Mapping[str, Any], valu
 
 def _read_value(path: str | Path, key: str, value: Any, values: dict[str, Any]) -> None:
     if key not in settings():
+        if key in sections():
+            raise ConfigError(
+                f"{path}: {key} is a section, not a setting; write [{key}] once and its settings below"
+            )
         raise unknown(key, list(settings()), f"{path}: key")
     if key in values:
         raise ConfigError(f"{path}: {key} is given twice, flat and in a section; keep one")

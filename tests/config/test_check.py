@@ -382,6 +382,15 @@ def test_a_name_that_is_empty_is_no_name(name: str, tmp_path: Path):
         assert str(caught.value) == f"{name}='' is empty; write none, or a value for {flag}"
 
 
+@pytest.mark.parametrize("key", ["save", "data_path"])
+def test_a_null_character_is_one_line(key: str, tmp_path: Path):
+    (tmp_path / "run.toml").write_text(f"{key} = {'[%s]' if key == 'data_path' else '%s'}\n" % '"a\\u0000b"')
+    with pytest.raises(ConfigError) as caught:
+        validate(load_config(["--preset", "ring_lite_tiny", "--config", str(tmp_path / "run.toml")]), 1)
+    said = f"{key}='a\\x00b' holds a null character, which no file's name may; set --{key.replace('_', '-')}"
+    assert str(caught.value) == said
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_valid_on_one_process(preset: str):
     validate(preset_config(preset), 1)

@@ -42,6 +42,12 @@ def test_flat_and_sectioned_files_agree(tmp_path: Path):
     assert flat_form.model.num_layers == 6
 
 
+def test_a_byte_order_mark_is_no_setting(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbflr = 0.5\r\n")
+    assert load_config(["--config", str(path)]).train.lr == 0.5
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_dump_loads_back_to_the_same_config(preset: str, tmp_path: Path):
     flags = "--data-path 0.3 a 0.7 b --rampup-batch-size 4 4 100 --save x --recompute-modules moe mlp"
@@ -132,6 +138,11 @@ def test_a_wrong_command_line_is_one_line(argv: str, line: str):
         (
             "[train]\nnum_layers = 3",
             "{path}: num_layers is in section [train] but belongs in [model]; move it there",
+        ),
+        ("train = 3", "{path}: train is a section, not a setting; write [train] once and its settings below"),
+        (
+            "[[train]]\nlr = 1",
+            "{path}: train is a section, not a setting; write [train] once and its settings below",
         ),
         ("lr = 1\n[train]\nlr = 1", "{path}: lr is given twice, flat and in a section; keep one"),
         ('num_layers = "4"', "num_layers='4': the value must be an integer"),
