@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from signal import SIGTERM
 from typing import Any, NoReturn
 
-from megatron_ring.errors import Interrupted
+from megatron_ring.errors import ConfigError, Interrupted
+from megatron_ring.launch.entry import run_entry
 from megatron_ring.runtime.orphans import PEER_IS_GONE, name_launcher
 
 _SPOKEN = (2, 130)
@@ -46,9 +48,9 @@ def _run(argv: list[str], prepare: Callable[[Any], None]) -> int:
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     name_launcher()
     torchrun: Any = run
+    arguments = _parse(torchrun, argv)
+    prepare(arguments)
     try:
-        arguments = torchrun.parse_args(argv)
-        prepare(arguments)
         torchrun.run(arguments)
     except ChildFailedError as error:
         failures: dict[int, Any] = error.failures
@@ -59,7 +61,31 @@ def _run(argv: list[str], prepare: Callable[[Any], None]) -> int:
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
     except SignalException as error:
         return 128 + error.sigval.value
+    except (ValueError, RuntimeError, AssertionError) as error:
+        if not _is_of_a_flag(error):
+            raise
+        raise ConfigError(f"{error}; see --help of the launcher") from None
     return 0
+
+
+def _parse(torchrun: Any, argv: list[str]) -> Any:
+    """torchrun's parsed arguments; ConfigError in place of its usage page."""
+    parser = torchrun.get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        named = message.replace(
+            "training_script, training_script_args", "what to run, behind the launcher's flags"
+        )
+        raise ConfigError(f"{named}; see --help of the launcher")
+
+    parser.error = refuse
+    return parser.parse_args(argv)
+
+
+def _is_of_a_flag(error: Exception) -> bool:
+    """Did torchrun refuse the value of a flag? It parses some of them when it starts."""
+    functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return not functions.isdisjoint({"config_from_args", "parse_min_max_nnodes"})
 
 
 def _follows(exit_code: int) -> bool:
@@ -72,4 +98,4 @@ def _line_of(rank: int, pid: int, exit_code: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry(main)

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.checkpoint.run_lock import hold_run_folder
 from megatron_ring.config.dump import dump_toml, format_changed
@@ -296,6 +297,22 @@ class StageRun:
         changed = format_changed(self.config, stage_spec(self.stage).sections)
         where = "--dry-run" if run_dir is None else run_dir / "config.toml"
         log.info("settings that differ from the defaults (all of them: %s):\n%s", where, changed)
+        self._warn_of_overwriting()
+
+    def _warn_of_overwriting(self) -> None:
+        """Say that the run saves among checkpoints of an earlier one that it does not go on from."""
+        save, loaded = self.config.checkpoint.save, self.checkpointer.loaded_folder
+        if not save or not Path(save).is_dir():
+            return
+        steps = folders.iterations(Path(save))
+        if steps and (loaded is None or loaded.resolve().parent != Path(save).resolve()):
+            log.warning(
+                "--save %s holds checkpoints of an earlier run (last: step %d), which this run does not resume: it "
+                "replaces those of its own steps; to resume add --load %s, else name another folder",
+                save,
+                steps[-1],
+                save,
+            )
 
     def _write_sample(self) -> None:
         """Sample from the model, for the report."""

@@ -16,6 +16,8 @@ import pytest
 
 from megatron_ring import __main__
 from megatron_ring.data.corpus.writer import write_corpus
+from megatron_ring.errors import ConfigError
+from megatron_ring.launch import ranks
 from megatron_ring.launch.ring import COMMANDS, main
 from tests.helpers.parallel.preloaded import free_port
 from tests.helpers.parallel.watching import assert_ended_well, run_to_the_end
@@ -63,6 +65,32 @@ def test_what_runs_in_one_process_is_not_launched_in_several():
     done = ring("launch", "--nproc-per-node", "2", "report", "runs/a")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: command report runs in one process; call it without launch: ring report\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "the following arguments are required: what to run, behind the launcher's flags; see --help of"),
+        (["--nope", "pretrain"], "unrecognized arguments: --nope; see --help of the launcher"),
+        (["--nproc-per-node", "x", "rl"], "Unsupported nproc_per_node value: x; see --help of the launcher"),
+        (
+            ["--nnodes", "0", "rl"],
+            "min_nodes must be > 0 and <= max_nodes, got min_nodes=0, max_nodes=0; see",
+        ),
+        (
+            ["own.py"],
+            "own.py is a script, not a command; start it with python -m megatron_ring.launch.ranks ",
+        ),
+    ],
+)
+def test_a_mistake_in_the_launchers_flags_is_one_line(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.argv", ["ring launch", *words])
+    monkeypatch.setattr(ranks, "name_launcher", lambda: None)
+    with pytest.raises(ConfigError) as caught:
+        COMMANDS["launch"].run()
+    assert str(caught.value).startswith(said)
 
 
 def helped(monkeypatch: pytest.MonkeyPatch, argv: list[str], run) -> str:

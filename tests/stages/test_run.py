@@ -51,6 +51,28 @@ def test_a_folder_that_cannot_be_written_is_said_by_the_flag_that_names_it(tmp_p
         run._announce()
 
 
+def test_a_run_that_saves_among_checkpoints_it_does_not_resume_says_so(tmp_path, caplog):
+    """Without --load it begins at step 0 and replaces what an earlier run saved."""
+    for step in (3, 12):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+    line = (
+        f"--save {tmp_path} holds checkpoints of an earlier run (last: step 12), which this run does not resume: it "
+        f"replaces those of its own steps; to resume add --load {tmp_path}, else name another folder"
+    )
+    for loaded, heard in (
+        (None, [line]),
+        (tmp_path.parent / "other" / "iter_0000003", [line]),
+        (tmp_path / "iter_0000012", []),
+    ):
+        caplog.clear()
+        run = StageRun.__new__(StageRun)
+        run.config = config_from_mapping({"save": str(tmp_path)})
+        run.session, run.stage, run.step = SimpleNamespace(is_log_rank=True), "pretrain", 0
+        run.checkpointer = SimpleNamespace(loaded_folder=loaded)
+        run._announce()
+        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == heard
+
+
 def test_a_sample_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     """The last thing of a run, behind its last checkpoint."""
     (tmp_path / "sample.txt").mkdir()

@@ -16,6 +16,10 @@ def main() -> None:
 def _run_command(arguments: Any) -> None:
     """What torchrun parsed as a module to run is the name of one of our commands."""
     name: str = arguments.training_script
+    if name.endswith(".py"):
+        raise ConfigError(
+            f"{name} is a script, not a command; start it with python -m megatron_ring.launch.ranks FLAG ... {name}"
+        )
     find(name)
     if name not in STAGES:
         raise ConfigError(f"command {name} runs in one process; call it without launch: ring {name}")
