@@ -155,9 +155,9 @@ def _value_problem(setting: Setting, value: Any) -> str | None:
             fits = False
     if not fits:
         return f"{setting.name}={value!r} must be {_wanted(setting)}; {remedy}"
+    if any(isinstance(item, str) and "\0" in item for item in _items(value)):
+        return f"{setting.name}={value!r} holds a null character, which no file's name may; {remedy}"
     for item in () if value is None else _items(value):
-        if isinstance(item, str) and "\0" in item:
-            return f"{setting.name}={item!r} holds a null character, which no file's name may; {remedy}"
         shown = f"{setting.name}={item}" if item is value else f"{setting.name}={_shown(value)}: {item}"
         if isinstance(item, float) and not math.isfinite(item):
             return f"{shown} must be finite; {remedy}"

@@ -298,6 +298,12 @@ class StageRun:
         where = "--dry-run" if run_dir is None else run_dir / "config.toml"
         log.info("settings that differ from the defaults (all of them: %s):\n%s", where, changed)
         self._warn_of_overwriting()
+        if self.step >= self.config.train.train_iters:
+            log.info(
+                "nothing is left to train: the checkpoint is of step %d and train_iters=%d; raise --train-iters to go on",
+                self.step,
+                self.config.train.train_iters,
+            )
 
     def _warn_of_overwriting(self) -> None:
         """Say that the run saves among checkpoints of an earlier one that it does not go on from."""

@@ -387,7 +387,8 @@ def test_a_null_character_is_one_line(key: str, tmp_path: Path):
     (tmp_path / "run.toml").write_text(f"{key} = {'[%s]' if key == 'data_path' else '%s'}\n" % '"a\\u0000b"')
     with pytest.raises(ConfigError) as caught:
         validate(load_config(["--preset", "ring_lite_tiny", "--config", str(tmp_path / "run.toml")]), 1)
-    said = f"{key}='a\\x00b' holds a null character, which no file's name may; set --{key.replace('_', '-')}"
+    shown = repr(("a\0b",) if key == "data_path" else "a\0b")
+    said = f"{key}={shown} holds a null character, which no file's name may; set --{key.replace('_', '-')}"
     assert str(caught.value) == said
 
 

@@ -73,6 +73,18 @@ def test_a_run_that_saves_among_checkpoints_it_does_not_resume_says_so(tmp_path,
         assert [record.message for record in caplog.records if record.levelname == "WARNING"] == heard
 
 
+@pytest.mark.parametrize(("step", "heard"), [(3, False), (4, True), (9, True)])
+def test_a_run_that_has_nothing_left_to_train_says_so(tmp_path, caplog, step, heard):
+    caplog.set_level(logging.INFO)
+    run = StageRun.__new__(StageRun)
+    run.config = config_from_mapping({"save": str(tmp_path), "train_iters": 4})
+    run.session, run.stage, run.step = SimpleNamespace(is_log_rank=True), "pretrain", step
+    run.checkpointer = SimpleNamespace(loaded_folder=None)
+    run._announce()
+    line = f"nothing is left to train: the checkpoint is of step {step} and train_iters=4; raise --train-iters to go on"
+    assert (line in [record.message for record in caplog.records]) == heard
+
+
 def test_a_sample_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     """The last thing of a run, behind its last checkpoint."""
     (tmp_path / "sample.txt").mkdir()

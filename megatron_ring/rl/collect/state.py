@@ -6,7 +6,8 @@ that rank. A resume at another number of ranks reads all files and takes its sha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from megatron_ring.data.json_text import count_in, counts_in
@@ -95,14 +96,18 @@ class RolloutState:
         groups, finished, unfinished, self.carried = [], [], [], []
         for rank in range(count_in(state, "ranks")):
             data = {name: read(_file(name, rank)) for name in ("finished", "unfinished", "carried")}
-            groups += [
-                (prompt_from_json(group["prompt"]), counts_in(group, "waiting"))
-                for group in note_of(data["finished"])
-            ]
-            finished += rollouts_from_bytes(data["finished"])
-            unfinished += responses_from_bytes(data["unfinished"])
-            places = [counts_in({"carried": place}, "carried") for place in note_of(data["carried"])]
-            for rollout, (start, steps) in zip(rollouts_from_bytes(data["carried"]), places, strict=True):
+            with _of_file("finished", rank):
+                groups += [
+                    (prompt_from_json(group["prompt"]), counts_in(group, "waiting"))
+                    for group in note_of(data["finished"])
+                ]
+                finished += rollouts_from_bytes(data["finished"])
+            with _of_file("unfinished", rank):
+                unfinished += responses_from_bytes(data["unfinished"])
+            with _of_file("carried", rank):
+                places = [counts_in({"carried": place}, "carried") for place in note_of(data["carried"])]
+                rollouts = rollouts_from_bytes(data["carried"])
+            for rollout, (start, steps) in zip(rollouts, places, strict=True):
                 if topology.owns(rollout.prompt.uid):
                     self.carried.append(CarryOver(rollout, start, steps))
         own = sorted(
@@ -133,6 +138,15 @@ class RolloutState:
                 f"microbatch_capacity={microbatch_capacity} is less than the {max(slots)} tokens of a prompt and response "
                 f"that the checkpoint continues; set --microbatch-capacity {max(slots)} or more"
             )
+
+
+@contextmanager
+def _of_file(name: str, dp_rank: int) -> Iterator[None]:
+    """Name the file that a CheckpointError of this block is about."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{_file(name, dp_rank)}: {error}") from None
 
 
 def _file(name: str, dp_rank: int) -> str:

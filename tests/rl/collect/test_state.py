@@ -55,7 +55,7 @@ def test_a_state_that_lacks_a_part_is_refused():
             )
     for name in files:
         damaged = files | {name: files[name][:-4]}
-        with pytest.raises(CheckpointError, match="saved rollouts cannot be read"):
+        with pytest.raises(CheckpointError, match=f"^{name}: saved rollouts cannot be read"):
             RolloutState(Stream(), 3).load_state_dict(
                 state.state_dict(1), damaged.__getitem__, session().topology
             )
