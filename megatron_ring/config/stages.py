@@ -9,6 +9,7 @@ from megatron_ring.config import inputs
 from megatron_ring.config.importable import require_own_modules
 from megatron_ring.config.inputs import Input
 from megatron_ring.config.rules import Rule, budget, data, objective, rollout, training
+from megatron_ring.config.settings import sections
 from megatron_ring.errors import ConfigError
 
 COMMON_SECTIONS = ("model", "parallel", "train", "data", "checkpoint", "logging")
@@ -44,10 +45,13 @@ def register_stage(spec: StageSpec) -> None:
     """Add a stage.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken, or a section does not exist.
     """
     if spec.name in STAGES:
         raise ValueError(f"stage {spec.name} exists")
+    for section in spec.sections:
+        if section not in sections():
+            raise ValueError(f"stage {spec.name}: section {section} is none of {', '.join(sections())}")
     STAGES[spec.name] = spec
 
 

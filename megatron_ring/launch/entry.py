@@ -20,10 +20,11 @@ from typing import Any, Literal, NoReturn
 
 from megatron_ring.checkpoint.run_lock import check_run_folder
 from megatron_ring.config.check import check_inputs, validate
+from megatron_ring.config.importable import require_module
 from megatron_ring.config.load import parse_command
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.stages import stage_spec
-from megatron_ring.errors import Interrupted, RingError
+from megatron_ring.errors import ConfigError, Interrupted, RingError
 from megatron_ring.launch.dry_run import dry_run
 from megatron_ring.runtime.orphans import end_with_launcher
 
@@ -66,8 +67,13 @@ def run_stage(name: str) -> NoReturn:
 def stage_main(name: str) -> None:
     """Run the stage ``name``: the command line is read first, the stage's code imported after that."""
     config = start(stage=name)
-    module, _, function = stage_spec(name).entry.partition(":")
-    getattr(importlib.import_module(module), function)(config)
+    entry = stage_spec(name).entry
+    require_module(f"stage {name}: entry={entry}", entry)
+    module, _, function = entry.partition(":")
+    run = getattr(importlib.import_module(module), function, None)
+    if run is None:
+        raise ConfigError(f"stage {name}: entry={entry}: module {module} has no {function}; correct the name")
+    run(config)
 
 
 def start(argv: Sequence[str] | None = None, *, stage: str = "pretrain") -> RunConfig:

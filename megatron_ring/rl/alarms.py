@@ -19,7 +19,7 @@ DOMINANT = 0.5
 AGAIN_AFTER = 100
 """Steps after which the warning is repeated."""
 REMEDIES = {
-    "verifier_error": "the verifier fails on them, whatever the answer: look at the problems' references",
+    "verifier_error": "the verifier fails on them, whatever the answer: look at the verifier and the problems' references",
     "parse_error": "no answer can be read in them: state the answer's format in the prompt (--prompt-suffix)",
 }
 

@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,8 @@ def test_an_unknown_stage_is_one_line_and_a_name_is_given_once():
     assert str(caught.value) == "stage distil does not exist; try one of pretrain, sft, rl"
     with pytest.raises(ValueError, match="stage rl exists"):
         register_stage(STAGES["rl"])
+    with pytest.raises(ValueError, match="stage haiku: section modle is none of model, parallel, "):
+        register_stage(replace(STAGES["rl"], name="haiku", sections=("modle",)))
 
 
 @pytest.mark.parametrize("spec", STAGES.values(), ids=list(STAGES))
@@ -197,6 +200,7 @@ def test_nothing_asks_which_stage_it_is():
 
 OWN_STAGE = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_ring.config.stages import StageSpec, register_stage
@@ -240,5 +244,11 @@ def test_a_stage_is_one_entry_and_one_file(tmp_path: Path):
     assert run(*here, "--lr", "0.5") == (0, "written at 0.5 False\n", "")
     assert run(*here, "--lr", "2") == (2, "", "error: lr=2.0 is too much for haiku; try 1e-3\n")
     assert run("--data-path", "gone") == (2, "", "error: data_path=gone does not exist; buy paper\n")
+    entry = "stage haiku: entry=own_stage:poem"
+    (tmp_path / "own_stage.py").write_text(OWN_STAGE.replace("own_stage:haiku", "own_stage:poem"))
+    assert run(*here) == (2, "", f"error: {entry}: module own_stage has no poem; correct the name\n")
+    (tmp_path / "own_stage.py").write_text(OWN_STAGE.replace("own_stage:haiku", "nowhere:haiku"))
+    assert run(*here)[2].startswith("error: stage haiku: entry=nowhere:haiku: no module nowhere; install it")
+    (tmp_path / "own_stage.py").write_text(OWN_STAGE)
     code_and_plan = run(*here, "--dry-run")
     assert code_and_plan[0] == 0 and "\nsft\n" in code_and_plan[1] and "\nrollout\n" not in code_and_plan[1]

@@ -114,7 +114,10 @@ def load_verifiers(config: RewardConfig, kind: WorkerKind) -> dict[str, Verifier
         function = load_object(where, f"{module}:{name}", RewardError)
         if function is None:
             raise RewardError(f"{where}: module {module} has no {name}; {_FORM}")
-        check_reward_function(function)
+        try:
+            check_reward_function(function)
+        except RewardError as error:
+            raise RewardError(f"{where}: {error}") from error
         verifiers[domain] = Verifier(function=function, load=lambda: None)
     return verifiers
 

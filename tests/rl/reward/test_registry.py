@@ -58,6 +58,7 @@ def test_words_that_lead_nowhere(words: list[str], line: str):
 def test_functions_that_are_none(plugin: str, function: str, line: str):
     with pytest.raises(RewardError) as caught:
         load_verifiers(RewardConfig(reward_functions=(f"poem={plugin}:{function}",)), "trusted")
+    assert str(caught.value).startswith(f"reward_functions=poem={plugin}:{function}: ")
     assert line in str(caught.value) and "\n" not in str(caught.value)
 
 
