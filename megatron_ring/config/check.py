@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from megatron_ring.config import inputs
 from megatron_ring.config.rules import Rule, layout, model, training
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.settings import sections, value_problems
@@ -44,6 +45,7 @@ def problems(config: RunConfig, world_size: int, stage: str = "pretrain") -> Ite
 
 
 def check_inputs(config: RunConfig, stage: str = "pretrain") -> None:
-    """Raise DataError or CheckpointError where a file or folder that a valid ``config`` names is missing."""
+    """Raise a RingError where a file or folder that a valid ``config`` names is missing or cannot be written to."""
+    inputs.outputs(config)
     for check in stage_spec(stage).inputs:
         check(config)

@@ -1,15 +1,16 @@
 """Files and folders that must exist before a run starts; each function checks one kind.
 
-Raises DataError or CheckpointError in one line. ``--dry-run`` does not check them.
+Raises a RingError in one line. ``--dry-run`` does not check them.
 """
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_ring.config.blend import parse_blend
 from megatron_ring.config.rl import GYM_PREFIX
 from megatron_ring.config.run import RunConfig
-from megatron_ring.errors import CheckpointError, DataError
+from megatron_ring.errors import CheckpointError, ConfigError, DataError
 
 Input = Callable[[RunConfig], None]
 
@@ -75,6 +76,23 @@ def checkpoints(config: RunConfig) -> None:
     if start is not None and not Path(start).is_dir():
         raise CheckpointError(
             f"pretrained_checkpoint={start} is not a folder; name one that holds checkpoints"
+        )
+
+
+def outputs(config: RunConfig) -> None:
+    """What every stage writes to: a metrics file that is a folder would be renamed as an earlier run's file is.
+
+    Raises:
+        ConfigError: a setting names what cannot be written to.
+    """
+    settings = config.logging
+    if settings.metrics_file is not None and Path(settings.metrics_file).is_dir():
+        raise ConfigError(
+            f"metrics_file={settings.metrics_file} is a folder; name a file, such as {settings.metrics_file}/metrics.jsonl"
+        )
+    if settings.wandb_project is not None and find_spec("wandb") is None:
+        raise ConfigError(
+            f"wandb_project={settings.wandb_project} needs wandb; pip install wandb or drop --wandb-project"
         )
 
 

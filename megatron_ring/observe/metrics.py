@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import logging
 import threading
 import time
@@ -111,10 +110,6 @@ class MetricsLogger:
         self._file: MetricsFile | None = None
         self._tensorboard: _TensorBoard | None = None
         self._wandb: Any = None
-        if wandb_project is not None and importlib.util.find_spec("wandb") is None:
-            # on every rank, so that no rank waits for the writer
-            remedy = "pip install wandb or drop the flag"
-            raise ConfigError(f"--wandb-project {wandb_project} needs wandb; {remedy}")
         if not is_log_rank:
             return
         path = metrics_file or (None if run_dir is None else Path(run_dir) / "metrics.jsonl")

@@ -44,7 +44,7 @@ from megatron_ring.rl.ledger import Ledger, Update, account
 from megatron_ring.rl.reward.references import check_sources
 from megatron_ring.rl.reward.registry import parse_reward_functions
 from megatron_ring.rl.reward.workers.pool import RewardPool
-from megatron_ring.rl.rollout.engines import open_rollout_engine
+from megatron_ring.rl.rollout.engines import logprob_settings, open_rollout_engine
 from megatron_ring.rl.rollout.protocol import SamplingParams
 from megatron_ring.rl.rollout_metrics import (
     add_up,
@@ -356,6 +356,8 @@ class RlRun(StageRun):
         self.rollouts.require_fit(
             self.config.budget.microbatch_capacity, self.config.rollout.max_response_length
         )
+        for setting in logprob_settings(self.config.objective):
+            self.rollouts.require_logprobs(setting)
         say_held_out(self.rollouts.waiting_prompts(), self.held_out)
         if self.critic is not None:
             self.critic_checkpointer.load(critic_folder(folder, self.step))

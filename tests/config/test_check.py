@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ring.config import inputs
 from megatron_ring.config.check import check_inputs, validate
 from megatron_ring.config.load import load_config, preset_config
 from megatron_ring.config.presets import PRESETS
@@ -463,3 +464,19 @@ def test_loading_from_the_folder_that_is_saved_to_may_start_empty(tmp_path: Path
         (tmp_path / f"c{suffix}").touch()
     where = str(tmp_path / "checkpoints")
     check_inputs(load_config(["--data-path", str(tmp_path / "c"), "--save", where, "--load", where]))
+
+
+def test_a_metrics_file_that_is_a_folder_is_refused_before_it_is_renamed(tmp_path: Path):
+    with pytest.raises(ConfigError) as caught:
+        check_inputs(load_config(["--metrics-file", str(tmp_path)]))
+    assert (
+        str(caught.value)
+        == f"metrics_file={tmp_path} is a folder; name a file, such as {tmp_path}/metrics.jsonl"
+    )
+
+
+def test_wandb_without_its_package_is_refused_before_anything_is_written(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(inputs, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as caught:
+        check_inputs(load_config(["--wandb-project", "ring"]))
+    assert str(caught.value) == "wandb_project=ring needs wandb; pip install wandb or drop --wandb-project"

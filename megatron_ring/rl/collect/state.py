@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import numpy as np
+
 from megatron_ring.data.json_text import count_in, counts_in
 from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.errors import CheckpointError
@@ -137,6 +139,18 @@ class RolloutState:
             raise CheckpointError(
                 f"microbatch_capacity={microbatch_capacity} is less than the {max(slots)} tokens of a prompt and response "
                 f"that the checkpoint continues; set --microbatch-capacity {max(slots)} or more"
+            )
+
+    def require_logprobs(self, setting: str) -> None:
+        """Raise CheckpointError where ``setting`` needs log p that an earlier run's engine did not know."""
+        waiting = [carry.rollout.response for carry in self.carried]
+        for group in self.pending.open.values():
+            waiting += [rollout.response for rollout in group.finished.values()]
+            waiting += group.unfinished.values()
+        if any(np.isnan(response.logprobs_R).any() for response in waiting):
+            raise CheckpointError(
+                f"{setting} needs log p of every token, and the checkpoint goes on with responses of a rollout engine that "
+                "does not give it; drop the setting, or start from the weights alone with --pretrained-checkpoint"
             )
 
 

@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from megatron_ring.config.importable import resolve
+from megatron_ring.config.rl import ObjectiveConfig
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.settings import is_importable
 from megatron_ring.errors import ConfigError, RolloutError
@@ -48,13 +49,7 @@ def require_guarantees(given: Guarantees, config: RunConfig) -> None:
     objective, rollout = config.objective, config.rollout
     needs = [
         (given.routes, objective.routing_replay == "R3", "routing_replay=R3", "expert ids"),
-        (given.logprobs, objective.old_logprobs == "rollout", "old_logprobs=rollout", "log p of its tokens"),
-        (
-            given.logprobs,
-            objective.mismatch_correction != "none",
-            f"mismatch_correction={objective.mismatch_correction}",
-            "log p of its tokens",
-        ),
+        *((given.logprobs, True, setting, "log p of its tokens") for setting in logprob_settings(objective)),
         (
             given.token_budget,
             rollout.rollout_token_budget > 0,
@@ -68,6 +63,13 @@ def require_guarantees(given: Guarantees, config: RunConfig) -> None:
                 f"{setting} needs {what}, which rollout_engine={rollout.rollout_engine} does not give; "
                 "choose another engine or drop it"
             )
+
+
+def logprob_settings(objective: ObjectiveConfig) -> list[str]:
+    """Settings of a run that need the engine's log p. Example: ``["old_logprobs=rollout"]``."""
+    asked = ["old_logprobs=rollout"] * (objective.old_logprobs == "rollout")
+    correction = objective.mismatch_correction
+    return asked + [f"mismatch_correction={correction}"] * (correction != "none")
 
 
 def _problem(found: object) -> str | None:

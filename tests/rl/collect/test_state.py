@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from megatron_ring.errors import CheckpointError
@@ -59,3 +62,13 @@ def test_a_state_that_lacks_a_part_is_refused():
             RolloutState(Stream(), 3).load_state_dict(
                 state.state_dict(1), damaged.__getitem__, session().topology
             )
+
+
+def test_log_p_that_no_engine_knew_is_refused_where_a_setting_needs_it():
+    state = filled(0, 1)
+    state.require_logprobs("old_logprobs=rollout")
+    carry = state.carried[2]
+    response = replace(carry.rollout.response, logprobs_R=np.full(carry.rollout.response.length, np.nan))
+    state.carried[2] = carry._replace(rollout=replace(carry.rollout, response=response))
+    with pytest.raises(CheckpointError, match=r"^old_logprobs=rollout needs log p of every token, and"):
+        state.require_logprobs("old_logprobs=rollout")
