@@ -36,6 +36,7 @@ from tests.helpers.checkpoint.convert_cases import (
     layout_settings,
     prompt,
     read_hf,
+    run_tool,
     write_hf,
 )
 from tests.helpers.checkpoint.reference_model import logits_TV, mtp_logits_TV
@@ -143,6 +144,24 @@ def test_the_tools_own_forward_pass_is_the_reference_models(model: str, converte
     found_TV = plain_logits(SafetensorsFolder(folder), model_of(model), tokens_T)
     reference_TV = expected_logits(folder, model == "v2_mtp")[0]
     assert (found_TV - reference_TV).abs().max() / reference_TV.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("command", "changes"),
+    [
+        ("hf-to-megatron", ["--dtype", "bf16"]),
+        ("megatron-to-hf", ["--dtype", "bf16"]),
+        ("megatron-to-hf", ["--dtype", "bf16", "--normalize-head"]),
+    ],
+    ids=lambda words: words[-1] if isinstance(words, list) else words,
+)
+def test_check_logits_expects_what_the_conversion_was_asked_to_change(
+    command: str, changes: list[str], converted: Path, tmp_path: Path
+):
+    """Weights that were cast, or a head that was normalised and rounded, are no other model."""
+    source = converted / "v1" / ("hf" if command == "hf-to-megatron" else "megatron")
+    done = run_tool(command, source, tmp_path / "to", *changes, "--check-logits")
+    assert done.returncode == 0 and "logits agree" in done.stdout, done.stderr
 
 
 def test_check_logits_tells_the_same_model_from_another(converted: Path, tmp_path: Path):

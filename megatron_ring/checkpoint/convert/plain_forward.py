@@ -25,14 +25,20 @@ from megatron_ring.model.packed import rotary_table
 Read = Callable[[str], Tensor]
 
 
-def plain_logits(source: Source, model: ModelConfig, tokens_T: Tensor) -> Tensor:
-    """Logits [T, V] of one sequence."""
+def plain_logits(
+    source: Source, model: ModelConfig, tokens_T: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Logits [T, V] of one sequence; weights (all but the expert bias) are rounded to ``dtype`` first."""
     names = FAMILIES[model.family].tensors
 
-    def read(name: str) -> Tensor:
-        return _whole(source, name).float()
+    def rounded(weight: Tensor) -> Tensor:
+        return (weight if dtype is None else weight.to(dtype)).float()
 
-    x_TD = _whole(source, f"{names.embedding}.weight")[tokens_T].float()
+    def read(name: str) -> Tensor:
+        tensor = _whole(source, name)
+        return tensor.float() if name.endswith(names.expert_bias) else rounded(tensor)
+
+    x_TD = rounded(_whole(source, f"{names.embedding}.weight")[tokens_T])
     for layer in range(model.num_layers):
         prefix = names.layer.format(layer)
 

@@ -333,9 +333,10 @@ def _write_file(
         for rows in (
             box.rows(BUFFER_BYTES // dtype.itemsize) if job.target_format == "safetensors" else (box,)
         ):
-            values = fill(source, job.copies[name], rows, dtype)
-            if name in job.scales:
-                values = (values.float() * job.scales[name]).to(dtype)
+            scale = job.scales.get(name)
+            # what is scaled is rounded once, behind the scale
+            values = fill(source, job.copies[name], rows, dtype if scale is None else torch.float32)
+            values = values if scale is None else (values * scale).to(dtype)
             pending.append(writing.submit(put, name, rows, values))
             places.append((name, rows, []))
             if len(pending) > 1:

@@ -89,7 +89,7 @@ def megatron_to_hf(
         copies=mapping.into_names,
         tensors=infos,
         files=safetensors_files(infos, options.max_file_bytes),
-        scales=_head_scale(source, model) if normalize else {},
+        scales=head_scale(source, model) if normalize else {},
     )
     working = target.with_name(target.name + ".incomplete")
     with stream.working_folder(working):
@@ -133,7 +133,7 @@ def _vocab_rows(source: TorchDistFolder, model: ModelConfig) -> int:
     return max(rows, model.vocab_size)
 
 
-def _head_scale(source: TorchDistFolder, model: ModelConfig) -> dict[str, Tensor]:
+def head_scale(source: TorchDistFolder, model: ModelConfig) -> dict[str, Tensor]:
     """1 / (norm + epsilon) of every column of the head over the real vocabulary, [D]."""
     V, D = model.vocab_size, source.tensors[HEAD].shape[1]
     squares_D = torch.zeros(D)

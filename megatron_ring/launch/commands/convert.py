@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,6 +22,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from megatron_ring.config.load import OneLineParser
 from megatron_ring.errors import CheckpointError
 from megatron_ring.launch.entry import exit_on_sigterm
+
+if TYPE_CHECKING:
+    import torch
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,19 +55,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megatron_ring.checkpoint.convert.check_logits import check_logits
 
         pair = (args.source, result) if args.command == "hf-to-megatron" else (result, args.source)
-        reporter.say(check_logits(*pair))
+        reporter.say(check_logits(*pair, _dtype(args)))
 
 
 def _convert(args: argparse.Namespace, reporter: ConsoleReporter) -> Path:
-    import torch
-
     from megatron_ring.checkpoint.convert.conversion import Options
     from megatron_ring.checkpoint.convert.repad import repad
     from megatron_ring.checkpoint.convert.to_hf import Export, megatron_to_hf
     from megatron_ring.checkpoint.convert.to_megatron import hf_to_megatron
 
     options = Options(
-        dtype={"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}[getattr(args, "dtype", "keep")],
+        dtype=_dtype(args),
         max_file_bytes=int(args.max_file_gb * 1e9),
         num_workers=args.workers,
         verify=args.verify,
@@ -88,6 +90,13 @@ def _convert(args: argparse.Namespace, reporter: ConsoleReporter) -> Path:
     return hf_to_megatron(
         args.source, args.target, options, reporter, args.make_vocab_size_divisible_by or 128, tensor_size
     )
+
+
+def _dtype(args: argparse.Namespace) -> torch.dtype | None:
+    """What ``--dtype`` says; None keeps each tensor's own."""
+    import torch
+
+    return {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}[getattr(args, "dtype", "keep")]
 
 
 class ConsoleReporter:
