@@ -7,7 +7,7 @@ Defaults are those of inclusionAI/Ling's ``configuration_bailing_moe.py``; Ring-
 from typing import Any, Final
 
 from megatron_ring.families.family import Family, TensorNames
-from megatron_ring.families.shared import EXPERT_FIELDS, FIELDS, NOT, OFF, ON, ONLY, PLAIN_ROUTER, TINY
+from megatron_ring.families.shared import EXPERT_FIELDS, FIELDS, NOT, ON, ONLY, PLAIN_ROUTER, TINY
 
 FIRST_LAYERS: Final = {"first_k_dense_replace": "first_k_dense_replace"}
 ALIASES: Final = {"n_routed_experts": "num_experts", "n_shared_experts": "num_shared_experts"}
@@ -16,7 +16,7 @@ ONLY_BAILING: Final[dict[str, tuple[Any, ...]]] = {
     "tie_word_embeddings": NOT,
     "use_bias": NOT,
     "use_qkv_bias": NOT,
-    "attention_bias": OFF,
+    "attention_bias": NOT,
     "norm_topk_prob": (True,),
     "norm_softmax": NOT,
     "multi_gate": NOT,

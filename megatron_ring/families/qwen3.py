@@ -5,7 +5,7 @@ configs'.
 from typing import Any, Final
 
 from megatron_ring.families.family import Family, TensorNames
-from megatron_ring.families.shared import FIELDS, NO_EXPERTS, NOT, OFF, ONLY, TIED, TINY
+from megatron_ring.families.shared import FIELDS, NO_EXPERTS, NOT, ONLY, TIED, TINY
 
 _ANY_SIZE: Final[dict[str, Any]] = {
     "num_query_groups": 8,
@@ -55,8 +55,8 @@ FAMILY = Family(
     },
     only={
         **ONLY,
-        "attention_bias": OFF,
-        "qkv_bias": OFF,
+        "attention_bias": NOT,
+        "qkv_bias": NOT,
         "use_qk_norm": (True, None),
         "partial_rotary_factor": (1.0, None),
         "num_experts": (0, None),

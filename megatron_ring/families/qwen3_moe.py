@@ -3,7 +3,7 @@
 from typing import Any, Final
 
 from megatron_ring.families.family import Family, Needs, TensorNames
-from megatron_ring.families.shared import EXPERT_FIELDS, FIELDS, NOT, OFF, ONLY, PLAIN_ROUTER, TIED, TINY
+from megatron_ring.families.shared import EXPERT_FIELDS, FIELDS, NOT, ONLY, PLAIN_ROUTER, TIED, TINY
 
 QWEN3_30B_A3B: Final[dict[str, Any]] = {
     "num_layers": 48,
@@ -50,8 +50,8 @@ FAMILY = Family(
     },
     only={
         **ONLY,
-        "attention_bias": OFF,
-        "qkv_bias": OFF,
+        "attention_bias": NOT,
+        "qkv_bias": NOT,
         "partial_rotary_factor": (1.0, None),
         # other families' keys that engines would apply
         "use_qk_norm": (True, None),

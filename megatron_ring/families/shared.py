@@ -27,7 +27,6 @@ EXPERT_FIELDS: Final = {
 NORM_HEAD_EPSILON: Final = 1e-7
 """NormHead: each column of the head is divided by its norm over the vocabulary plus this."""
 
-OFF: Final[tuple[Any, ...]] = (None, False)
 ON: Final[tuple[Any, ...]] = (True, None)
 ONE: Final[tuple[Any, ...]] = (1, None)
 NOT: Final[tuple[Any, ...]] = (False, None)
@@ -41,15 +40,15 @@ ONLY: Final[dict[str, tuple[Any, ...]]] = {
     "add_cross_attention": NOT,
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": NOT,
-    "mlp_bias": OFF,
+    "mlp_bias": NOT,
     # factors of other families, harmless if they are 1
     "logit_scale": ONE,
     "logits_scaling": ONE,
     "embedding_multiplier": ONE,
     "attention_multiplier": (None,),
     "residual_multiplier": ONE,
-    "mup_enabled": OFF,
-    "use_mup": OFF,
+    "mup_enabled": NOT,
+    "use_mup": NOT,
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "clip_qkv": (None,),

@@ -102,7 +102,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "experts in every second layer": ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
     "dense layers between": ("qwen3_moe", {"mlp_only_layers": [0]}, "mlp_only_layers=[0]"),
     "a shared expert": ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64"),
-    "one expert of weight 1": ("qwen3_moe", {"num_experts_per_tok": 1}, "moe_router_topk=1 needs moe_router_pre_softmax"),
+    "one expert of weight 1": ("qwen3_moe", {"num_experts_per_tok": 1}, "per_tok=1 needs moe_router_pre_softmax"),
     "biases in Qwen3": ("qwen3", {"attention_bias": True}, "attention_bias=True"),
     "a window in Qwen3": ("qwen3", {"use_sliding_window": True, "sliding_window": 128}, "use_sliding_window=True"),
     "quantised": ("v1", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config={'quant_method': 'fp8'}"),
@@ -122,6 +122,40 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 def test_a_key_that_changes_the_computation_is_refused_by_name(case: str):
     name, changes, words = REFUSED[case]
     assert words in refused(said(name, **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "line"),
+    [
+        ("qwen3", {"rope_theta": 0}, "rope_theta=0.0 must be positive; correct it"),
+        (
+            "qwen3",
+            {"num_key_value_heads": 4},
+            "num_key_value_heads=4 must divide num_attention_heads=6; correct it",
+        ),
+        (
+            "v2",
+            {"topk_group": 1, "num_experts_per_tok": 3},
+            "topk_group=1 leaves 2 experts to choose from, below num_experts_per_tok=3; correct it",
+        ),
+        (
+            "qwen3_moe",
+            {"num_experts": 0},
+            "num_experts=0 does not fit family=qwen3_moe, which has experts; correct it",
+        ),
+        ("qwen3", {"attention_bias": True}, "attention_bias=True is not supported; it must be False"),
+        ("qwen3", {"quantization_config": {}}, "quantization_config={} is not supported; it must be absent"),
+    ],
+)
+def test_a_refusal_speaks_of_the_keys_of_config_json_and_of_no_flag(
+    name: str, changes: dict[str, Any], line: str
+):
+    assert refused(said(name, **changes)) == f"config.json: {line}"
+
+
+@pytest.mark.parametrize("nothing", [..., None, []], ids=str)
+def test_a_config_without_architectures_is_no_other_familys(nothing: object):
+    assert "architectures is missing; add the model's class" in refused(said("qwen3", architectures=nothing))
 
 
 @pytest.mark.parametrize(
@@ -337,14 +371,14 @@ def test_tokens_beyond_the_vocabulary_are_not_carried_over():
     ("changes", "words"),
     [
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan is beyond"),
-        ({"rms_norm_eps": -1e-6}, "norm_epsilon=-1e-06 must be positive"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps=-1e-06 must be positive"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf is beyond"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps=1000000"),
         ({"vocab_size": 2**62}, f"vocab_size={2**62} is beyond"),
         ({"vocab_size": 10**5000 // 10**4000}, "vocab_size=1000"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is beyond"),
         ({"num_hidden_layers": 10_000, "num_experts": 100_000}, "num_experts=100000 in each of 10000 layers"),
-        ({"num_hidden_layers": -3}, "num_layers=-3 must be positive"),
+        ({"num_hidden_layers": -3}, "num_hidden_layers=-3 must be positive"),
         ({"num_attention_heads": 0}, "num_attention_heads=0"),
         ({"num_experts_per_tok": True}, "the value True for num_experts_per_tok is no int"),
         ({"hidden_size": [37]}, "the value [37] for hidden_size is no int"),
@@ -356,8 +390,8 @@ def test_tokens_beyond_the_vocabulary_are_not_carried_over():
         ({"architectures": [{"a": 1}]}, "is another family's model"),
         ({"architectures": 7}, "is another family's model"),
         ({"model_type": ["bailing_moe"]}, "model_type=['bailing_moe']"),
-        ({"head_dim": 0}, "kv_channels=0 must be positive"),
-        ({"num_key_value_heads": 0}, "num_query_groups=0 must be positive"),
+        ({"head_dim": 0}, "head_dim=0 must be positive"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be positive"),
         ({"intermediate_size": {}}, "the value {} for intermediate_size"),
     ],
     ids=str,

@@ -6,6 +6,7 @@ compute is refused by name; a missing one has the default of the published confi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -70,9 +71,13 @@ def family_of(config: Mapping[str, Any], origin: str) -> Family:
     """
     named = config.get("architectures")
     known = [n for n in named if isinstance(n, str) and n in ARCHITECTURES] if isinstance(named, list) else []
+    if not named:
+        raise CheckpointError(
+            f"{origin}: architectures is missing; add the model's class, one of {', '.join(ARCHITECTURES)}"
+        )
     if not known:
         raise CheckpointError(
-            f"{origin}: architectures={shown(named or [])} is another family's model; convertible are "
+            f"{origin}: architectures={shown(named)} is another family's model; convertible are "
             f"{', '.join(ARCHITECTURES)}"
         )
     family = ARCHITECTURES[known[0]]
@@ -114,8 +119,25 @@ def model_config(config: Mapping[str, Any], origin: str) -> ModelConfig:
             "correct it"
         )
     for problem in model_problems(model):
-        raise CheckpointError(f"{origin}: {problem}")
+        raise CheckpointError(f"{origin}: {_in_their_words(problem, family)}; correct it")
     return model
+
+
+def _in_their_words(problem: str, family: Family) -> str:
+    """The rule of ``problem`` with the keys of config.json; its remedy is a flag, which a conversion has not.
+
+    Example: ``"num_query_groups=3 must divide num_attention_heads=4; try 2 or 4"`` becomes
+    ``"num_key_value_heads=3 must divide num_attention_heads=4"``.
+    """
+    rule = problem.split("; ")[0]
+    for ours, theirs in family.fields.items():
+        rule = re.sub(rf"\b{ours}(?==)", theirs, rule)
+    opposites = [
+        f" ({theirs} says the opposite of {ours})"
+        for ours, theirs in family.opposites.items()
+        if ours in rule
+    ]
+    return rule + "".join(opposites)
 
 
 def defaults_taken(config: Mapping[str, Any], origin: str) -> dict[str, Any]:

@@ -91,8 +91,9 @@ def refuse_what_is_not_computed(theirs: dict[str, Any], family: Family, origin: 
         theirs.pop("norm_topk_prob", None)
     for name, allowed in family.only.items():
         if name in theirs and theirs[name] not in allowed:
+            wanted = "absent" if allowed[0] is None else repr(allowed[0])
             raise CheckpointError(
-                f"{origin}: {name}={shown(theirs[name])} is not supported; it must be {allowed[0]!r}"
+                f"{origin}: {name}={shown(theirs[name])} is not supported; it must be {wanted}"
             )
     kinds = theirs.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
