@@ -22,6 +22,7 @@ from megatron_ring.config.model_stats import (
     rank_memory,
 )
 from megatron_ring.config.rl import rollout_concurrency
+from megatron_ring.config.rules.model import export_problems
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.stages import stage_spec
 
@@ -78,7 +79,12 @@ def _parameters(config: RunConfig) -> Table:
         ("vocabulary", f"{model.vocab_size:,} padded to {padded_vocab_size(model, tp):,}"),
         ("experts", f"{model.moe_router_topk} of {model.num_experts} in {model.num_moe_layers} layers"),
     ]
-    return _pairs(rows if model.is_moe else rows[:-1])
+    rows = rows if model.is_moe else rows[:-1]
+    problem = next(export_problems(model), None)
+    rows.append(
+        ("export to Hugging Face", f"as {model.family}" if problem is None else f"refused: {problem}")
+    )
+    return _pairs(rows)
 
 
 def _step(config: RunConfig, world_size: int, stage: str) -> Table:

@@ -17,6 +17,7 @@ from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.checkpoint.run_lock import hold_run_folder
 from megatron_ring.config.dump import dump_toml, format_changed
 from megatron_ring.config.model_stats import count_parameters, flops_per_token
+from megatron_ring.config.rules.model import export_problems
 from megatron_ring.config.run import RunConfig
 from megatron_ring.config.stages import stage_spec
 from megatron_ring.data.text.messages import parse_template_kwargs
@@ -297,6 +298,8 @@ class StageRun:
         changed = format_changed(self.config, stage_spec(self.stage).sections)
         where = "--dry-run" if run_dir is None else run_dir / "config.toml"
         log.info("settings that differ from the defaults (all of them: %s):\n%s", where, changed)
+        for problem in export_problems(self.config.model):
+            log.warning("this model cannot be exported to Hugging Face: %s", problem)
         self._warn_of_overwriting()
         if self.step >= self.config.train.train_iters:
             log.info(

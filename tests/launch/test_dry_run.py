@@ -23,6 +23,21 @@ def test_parameters_and_step_are_counted():
     assert ["tokens", "per", "step", "262,144"] in rows(text, "Step")
 
 
+def test_a_model_that_no_config_json_can_describe_is_named_before_it_is_trained():
+    """Its export is refused, and a training run is a late place to hear of it."""
+    text = dry_run(load_config(["--preset", "qwen3_moe_tiny"]), 1)
+    assert ["export", "to", "Hugging", "Face", "as", "qwen3_moe"] in rows(text, "Parameters")
+    for flags, why in (
+        ("--preset qwen3_tiny --family qwen2", "qk_layernorm=True cannot be said in the config of a qwen2"),
+        (
+            "--preset ring_lite_tiny --moe-shared-expert-intermediate-size 96",
+            "moe_shared_expert_intermediate_size=96 must be a multiple of moe_ffn_hidden_size=64",
+        ),
+    ):
+        text = dry_run(load_config(flags.split()), 1)
+        assert f"export to Hugging Face refused: {why}" in " ".join(text.split())
+
+
 def test_stages_show_layers_parameters_and_memory_per_rank():
     flags = "--preset ring_mini_v2_tiny --pipeline-model-parallel-size 2 --mtp-num-layers 1"
     config = load_config([*flags.split(), "--num-virtual-stages-per-pipeline-rank", "2"])

@@ -1,11 +1,12 @@
 """What the stages share."""
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from megatron_ring.config.load import config_from_mapping
+from megatron_ring.config.load import config_from_mapping, preset_config
 from megatron_ring.errors import ConfigError
 from megatron_ring.stages import run as stage_run
 from megatron_ring.stages.run import StageRun
@@ -83,6 +84,28 @@ def test_a_run_that_has_nothing_left_to_train_says_so(tmp_path, caplog, step, he
     run._announce()
     line = f"nothing is left to train: the checkpoint is of step {step} and train_iters=4; raise --train-iters to go on"
     assert (line in [record.message for record in caplog.records]) == heard
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({}, []),
+        (
+            {"moe_shared_expert_intermediate_size": 64, "first_k_dense_replace": 1},
+            ["moe_shared_expert_intermediate_size=64", "first_k_dense_replace=1"],
+        ),
+    ],
+)
+def test_a_run_warns_of_what_its_models_config_json_could_not_say(changes, warned, caplog):
+    run = StageRun.__new__(StageRun)
+    config = preset_config("qwen3_moe_tiny")
+    run.config = replace(config, model=replace(config.model, **changes))
+    run.session, run.stage, run.step = SimpleNamespace(is_log_rank=True), "pretrain", 0
+    run.checkpointer = SimpleNamespace(loaded_folder=None)
+    with caplog.at_level(logging.WARNING):
+        run._announce()
+    assert [record.getMessage().split()[8] for record in caplog.records] == warned
+    assert all("cannot be exported to Hugging Face" in record.getMessage() for record in caplog.records)
 
 
 def test_a_sample_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from megatron_ring.checkpoint.convert.hf_rules import (
 )
 from megatron_ring.checkpoint.plain_files import read_json
 from megatron_ring.config.model import ModelConfig
-from megatron_ring.config.rules.model import model_problems
+from megatron_ring.config.rules.model import export_problems, model_problems
 from megatron_ring.errors import CheckpointError
 from megatron_ring.families import ARCHITECTURES, FAMILIES, Family
 
@@ -271,13 +271,8 @@ def _refuse_what_cannot_be_said(model: ModelConfig) -> None:
         CheckpointError: the family's config and code describe another model than this one.
     """
     family = FAMILIES[model.family]
-    for ours, value in family.implied.items():
-        found = getattr(model, ours)
-        if found != value:
-            raise CheckpointError(
-                f"{ours}={found!r} cannot be expressed in the config of a {model.family}, which means {value!r}: "
-                "engines would compute another model; train with that value, or as another family"
-            )
+    for problem in export_problems(model):
+        raise CheckpointError(problem)
     unsaid = {field.name for field in fields(model)} - _accounted_for(family)
     assert not unsaid, f"{family.name} does not say what becomes of {unsaid}"
 
@@ -303,11 +298,6 @@ def _refuse_tokens_beyond(name: str, value: Any, vocab_size: int) -> None:
 def _shared_experts(key: str, model: ModelConfig) -> dict[str, Any]:
     """The shared experts as a family that counts them writes them."""
     shared, width = model.moe_shared_expert_intermediate_size, model.moe_ffn_hidden_size
-    if model.is_moe and shared % width:
-        raise CheckpointError(
-            f"moe_shared_expert_intermediate_size={shared} must be a multiple of moe_ffn_hidden_size={width}: "
-            "the format counts shared experts; train with a multiple"
-        )
     return {
         key: shared // width if model.is_moe else 0,
         "moe_shared_expert_intermediate_size": width,

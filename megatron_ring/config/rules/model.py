@@ -20,6 +20,24 @@ def model_problems(m: ModelConfig) -> Iterator[str]:
     yield from _shape_problems(m)
 
 
+def export_problems(m: ModelConfig) -> Iterator[str]:
+    """What no config.json of the model's family can say: such a model trains, but is not exported to Hugging Face."""
+    family = FAMILIES[m.family]
+    for name, value in family.implied.items():
+        found = getattr(m, name)
+        if found != value:
+            yield (
+                f"{name}={found!r} cannot be said in the config of a {m.family}, which means {value!r}: "
+                "engines would compute another model; train with that, or as a family that can say it"
+            )
+    shared, width = m.moe_shared_expert_intermediate_size, m.moe_ffn_hidden_size
+    if family.shared_experts_key and m.is_moe and shared % width:
+        yield (
+            f"moe_shared_expert_intermediate_size={shared} must be a multiple of moe_ffn_hidden_size={width}: "
+            "the format counts shared experts; train with a multiple"
+        )
+
+
 def _shape_problems(m: ModelConfig) -> Iterator[str]:
     yield from must_divide(
         "num_query_groups", m.num_query_groups, "num_attention_heads", m.num_attention_heads
