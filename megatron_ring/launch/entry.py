@@ -89,6 +89,8 @@ def start(argv: Sequence[str] | None = None, *, stage: str = "pretrain") -> RunC
         _dependency_warnings("default")
     if command.dry_run:
         if _rank() == 0:
+            # a reader that has seen enough, such as head, ends it without a traceback
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             plan = dry_run(command.config, world_size, stage=stage, styled=sys.stdout.isatty())
             print(plan, flush=True)
         sys.exit(0)

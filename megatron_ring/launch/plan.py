@@ -17,6 +17,7 @@ from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.model_stats import rank_memory
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.config.run import RunConfig
+from megatron_ring.errors import ConfigError
 from megatron_ring.launch.dry_run import gib
 
 USABLE = 0.9
@@ -47,16 +48,22 @@ class Plan:
 
 
 def feasible_layouts(config: RunConfig, world_size: int, per_node: int, memory_bytes: float) -> list[Plan]:
-    """Valid layouts of ``config`` on ``world_size`` devices of ``memory_bytes`` each, best first."""
-    plans: list[Plan] = []
+    """Valid layouts of ``config`` on ``world_size`` devices of ``memory_bytes`` each, best first.
+
+    Raises:
+        ConfigError: no layout is valid, however much memory there is; the problem is the first one's.
+    """
+    valid: list[Plan] = []
+    refused: str | None = None
     for parallel in _candidates(config, world_size, per_node):
         candidate = replace(config, parallel=parallel)
-        if next(problems(candidate, world_size), None) is not None:
-            continue
-        plan = _plan(candidate, world_size)
-        if plan.total_bytes <= USABLE * memory_bytes:
-            plans.append(plan)
-    return sorted(plans, key=_rank_key)
+        problem = next(problems(candidate, world_size), None)
+        if problem is None:
+            valid.append(_plan(candidate, world_size))
+        refused = refused or problem
+    if refused is not None and not valid:
+        raise ConfigError(refused)
+    return sorted((plan for plan in valid if plan.total_bytes <= USABLE * memory_bytes), key=_rank_key)
 
 
 def activation_bytes(config: RunConfig, stage: int, microbatches: int) -> int:
@@ -145,7 +152,8 @@ def format_plans(
     console.print(f"{found} layouts fit {world_size} devices; the first {len(plans)}:", highlight=False)
     console.print(table)
     console.print("flags of the first:", highlight=False)
-    console.print(f"  {' '.join(layout_flags(plans[0].parallel))}", highlight=False, soft_wrap=True)
+    flags = " ".join(layout_flags(plans[0].parallel)) or "none: it is the default"
+    console.print(f"  {flags}", highlight=False, soft_wrap=True)
     console.print(
         f"activations are an estimate for balanced experts; {1 - USABLE:.0%} of the memory is left free",
         highlight=False,

@@ -1,16 +1,20 @@
 """Planned layouts are valid, fit, and come in a sensible order."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import pytest
+
 from megatron_ring.config.check import validate
 from megatron_ring.config.load import load_config
 from megatron_ring.config.parallel import RecomputeModule
-from megatron_ring.launch.plan import USABLE, activation_bytes, feasible_layouts, layout_flags
+from megatron_ring.errors import ConfigError
+from megatron_ring.launch.plan import USABLE, activation_bytes, feasible_layouts, format_plans, layout_flags
 from tests.helpers.paths import python_path
 
 GIB = 2**30
@@ -86,5 +90,45 @@ def test_the_tool_prints_layouts_or_one_line():
     small = run("--gpus", "1", "--memory-gib", "1", *RING_LITE)
     assert (small.returncode, small.stderr.count("\n")) == (2, 1)
     assert small.stderr.startswith("error: no layout of this model fits 1 devices of 1 GiB; add devices")
+    assert run("--gpus", "8", "--memory-gib", "nan").stderr.startswith(
+        "error: --memory-gib nan must be positive"
+    )
     assert run("--gpus", "0", "--memory-gib", "1").stderr.startswith("error: --gpus 0 must be positive")
     assert run("--gpus", "8").stderr.startswith("error: the following arguments are required: --memory-gib")
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ("--preset qwen3_8b --num-query-groups 5", "num_query_groups=5 must divide num_attention_heads=32"),
+        ("--preset qwen3_moe_tiny --moe-router-topk 9", "moe_router_topk=9 must be from 1 to num_experts=8"),
+        ("--preset qwen3_tiny --global-batch-size 3", "global_batch_size=3"),
+    ],
+)
+def test_what_no_memory_helps_is_not_blamed_on_the_memory(flags: str, problem: str):
+    with pytest.raises(ConfigError, match=f"^{problem}"):
+        feasible_layouts(load_config(flags.split()), 8, 8, 80 * 2**30)
+
+
+def test_the_default_layout_needs_no_flags():
+    config = load_config(["--preset", "qwen3_tiny"])
+    plans = feasible_layouts(config, 1, 8, 80 * 2**30)
+    assert "flags of the first:\n  none: it is the default\n" in format_plans(config, plans, 1, len(plans))
+
+
+@pytest.mark.parametrize(
+    "words", [["plan", "--gpus", "8", "--memory-gib", "80"], ["pretrain", "--dry-run"]], ids=" ".join
+)
+def test_a_reader_that_has_seen_enough_ends_the_plan_without_a_traceback(words: list[str]):
+    """``ring plan ... | head``: the pipe is closed before the plan is printed."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "megatron_ring", *words, "--preset", "qwen3_tiny"],
+        env={**os.environ, "PYTHONPATH": python_path()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == -signal.SIGPIPE

@@ -9,6 +9,8 @@ node.
 """
 
 import argparse
+import math
+import signal
 import sys
 
 from megatron_ring.config.load import OneLineParser, load_config
@@ -27,7 +29,7 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=10, help="layouts to print")
     given, rest = parser.parse_known_args()
     for name in ("gpus", "gpus_per_node", "memory_gib", "top"):
-        if getattr(given, name) <= 0:
+        if not 0 < getattr(given, name) < math.inf:
             flag = name.replace("_", "-")
             raise ConfigError(
                 f"--{flag} {getattr(given, name)} must be positive; name the cluster's real size"
@@ -39,4 +41,6 @@ def main() -> None:
             f"no layout of this model fits {given.gpus} devices of {given.memory_gib:g} GiB; "
             "add devices, set --recompute-granularity full, or shorten --seq-length"
         )
+    # a reader that has seen enough, such as head, ends it without a traceback
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     print(format_plans(config, plans[: given.top], given.gpus, len(plans), styled=sys.stdout.isatty()))
