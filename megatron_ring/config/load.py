@@ -135,6 +135,13 @@ def _config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[RunCo
     return config_from_mapping({**(_preset(preset) if preset else {}), **from_file, **flags}), given
 
 
+def named_path(word: str) -> Path:
+    """Type of an argument that names a file or folder; an empty word would be the current folder."""
+    if not word:
+        raise argparse.ArgumentTypeError("the name is empty; name a file or folder")
+    return Path(word)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are a ConfigError of one line, not a usage page; our tools use it as well."""
 

@@ -337,6 +337,8 @@ def test_bad_megatron_input_is_refused_and_nothing_looks_finished(
         (["repad", ".", "out"], "neither .metadata nor latest_checkpointed_iteration.txt"),
         (["check", "."], "neither .metadata nor"),
         (["hf-to-megatron", "nowhere", "out", "--dtpye", "bf16"], "--dtpye"),
+        (["hf-to-megatron", "", "out"], "argument IN: the name is empty; name a file or folder"),
+        (["hf-to-megatron", "nowhere", ""], "argument OUT: the name is empty"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(words: list[str], message: str, tmp_path: Path):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_ring.config.load import OneLineParser
+from megatron_ring.config.load import OneLineParser, named_path
 from megatron_ring.errors import CheckpointError
 from megatron_ring.launch.entry import exit_on_sigterm
 
@@ -144,10 +144,10 @@ def _parser() -> OneLineParser:
     check = commands.add_parser(
         "check", help="sum the files of a converted folder and compare with its manifest"
     )
-    check.add_argument("source", type=Path, metavar="FOLDER")
+    check.add_argument("source", type=named_path, metavar="FOLDER")
     for command in (to_megatron, to_hf, again):
-        command.add_argument("source", type=Path, metavar="IN")
-        command.add_argument("target", type=Path, metavar="OUT", help="must not exist yet")
+        command.add_argument("source", type=named_path, metavar="IN")
+        command.add_argument("target", type=named_path, metavar="OUT", help="must not exist yet")
         command.add_argument("--workers", type=int, default=1, help="processes that convert (default: 1)")
         command.add_argument(
             "--max-file-gb", type=float, default=2.0, help="largest output file (default: 2)"
@@ -173,10 +173,10 @@ def _parser() -> OneLineParser:
             "--make-vocab-size-divisible-by", type=int, help="rows per rank are a multiple of this"
         )
     to_hf.add_argument(
-        "--hf-files", type=Path, metavar="FOLDER", help="take config.json and tokenizer from here"
+        "--hf-files", type=named_path, metavar="FOLDER", help="take config.json and tokenizer from here"
     )
     to_hf.add_argument(
-        "--config", type=Path, metavar="FILE", help="TOML of a run, if none is beside the checkpoint"
+        "--config", type=named_path, metavar="FILE", help="TOML of a run, if none is beside the checkpoint"
     )
     to_hf.add_argument(
         "--normalize-head",

@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_ring.checkpoint.checksums import MANIFEST, SUMS, Summed, compare, require_sums
 from megatron_ring.checkpoint.folder import CRITIC, TRACKER, latest, parts_of
 from megatron_ring.checkpoint.format import RUN_CONFIG
-from megatron_ring.config.load import OneLineParser, read_toml
+from megatron_ring.config.load import OneLineParser, named_path, read_toml
 from megatron_ring.errors import CheckpointError
 
 
@@ -26,7 +26,9 @@ def main() -> None:
     parser = OneLineParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a checkpoint, or the folder of a run")
+    parser.add_argument(
+        "folder", type=named_path, metavar="FOLDER", help="a checkpoint, or the folder of a run"
+    )
     parts = parts_of(_checkpoint_of(parser.parse_args().folder))
     sums = {part: require_sums(part) for part in parts}
     bad = sum(_compare(part, listed) for part, listed in sums.items())
