@@ -13,6 +13,7 @@ from megatron_ring.checkpoint.convert.conversion import Options
 from megatron_ring.checkpoint.convert.repad import repad
 from megatron_ring.checkpoint.convert.to_hf import megatron_to_hf
 from megatron_ring.checkpoint.convert.to_megatron import hf_to_megatron
+from megatron_ring.errors import CheckpointError
 from tests.helpers.checkpoint.convert_cases import Silent, assert_same, read_megatron
 
 NAME = "iter_0000000"
@@ -44,6 +45,12 @@ def test_a_repadded_policy_has_its_critic(run: Path, tmp_path: Path):
     del before[embedding], after[embedding]
     assert_same(after, before)
     assert read_megatron(own)["output_layer.weight"].shape == (112, 37)
+
+
+def test_a_critic_is_not_exported(run: Path, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="so it is a critic, which no engine reads; name the policy's"):
+        megatron_to_hf(run / folders.CRITIC / NAME, tmp_path / "out", Options(), Silent())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_repad_that_is_stopped_between_critic_and_policy_is_done_again(

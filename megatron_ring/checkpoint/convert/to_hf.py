@@ -68,6 +68,10 @@ def megatron_to_hf(
     config = run_config_of(folder, export.config_file)
     model = replace(config.model, mtp_num_layers=0) if export.without_mtp else config.model
     source = TorchDistFolder(folder)
+    if HEAD in source.tensors and source.tensors[HEAD].shape[0] == 1:
+        raise CheckpointError(
+            f"{folder}: its output layer has one row, so it is a critic, which no engine reads; name the policy's folder"
+        )
     mapping = tensor_map(model, _vocab_rows(source, model))
     ignored = (_OPTIMIZER, _MTP) if export.without_mtp else (_OPTIMIZER,)
     extra = [key for key in source.tensors if key not in mapping.keys and not key.startswith(ignored)]
