@@ -28,7 +28,10 @@ def test_a_model_that_no_config_json_can_describe_is_named_before_it_is_trained(
     text = dry_run(load_config(["--preset", "qwen3_moe_tiny"]), 1)
     assert ["export", "to", "Hugging", "Face", "as", "qwen3_moe"] in rows(text, "Parameters")
     for flags, why in (
-        ("--preset qwen3_tiny --family qwen2", "qk_layernorm=True cannot be said in the config of a qwen2"),
+        (
+            "--preset qwen3_tiny --family qwen2",
+            "qk_layernorm=True cannot be expressed in the config of a qwen2",
+        ),
         (
             "--preset ring_lite_tiny --moe-shared-expert-intermediate-size 96",
             "moe_shared_expert_intermediate_size=96 must be a multiple of moe_ffn_hidden_size=64",

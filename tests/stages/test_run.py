@@ -67,7 +67,7 @@ def test_a_run_that_saves_among_checkpoints_it_does_not_resume_says_so(tmp_path,
     ):
         caplog.clear()
         run = StageRun.__new__(StageRun)
-        run.config = config_from_mapping({"save": str(tmp_path)})
+        run.config = config_from_mapping({"save": str(tmp_path), "add_qkv_bias": True})
         run.session, run.stage, run.step = SimpleNamespace(is_log_rank=True), "pretrain", 0
         run.checkpointer = SimpleNamespace(loaded_folder=loaded)
         run._announce()
@@ -78,7 +78,7 @@ def test_a_run_that_saves_among_checkpoints_it_does_not_resume_says_so(tmp_path,
 def test_a_run_that_has_nothing_left_to_train_says_so(tmp_path, caplog, step, heard):
     caplog.set_level(logging.INFO)
     run = StageRun.__new__(StageRun)
-    run.config = config_from_mapping({"save": str(tmp_path), "train_iters": 4})
+    run.config = config_from_mapping({"save": str(tmp_path), "train_iters": 4, "add_qkv_bias": True})
     run.session, run.stage, run.step = SimpleNamespace(is_log_rank=True), "pretrain", step
     run.checkpointer = SimpleNamespace(loaded_folder=None)
     run._announce()
@@ -112,7 +112,7 @@ def test_a_sample_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     """The last thing of a run, behind its last checkpoint."""
     (tmp_path / "sample.txt").mkdir()
     run = StageRun.__new__(StageRun)
-    run.config = config_from_mapping({"save": str(tmp_path)})
+    run.config = config_from_mapping({"save": str(tmp_path), "add_qkv_bias": True})
     run.session, run.engine = SimpleNamespace(is_log_rank=True), None
     run.tokenizer = SimpleNamespace(stop_ids=(), decode=str)
     monkeypatch.setattr(stage_run, "continue_tokens", lambda *_, **__: [])

@@ -21,14 +21,14 @@ def model_problems(m: ModelConfig) -> Iterator[str]:
 
 
 def export_problems(m: ModelConfig) -> Iterator[str]:
-    """What no config.json of the model's family can say: such a model trains, but is not exported to Hugging Face."""
+    """What no config.json of the model's family can express: such a model trains, but is not exported to Hugging Face."""
     family = FAMILIES[m.family]
     for name, value in family.implied.items():
         found = getattr(m, name)
         if found != value:
             yield (
-                f"{name}={found!r} cannot be said in the config of a {m.family}, which means {value!r}: "
-                "engines would compute another model; train with that, or as a family that can say it"
+                f"{name}={found!r} cannot be expressed in the config of a {m.family}, which means {value!r}: "
+                "engines would compute another model; train with that value, or as another family"
             )
     shared, width = m.moe_shared_expert_intermediate_size, m.moe_ffn_hidden_size
     if family.shared_experts_key and m.is_moe and shared % width:
