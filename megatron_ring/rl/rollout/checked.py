@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from typing import NoReturn, get_args
 
 import numpy as np
@@ -13,6 +14,8 @@ from megatron_ring.errors import RolloutError
 from megatron_ring.rl.own_code import own_code
 from megatron_ring.rl.rollout.protocol import Request, RolloutEngine, SamplingParams
 from megatron_ring.rl.types import Response, StopReason
+from megatron_ring.runtime.collectives import gather_json
+from megatron_ring.runtime.session import Session
 
 
 class Checked:
@@ -25,8 +28,8 @@ class Checked:
         vocab_size: token ids are below it.
     """
 
-    def __init__(self, engine: RolloutEngine, *, name: str, vocab_size: int):
-        self.engine, self.name, self.vocab_size = engine, name, vocab_size
+    def __init__(self, engine: RolloutEngine, session: Session, *, name: str, vocab_size: int):
+        self.engine, self.session, self.name, self.vocab_size = engine, session, name, vocab_size
         self.guarantees, self.on_every_rank = engine.guarantees, engine.on_every_rank
         self.version = 0
 
@@ -44,11 +47,12 @@ class Checked:
         token_budget: int | None = None,
         concurrency: int | None = None,
     ) -> Iterator[Response]:
-        """See :class:`RolloutEngine`.
+        """See :class:`RolloutEngine`. Called on every rank, its end is collective over the model-parallel group.
 
         Raises:
             RolloutError: a response breaks the contract or is missing, or the engine raised an exception.
         """
+        seen = sha256()
         missing = {(request.prompt.uid, request.sample): request for request in requests}
         with own_code("rollout_engine", self.name, RolloutError):
             for response in self.engine.generate(
@@ -64,11 +68,25 @@ class Checked:
                 why = self._problem(response, request, sampling, may_stop=token_budget is not None)
                 if why is not None:
                     self._refuse(f"gave a response to {_words(response.key)} {why}")
+                seen.update(
+                    repr((response.key, response.stop)).encode()
+                    + response.tokens_R.astype(np.int64).tobytes()
+                )
                 yield response if self.guarantees.logprobs else _without_logprobs(response)
         if missing:
             self._refuse(
                 f"left {len(missing)} of {len(requests)} requests without a response, first {_words(next(iter(missing)))}"
             )
+
+        self._require_the_same(seen.hexdigest())
+
+    def _require_the_same(self, seen: str) -> None:
+        """All ranks of a model-parallel group train on the same responses. Collective over that group."""
+        group = self.session.topology.groups.mp
+        if not self.on_every_rank or group.size() == 1:
+            return
+        if len(set(gather_json(seen, group, self.session.device))) > 1:
+            self._refuse("gave other responses, or another order, on other ranks of one model-parallel group")
 
     def _refuse(self, what: str) -> NoReturn:
         rule = "each request gets one response as megatron_ring.rl.types.Response says; correct the engine"
