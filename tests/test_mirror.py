@@ -51,6 +51,9 @@ def below(path: Path) -> dict[str, str]:
 def used_by(name: str) -> frozenset[str]:
     path, known = files()[name], files()
     own = below(path) if PACKAGE in path.parents else {}
+    if "iter_modules(__path__)" in path.read_text(encoding="utf-8"):
+        # a package that imports whatever lies in its folder
+        return frozenset(own.values())
     return frozenset({own.get(word, word) for word in words(path)} & known.keys())
 
 
