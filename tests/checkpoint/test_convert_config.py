@@ -362,6 +362,12 @@ def test_a_config_made_anew_has_the_tokenizers_pad_and_end(tmp_path: Path):
     assert any("without pad and eos tokens: no tokenizer is at hand" in x for x in reporter.lines)
 
 
+def test_a_token_of_minus_one_is_none_and_carried_over():
+    base = said("qwen3", pad_token_id=-1, eos_token_id=[7, -1])
+    again = hf_config(model_config(base, "c"), base, "float32")
+    assert (again["pad_token_id"], again["eos_token_id"]) == (-1, [7, -1])
+
+
 def test_tokens_beyond_the_vocabulary_are_not_carried_over():
     with pytest.raises(CheckpointError, match=r"pad_token_id=126081 .* is not below vocab_size=101"):
         hf_config(ODD["v1"], said("v1", pad_token_id=126081), "float32")
