@@ -107,6 +107,20 @@ def test_many_deaths_over_responses_do_not_break_the_pool(plugin: str):
         assert pool.submit(problem("right"), "x").result().score == 1.0
 
 
+def test_a_bug_in_the_pools_own_thread_ends_every_wait(plugin: str, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(RewardPool, "_settle", broken)
+    with RewardPool.open(config(plugin, reward_workers=1)) as pool:
+        futures = [pool.submit(problem("right"), "x") for _ in range(3)]
+        for future in futures:
+            with pytest.raises(KeyError, match="a bug"):
+                future.result(timeout=60)
+        with pytest.raises(KeyError, match="a bug"):
+            pool.submit(problem("right"), "x")
+
+
 def test_exceptions_and_other_results_are_values(plugin: str):
     with RewardPool.open(config(plugin)) as pool:
         failed, number = pool.submit(problem("fail"), ""), pool.submit(problem("number"), "")

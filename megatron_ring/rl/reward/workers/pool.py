@@ -77,7 +77,7 @@ class RewardPool:
         self._lock = threading.Lock()
         self._workers: set[WorkerHandle] = set()
         self._deaths_at_start = 0
-        self._broken: RewardError | None = None
+        self._broken: Exception | None = None
         self._closed = False
         self._first_loaded: dict[WorkerKind, Future[None]] = {kind: Future() for kind in self._kinds}
         self.num_replaced = 0
@@ -150,7 +150,15 @@ class RewardPool:
             )
 
     def _serve(self) -> None:
-        """One thread: keeps a worker of each kind alive and sends them one response after another."""
+        """One thread. A bug in it ends the pool with its exception, so that nobody waits for a result forever."""
+        try:
+            self._serve_jobs()
+        except Exception as error:
+            with self._lock:
+                self._break(error)
+
+    def _serve_jobs(self) -> None:
+        """Keep a worker of each kind alive and send them one response after another."""
         workers: dict[WorkerKind, WorkerHandle] = {}
         for kind in self._kinds:
             worker = self._start(kind)
@@ -159,12 +167,17 @@ class RewardPool:
         while (job := self._jobs.get()) is not None:
             if not job.future.set_running_or_notify_cancel():
                 continue
-            while not job.future.done():
-                worker = workers.pop(job.kind, None) or self._start(job.kind)
-                if worker is None:
-                    job.future.set_exception(self._broken or CancelledError())
-                elif self._verify(worker, job):
-                    workers[job.kind] = worker
+            try:
+                while not job.future.done():
+                    worker = workers.pop(job.kind, None) or self._start(job.kind)
+                    if worker is None:
+                        job.future.set_exception(self._broken or CancelledError())
+                    elif self._verify(worker, job):
+                        workers[job.kind] = worker
+            except Exception as error:
+                if not job.future.done():
+                    job.future.set_exception(error)
+                raise
         for worker in workers.values():
             self._end(worker, 0.0)
 
@@ -278,7 +291,7 @@ class RewardPool:
                     )
                 )
 
-    def _break(self, error: RewardError) -> None:
+    def _break(self, error: Exception) -> None:
         """Give up: every open and later future raises ``error``. The caller holds the lock."""
         if self._broken is None and not self._closed:
             self._broken = error
