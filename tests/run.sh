@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv and passes the tests.
 #
-#   bash tests/run.sh           the default suite (under 10 minutes on 2 quiet cores)
+#   bash tests/run.sh           the default suite (11 minutes on 2 quiet cores)
 #   bash tests/run.sh --all     the expensive proofs too; installs what they need and names what it had to skip
 #   bash tests/run.sh -k word   further words go to pytest
 #   bash tests/run.sh tests/config/test_load.py      only these; the sandbox is used where it is there and not installed
