@@ -23,18 +23,22 @@ class ResponseLog:
     "correct", "tokens": 14, "stop": "eos"}``.
     """
 
-    def __init__(self, folder: Path | None, *, resume_step: int, every: int):
+    def __init__(self, folder: Path | None, *, every: int):
         """``folder`` None keeps no log."""
         self._path = None if folder is None else folder / FILE
         self._every = every
-        if self._path is not None and self._path.exists():
-            kept = [row for row in read_samples(self._path) if row["step"] <= resume_step]
-            with _writing(self._path):
-                if resume_step == 0:
-                    # another run's log: renamed, as its metrics file is
-                    self._path.replace(f"{self._path}.old")
-                else:
-                    write_durably(self._path, "".join(map(_line, kept)))
+
+    def resume(self, step: int) -> None:
+        """Go on from ``step``: rows of later steps are removed; from step 0 an existing file is renamed."""
+        if self._path is None or not self._path.exists():
+            return
+        kept = [row for row in read_samples(self._path) if row["step"] <= step]
+        with _writing(self._path):
+            if step == 0:
+                # another run's log: renamed, as its metrics file is
+                self._path.replace(f"{self._path}.old")
+            else:
+                write_durably(self._path, "".join(map(_line, kept)))
 
     def is_due(self, step: int) -> bool:
         """Should this process write rows of that step?"""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_ring.data.prompts.same_problem import is_among
 from megatron_ring.data.prompts.stream import Prompt
-from megatron_ring.rl.types import Rollout
+from megatron_ring.rl.types import RewardStatus, Rollout
 from megatron_ring.runtime.collectives import gather_json
 from megatron_ring.runtime.session import Session
 
@@ -18,7 +18,7 @@ DOMINANT = 0.5
 """A status of :data:`REMEDIES` gives a warning above this share of a step's responses."""
 AGAIN_AFTER = 100
 """Steps after which the warning is repeated."""
-REMEDIES = {
+REMEDIES: dict[RewardStatus, str] = {
     "verifier_error": "the verifier fails on them, whatever the answer: look at the verifier and the problems' references",
     "parse_error": "no answer can be read in them: state the answer's format in the prompt (--prompt-suffix)",
 }
@@ -32,19 +32,30 @@ class Alarms:
         self._warned: dict[str, int] = {}
 
     def check(
-        self, step: int, values: Mapping[str, float], shortfall: int, rollouts: Sequence[Rollout]
+        self,
+        step: int,
+        *,
+        mismatch: float | None,
+        shortfall: int,
+        status_shares: Mapping[str, float],
+        rollouts: Sequence[Rollout],
     ) -> None:
-        """Collective over the data-parallel group: ``values`` and ``shortfall`` (tokens) are the step's, ``rollouts`` this
-        rank's.
+        """Collective over the data-parallel group.
+
+        Args:
+            mismatch: mean difference of log p, None where nothing was compared.
+            shortfall: tokens that the step's budgets lacked.
+            status_shares: share of the step's responses by status of their verification.
+            rollouts: this rank's.
         """
-        self._check_verifiers(step, values, rollouts)
+        self._check_verifiers(step, status_shares, rollouts)
         if not self._session.is_log_rank:
             return
-        if values.get("mismatch", 0.0) > self._mismatch_alarm:
+        if mismatch is not None and mismatch > self._mismatch_alarm:
             log.warning(
                 "step %d: rollout and trainer log p differ by %.4f on average, more than mismatch_alarm=%s",
                 step,
-                values["mismatch"],
+                mismatch,
                 self._mismatch_alarm,
             )
         if shortfall:
@@ -54,9 +65,11 @@ class Alarms:
                 shortfall,
             )
 
-    def _check_verifiers(self, step: int, values: Mapping[str, float], rollouts: Sequence[Rollout]) -> None:
+    def _check_verifiers(
+        self, step: int, status_shares: Mapping[str, float], rollouts: Sequence[Rollout]
+    ) -> None:
         for status, remedy in REMEDIES.items():
-            share = values.get(f"status/{status}", 0.0)
+            share = status_shares.get(status, 0.0)
             if share <= DOMINANT or step - self._warned.get(status, -AGAIN_AFTER) < AGAIN_AFTER:
                 continue
             self._warned[status] = step

@@ -48,6 +48,19 @@ def add_up(own: Mapping[str, float], group: dist.ProcessGroup, device: Device) -
     return dict(total)
 
 
+def status_shares(sums: Mapping[str, float]) -> dict[str, float]:
+    """Share of responses by status of their verification, from what :func:`rollout_sums` added up.
+
+    Example: ``{"correct": .5, "wrong": .5}``.
+    """
+    prefix = "status/"
+    return {
+        name.removeprefix(prefix): value / sums["responses"]
+        for name, value in sums.items()
+        if name.startswith(prefix)
+    }
+
+
 def rollout_metrics(sums: Mapping[str, float]) -> dict[str, float]:
     """Means of what :func:`rollout_sums` added up.
 
@@ -68,7 +81,7 @@ def rollout_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         "cut_share": sums["cut"] / count,
         "empty_share": sums["empty"] / count,
     }
-    found |= {name: value / count for name, value in sums.items() if name.startswith("status/")}
+    found |= {f"status/{status}": share for status, share in status_shares(sums).items()}
     ends = ("domain/", "/responses")
     domains = [n[len(ends[0]) : -len(ends[1])] for n in sums if n.startswith(ends[0]) and n.endswith(ends[1])]
     if len(domains) > 1:

@@ -36,7 +36,7 @@ from megatron_ring.rl.collect.state import RolloutState
 from megatron_ring.rl.evaluation import evaluate
 from megatron_ring.rl.learn.advantage import assign, estimator_of, is_masked, moments, whiten
 from megatron_ring.rl.learn.critic import Critic
-from megatron_ring.rl.learn.objective import PolicyObjective, loss_tokens
+from megatron_ring.rl.learn.objective import PolicyObjective, loss_tokens, mean_mismatch
 from megatron_ring.rl.learn.objective import metrics as objective_metrics
 from megatron_ring.rl.learn.objective.policy_losses import StepFacts
 from megatron_ring.rl.learn.reference_policy import ReferencePolicy
@@ -52,6 +52,7 @@ from megatron_ring.rl.rollout_metrics import (
     rollout_metrics,
     rollout_sums,
     router_metrics,
+    status_shares,
     value_metrics,
 )
 from megatron_ring.rl.types import Rollout
@@ -93,7 +94,7 @@ class RlRun(StageRun):
         estimator_of(config.objective)
         prompts, self.held_out, rewards = self._open_problems(resources)
         self.rollouts = RolloutState(prompts, rollout.group_size)
-        self.planner = MinibatchPlanner(config, session)
+        self.planner = MinibatchPlanner.of(config, session)
         self.objective = PolicyObjective(
             config=config.objective,
             facts=StepFacts(
@@ -129,6 +130,8 @@ class RlRun(StageRun):
             rollout, session, state=self.rollouts, sampler=self.sampler, sampling=self.sampling
         )
         self.alarms = Alarms(session, config.objective.mismatch_alarm)
+        folder = self.run_dir() if session.is_log_rank else None
+        self.responses = ResponseLog(folder, every=config.logging.log_interval)
 
     def _open_problems(self, resources: ExitStack) -> tuple[PromptStream, list[Prompt], RewardPool | None]:
         """The stream of problems, the held-out problems and, on reward ranks, the verifiers."""
@@ -173,8 +176,7 @@ class RlRun(StageRun):
     def restore(self) -> None:
         super().restore()
         self.rollout_engine.publish(self.step)
-        folder = self.run_dir() if self.session.is_log_rank else None
-        self.responses = ResponseLog(folder, resume_step=self.step, every=self.config.logging.log_interval)
+        self.responses.resume(self.step)
 
     def train_step(self, metrics: MetricsLogger) -> None:
         """Prompts, responses and rewards; the budget and its grid; old and reference log p; the updates."""
@@ -197,9 +199,17 @@ class RlRun(StageRun):
         with metrics.phase("publish"):
             self.rollout_engine.publish(self.step)
         reports = [update.report for update in updates]
-        values = self._values(collected, plan, reports, ledger) | value_metrics(value_reports) | {"lr": lr}
+        sums = self._sums(collected)
+        values = self._values(sums, collected, plan, reports, ledger)
+        values |= value_metrics(value_reports) | {"lr": lr}
         metrics.log(self.step, values, tokens=ledger.generated, seconds=time.perf_counter() - begun)
-        self.alarms.check(self.step, values, plan.shortfall, collected.rollouts)
+        self.alarms.check(
+            self.step,
+            mismatch=mean_mismatch(reports),
+            shortfall=plan.shortfall,
+            status_shares=status_shares(sums),
+            rollouts=collected.rollouts,
+        )
         if self.responses.is_due(self.step):
             self.responses.write(self.step, response_rows(collected.rollouts, self.sampler.tokenizer))
 
@@ -295,22 +305,30 @@ class RlRun(StageRun):
         self.rollouts.tokens_left = ledger.carried
         return ledger
 
-    def _values(
-        self, collected: StepRollouts, plan: Plan, reports: Sequence[StepReport], ledger: Ledger
-    ) -> dict[str, float]:
-        """What is logged of a step. Collective over the data-parallel group."""
+    def _sums(self, collected: StepRollouts) -> dict[str, float]:
+        """The step's sums over its responses. Collective over the data-parallel group."""
         own = rollout_sums(collected.rollouts) | {
             "uninformative_groups": float(collected.uninformative_groups),
             "stale_responses": float(collected.stale_responses),
         }
-        sums = add_up(own, self.session.topology.groups.dp, self.session.device)
+        return add_up(own, self.session.topology.groups.dp, self.session.device)
+
+    def _values(
+        self,
+        sums: dict[str, float],
+        collected: StepRollouts,
+        plan: Plan,
+        reports: Sequence[StepReport],
+        ledger: Ledger,
+    ) -> dict[str, float]:
+        """What is logged of a step."""
         found = rollout_metrics(sums) | objective_metrics(reports) | router_metrics(reports)
         found |= plan.metrics | ledger.metrics() | {"loss_tokens": float(ledger.trained)}
         if budget := self.planner.token_budget:
             found["c3po/utilisation"] = ledger.trained / (budget * len(reports))
-        for name in ("uninformative_groups", "stale_responses"):
-            found[name] = sums[name]
         return found | {
+            "uninformative_groups": sums["uninformative_groups"],
+            "stale_responses": sums["stale_responses"],
             "generated_tokens": float(ledger.generated),
             "rollout_rounds": float(collected.rounds),
         }

@@ -55,10 +55,10 @@ def test_a_shared_budget_stops_every_layout_at_the_same_tokens(case: Case, run_w
     (reference,) = by_data_rank(folder, Case(case.model, 1))
     answers = by_data_rank(folder, case)
     before = 0
-    for name, options in (("parts", BUDGETED), ("later", NEXT)):
+    for name, budget in (("parts", BUDGETED), ("later", NEXT)):
         assert_same([r for answer in answers for r in answer[name]], reference[name])
         produced = sum(len(r["tokens"]) for r in reference[name]) - before
-        assert options["token_budget"] <= produced < options["token_budget"] + options["concurrency"]
+        assert budget.tokens <= produced < budget.tokens + budget.concurrency
         stops = [r["stop"] for r in reference[name]]
         assert "unfinished" in stops and len(set(stops)) > 1
         before = sum(len(r["tokens"]) for r in reference[name] if r["stop"] == "unfinished")

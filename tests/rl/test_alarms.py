@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +47,10 @@ def session(monkeypatch) -> Any:
     return SimpleNamespace(is_log_rank=True, topology=SimpleNamespace(groups=groups), device=None)
 
 
+def check(alarm: Alarms, step: int, shares: dict[str, float], own: Sequence[Rollout] = ()) -> None:
+    alarm.check(step, mismatch=None, shortfall=0, status_shares=shares, rollouts=own)
+
+
 def said(caplog) -> list[str]:
     lines = [record.getMessage() for record in caplog.records]
     caplog.clear()
@@ -61,35 +66,35 @@ def test_a_status_that_dominates_is_said_with_its_commonest_detail(session, capl
         rollout("math", "correct", ""),
     ]
     alarm = Alarms(session, 0.1)
-    alarm.check(3, {f"status/{status}": 0.75}, 0, own)
+    check(alarm, 3, {status: 0.75}, own)
     (line,) = said(caplog)
     assert line.startswith(
         f"step 3: {status} in 75% of the responses, most often in domain code: no sandbox; "
     )
     for step in range(4, 3 + AGAIN_AFTER):
-        alarm.check(step, {f"status/{status}": 1.0}, 0, own)
+        check(alarm, step, {status: 1.0}, own)
     assert said(caplog) == [], "once"
-    alarm.check(3 + AGAIN_AFTER, {f"status/{status}": 1.0}, 0, own)
+    check(alarm, 3 + AGAIN_AFTER, {status: 1.0}, own)
     assert len(said(caplog)) == 1, "and again later"
 
 
 def test_half_is_not_dominant_and_each_kind_is_said_by_itself(session, caplog):
     caplog.set_level(logging.WARNING)
     alarm = Alarms(session, 0.1)
-    alarm.check(1, {"status/verifier_error": 0.5, "status/parse_error": 0.5}, 0, [])
+    check(alarm, 1, {"verifier_error": 0.5, "parse_error": 0.5})
     assert said(caplog) == []
-    alarm.check(2, {"status/verifier_error": 0.6}, 0, [])
-    alarm.check(3, {"status/parse_error": 0.6}, 0, [])
+    check(alarm, 2, {"verifier_error": 0.6})
+    check(alarm, 3, {"parse_error": 0.6})
     assert len(said(caplog)) == 2
 
 
 def test_other_alarms_are_the_writers(session, caplog):
     caplog.set_level(logging.WARNING)
-    values = {"mismatch": 0.2}
-    Alarms(session, 0.1).check(1, values, 7, [])
+    Alarms(session, 0.1).check(1, mismatch=0.2, shortfall=7, status_shares={}, rollouts=[])
     assert [line[:20] for line in said(caplog)] == ["step 1: rollout and ", "step 1: 7 of the tok"]
     session.is_log_rank = False
-    Alarms(session, 0.1).check(1, values | {"status/parse_error": 1.0}, 7, [])
+    shares = {"parse_error": 1.0}
+    Alarms(session, 0.1).check(1, mismatch=0.2, shortfall=7, status_shares=shares, rollouts=[])
     assert said(caplog) == []
 
 

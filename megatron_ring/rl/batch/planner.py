@@ -48,27 +48,56 @@ class Plan:
     stale: int
 
 
+@dataclass(kw_only=True)
 class MinibatchPlanner:
-    """The five steps with a run's settings. Collective over the data-parallel group."""
+    """The five steps with a run's settings. Collective over ``group``, the data-parallel one, in which this rank is
+    ``dp_rank`` of ``dp_size``.
 
-    def __init__(self, config: RunConfig, session: Session):
-        budget, topology = config.budget, session.topology
-        self.budget, self.max_staleness = budget, config.rollout.rollout_max_staleness
-        self.group, self.device = topology.groups.dp, session.device
-        self.dp_rank, self.dp_size = topology.dp_rank, topology.dp_size
-        self.token_budget = (
-            global_token_budget(budget, topology.dp_size, session.world_size) if budget.token_budget else 0
-        )
-        # the interleaved schedule takes as many microbatches as it has stages, or a multiple
-        self.multiple_of = topology.pp_size if topology.vpp_size > 1 else 1
-        self.with_values = config.objective.critic
+    ``token_budget`` is Phi of the whole job, 0 for no budget. The number of a rank's microbatches is a multiple of
+    ``multiple_of``. ``replay_layers`` are (layers with experts, experts per token) where routes are replayed.
+
+    Example, alone: ``MinibatchPlanner(budget=BudgetConfig(token_budget=4096), token_budget=4096,
+    max_response_length=512, max_staleness=4, dp_rank=0, dp_size=1, group=group, device=torch.device("cpu"))``.
+    """
+
+    budget: BudgetConfig
+    token_budget: int
+    max_response_length: int
+    max_staleness: int
+    dp_rank: int
+    dp_size: int
+    group: dist.ProcessGroup
+    device: torch.device
+    multiple_of: int = 1
+    with_values: bool = False
+    replay_layers: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, session: Session) -> MinibatchPlanner:
+        """The planner of a run."""
+        budget, topology, model = config.budget, session.topology, config.model
         replays = config.objective.routing_replay == "R3"
-        self.replay_layers = (config.model.num_moe_layers, config.model.moe_router_topk) if replays else None
-        n, longest = budget.minibatches_per_step, config.rollout.max_response_length
-        between = 0 if budget.budget_overshoot == "carry" else (n - 1) * (longest - 1)
-        self.tokens_wanted = n * self.token_budget + between
-        """Response tokens that fill a step's minibatches even if as much as possible is lost at the cuts
-        between them."""
+        phi = global_token_budget(budget, topology.dp_size, session.world_size) if budget.token_budget else 0
+        return cls(
+            budget=budget,
+            token_budget=phi,
+            max_response_length=config.rollout.max_response_length,
+            max_staleness=config.rollout.rollout_max_staleness,
+            dp_rank=topology.dp_rank,
+            dp_size=topology.dp_size,
+            group=topology.groups.dp,
+            device=session.device,
+            # the interleaved schedule takes as many microbatches as it has stages, or a multiple
+            multiple_of=topology.pp_size if topology.vpp_size > 1 else 1,
+            with_values=config.objective.critic,
+            replay_layers=(model.num_moe_layers, model.moe_router_topk) if replays else None,
+        )
+
+    @property
+    def tokens_wanted(self) -> int:
+        """Response tokens that fill a step's minibatches even if as much as possible is lost at the cuts between them."""
+        n, carries = self.budget.minibatches_per_step, self.budget.budget_overshoot == "carry"
+        return n * self.token_budget + (0 if carries else (n - 1) * (self.max_response_length - 1))
 
     def plan(self, rollouts: Sequence[Rollout], carried: Sequence[CarryOver], step: int) -> Plan:
         """Choose this step's tokens from what all ranks have, and build this rank's microbatches.

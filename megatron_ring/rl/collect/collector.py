@@ -14,7 +14,7 @@ from megatron_ring.errors import RolloutError
 from megatron_ring.rl.collect.pending import is_informative
 from megatron_ring.rl.collect.sampler import RolloutSampler
 from megatron_ring.rl.collect.state import RolloutState
-from megatron_ring.rl.rollout.protocol import Request, SamplingParams
+from megatron_ring.rl.rollout.protocol import Request, RolloutBudget, SamplingParams
 from megatron_ring.rl.types import Rollout
 from megatron_ring.runtime.session import Session
 
@@ -86,7 +86,7 @@ class Collector:
         missing = self.config.prompts_per_step - self._total(len(self.state.pending.open))
         while True:
             self._draw(found, max(missing, 0))
-            self._answer(found, self._tokens_left(found))
+            self._generate(found, self._tokens_left(found))
             if not self.config.dynamic_sampling:
                 return found
             # with C3PO++ open groups will be completed without new prompts
@@ -121,7 +121,7 @@ class Collector:
         if self.config.rollout_token_budget:
             count = max(count - self._total(len(self.state.pending.open)), 0)
         self._draw(found, count)
-        self._answer(found, self.config.rollout_token_budget or None)
+        self._generate(found, self.config.rollout_token_budget or None)
         if self._total(len(found.groups)):
             self.state.steps_without_signal = 0
 
@@ -136,7 +136,7 @@ class Collector:
             return None
         return max(self.config.rollout_token_budget - self._total(found.generated_tokens), 0)
 
-    def _answer(self, found: StepRollouts, token_budget: int | None) -> None:
+    def _generate(self, found: StepRollouts, token_budget: int | None) -> None:
         found.rounds += 1
         requests = [
             Request(prompt=prompt, sample=sample, prefix=prefix)
@@ -148,7 +148,10 @@ class Collector:
             if request.prefix is not None
         }
         concurrency = rollout_concurrency(self.config)
-        rollouts, unfinished = self.sampler(requests, self.sampling, token_budget, concurrency)
+        budget = None
+        if token_budget is not None and concurrency is not None:
+            budget = RolloutBudget(tokens=token_budget, concurrency=concurrency)
+        rollouts, unfinished = self.sampler(requests, self.sampling, budget)
         for response in unfinished:
             self.state.pending.interrupt(response)
         for rollout in rollouts:

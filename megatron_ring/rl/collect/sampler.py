@@ -8,7 +8,7 @@ from typing import Protocol
 
 from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.data.text.tokenizer import Tokenizer
-from megatron_ring.rl.rollout.protocol import Request, RolloutEngine, SamplingParams
+from megatron_ring.rl.rollout.protocol import Request, RolloutBudget, RolloutEngine, SamplingParams
 from megatron_ring.rl.types import Response, RewardResult, Rollout
 from megatron_ring.runtime.collectives import broadcast_json
 from megatron_ring.runtime.session import Session
@@ -33,8 +33,7 @@ class RolloutSampler:
         self,
         requests: Sequence[Request],
         sampling: SamplingParams,
-        token_budget: int | None = None,
-        concurrency: int | None = None,
+        budget: RolloutBudget | None = None,
     ) -> tuple[list[Rollout], list[Response]]:
         """(rewarded responses in the order in which they ended, responses that a budget interrupted).
 
@@ -43,8 +42,7 @@ class RolloutSampler:
         prompts = {request.prompt.uid: request.prompt for request in requests}
         ended: list[tuple[Response, Future[RewardResult] | None]] = []
         unfinished: list[Response] = []
-        stream = self.engine.generate(requests, sampling, token_budget=token_budget, concurrency=concurrency)
-        for response in stream:
+        for response in self.engine.generate(requests, sampling, budget):
             if response.stop == "unfinished":
                 unfinished.append(response)
             else:

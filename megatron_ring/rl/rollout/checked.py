@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_ring.errors import RolloutError
 from megatron_ring.rl.own_code import own_code
-from megatron_ring.rl.rollout.protocol import Request, RolloutEngine, SamplingParams
+from megatron_ring.rl.rollout.protocol import Request, RolloutBudget, RolloutEngine, SamplingParams
 from megatron_ring.rl.types import Response, StopReason
 from megatron_ring.runtime.collectives import gather_json
 from megatron_ring.runtime.session import Session
@@ -40,12 +40,7 @@ class Checked:
         self.version = version
 
     def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: SamplingParams,
-        *,
-        token_budget: int | None = None,
-        concurrency: int | None = None,
+        self, requests: Sequence[Request], sampling: SamplingParams, budget: RolloutBudget | None = None
     ) -> Iterator[Response]:
         """See :class:`RolloutEngine`. Called on every rank, its end is collective over the model-parallel group.
 
@@ -55,9 +50,7 @@ class Checked:
         seen = sha256()
         missing = {(request.prompt.uid, request.sample): request for request in requests}
         with own_code("rollout_engine", self.name, RolloutError):
-            for response in self.engine.generate(
-                requests, sampling, token_budget=token_budget, concurrency=concurrency
-            ):
+            for response in self.engine.generate(requests, sampling, budget):
                 if not isinstance(response, Response):
                     self._refuse(f"gave {type(response).__name__}, not a Response")
                 request = missing.pop(response.key, None)
@@ -65,7 +58,7 @@ class Checked:
                     self._refuse(
                         f"answered {_words(response.key)}, which was not asked for or is answered already"
                     )
-                why = self._problem(response, request, sampling, may_stop=token_budget is not None)
+                why = self._problem(response, request, sampling, may_stop=budget is not None)
                 if why is not None:
                     self._refuse(f"gave a response to {_words(response.key)} {why}")
                 seen.update(

@@ -82,7 +82,7 @@ def _problem(found: object) -> str | None:
         if not isinstance(getattr(engine, name), kind):
             return f"has {name}={getattr(engine, name)!r}, not {kind.__name__}; {form}"
     try:
-        inspect.signature(engine.generate).bind(None, (), None, token_budget=None, concurrency=None)
+        inspect.signature(engine.generate).bind(None, (), None, None)
     except TypeError as error:
-        return f"has a generate that does not take (requests, sampling, token_budget=, concurrency=): {error}; {form}"
+        return f"has a generate that does not take (requests, sampling, budget): {error}; {form}"
     return None

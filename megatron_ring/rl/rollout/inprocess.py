@@ -13,7 +13,7 @@ from megatron_ring.errors import RolloutError
 from megatron_ring.model.head import NormHead
 from megatron_ring.model.kv_cache import KvCache, cache_shape
 from megatron_ring.rl.rollout.model_runner import ModelRunner
-from megatron_ring.rl.rollout.protocol import Guarantees, Request, SamplingParams
+from megatron_ring.rl.rollout.protocol import Guarantees, Request, RolloutBudget, SamplingParams
 from megatron_ring.rl.rollout.rounds import RoundScheduler, in_queue_order, queue_places
 from megatron_ring.rl.rollout.scheduler import Scheduler
 from megatron_ring.rl.types import Response
@@ -64,53 +64,43 @@ class InProcessEngine:
         self.version = version
 
     def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: SamplingParams,
-        *,
-        token_budget: int | None = None,
-        concurrency: int | None = None,
+        self, requests: Sequence[Request], sampling: SamplingParams, budget: RolloutBudget | None = None
     ) -> Iterator[Response]:
         """Each request's response as it finishes, unfinished ones last; see :class:`RolloutEngine`.
 
-        The weights must not change before the iterator is exhausted or closed. With a token budget its begin, and
+        The weights must not change before the iterator is exhausted or closed. With a budget its begin, and
         always its end, is collective over data-parallel ranks.
 
         Raises:
-            RolloutError: logits were not finite, on this rank or on another: every rank raises. Or one of
-                ``token_budget`` and ``concurrency`` was given without the other.
+            RolloutError: logits were not finite, on this rank or on another: every rank raises.
         """
-        if (token_budget is None) != (concurrency is None) or (concurrency is not None and concurrency < 1):
-            raise RolloutError(
-                f"token_budget={token_budget} with concurrency={concurrency}: give both or neither; concurrency "
-                "counts sequences decoded at the same time, summed over data-parallel ranks, and is at least 1"
-            )
         for model in self.engine.models:
             model.eval()
-        table = self._table(requests, sampling, concurrency)
+        table = self._table(requests, sampling, budget)
         yield from table.complete
         with ExitStack() as stack:
             for model in self.engine.models:
                 if isinstance(head := getattr(model, "output_layer", None), NormHead):
                     stack.enter_context(head.held())
-            if token_budget is not None and isinstance(table, RoundScheduler):
-                broken = yield from self._in_rounds(table, sampling, token_budget)
+            if isinstance(table, RoundScheduler):
+                assert budget is not None
+                broken = yield from self._in_rounds(table, sampling, budget.tokens)
             else:
                 broken = yield from self._freely(table, sampling)
         self._refuse_broken(broken)
         yield from table.unfinished()
 
     def _table(
-        self, requests: Sequence[Request], sampling: SamplingParams, concurrency: int | None
+        self, requests: Sequence[Request], sampling: SamplingParams, budget: RolloutBudget | None
     ) -> Scheduler:
-        """Communicates over the data-parallel group if its ranks share ``concurrency``."""
+        """Communicates over the data-parallel group if its ranks share a budget."""
         shared = {"version": self.version, "prefill_tokens": self.prefill_tokens}
-        if concurrency is None:
+        if budget is None:
             return Scheduler(requests, sampling, num_slots=self.slots, **shared)
         group = self.engine.topology.groups.dp
         keys = [(request.prompt.uid, request.sample) for request in requests]
         places = queue_places(gather_json(keys, group, self.engine.session.device))[group.rank()]
-        return RoundScheduler(requests, sampling, places=places, concurrency=concurrency, **shared)
+        return RoundScheduler(requests, sampling, places=places, concurrency=budget.concurrency, **shared)
 
     @property
     def _steps_together(self) -> bool:

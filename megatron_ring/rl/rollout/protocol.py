@@ -62,6 +62,28 @@ class Request:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutBudget:
+    """How much one call generates, summed over data-parallel ranks (C3PO++).
+
+    ``tokens`` are new ones; ``concurrency`` sequences are decoded at the same time. What is decoded when depends on the
+    job, not on the layout: the requests of all ranks are one queue by (prompt uid, sample), of which ``concurrency`` are
+    admitted at first, and each that ends admits the next. In a round every admitted sequence gains one token;
+    generation stops after the first round that reaches ``tokens``, so by less than ``concurrency`` tokens beyond it.
+
+    Raises:
+        RolloutError: a value is below 1.
+    """
+
+    tokens: int
+    concurrency: int
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "concurrency"):
+            if getattr(self, name) < 1:
+                raise RolloutError(f"a rollout budget's {name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Guarantees:
     """What an engine guarantees of its responses; a setting that needs more is refused before the first step.
 
@@ -103,28 +125,14 @@ class RolloutEngine(Protocol):
         ...
 
     def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: SamplingParams,
-        *,
-        token_budget: int | None = None,
-        concurrency: int | None = None,
+        self, requests: Sequence[Request], sampling: SamplingParams, budget: RolloutBudget | None = None
     ) -> Iterator[Response]:
         """Each request's response as it finishes; a data-parallel rank asks for its own.
 
-        With ``token_budget`` (new tokens) and ``concurrency`` (sequences decoded at the same time), both summed over
-        data-parallel ranks, the order of decoding is decided for the whole job and is the same at every layout:
-        the requests of all ranks are one queue by (prompt uid, sample), of which ``concurrency`` are admitted
-        at first, and each that ends admits the next. In a round every admitted sequence gains one token;
-        generation stops after the first round that reaches the budget, so by less than ``concurrency`` tokens
-        beyond it. Responses come round by round, those of one round in the queue's order; what remains comes
-        last with ``stop="unfinished"``, possibly without any token.
-
-        A request whose prefix already has the maximum length is returned first, without a new token; it keeps
-        its place in the queue, which counts as ended after the round in which it was admitted.
-
-        Raises:
-            RolloutError: one of ``token_budget`` and ``concurrency`` was given without the other.
+        With a ``budget`` responses come round by round, those of one round in the queue's order; what remains comes last
+        with ``stop="unfinished"``, possibly without any token. A request whose prefix already has the maximum length is
+        returned first, without a new token; it keeps its place in the queue, which counts as ended after the round in
+        which it was admitted.
         """
         ...
 

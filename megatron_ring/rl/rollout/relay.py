@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megatron_ring.errors import RingError, RolloutError
-from megatron_ring.rl.rollout.protocol import Request, RolloutEngine, SamplingParams
+from megatron_ring.rl.rollout.protocol import Request, RolloutBudget, RolloutEngine, SamplingParams
 from megatron_ring.rl.rollout_io import responses_from_bytes, responses_to_bytes
 from megatron_ring.rl.types import Response
 from megatron_ring.runtime.collectives import broadcast_bytes
@@ -34,12 +34,7 @@ class Relay:
         self.engine.publish(version)
 
     def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: SamplingParams,
-        *,
-        token_budget: int | None = None,
-        concurrency: int | None = None,
+        self, requests: Sequence[Request], sampling: SamplingParams, budget: RolloutBudget | None = None
     ) -> Iterator[Response]:
         """See :class:`RolloutEngine`. Collective over the model-parallel group, at the end."""
         if self.session.topology.groups.mp.rank() != 0:
@@ -48,9 +43,7 @@ class Relay:
         heard: list[Response] = []
         error: RingError | None = None
         try:
-            for response in self.engine.generate(
-                requests, sampling, token_budget=token_budget, concurrency=concurrency
-            ):
+            for response in self.engine.generate(requests, sampling, budget):
                 heard.append(response)
                 yield response
         except RingError as failed:

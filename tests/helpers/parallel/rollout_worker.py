@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ring.rl.rollout.inprocess import InProcessEngine
+from megatron_ring.rl.rollout.protocol import RolloutBudget
 from megatron_ring.rl.types import Response
 from megatron_ring.runtime.session import Session
 from tests.helpers.parallel.cases import Case
@@ -26,8 +27,8 @@ CASES = [
     *(Case("v1", 4, layout) for layout in (dict(tp=2, pp=2), dict(pp=2, ep=2), dict(ep=2))),
     *(Case("v2_mtp", 4, layout) for layout in (dict(tp=2, ep=2), dict(tp=2, etp=1, ep=4))),
 ]
-BUDGETED: dict[str, int] = dict(token_budget=40, concurrency=6)
-NEXT: dict[str, int] = dict(token_budget=15, concurrency=3)
+BUDGETED = RolloutBudget(tokens=40, concurrency=6)
+NEXT = RolloutBudget(tokens=15, concurrency=3)
 PARAMS = sampling(15, stop_ids=tuple(range(0, 250, 9)), record_routes=True)
 
 
@@ -55,14 +56,14 @@ def run_case(case: Case, session: Session, folder: Path, *, is_reference: bool) 
     rollout = InProcessEngine(engine, slots=5, prefill_tokens=20)
     rollout.publish(1)
     whole = list(rollout.generate(own, PARAMS))
-    parts = list(rollout.generate(own, PARAMS, **BUDGETED))
+    parts = list(rollout.generate(own, PARAMS, BUDGETED))
     rest = {r.key: r for r in parts if r.stop == "unfinished"}
     again = [
         replace(a, prefix=rest[k] if rest[k].length else None)
         for a in own
         if (k := (a.prompt.uid, a.sample)) in rest
     ]
-    later = list(rollout.generate(again, PARAMS, **NEXT))
+    later = list(rollout.generate(again, PARAMS, NEXT))
     rest = {r.key: r for r in later if r.stop == "unfinished"}
     again = [replace(a, prefix=rest[k]) for a in own if (k := (a.prompt.uid, a.sample)) in rest]
     resumed = list(rollout.generate(again, PARAMS))

@@ -11,6 +11,7 @@ import torch
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.errors import RolloutError
 from megatron_ring.rl.rollout.inprocess import InProcessEngine
+from megatron_ring.rl.rollout.protocol import RolloutBudget
 from megatron_ring.runtime.session import open_session
 from megatron_ring.train.engine import Engine
 from tests.helpers.parallel.cases import Case
@@ -30,8 +31,8 @@ def said(case: Case, token_budget: int | None) -> str:
                 for parameter in engine.models[-1].output_layer.parameters():
                     parameter.fill_(torch.nan)
         try:
-            concurrency = None if token_budget is None else 5
-            list(rollout.generate(requests(), sampling(), token_budget=token_budget, concurrency=concurrency))
+            budget = None if token_budget is None else RolloutBudget(tokens=token_budget, concurrency=5)
+            list(rollout.generate(requests(), sampling(), budget))
         except RolloutError as error:
             return f"{session.rank} {error}"
         return f"{session.rank} nothing"

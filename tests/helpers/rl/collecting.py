@@ -16,7 +16,7 @@ from megatron_ring.errors import RolloutError
 from megatron_ring.rl.collect.collector import Collector
 from megatron_ring.rl.collect.sampler import RolloutSampler
 from megatron_ring.rl.collect.state import RolloutState
-from megatron_ring.rl.rollout.protocol import Guarantees, Request, SamplingParams
+from megatron_ring.rl.rollout.protocol import Guarantees, Request, RolloutBudget, SamplingParams
 from megatron_ring.rl.types import Response, RewardResult
 
 
@@ -87,8 +87,7 @@ class ScriptedEngine:
     def __init__(self, length: Callable[[int, int], int] = wanted_length, slots: int = 2):
         self.length, self.slots, self.version = length, slots, 0
         self.calls: list[list[Request]] = []
-        self.budgets: list[int | None] = []
-        self.concurrencies: list[int | None] = []
+        self.budgets: list[RolloutBudget | None] = []
         self.log: list[str] = []
         self.fails_after: int | None = None
 
@@ -98,20 +97,14 @@ class ScriptedEngine:
     def close(self) -> None: ...
 
     def generate(
-        self,
-        requests: Sequence[Request],
-        sampling: SamplingParams,
-        *,
-        token_budget: int | None = None,
-        concurrency: int | None = None,
+        self, requests: Sequence[Request], sampling: SamplingParams, budget: RolloutBudget | None = None
     ) -> Iterator[Response]:
         self.calls.append(list(requests))
-        self.budgets.append(token_budget)
-        self.concurrencies.append(concurrency)
+        self.budgets.append(budget)
         waiting = [self._begin(request) for request in requests]
         busy: list[Response] = []
         produced = ended = 0
-        while (waiting or busy) and (token_budget is None or produced < token_budget):
+        while (waiting or busy) and (budget is None or produced < budget.tokens):
             while waiting and len(busy) < self.slots:
                 busy.append(waiting.pop(0))
             going = []

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_ring.errors import RolloutError
 from megatron_ring.rl.batch.exchange import send_rollouts
-from megatron_ring.rl.rollout.protocol import Request, SamplingParams
+from megatron_ring.rl.rollout.protocol import Request, RolloutBudget, SamplingParams
 from megatron_ring.rl.rollout.relay import Relay
 from megatron_ring.runtime.collectives import broadcast_json, gather_json
 from tests.helpers.rl.collecting import ScriptedEngine, prompt
@@ -30,7 +30,7 @@ def relayed(group: dist.ProcessGroup) -> tuple[list, str]:
     engine.publish(4)
     relay = Relay(engine, session)
     heard = list(
-        relay.generate(asked, SamplingParams(max_response_length=16), token_budget=20, concurrency=2)
+        relay.generate(asked, SamplingParams(max_response_length=16), RolloutBudget(tokens=20, concurrency=2))
     )
     rows = [
         [*r.key, r.tokens_R.tolist(), r.logprobs_R.tolist(), r.versions_R.tolist(), r.stop] for r in heard

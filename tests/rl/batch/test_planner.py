@@ -41,7 +41,7 @@ def trained(plan: Plan) -> list[list[int]]:
 
 @pytest.mark.parametrize("overshoot", ["token", "response", "carry"])
 def test_the_loss_masks_hold_exactly_phi_tokens_at_every_step(overshoot):
-    planner = MinibatchPlanner(config(budget_overshoot=overshoot), session())
+    planner = MinibatchPlanner.of(config(budget_overshoot=overshoot), session())
     carried: list[CarryOver] = []
     for step in range(4):
         new = step_of(step, groups=4)
@@ -68,7 +68,7 @@ def test_the_loss_masks_hold_exactly_phi_tokens_at_every_step(overshoot):
 
 
 def test_a_shortfall_is_counted():
-    planner = MinibatchPlanner(config(), session())
+    planner = MinibatchPlanner.of(config(), session())
     short = planner.plan(step_of(0)[:3], [], 0)
     tokens = sum(r.response.length for r in step_of(0)[:3])
     assert short.shortfall == 2 * PHI - tokens == short.metrics["c3po/shortfall"]
@@ -180,7 +180,7 @@ def plan_on_all_ranks(settings: RunConfig, made: list[Rollout], dp_size: int, st
     """The plan of ``dp_size`` ranks, and each rank's microbatches, worked out in this process."""
     where = session()
     where.topology.pp_size, where.topology.vpp_size = stages, 2 if stages > 1 else 1
-    planner = MinibatchPlanner(settings, where)
+    planner = MinibatchPlanner.of(settings, where)
     # what every rank is told is the same wherever a rollout lies; here all of them lie on this one
     planner.dp_size = dp_size
     of_ranks = [[] for _ in range(dp_size)]
@@ -198,7 +198,7 @@ def plan_on_all_ranks(settings: RunConfig, made: list[Rollout], dp_size: int, st
 
 
 def test_without_a_budget_every_token_is_trained_on():
-    planner = MinibatchPlanner(config(token_budget=0, microbatch_capacity=32), session())
+    planner = MinibatchPlanner.of(config(token_budget=0, microbatch_capacity=32), session())
     for step in range(3):
         new = step_of(step)
         plan = planner.plan(new, [], step=step)
@@ -210,7 +210,7 @@ def test_without_a_budget_every_token_is_trained_on():
 
 
 def test_without_a_budget_responses_without_advantage_can_be_left_out_too():
-    planner = MinibatchPlanner(config(token_budget=0, zero_advantage="exclude"), session())
+    planner = MinibatchPlanner.of(config(token_budget=0, zero_advantage="exclude"), session())
     new = step_of(0)
     same = [replace(r, advantages_R=np.zeros_like(r.advantages_R)) if r.prompt.uid < 2 else r for r in new]
     plan = planner.plan(same, [], step=0)
@@ -221,7 +221,7 @@ def test_without_a_budget_responses_without_advantage_can_be_left_out_too():
 
 @pytest.mark.parametrize("treatment", ["count", "exclude"])
 def test_responses_without_advantage(treatment):
-    planner = MinibatchPlanner(config(zero_advantage=treatment), session())
+    planner = MinibatchPlanner.of(config(zero_advantage=treatment), session())
     plain = step_of(0, groups=4)
     same = [replace(r, advantages_R=np.zeros_like(r.advantages_R)) if r.prompt.uid < 2 else r for r in plain]
     plan = planner.plan(same, [], step=0)
@@ -235,7 +235,7 @@ def test_responses_without_advantage(treatment):
 
 
 def test_the_carried_go_on_where_they_were_cut_until_they_are_too_old():
-    planner = MinibatchPlanner(
+    planner = MinibatchPlanner.of(
         config(budget_overshoot="carry", minibatches_per_step=1, rollout_max_staleness=2), session()
     )
     new = step_of(0, groups=5)
@@ -256,7 +256,7 @@ def test_the_carried_go_on_where_they_were_cut_until_they_are_too_old():
 
 def test_a_response_is_as_old_as_its_oldest_token():
     """What C3PO++ interrupted was old before it was carried: both waits count against one bound."""
-    planner = MinibatchPlanner(
+    planner = MinibatchPlanner.of(
         config(budget_overshoot="carry", minibatches_per_step=1, rollout_max_staleness=2), session()
     )
     new = step_of(0, groups=5)
@@ -271,7 +271,7 @@ def test_a_response_is_as_old_as_its_oldest_token():
 
 
 def test_context_before_the_cut_is_there_but_carries_no_loss():
-    planner = MinibatchPlanner(config(budget_overshoot="carry", minibatches_per_step=1), session())
+    planner = MinibatchPlanner.of(config(budget_overshoot="carry", minibatches_per_step=1), session())
     whole = rollout(0, 1, 12)
     (grid,) = planner.plan([], [CarryOver(whole, 7, 1)], step=0).grids
     (microbatch,) = [m for m in grid if m.num_responses]
@@ -282,7 +282,7 @@ def test_context_before_the_cut_is_there_but_carries_no_loss():
 
 @pytest.mark.parametrize("budget", [0, PHI])
 def test_a_response_without_tokens_is_left_out(budget):
-    planner = MinibatchPlanner(config(token_budget=budget), session())
+    planner = MinibatchPlanner.of(config(token_budget=budget), session())
     new = step_of(0, groups=4)
     with_empty = [*new[:5], rollout(50, 0, 0), *new[5:], rollout(50, 1, 0)]
     assert trained(planner.plan(with_empty, [], step=3)) == trained(planner.plan(new, [], step=3))
@@ -301,7 +301,7 @@ def test_arrival_is_an_order_that_no_layout_changes():
         )
     ]
     order = [(1, 0), (0, 1), (2, 0), (0, 0), (1, 1)]
-    planner = MinibatchPlanner(
+    planner = MinibatchPlanner.of(
         config(budget_order="arrival", token_budget=10, minibatches_per_step=5), session()
     )
     for listed in (made, made[::-1]):

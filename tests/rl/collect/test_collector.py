@@ -13,6 +13,7 @@ from megatron_ring.config.rl import RewardConfig
 from megatron_ring.errors import RolloutError
 from megatron_ring.rl.collect.collector import StepRollouts
 from megatron_ring.rl.reward.workers.pool import RewardPool
+from megatron_ring.rl.rollout.protocol import RolloutBudget
 from tests.helpers.rl.collecting import ScriptedEngine, collector, keys, prompt, saved, session, wanted_length
 
 
@@ -78,10 +79,10 @@ def test_a_budget_comes_with_the_sequences_that_are_sure_to_end_within_it():
     source = collector(engine, rollout_token_budget=40)
     found = source.collect(version=0)
     source.refill(found, 1)
-    assert engine.budgets == [40, 40] and engine.concurrencies == [2, 2]
+    assert engine.budgets == [RolloutBudget(tokens=40, concurrency=2)] * 2
     engine = ScriptedEngine()
     collector(engine).collect(version=0)
-    assert engine.budgets == [None] and engine.concurrencies == [None]
+    assert engine.budgets == [None]
 
 
 def test_a_continued_response_remembers_who_sampled_what():
@@ -166,16 +167,16 @@ def test_dynamic_sampling_keeps_to_the_tokens_of_a_step():
     source = collector(engine, lambda *_: 1.0, dynamic_sampling=True, rollout_token_budget=40)
     found = source.collect(version=0)
     # 36 tokens answer all four prompts alike; 4 are left for the next four, which then wait
-    assert engine.budgets == [40, 4]
+    assert [budget.tokens for budget in engine.budgets if budget] == [40, 4]
     assert found.generated_tokens <= 40 + engine.slots and found.uninformative_groups == 4
     source.collect(version=1)
     assert {r.prompt.uid for r in engine.calls[2]} == {4, 5, 6, 7}, "those that wait come first"
     engine = ScriptedEngine(lambda uid, sample: 3)
     source = collector(engine, lambda *_: 1.0, dynamic_sampling=True, rollout_token_budget=36)
     assert source.collect(version=0).groups == []
-    assert engine.budgets == [36] and source.state.prompts.drawn == 4, (
-        "without a token left nothing more is drawn"
-    )
+    assert [budget.tokens for budget in engine.budgets if budget] == [
+        36
+    ] and source.state.prompts.drawn == 4, "without a token left nothing more is drawn"
 
 
 def test_steps_that_end_by_their_tokens_and_teach_nothing_end_the_run():

@@ -10,7 +10,7 @@ import pytest
 from megatron_ring.errors import RolloutError
 from megatron_ring.rl.rollout import checked as checked_engine
 from megatron_ring.rl.rollout.checked import Checked
-from megatron_ring.rl.rollout.protocol import Guarantees, Request, SamplingParams
+from megatron_ring.rl.rollout.protocol import Guarantees, Request, RolloutBudget, SamplingParams
 from tests.helpers.rl.collecting import ScriptedEngine, prompt, session
 
 NAME = "my_engines:Server"
@@ -25,15 +25,15 @@ class Server(ScriptedEngine):
         super().__init__()
         self.change = change
 
-    def generate(self, requests, sampling, **budget):
-        yield from self.change(list(super().generate(requests, sampling, **budget)))
+    def generate(self, requests, sampling, budget=None):
+        yield from self.change(list(super().generate(requests, sampling, budget)))
 
 
-def answers(engine, asked=ASKED, **budget):
+def answers(engine, asked=ASKED, budget=None):
     checked = Checked(engine, session(), name=NAME, vocab_size=50)
     checked.publish(3)
     assert checked.version == engine.version == 3
-    return list(checked.generate(asked, SAMPLING, **budget))
+    return list(checked.generate(asked, SAMPLING, budget))
 
 
 def each(**fields):
@@ -52,7 +52,7 @@ def of_length(count):
 
 def test_what_keeps_the_contract_passes():
     assert [r.key for r in answers(Server())] == [r.key for r in ScriptedEngine().generate(ASKED, SAMPLING)]
-    interrupted = answers(Server(), token_budget=3, concurrency=2)
+    interrupted = answers(Server(), budget=RolloutBudget(tokens=3, concurrency=2))
     assert len(interrupted) == len(ASKED) and interrupted[-1].stop == "unfinished"
     resumed = [replace(ASKED[0], prefix=next(r for r in interrupted if r.key == (0, 0)))]
     assert answers(Server(), resumed)[0].stop == "eos"
@@ -99,7 +99,10 @@ def test_what_breaks_it_is_one_line(change, said):
 
 
 def test_a_prefix_is_gone_on_from():
-    prefix = replace(answers(Server(), token_budget=3, concurrency=2)[0], tokens_R=np.array([9, 9], np.int32))
+    prefix = replace(
+        answers(Server(), budget=RolloutBudget(tokens=3, concurrency=2))[0],
+        tokens_R=np.array([9, 9], np.int32),
+    )
     with pytest.raises(RolloutError, match="that does not begin with the prefix"):
         answers(
             Server(lambda rs: [replace(r, tokens_R=r.tokens_R * 0) for r in rs]),

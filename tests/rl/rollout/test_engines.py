@@ -77,7 +77,7 @@ def test_an_engine_that_one_rank_speaks_to_is_relayed(monkeypatch):
             "lacks open, guarantees, on_every_rank, publish, generate, close; name a",
         ),
         (f"{__name__}:Vague", "has guarantees=None, not Guarantees; name a"),
-        (f"{__name__}:Older", "has a generate that does not take .*: got an unexpected keyword .*; name a"),
+        (f"{__name__}:Older", "has a generate that does not take .*: too many positional .*; name a"),
         (f"{__name__}:Shut", r"raised ConnectionError: nobody at port 1 \(test_engines.py, line "),
     ],
 )

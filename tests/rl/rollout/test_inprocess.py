@@ -12,7 +12,7 @@ import torch
 
 from megatron_ring.errors import RolloutError
 from megatron_ring.rl.rollout.inprocess import InProcessEngine
-from megatron_ring.rl.rollout.protocol import Request
+from megatron_ring.rl.rollout.protocol import Request, RolloutBudget
 from tests.helpers.model.small import small_engine
 from tests.helpers.rl.sequences import assert_same, by_key, requests, sampling, scored
 
@@ -80,7 +80,7 @@ def test_a_response_does_not_depend_on_slots_and_batches(slots, prefill_tokens):
 @pytest.mark.parametrize(("slots", "prefill_tokens"), [(1, 1), (5, 40), (64, 8192)])
 def test_what_a_budget_leaves_does_not_depend_on_slots_and_batches(slots, prefill_tokens):
     params = sampling(20, stop_ids=tuple(range(0, 250, 9)), record_routes=True)
-    options = {"token_budget": 90, "concurrency": 6}
+    options = {"budget": RolloutBudget(tokens=90, concurrency=6)}
     with small_rollout("v2") as rollout:
         expected = list(rollout.generate(requests(samples=2), params, **options))
     with small_rollout("v2", slots=slots, prefill_tokens=prefill_tokens) as rollout:
@@ -98,17 +98,6 @@ def test_what_a_budget_leaves_does_not_depend_on_slots_and_batches(slots, prefil
             assert np.array_equal(theirs[response.key].routes_SLK, response.routes_SLK)
 
 
-@pytest.mark.parametrize(
-    "options", [{"token_budget": 5}, {"concurrency": 2}, {"token_budget": 5, "concurrency": 0}]
-)
-def test_a_budget_and_its_concurrency_come_together(options):
-    with (
-        small_rollout("dense") as rollout,
-        pytest.raises(RolloutError, match=r"^token_budget=\w+ with concurrency=\w+: give both or neither;"),
-    ):
-        next(rollout.generate(requests((4,)), sampling(), **options))
-
-
 def test_a_stop_token_is_kept_and_is_the_last():
     stop_ids = tuple(range(0, 250, 9))
     with small_rollout("v1") as rollout:
@@ -123,7 +112,7 @@ def test_going_on_from_a_prefix_is_an_uninterrupted_run(temperature):
     asked = requests()
     with small_rollout("v2", slots=4) as rollout:
         whole = run(rollout, asked, params)
-        parts = run(rollout, asked, params, token_budget=50, concurrency=3)
+        parts = run(rollout, asked, params, budget=RolloutBudget(tokens=50, concurrency=3))
         assert 50 <= sum(r.length for r in parts.values()) < 53
         states = [response.stop for response in parts.values()]
         assert states == sorted(states, key=lambda stop: stop == "unfinished") and "length" in states
@@ -144,7 +133,7 @@ def test_a_carried_token_keeps_its_old_log_p_and_route():
     params = sampling(8, record_routes=True)
     (asked,) = requests((6,))
     with small_rollout("v1") as rollout:
-        (part,) = rollout.generate([asked], params, token_budget=3, concurrency=1)
+        (part,) = rollout.generate([asked], params, budget=RolloutBudget(tokens=3, concurrency=1))
         marked = replace(part, logprobs_R=part.logprobs_R - 1, routes_SLK=part.routes_SLK * 0 + 7)
         (whole,) = rollout.generate([replace(asked, prefix=marked)], params)
     assert whole.logprobs_R[:3].tolist() == marked.logprobs_R.tolist()
@@ -190,7 +179,7 @@ def test_new_weights_change_what_is_said():
 def test_nothing_asked_and_nothing_left():
     with small_rollout("dense") as rollout:
         assert list(rollout.generate([], sampling())) == []
-        assert list(rollout.generate([], sampling(), token_budget=5, concurrency=2)) == []
+        assert list(rollout.generate([], sampling(), budget=RolloutBudget(tokens=5, concurrency=2))) == []
         (one,) = rollout.generate(requests((4,)), sampling(6))
         again = Request(prompt=requests((4,))[0].prompt, sample=0, prefix=replace(one, stop="unfinished"))
         (same,) = rollout.generate([again], sampling(6))

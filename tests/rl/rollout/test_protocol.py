@@ -8,7 +8,7 @@ import pytest
 from megatron_ring.data.prompts.stream import Prompt
 from megatron_ring.errors import RolloutError
 from megatron_ring.rl.rollout.counter_rng import stream, uniforms
-from megatron_ring.rl.rollout.protocol import Request, SamplingParams
+from megatron_ring.rl.rollout.protocol import Request, RolloutBudget, SamplingParams
 from megatron_ring.rl.rollout.scheduler import Scheduler
 
 
@@ -19,6 +19,13 @@ def test_a_value_out_of_its_range_is_named(bad):
     name, value = next(iter(bad.items()))
     with pytest.raises(RolloutError, match=f"{name}={value}"):
         SamplingParams(**{"max_response_length": 4, **bad})
+
+
+@pytest.mark.parametrize("bad", [{"tokens": 0}, {"concurrency": 0}])
+def test_a_budget_of_nothing_is_refused(bad):
+    name = next(iter(bad))
+    with pytest.raises(RolloutError, match=f"^a rollout budget's {name}=0 must be at least 1$"):
+        RolloutBudget(**{"tokens": 5, "concurrency": 2, **bad})
 
 
 def test_an_empty_prompt_is_refused():

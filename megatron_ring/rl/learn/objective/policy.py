@@ -189,6 +189,15 @@ def loss_tokens(report: StepReport) -> float:
     return report.means["tokens"] * report.denominator
 
 
+def mean_mismatch(reports: Sequence[StepReport]) -> float | None:
+    """Mean difference of log p of rollout engine and trainer over the tokens of a step that can be compared; None without
+    any.
+    """
+    compared = sum(report.means["mismatch_tokens"] * report.denominator for report in reports)
+    gap = sum(report.means["mismatch"] * report.denominator for report in reports)
+    return gap / compared if compared else None
+
+
 def metrics(reports: Sequence[StepReport]) -> dict[str, float]:
     """Metrics of the updates of one RL step, from the reports of :class:`PolicyObjective`.
 
@@ -206,11 +215,7 @@ def metrics(reports: Sequence[StepReport]) -> dict[str, float]:
     def total(name: str) -> float:
         return sum(report.means[name] * report.denominator for report in made)
 
-    weight, tokens, compared = (
-        sum(report.denominator for report in made),
-        total("tokens"),
-        total("mismatch_tokens"),
-    )
+    weight, tokens = sum(report.denominator for report in made), total("tokens")
     found = {
         "loss": sum(report.loss * report.denominator for report in made) / weight,
         "policy_loss": total("policy_loss") / weight,
@@ -218,8 +223,8 @@ def metrics(reports: Sequence[StepReport]) -> dict[str, float]:
         **{name: total(name) / tokens for name in _PER_TOKEN},
         **{name: max(report.peaks[name] for report in made) for name in made[0].peaks},
     }
-    if compared:
-        found["mismatch"] = total("mismatch") / compared
-    else:
+    mismatch = mean_mismatch(made)
+    if mismatch is None:
         del found["mismatch_max"]
-    return found
+        return found
+    return found | {"mismatch": mismatch}
