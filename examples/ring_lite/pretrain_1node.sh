@@ -6,6 +6,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
 # Megatron's overlap of communication and compute relies on one hardware queue
 export CUDA_DEVICE_MAX_CONNECTIONS=1
-exec "${TORCHRUN:-torchrun}" --standalone --nproc-per-node 8 examples/pretrain_ring.py \
+exec "${PYTHON:-python}" -m megatron_ring launch --standalone --nproc-per-node 8 pretrain \
     --config examples/ring_lite/pretrain.toml \
     "$@"

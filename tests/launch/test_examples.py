@@ -35,13 +35,10 @@ def test_ring_lite_trains_with_the_reports_settings():
 
 @pytest.fixture
 def commands(tmp_path: Path) -> Path:
-    """A folder of stand-ins for the launchers: they run one task here and tell what they were asked for."""
+    """A folder of stand-ins for Slurm's programs: they run one task here and tell what they were asked for."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    python = sys.executable
     scripts = {
-        # torchrun ... FILE FLAGS -> python FILE FLAGS
-        "torchrun": f'while [[ $1 != *.py ]]; do last=$1; shift; done; WORLD_SIZE=$last exec {python} "$@"',
         "scontrol": (
             'case "$1 $2" in\n'
             '"show hostnames") printf "n1\\nn2\\n";;\n'
