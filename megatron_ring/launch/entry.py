@@ -27,6 +27,12 @@ from megatron_ring.config.stages import stage_spec
 from megatron_ring.errors import ConfigError, Interrupted, RingError
 from megatron_ring.launch.dry_run import dry_run
 from megatron_ring.runtime.orphans import end_with_launcher
+from megatron_ring.runtime.ranks import (
+    adopt_slurm_address,
+    adopt_slurm_ranks,
+    rank_from_env,
+    world_size_from_env,
+)
 
 
 def run_entry(main: Callable[[], object]) -> NoReturn:
@@ -82,20 +88,22 @@ def start(argv: Sequence[str] | None = None, *, stage: str = "pretrain") -> RunC
     With ``--dry-run`` prints the plan on rank 0 instead and exits 0. Raises RingError, before any process
     group.
     """
+    adopt_slurm_ranks()
     command = parse_command(sys.argv[1:] if argv is None else argv)
-    world_size = command.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = command.world_size or world_size_from_env()
     validate(command.config, world_size, stage)
     if command.config.logging.log_level == "debug":
         _dependency_warnings("default")
     if command.dry_run:
-        if _rank() == 0:
+        if rank_from_env() == 0:
             # a reader that has seen enough, such as head, ends it without a traceback
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             plan = dry_run(command.config, world_size, stage=stage, styled=sys.stdout.isatty())
             print(plan, flush=True)
         sys.exit(0)
     check_inputs(command.config, stage)
-    check_run_folder(command.config.checkpoint.save, is_save_rank=_rank() == 0)
+    check_run_folder(command.config.checkpoint.save, is_save_rank=rank_from_env() == 0)
+    adopt_slurm_address()
     return command.config
 
 
@@ -130,10 +138,6 @@ def _tell_torchrun(line: str) -> None:
             Path(file).write_text(json.dumps({"message": said}), encoding="utf-8")
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def _prints(line: str) -> bool:
     """Should this process print the error?
 
@@ -145,7 +149,7 @@ def _prints(line: str) -> bool:
         return int(os.environ.get("LOCAL_RANK", "0")) == 0
     try:
         store: Any = torch.distributed.distributed_c10d._get_default_store()
-        mine = str(_rank())
+        mine = str(rank_from_env())
         return store.compare_set(f"megatron_ring/error/{line}", "", mine).decode() == mine
     except (RuntimeError, ConnectionError):
         # the store lives in rank 0: it is gone because rank 0 has failed and printed already

@@ -9,6 +9,8 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
@@ -19,20 +21,12 @@ from megatron_ring.runtime import device
 from megatron_ring.runtime.bf16_matmul import bf16_products
 from megatron_ring.runtime.deterministic import deterministic_operations
 from megatron_ring.runtime.peers import Watch
+from megatron_ring.runtime.ranks import local_rank_from_env, world_size_from_env
 from megatron_ring.runtime.topology import Topology, close_topology, distributed_timeout, open_topology
 
 log = logging.getLogger("megatron_ring")
 
 _sessions = itertools.count()
-
-
-def world_size_from_env() -> int:
-    """Processes of this run: torchrun's ``WORLD_SIZE``, 1 without it. No process group needed."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank_from_env() -> int:
-    return int(os.environ.get("RANK", "0"))
 
 
 def is_log_rank(rank: int, world_size: int) -> bool:
@@ -110,12 +104,12 @@ def _init_process_group(parallel: ParallelConfig) -> Watch | None:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(
-            f"WORLD_SIZE={world_size} but {', '.join(missing)} not set; start the run with torchrun or srun"
+            f"WORLD_SIZE={world_size} but {', '.join(missing)} not set; start the run with ring launch, torchrun or srun"
         )
     if os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1"):
         # otherwise gloo resolves the host name, which often fails on virtual machines
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    store, rank, world_size = _meet(timeout)
     # the store outlives a session: a second session must not read the addresses of the first
     prefixed = torch.distributed.PrefixStore(f"session{next(_sessions)}", store)
     with contextlib.ExitStack() as if_it_fails:
@@ -130,6 +124,27 @@ def _init_process_group(parallel: ParallelConfig) -> Watch | None:
     return watch
 
 
+def _meet(timeout: timedelta) -> tuple[Any, int, int]:
+    """The store of the job's processes, this one's rank, and how many there are.
+
+    Raises:
+        ConfigError: rank 0 cannot listen at ``MASTER_ADDR`` and ``MASTER_PORT``, or is not found there.
+    """
+    try:
+        return next(torch.distributed.rendezvous("env://", timeout=timeout))
+    except torch.distributed.DistError as error:
+        port = os.environ["MASTER_PORT"]
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            raise ConfigError(
+                f"MASTER_PORT={port} is in use on rank 0's node, perhaps by another run; export another MASTER_PORT"
+            ) from None
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={port}: rank 0 is not reached there ({reason}); "
+            "export the address and a free port of its node"
+        ) from None
+
+
 @contextlib.contextmanager
 def open_session(parallel: ParallelConfig, seed: int, *, deterministic: bool = False) -> Iterator[Session]:
     """Open the run on this process and close it whatever happens.
@@ -142,7 +157,7 @@ def open_session(parallel: ParallelConfig, seed: int, *, deterministic: bool = F
         if deterministic:
             # before anything starts CUDA
             stack.enter_context(deterministic_operations())
-        bound = device.bind(int(os.environ.get("LOCAL_RANK", "0")))
+        bound = device.bind(local_rank_from_env())
         if not device.has_cuda():
             from megatron_ring.runtime.megatron_cpu import megatron_on_cpu
 

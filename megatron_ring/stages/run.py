@@ -28,13 +28,8 @@ from megatron_ring.model.spec import require_backend
 from megatron_ring.observe.metrics import MetricsLogger
 from megatron_ring.observe.profile import StepProfiler
 from megatron_ring.rl.rollout.inprocess import continue_tokens
-from megatron_ring.runtime.session import (
-    Session,
-    is_log_rank,
-    open_session,
-    rank_from_env,
-    world_size_from_env,
-)
+from megatron_ring.runtime.ranks import rank_from_env, world_size_from_env
+from megatron_ring.runtime.session import Session, is_log_rank, open_session
 from megatron_ring.train.engine import Engine, StepReport
 
 log = logging.getLogger("megatron_ring")

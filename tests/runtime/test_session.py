@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+from datetime import timedelta
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.errors import ConfigError
 from megatron_ring.runtime import device
-from megatron_ring.runtime.session import open_session, rank_from_env, world_size_from_env
+from megatron_ring.runtime import session as session_module
+from megatron_ring.runtime.ranks import rank_from_env, world_size_from_env
+from megatron_ring.runtime.session import open_session
 
 PLAIN = ParallelConfig(bf16=False)
 
@@ -73,6 +77,32 @@ def test_a_signal_asks_to_leave_and_a_second_one_has_its_usual_effect(number):
 def test_a_reason_of_ones_own_is_a_wish_to_leave_too():
     with open_session(PLAIN, seed=1) as session:
         assert session.exit_wanted(also=True) and not session.exit_wanted(also=False)
+
+
+def meet_on_a_port_of_somebody_elses(monkeypatch, rank: str, *, still_there: bool) -> str:
+    """The line that rank ``rank`` of 2 ends with; ``{port}`` in place of the port."""
+    monkeypatch.setattr(session_module, "distributed_timeout", lambda _: timedelta(seconds=1))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        env = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        if not still_there:
+            taken.close()
+        with pytest.raises(ConfigError) as caught, open_session(PLAIN, seed=1):
+            pass
+    assert not torch.distributed.is_initialized()
+    return str(caught.value).replace(port, "{port}")
+
+
+def test_a_port_that_is_in_use_is_one_line(monkeypatch):
+    line = meet_on_a_port_of_somebody_elses(monkeypatch, "0", still_there=True)
+    assert line.startswith("MASTER_PORT={port} is in use on rank 0's node, perhaps by another run; export ")
+
+
+def test_an_address_where_nobody_answers_is_one_line(monkeypatch):
+    line = meet_on_a_port_of_somebody_elses(monkeypatch, "1", still_there=False)
+    assert line.startswith("MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: rank 0 is not reached there (")
 
 
 def test_a_world_without_an_address_is_one_line(monkeypatch):

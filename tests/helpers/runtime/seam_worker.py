@@ -15,7 +15,8 @@ from megatron_ring.checkpoint.checkpointer import Checkpointer
 from megatron_ring.config.check import validate
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.runtime import megatron_cpu
-from megatron_ring.runtime.session import open_session, rank_from_env, world_size_from_env
+from megatron_ring.runtime.ranks import rank_from_env, world_size_from_env
+from megatron_ring.runtime.session import open_session
 from megatron_ring.train.engine import Engine
 from megatron_ring.train.objective import NextTokenObjective
 from tests.helpers.parallel.cases import MODELS
