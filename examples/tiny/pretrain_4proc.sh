@@ -5,7 +5,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "${PYTHON:-python}" -m megatron_ring launch --standalone --nproc-per-node 4 pretrain \
+python=python
+[ ! -x .venv/bin/python ] || python=.venv/bin/python
+exec "${PYTHON:-$python}" -m megatron_ring launch --standalone --nproc-per-node 4 pretrain \
     --config examples/tiny/pretrain.toml \
     --pipeline-model-parallel-size 2 --expert-model-parallel-size 2 \
     "$@"
