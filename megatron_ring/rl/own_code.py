@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ log = logging.getLogger("megatron_ring")
 
 
 @contextmanager
-def own_code(setting: str, value: str, error: type[RingError] = ConfigError) -> Iterator[None]:
+def own_code(setting: str, value: str, error: type[RingError] = ConfigError) -> Generator[None]:
     """An exception of the user's code that ``setting=value`` names, raised in this block, becomes an ``error``
     with its place.
 

@@ -147,7 +147,7 @@ class Pick(NamedTuple):
     The tokens before ``start`` are context only. Example: ``Pick(index=4, start=0, stop=118)``.
     """
 
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     start: int
     stop: int
 

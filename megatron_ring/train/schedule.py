@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from megatron_ring.config.train import TrainConfig
 
@@ -81,7 +82,7 @@ class SpikeRule:
     factor: float
     window: int
     retry_lr_factor: float
-    losses: deque[float] = field(default_factory=deque)
+    losses: deque[float] = field(default_factory=deque[float])
 
     def judge(self, loss: float, retried: bool) -> float:
         full = len(self.losses) >= self.window
@@ -96,8 +97,10 @@ class SpikeRule:
     def state_dict(self) -> dict[str, list[float]]:
         return {"losses": list(self.losses)}
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        losses = state["losses"]
-        if not isinstance(losses, list) or not all(type(loss) in (int, float) for loss in losses):
-            raise ValueError(f"has losses={str(losses)[:40]!r}, which is not a list of numbers")
-        self.losses = deque(losses)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        losses: object = state["losses"]
+        numbers: list[Any] = cast("list[Any]", losses) if isinstance(losses, list) else [None]
+        if not all(type(number) in (int, float) for number in numbers):
+            shown = str(cast("object", losses))[:40]
+            raise ValueError(f"has losses={shown!r}, which is not a list of numbers")
+        self.losses = deque(numbers)

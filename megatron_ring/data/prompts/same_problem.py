@@ -22,10 +22,11 @@ from collections.abc import Collection, Sequence
 Asked = tuple[str, ...]
 """The user's turns, normalised."""
 
-_PLAIN = dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-")
-_PLAIN |= dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb", '"')
-_PLAIN |= dict.fromkeys("\u2018\u2019\u02bc`\u00b4", "'")
-_TABLE = str.maketrans(_PLAIN)
+_TABLE = str.maketrans(
+    dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212", "-")
+    | dict.fromkeys("\u201c\u201d\u201e\u00ab\u00bb", '"')
+    | dict.fromkeys("\u2018\u2019\u02bc`\u00b4", "'")
+)
 _BEHIND = re.compile(r'(?:(?<=[^\W\d_]{2})!|[.,;:?"\u3002\u3001]|(?<=[?!"])!)+$')
 """Sentence punctuation after a word; after a digit, a single letter or a bracket, ``!`` is a factorial."""
 _BEFORE = re.compile('^["\u00bf\u00a1]+')

@@ -24,8 +24,8 @@ class OpenGroup:
 
     prompt: Prompt
     waiting: set[int]
-    finished: dict[int, Rollout] = field(default_factory=dict)
-    unfinished: dict[int, Response] = field(default_factory=dict)
+    finished: dict[int, Rollout] = field(default_factory=dict[int, Rollout])
+    unfinished: dict[int, Response] = field(default_factory=dict[int, Response])
 
 
 class PendingGroups:
@@ -75,7 +75,7 @@ class PendingGroups:
         def is_stale(response: Response) -> bool:
             return bool((response.versions_R < oldest_version).any())
 
-        dropped = []
+        dropped: list[Response] = []
         for group in self.open.values():
             for sample in [s for s, r in group.unfinished.items() if is_stale(r)]:
                 dropped.append(group.unfinished.pop(sample))

@@ -155,7 +155,7 @@ def assign(
     if estimator is None:
         if values is None:
             raise ValueError("advantage_estimator=gae needs the critic's values")
-        rows = []
+        rows: list[dict[str, np.ndarray]] = []
         for values_R, score in zip(values, scores, strict=True):
             advantages_R, returns_R = gae(values_R, score, config.gae_gamma, config.gae_lambda)
             rows.append({"advantages_R": advantages_R, "values_R": values_R, "returns_R": returns_R})

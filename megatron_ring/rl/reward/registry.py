@@ -163,7 +163,8 @@ def result_problem(result: object) -> str | None:
     """What is wrong with the return value of a reward function, or None."""
     if not isinstance(result, RewardResult):
         return f"returned {type(result).__name__}, not RewardResult"
-    if not isinstance(result.score, int | float) or not math.isfinite(result.score):
+    score: Any = result.score
+    if not isinstance(score, int | float) or not math.isfinite(score):
         return f"returned score {result.score}, which is not a finite number"
     if result.status not in _STATUSES:
         return f"returned status {result.status}, which is none of {', '.join(sorted(_STATUSES))}"

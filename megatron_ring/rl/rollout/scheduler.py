@@ -245,7 +245,7 @@ class Scheduler:
         old[done.slots_N, done.positions_N] = routes_NLK
         if done.lengths is None:
             return
-        for slot in done.slots_W:
+        for slot in map(int, done.slots_W):
             request = self.request_of[slot]
             prefix = None if request is None else request.prefix
             if prefix is not None and prefix.routes_SLK is not None:

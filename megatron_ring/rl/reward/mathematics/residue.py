@@ -86,5 +86,5 @@ def symbols(node: Node) -> frozenset[str]:
     """
     if node.kind == "symbol":
         return frozenset((node.name,))
-    found = frozenset().union(*map(symbols, node.parts)) if node.parts else frozenset()
+    found = frozenset[str]().union(*map(symbols, node.parts))
     return found - {node.parts[0].name} if node.kind in ("sum", "prod") else found

@@ -342,8 +342,12 @@ def repeating(head: str, block: str) -> Fraction:
 
 _OPENING = frozenset(word_list("( [ { {( |( lfloor lceil langle begin"))
 _CLOSING = frozenset(word_list(") ] } }) |) rfloor rceil rangle end"))
-_INNER_NAMES = sorted((n for n in FUNCTIONS if len(n) > 2), key=len, reverse=True)
-_INNER_NAMES = [*(n for n in _INNER_NAMES if n not in ("det", "abs", "arg", "sgn", "max", "min")), "ln", "pi"]
+_NOT_INNER = ("det", "abs", "arg", "sgn", "max", "min")
+_INNER_NAMES = [
+    *sorted((n for n in FUNCTIONS if len(n) > 2 and n not in _NOT_INNER), key=len, reverse=True),
+    "ln",
+    "pi",
+]
 UNITS = frozenset(
     word_list(
         "mm cm dm km nm um in inch inches ft foot feet yd yard yards mile miles meter meters metre "

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import re
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -96,7 +97,7 @@ def verify_science(prompt: Prompt, text: str) -> RewardResult:
 @functools.cache
 def load() -> None:
     """Import what comparing needs, and compute constants that a process needs once."""
-    from megatron_ring.rl.reward.mathematics import compare as math_compare  # noqa: F401
+    importlib.import_module("megatron_ring.rl.reward.mathematics.compare")
 
 
 def check_reference(answer: str) -> str | None:
@@ -221,14 +222,14 @@ def _by_value(reference: str, answer: str, science: bool) -> RewardResult:
 
 def _readings(text: str, loose_units: bool) -> list[Node]:
     """The possible trees of a text, the most likely first; empty if it cannot be parsed."""
-    options = [{}]
+    options: list[dict[str, bool]] = [{}]
     if _IN_BRACKETS.fullmatch(text):
         options = [{"grouped": False}]
     elif _AMBIGUOUS_COMMA.search(text):
         options.append({"grouped": False})
     if _AMBIGUOUS_EXPONENT.search(text):
         options.append({"scientific": False})
-    found = []
+    found: list[Node] = []
     for option in options:
         try:
             found.append(_read(text, **option))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NoReturn
@@ -70,7 +70,8 @@ class Words:
 
     def canonical_group(self) -> str:
         self.expect("{")
-        depth, words = 1, []
+        depth = 1
+        words: list[str] = []
         while depth:
             token = self.take()
             depth += {"{": 1, "}": -1}.get(token.text, 0) if token.kind == "operator" else 0
@@ -94,7 +95,7 @@ class Words:
         return Node("symbol", name=" ".join(words))
 
     @contextlib.contextmanager
-    def deeper(self) -> Iterator[None]:
+    def deeper(self) -> Generator[None]:
         """One level of nesting; raises Unreadable if there are too many."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
