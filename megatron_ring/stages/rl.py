@@ -158,6 +158,13 @@ class RlRun(StageRun):
             excluded={prompt.asked for prompt in held_out},
         )
         check_sources(prompts.sources, own_domains)
+        if prompts.num_outside_solve_rates:
+            log.info(
+                "%d problems are left out: their solve rates are outside %g to %g",
+                prompts.num_outside_solve_rates,
+                rollout.solve_rate_min,
+                rollout.solve_rate_max,
+            )
         if not is_reward_rank(self.session):
             return prompts, held_out, None
         # before the model, so that verifiers load their libraries meanwhile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import shutil
 from pathlib import Path
@@ -308,6 +309,19 @@ def test_a_shortfall_is_refilled_with_new_prompts(configure, tmp_path):
     train_rl(configure(train_iters=1, budget_shortfall="refill", token_budget=900))
     (step,) = records(tmp_path)
     assert step["rollout_rounds"] > 1 and step["loss_tokens"] == 900 and step["c3po/shortfall"] == 0
+
+
+def test_problems_outside_the_solve_rates_are_counted_aloud(configure, folder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | {"solve_rate": i / len(lines)} for i, line in enumerate(lines)]
+    data = tmp_path / "rated.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_rl(configure(train_iters=1, prompt_data=(str(data),), solve_rate_max=0.5))
+    left_out = sum(row["solve_rate"] > 0.5 for row in rows)
+    assert left_out > 5
+    line = f"{left_out} problems are left out: their solve rates are outside 0 to 0.5"
+    assert line in [record.getMessage() for record in caplog.records]
 
 
 @pytest.mark.parametrize(
