@@ -368,9 +368,10 @@ def test_a_token_of_minus_one_is_none_and_carried_over():
     assert (again["pad_token_id"], again["eos_token_id"]) == (-1, [7, -1])
 
 
-def test_tokens_beyond_the_vocabulary_are_not_carried_over():
-    with pytest.raises(CheckpointError, match=r"pad_token_id=126081 .* is not below vocab_size=101"):
-        hf_config(ODD["v1"], said("v1", pad_token_id=126081), "float32")
+@pytest.mark.parametrize("token", [126081, -5])
+def test_tokens_beyond_the_vocabulary_are_not_carried_over(token):
+    with pytest.raises(CheckpointError, match=rf"pad_token_id={token} .* is not below vocab_size=101"):
+        hf_config(ODD["v1"], said("v1", pad_token_id=token), "float32")
 
 
 @pytest.mark.parametrize(

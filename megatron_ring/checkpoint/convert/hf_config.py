@@ -289,7 +289,7 @@ def _accounted_for(family: Family) -> set[str]:
 def _refuse_tokens_beyond(name: str, value: Any, vocab_size: int) -> None:
     for token in value if isinstance(value, list) else [value]:
         # -1 is how some configs say that there is none
-        if type(token) is int and token >= vocab_size:
+        if type(token) is int and token != -1 and not 0 <= token < vocab_size:
             raise CheckpointError(
                 f"{name}={token} of config.json to carry over is not below vocab_size={vocab_size}, so that no "
                 "engine loads the model; name the folder of the model's tokenizer with --hf-files"
