@@ -65,6 +65,11 @@ def exit_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
+def end_with_reader() -> None:
+    """End without a traceback when the reader of the output, such as head, has seen enough."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 def run_stage(name: str) -> NoReturn:
     """Run the stage ``name`` as this process's command line says, and exit like :func:`run_entry`."""
     run_entry(partial(stage_main, name))
@@ -96,8 +101,7 @@ def start(argv: Sequence[str] | None = None, *, stage: str = "pretrain") -> RunC
         _dependency_warnings("default")
     if command.dry_run:
         if rank_from_env() == 0:
-            # a reader that has seen enough, such as head, ends it without a traceback
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            end_with_reader()
             plan = dry_run(command.config, world_size, stage=stage, styled=sys.stdout.isatty())
             print(plan, flush=True)
         sys.exit(0)

@@ -10,11 +10,11 @@ node.
 
 import argparse
 import math
-import signal
 import sys
 
 from megatron_ring.config.load import OneLineParser, load_config
 from megatron_ring.errors import ConfigError
+from megatron_ring.launch.entry import end_with_reader
 from megatron_ring.launch.plan import feasible_layouts, format_plans
 
 
@@ -41,6 +41,5 @@ def main() -> None:
             f"no layout of this model fits {given.gpus} devices of {given.memory_gib:g} GiB; "
             "add devices, set --recompute-granularity full, or shorten --seq-length"
         )
-    # a reader that has seen enough, such as head, ends it without a traceback
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    end_with_reader()
     print(format_plans(config, plans[: given.top], given.gpus, len(plans), styled=sys.stdout.isatty()))
