@@ -40,7 +40,7 @@ def open_rollout_engine(config: RunConfig, trainer: Engine) -> RolloutEngine:
     with own_code("rollout_engine", name, RolloutError):
         engine = kind.open(trainer, config.rollout)
     if is_importable(name):
-        engine = Checked(engine, session, name=name, vocab_size=config.model.vocab_size)
+        engine = Checked(engine, session, name=name, model=config.model)
     return engine if kind.on_every_rank else Relay(engine, session)
 
 

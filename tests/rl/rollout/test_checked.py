@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_ring.config.model import ModelConfig
 from megatron_ring.errors import RolloutError
 from megatron_ring.rl.rollout import checked as checked_engine
 from megatron_ring.rl.rollout.checked import Checked
 from megatron_ring.rl.rollout.protocol import Guarantees, Request, RolloutBudget, SamplingParams
+from megatron_ring.rl.rollout_io import responses_to_bytes
 from tests.helpers.rl.collecting import ScriptedEngine, prompt, session
 
 NAME = "my_engines:Server"
@@ -29,11 +31,14 @@ class Server(ScriptedEngine):
         yield from self.change(list(super().generate(requests, sampling, budget)))
 
 
-def answers(engine, asked=ASKED, budget=None):
-    checked = Checked(engine, session(), name=NAME, vocab_size=50)
+MODEL = ModelConfig(vocab_size=50, num_layers=2, num_experts=8, moe_router_topk=2)
+
+
+def answers(engine, asked=ASKED, sampling=SAMPLING, budget=None):
+    checked = Checked(engine, session(), name=NAME, model=MODEL)
     checked.publish(3)
     assert checked.version == engine.version == 3
-    return list(checked.generate(asked, SAMPLING, budget))
+    return list(checked.generate(asked, sampling, budget))
 
 
 def each(**fields):
@@ -61,8 +66,59 @@ def test_what_keeps_the_contract_passes():
 def test_log_p_that_is_not_guaranteed_is_not_read():
     engine = Server(each(logprobs_R=lambda r: np.zeros(r.length, np.float32)))
     assert not any(np.isnan(r.logprobs_R).any() for r in answers(engine))
-    engine.guarantees = Guarantees(exact_seeds=False, logprobs=False, routes=False, token_budget=False)
-    assert all(np.isnan(r.logprobs_R).all() for r in answers(engine))
+    for anything in (np.zeros(1, np.float32), None, "none"):
+        engine = Server(each(logprobs_R=anything))
+        engine.guarantees = Guarantees(exact_seeds=False, logprobs=False, routes=False, token_budget=False)
+        assert all(np.isnan(r.logprobs_R).all() and len(r.logprobs_R) == r.length for r in answers(engine))
+
+
+def test_an_engine_may_use_its_arrays_again():
+    tokens_R = np.zeros(16, np.int32)
+
+    def in_one_buffer(responses):
+        for place, response in enumerate(responses):
+            tokens_R[:] = place
+            yield replace(response, tokens_R=tokens_R[: response.length])
+
+    given = answers(Server(in_one_buffer))
+    assert [set(r.tokens_R.tolist()) for r in given] == [{0}, {1}, {2}, {3}]
+
+
+def test_integers_of_numpy_are_kept_in_a_checkpoint():
+    numpys = each(
+        prompt_uid=lambda r: np.int64(r.prompt_uid),
+        sample=lambda r: np.int64(r.sample),
+        tokens_R=lambda r: r.tokens_R.astype(np.int64),
+        logprobs_R=lambda r: r.logprobs_R.astype(np.float64),
+    )
+    given, plain = answers(Server(numpys)), answers(Server())
+    prompts = {request.prompt.uid: request.prompt for request in ASKED}
+
+    def kept(responses):
+        return responses_to_bytes([(prompts[r.prompt_uid], r) for r in responses])
+
+    assert kept(given) == kept(plain)
+    # what one rank of a group keeps is what the others receive
+    assert [r.logprobs_R.dtype for r in given] == [r.logprobs_R.dtype for r in plain]
+
+
+@pytest.mark.parametrize(
+    ("routes", "said"),
+    [
+        (lambda r: None, r"whose routes_SLK is no array of integers of shape \[\d+, 2, 2\]"),
+        (lambda r: np.zeros((3 + r.length, 2, 2), np.int16), "whose routes_SLK is no array of integers"),
+        (
+            lambda r: np.full((2 + r.length, 2, 2), 8),
+            "with expert ids from 8 to 8, which must be from 0 to below",
+        ),
+    ],
+)
+def test_routes_that_were_asked_for_are_there(routes, said):
+    asked = replace(SAMPLING, record_routes=True)
+    right = Server(each(routes_SLK=lambda r: np.zeros((2 + r.length, 2, 2), np.int64)))
+    assert {r.routes_SLK.dtype for r in answers(right, sampling=asked)} == {np.dtype(np.int16)}
+    with pytest.raises(RolloutError, match=f"^rollout_engine={NAME} gave a response to .*{said}"):
+        answers(Server(each(routes_SLK=routes)), sampling=asked)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +143,12 @@ def test_log_p_that_is_not_guaranteed_is_not_read():
             "with token ids from 50 to .*, which must be from 0 to below",
         ),
         (each(tokens_R=lambda r: r.tokens_R - 1), "with token ids from -1 to "),
+        (
+            each(versions_R=lambda r: r.versions_R + 1),
+            "with policy versions from 4 to 4, which must be from 0 to 3, the last that was published",
+        ),
+        (each(versions_R=lambda r: r.versions_R - 9), "with policy versions from -6 to -6, which must be"),
+        (each(logprobs_R=lambda r: np.full(r.length, -1e300)), "whose log p is not finite, although it"),
         (each(stop="stop"), "that says stop='stop', which must be one of eos, length;"),
         (each(stop="unfinished"), "that says stop='unfinished', which must be one of eos, length;"),
         (of_length(0), "of 0 tokens, which must be from 1 to max_response_length=16"),
@@ -131,7 +193,7 @@ def test_ranks_that_train_together_are_given_the_same(monkeypatch, on_every_rank
     where.topology.groups.mp = Pair()
     engine = Server()
     engine.on_every_rank = on_every_rank
-    own = Checked(engine, where, name=NAME, vocab_size=50)
+    own = Checked(engine, where, name=NAME, model=MODEL)
     monkeypatch.setattr(checked_engine, "gather_json", lambda seen, group, device: [seen, seen])
     assert len(list(own.generate(ASKED, SAMPLING))) == len(ASKED)
     monkeypatch.setattr(checked_engine, "gather_json", lambda seen, group, device: [seen, "another"])
