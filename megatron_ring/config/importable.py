@@ -37,8 +37,9 @@ def load_object(shown: str, path: str, error: type[RingError] = ConfigError) -> 
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name, None)
-    except Exception as raised:
-        why = " ".join(f"{type(raised).__name__}: {raised}".split())
+    except (Exception, SystemExit) as raised:
+        # a script that ends with sys.exit() would end the run as if it were done
+        why = " ".join(f"{type(raised).__name__}: {raised}".split()).removesuffix(":")
         raise error(f"{shown} cannot be imported ({why}); import {module} by hand to see why") from raised
 
 

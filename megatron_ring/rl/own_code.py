@@ -18,7 +18,7 @@ log = logging.getLogger("megatron_ring")
 @contextmanager
 def own_code(setting: str, value: str, error: type[RingError] = ConfigError) -> Generator[None]:
     """An exception of the user's code that ``setting=value`` names, raised in this block, becomes an ``error``
-    with its place.
+    with its place; a SystemExit too, which would end the run as if it were done.
 
     Exceptions of built-in code are not changed, nor are those that follow from the end of another rank.
     ``--log-level debug`` shows the traceback.
@@ -29,17 +29,17 @@ def own_code(setting: str, value: str, error: type[RingError] = ConfigError) -> 
         yield
     except RingError:
         raise
-    except Exception as raised:
+    except (Exception, SystemExit) as raised:
         if not is_importable(value) or _is_of_a_peer(raised):
             raise
         log.debug("%s=%s raised:", setting, value, exc_info=raised)
-        what = " ".join(f"{type(raised).__name__}: {raised}".split())
+        what = " ".join(f"{type(raised).__name__}: {raised}".split()).removesuffix(":")
         raise error(
             f"{setting}={value} raised {what}{_place(raised, value)}; correct it (--log-level debug shows the traceback)"
         ) from raised
 
 
-def _place(raised: Exception, value: str) -> str:
+def _place(raised: Exception | SystemExit, value: str) -> str:
     """The last line of the user's own package that the exception came through."""
     package = value.partition(":")[0].partition(".")[0]
     lines = [
@@ -50,6 +50,6 @@ def _place(raised: Exception, value: str) -> str:
     return lines[-1] if lines else ""
 
 
-def _is_of_a_peer(raised: Exception) -> bool:
+def _is_of_a_peer(raised: Exception | SystemExit) -> bool:
     """Has another rank ended? A ConnectionError may be that of a user's own server."""
     return not isinstance(raised, ConnectionError) and follows_from_another(raised)

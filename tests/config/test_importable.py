@@ -20,6 +20,7 @@ def number(found: object) -> str | None:
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "ring_own.py").write_text("right = 7\nwrong = 'seven'\ngrpo = 8\n")
     (tmp_path / "ring_broken.py").write_text("import torch_of_another_age\n")
+    (tmp_path / "ring_script.py").write_text("import sys\nx = 1\nsys.exit()\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "ring_own", raising=False)
     return "ring_own"
@@ -57,6 +58,10 @@ def test_a_registered_name_and_a_path_give_their_object(module: str):
             "ring_broken:x",
             "objective=ring_broken:x cannot be imported (ModuleNotFoundError: No module named 'torch_of_another_age'); "
             "import ring_broken by hand to see why",
+        ),
+        (
+            "ring_script:x",
+            "objective=ring_script:x cannot be imported (SystemExit); import ring_script by hand to see why",
         ),
     ],
 )

@@ -37,6 +37,13 @@ def test_an_exception_is_one_line_with_its_place(own):
         raise ConnectionError("nobody there")
 
 
+def test_an_exit_is_no_end_of_the_run(own):
+    for given, said in (((), ""), ((0,), ": 0"), (("stop",), ": stop")):
+        line = f"^objective=ring_faulty:mine raised SystemExit{said}; correct it"
+        with pytest.raises(ConfigError, match=line), own_code("objective", "ring_faulty:mine"):
+            raise SystemExit(*given)
+
+
 def test_an_error_of_ours_passes(own):
     with pytest.raises(ValueError, match="invalid literal"), own_code("objective", "c3po"):
         own.mine("a")
