@@ -12,6 +12,10 @@ class RingError(Exception):
     speaks: bool | None = None
     """Should this rank print the line? None: not decided yet."""
 
+    def __init__(self, message: object) -> None:
+        # a name of a file that is no UTF-8 holds half a surrogate pair, which no store or socket takes
+        super().__init__(str(message).encode("utf-8", "backslashreplace").decode())
+
 
 class ConfigError(RingError):
     """A configuration value breaks a rule: raised before any process group exists."""

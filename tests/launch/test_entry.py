@@ -44,7 +44,7 @@ def main():
     torch.distributed.init_process_group("gloo")
     torch.distributed.barrier()
     if {shared} or rank == 1:
-        raise DataError("the corpus is empty; fill it")
+        raise DataError({line})
     # the line is in the store that lives here
     while not os.path.exists(sys.argv[1]):
         time.sleep(0.02)
@@ -89,7 +89,8 @@ def test_before_the_process_group_only_the_first_rank_of_a_node_speaks():
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_inside_the_process_group_one_rank_says_the_line_even_if_only_it_fails(shared: bool, tmp_path: Path):
-    code = IN_A_GROUP.format(shared=shared)
+    # the file's name is no UTF-8
+    code = IN_A_GROUP.format(shared=shared, line=ascii("a\udcff.jsonl is empty; fill it"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -105,7 +106,7 @@ def test_inside_the_process_group_one_rank_says_the_line_even_if_only_it_fails(s
         done = list(pool.map(rank, range(2)))
     assert [d.returncode for d in done] == [2 if shared else 0, 2]
     lines = [line for d in done for line in d.stderr.splitlines() if line.startswith("error:")]
-    assert lines == ["error: the corpus is empty; fill it"]
+    assert lines == ["error: a\\udcff.jsonl is empty; fill it"]
     assert "Traceback" not in done[0].stderr + done[1].stderr
 
 
