@@ -25,6 +25,7 @@ from megatron_ring.checkpoint.format import read_attachment
 from megatron_ring.checkpoint.origin import critic_folder, must_be_same, origin_of
 from megatron_ring.config.run import RunConfig
 from megatron_ring.data.prompts.stream import Prompt, PromptStream, open_prompts
+from megatron_ring.errors import RolloutError
 from megatron_ring.observe.metrics import MetricsLogger
 from megatron_ring.observe.responses import ResponseLog
 from megatron_ring.rl.alarms import Alarms, say_held_out
@@ -113,7 +114,7 @@ class RlRun(StageRun):
                 self.critic.config, self.critic.engine, session, stage=CRITIC
             )
         self.rollout_engine = open_rollout_engine(config, self.engine)
-        resources.callback(self.rollout_engine.close)
+        resources.push(self._close_rollout_engine)
         self.sampling = SamplingParams(
             temperature=rollout.temperature,
             top_p=rollout.top_p,
@@ -132,6 +133,15 @@ class RlRun(StageRun):
         self.alarms = Alarms(session, config.objective.mismatch_alarm)
         folder = self.run_dir() if session.is_log_rank else None
         self.responses = ResponseLog(folder, every=config.logging.log_interval)
+
+    def _close_rollout_engine(self, _kind: object, failure: BaseException | None, _trace: object) -> None:
+        """If the run has failed already, an error of a user's ``close`` must not be taken for the cause."""
+        try:
+            self.rollout_engine.close()
+        except RolloutError as error:
+            if failure is None:
+                raise
+            log.warning("%s", error)
 
     def _open_problems(self, resources: ExitStack) -> tuple[PromptStream, list[Prompt], RewardPool | None]:
         """The stream of problems, the held-out problems and, on reward ranks, the verifiers."""

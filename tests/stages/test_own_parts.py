@@ -81,6 +81,11 @@ def test_twice_the_surrogate_of_half_the_advantage_is_the_same_step(
             {"advantage_estimator": f"{OWN}:unable"},
             f"advantage_estimator={OWN}:unable raised ArithmeticError: cannot compare (own_parts.py, line ",
         ),
+        (
+            # its close() raises as well, which is not the cause
+            {"rollout_engine": f"{OWN}:Dying"},
+            f"rollout_engine={OWN}:Dying raised ArithmeticError: cannot decode (own_parts.py, line ",
+        ),
     ],
 )
 def test_what_is_none_is_one_line(values, monkeypatch, capsys, settings, said):

@@ -4,6 +4,7 @@ import numpy as np
 
 from megatron_ring.rl.learn.objective import PolicyLoss, register
 from megatron_ring.rl.learn.objective.policy_losses import token_ratio, tokens
+from megatron_ring.rl.rollout.inprocess import InProcessEngine
 
 
 def half(rewards_G: np.ndarray) -> np.ndarray:
@@ -25,6 +26,16 @@ def too_few(rewards_G: np.ndarray) -> np.ndarray:
 def unable(rewards_G: np.ndarray) -> np.ndarray:
     """Nothing."""
     raise ArithmeticError("cannot compare")
+
+
+class Dying(InProcessEngine):
+    """An engine that fails twice: at its first call, and then while it is closed."""
+
+    def generate(self, requests, sampling, **budget):
+        raise ArithmeticError("cannot decode")
+
+    def close(self):
+        raise OSError("is gone already")
 
 
 doubled = PolicyLoss(surrogate=twice, token_weight="1", denominator=tokens)
