@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,8 +13,9 @@ def write_durably(path: Path, contents: str | Iterable[bytes]) -> None:
     """Replace ``path`` by ``contents`` so that a crash leaves the old file or the new one.
 
     Raises:
-        OSError: it cannot be written; the old file is as it was, and no temporary file is left.
+        OSError: it cannot be written, or is no regular file; the old file is as it was, and no temporary file is left.
     """
+    require_replaceable(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         write_synced(temporary, contents)
@@ -22,6 +24,13 @@ def write_durably(path: Path, contents: str | Iterable[bytes]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     fsync(path.parent)
+
+
+def require_replaceable(path: Path) -> None:
+    """Raise OSError where ``path`` is a pipe, a device or a folder: a file in its place would take it from everybody,
+    /dev/null too."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "is no plain file", str(path))
 
 
 def write_synced(path: Path, contents: str | Iterable[bytes]) -> None:

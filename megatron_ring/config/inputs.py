@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_ring.config.blend import parse_blend
 from megatron_ring.config.rl import GYM_PREFIX
 from megatron_ring.config.run import RunConfig
+from megatron_ring.durable import require_replaceable
 from megatron_ring.errors import CheckpointError, ConfigError, DataError
 
 Input = Callable[[RunConfig], None]
@@ -80,7 +81,7 @@ def checkpoints(config: RunConfig) -> None:
 
 
 def outputs(config: RunConfig) -> None:
-    """What every stage writes to: a metrics file that is a folder would be renamed as an earlier run's file is.
+    """What every stage writes to: an earlier run's metrics file is renamed, which a folder or a device must not be.
 
     Raises:
         ConfigError: a setting names what cannot be written to.
@@ -90,6 +91,13 @@ def outputs(config: RunConfig) -> None:
         raise ConfigError(
             f"metrics_file={settings.metrics_file} is a folder; name a file, such as {settings.metrics_file}/metrics.jsonl"
         )
+    if settings.metrics_file is not None:
+        try:
+            require_replaceable(Path(settings.metrics_file))
+        except OSError as error:
+            raise ConfigError(
+                f"metrics_file={settings.metrics_file} {error.strerror}; name a file, or drop --metrics-file"
+            ) from None
     if settings.wandb_project is not None and find_spec("wandb") is None:
         raise ConfigError(
             f"wandb_project={settings.wandb_project} needs wandb; pip install wandb or drop --wandb-project"

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ring.durable import write_durably
+from megatron_ring.durable import require_replaceable, write_durably
 from megatron_ring.errors import ConfigError, DataError
 from megatron_ring.plain import read_plain
 
@@ -87,6 +87,7 @@ class MetricsFile:
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            require_replaceable(path)
             self.wall_seconds = self._keep(resume_step) if path.exists() else 0.0
             # unbuffered: a line reaches the operating system as soon as it is written
             self._file = path.open("ab", buffering=0)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_ring.durable import write_durably
+from megatron_ring.durable import require_replaceable, write_durably
 from megatron_ring.errors import ConfigError, DataError
 from megatron_ring.observe.metrics_file import is_number, is_step
 from megatron_ring.plain import read_plain
@@ -34,6 +34,7 @@ class ResponseLog:
             return
         kept = [row for row in read_samples(self._path) if row["step"] <= step]
         with _writing(self._path):
+            require_replaceable(self._path)
             if step == 0:
                 # another run's log: renamed, as its metrics file is
                 self._path.replace(f"{self._path}.old")

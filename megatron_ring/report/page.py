@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from megatron_ring.config.dump import dump_toml
+from megatron_ring.durable import require_replaceable
 from megatron_ring.errors import DataError
 from megatron_ring.observe.progress import duration
 from megatron_ring.report import picture
@@ -109,6 +110,8 @@ def _write(out_html: str | Path, title: str, parts: Sequence[str], runs: Sequenc
     image = out.with_name("loss.png")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        for path in (image, out):
+            require_replaceable(path)
         for path, content in ((image, picture.to_png(picture.draw(runs, title))), (out, page.encode())):
             whole = path.with_name(f".{path.name}.tmp")
             try:

@@ -15,6 +15,7 @@ from megatron_ring.checkpoint import folder as folders
 from megatron_ring.checkpoint.format import TRAINER_STATE, TrainerState, read_attachment
 from megatron_ring.checkpoint.index import read_index
 from megatron_ring.checkpoint.megatron_io import check_common
+from megatron_ring.durable import write_durably
 from megatron_ring.errors import CheckpointError
 
 
@@ -243,3 +244,10 @@ def test_a_ranks_own_file_comes_back_whole(tmp_path):
     """The limit on its size is no memory that reading it takes."""
     (tmp_path / "own.bin").write_bytes(b"x" * 100_000)
     assert read_attachment(tmp_path, "own.bin") == b"x" * 100_000
+
+
+def test_what_is_no_plain_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="is no plain file"):
+        write_durably(tmp_path / "pipe", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()

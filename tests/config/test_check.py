@@ -1,5 +1,6 @@
 """Each wrong configuration gives one line that names value, rule and remedy."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -473,6 +474,18 @@ def test_a_metrics_file_that_is_a_folder_is_refused_before_it_is_renamed(tmp_pat
         str(caught.value)
         == f"metrics_file={tmp_path} is a folder; name a file, such as {tmp_path}/metrics.jsonl"
     )
+
+
+def test_a_metrics_file_that_is_a_pipe_or_a_device_is_refused_before_it_is_renamed(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name in ("pipe", "link"):
+        with pytest.raises(ConfigError) as caught:
+            check_inputs(load_config(["--metrics-file", str(tmp_path / name)]))
+        assert (
+            str(caught.value)
+            == f"metrics_file={tmp_path}/{name} is no plain file; name a file, or drop --metrics-file"
+        )
 
 
 def test_wandb_without_its_package_is_refused_before_anything_is_written(monkeypatch: pytest.MonkeyPatch):

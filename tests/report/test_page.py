@@ -1,6 +1,7 @@
 """The page stands alone, shows what the run wrote and lets nothing of it act as HTML."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -128,3 +129,11 @@ def test_the_last_steps_responses_are_shown_as_text(write_run):
     page = render_report(folder, folder / "report.html").read_text()
     assert "responses of step 4" in page and "&lt;script&gt;3" in page
     assert "older" not in page and "script" not in Checker(page).seen
+
+
+def test_a_page_takes_no_device_from_its_place(write_run, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(DataError, match="pipe: is no plain file; name a file that can be written with --out"):
+        render_report(write_run(), pipe)
+    assert pipe.is_fifo() and not (tmp_path / "loss.png").exists()
