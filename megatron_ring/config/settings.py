@@ -155,6 +155,9 @@ def _value_problem(setting: Setting, value: Any) -> str | None:
             fits = False
     if not fits:
         return f"{setting.name}={value!r} must be {_wanted(setting)}; {remedy}"
+    if setting.kind is tuple and "" in _items(value):
+        # a path would be the current folder
+        return f"{setting.name}={list(_items(value))} has an empty word; name what was meant, or leave it out"
     if any(isinstance(item, str) and "\0" in item for item in _items(value)):
         return f"{setting.name}={value!r} holds a null character, which no file's name may; {remedy}"
     for item in () if value is None else _items(value):

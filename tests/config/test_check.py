@@ -1,6 +1,7 @@
 """Each wrong configuration gives one line that names value, rule and remedy."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from megatron_ring.config import inputs
 from megatron_ring.config.check import check_inputs, validate
 from megatron_ring.config.load import load_config, preset_config
 from megatron_ring.config.presets import PRESETS
+from megatron_ring.config.settings import sections, settings, value_problems
 from megatron_ring.errors import CheckpointError, ConfigError, DataError
 from megatron_ring.families import FAMILIES
 
@@ -465,6 +467,16 @@ def test_loading_from_the_folder_that_is_saved_to_may_start_empty(tmp_path: Path
         (tmp_path / f"c{suffix}").touch()
     where = str(tmp_path / "checkpoints")
     check_inputs(load_config(["--data-path", str(tmp_path / "c"), "--save", where, "--load", where]))
+
+
+@pytest.mark.parametrize("name", [s.name for s in settings().values() if s.kind is tuple and s.item is str])
+@pytest.mark.parametrize("words", [("",), ("1", "")])
+def test_an_empty_word_of_a_list_is_refused(name: str, words: tuple[str, ...]):
+    (problem,) = value_problems(replace(sections()[settings()[name].section](), **{name: words}))
+    if settings()[name].choices:
+        assert problem.startswith(f"{name}={words!r} must be a list from ")
+    else:
+        assert problem == f"{name}={list(words)} has an empty word; name what was meant, or leave it out"
 
 
 def test_a_metrics_file_that_is_a_folder_is_refused_before_it_is_renamed(tmp_path: Path):
