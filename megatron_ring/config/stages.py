@@ -9,7 +9,7 @@ from megatron_ring.config import inputs
 from megatron_ring.config.importable import require_own_modules
 from megatron_ring.config.inputs import Input
 from megatron_ring.config.rules import Rule, budget, data, objective, rollout, training
-from megatron_ring.config.settings import sections
+from megatron_ring.config.settings import is_importable, sections
 from megatron_ring.errors import ConfigError
 
 COMMON_SECTIONS = ("model", "parallel", "train", "data", "checkpoint", "logging")
@@ -45,10 +45,14 @@ def register_stage(spec: StageSpec) -> None:
     """Add a stage.
 
     Raises:
-        ValueError: the name is taken, or a section does not exist.
+        ValueError: the name is taken or empty, a section does not exist, or the entry is no ``module:function``.
     """
     if spec.name in STAGES:
         raise ValueError(f"stage {spec.name} exists")
+    if spec.name.split() != [spec.name]:
+        raise ValueError(f"stage {spec.name!r}: its name must be one word")
+    if not is_importable(spec.entry):
+        raise ValueError(f"stage {spec.name}: entry={spec.entry!r} must have the form module:function")
     for section in spec.sections:
         if section not in sections():
             raise ValueError(f"stage {spec.name}: section {section} is none of {', '.join(sections())}")

@@ -84,6 +84,10 @@ def stage_main(name: str) -> None:
     run = getattr(importlib.import_module(module), function, None)
     if run is None:
         raise ConfigError(f"stage {name}: entry={entry}: module {module} has no {function}; correct the name")
+    if not callable(run):
+        raise ConfigError(
+            f"stage {name}: entry={entry} is {type(run).__name__}, not a function; name one that takes the RunConfig"
+        )
     run(config)
 
 

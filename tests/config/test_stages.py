@@ -164,6 +164,11 @@ def test_an_unknown_stage_is_one_line_and_a_name_is_given_once():
         register_stage(STAGES["rl"])
     with pytest.raises(ValueError, match="stage haiku: section modle is none of model, parallel, "):
         register_stage(replace(STAGES["rl"], name="haiku", sections=("modle",)))
+    with pytest.raises(ValueError, match="stage haiku: entry='own_stage' must have the form module:function"):
+        register_stage(replace(STAGES["rl"], name="haiku", entry="own_stage"))
+    for name in ("", "two words"):
+        with pytest.raises(ValueError, match=f"stage '{name}': its name must be one word"):
+            register_stage(replace(STAGES["rl"], name=name))
 
 
 @pytest.mark.parametrize("spec", STAGES.values(), ids=list(STAGES))
@@ -247,6 +252,11 @@ def test_a_stage_is_one_entry_and_one_file(tmp_path: Path):
     entry = "stage haiku: entry=own_stage:poem"
     (tmp_path / "own_stage.py").write_text(OWN_STAGE.replace("own_stage:haiku", "own_stage:poem"))
     assert run(*here) == (2, "", f"error: {entry}: module own_stage has no poem; correct the name\n")
+    (tmp_path / "own_stage.py").write_text(
+        OWN_STAGE.replace("own_stage:haiku", "own_stage:__doc__") + "__doc__ = ''\n"
+    )
+    said = "entry=own_stage:__doc__ is str, not a function; name one that takes the RunConfig"
+    assert run(*here) == (2, "", f"error: stage haiku: {said}\n")
     (tmp_path / "own_stage.py").write_text(OWN_STAGE.replace("own_stage:haiku", "nowhere:haiku"))
     assert run(*here)[2].startswith("error: stage haiku: entry=nowhere:haiku: no module nowhere; install it")
     (tmp_path / "own_stage.py").write_text(OWN_STAGE)
