@@ -29,8 +29,10 @@ def write_durably(path: Path, contents: str | Iterable[bytes]) -> None:
 def require_replaceable(path: Path) -> None:
     """Raise OSError where ``path`` is a pipe, a device or a folder: a file in its place would take it from everybody,
     /dev/null too."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():
-        raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "is no plain file", str(path))
+        raise OSError(errno.EINVAL, "is no plain file", str(path))
 
 
 def write_synced(path: Path, contents: str | Iterable[bytes]) -> None:
