@@ -31,7 +31,7 @@ def unable(rewards_G: np.ndarray) -> np.ndarray:
 class Dying(InProcessEngine):
     """An engine that fails twice: at its first call, and then while it is closed."""
 
-    def generate(self, requests, sampling, **budget):
+    def generate(self, requests, sampling, budget=None):
         raise ArithmeticError("cannot decode")
 
     def close(self):
