@@ -87,17 +87,15 @@ def outputs(config: RunConfig) -> None:
         ConfigError: a setting names what cannot be written to.
     """
     settings = config.logging
-    if settings.metrics_file is not None and Path(settings.metrics_file).is_dir():
-        raise ConfigError(
-            f"metrics_file={settings.metrics_file} is a folder; name a file, such as {settings.metrics_file}/metrics.jsonl"
-        )
     if settings.metrics_file is not None:
+        shown = f"metrics_file={settings.metrics_file}"
         try:
             require_replaceable(Path(settings.metrics_file))
+        except IsADirectoryError:
+            remedy = f"name a file, such as {settings.metrics_file}/metrics.jsonl"
+            raise ConfigError(f"{shown} is a folder; {remedy}") from None
         except OSError as error:
-            raise ConfigError(
-                f"metrics_file={settings.metrics_file} {error.strerror}; name a file, or drop --metrics-file"
-            ) from None
+            raise ConfigError(f"{shown} {error.strerror}; name a file, or drop --metrics-file") from None
     if settings.wandb_project is not None and find_spec("wandb") is None:
         raise ConfigError(
             f"wandb_project={settings.wandb_project} needs wandb; pip install wandb or drop --wandb-project"

@@ -36,3 +36,11 @@ def counts_in(values: Mapping[str, Any], key: str, counts: Any = None) -> list[i
     if not isinstance(counts, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in counts):
         raise ValueError(f"has {key}={str(values[key])[:40]!r}, which is not a count")
     return counts
+
+
+def numbers_in(values: Mapping[str, Any], key: str) -> list[float]:
+    """``values[key]`` of a saved state, which must be a list of numbers. Raises KeyError or ValueError otherwise."""
+    numbers = values[key]
+    if not isinstance(numbers, list) or not all(type(number) in (int, float) for number in numbers):
+        raise ValueError(f"has {key}={str(numbers)[:40]!r}, which is not a list of numbers")
+    return numbers

@@ -1,7 +1,6 @@
 """The report of a run, or of several side by side: one self-contained HTML file, and loss.png."""
 
 import base64
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
@@ -10,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from megatron_ring.config.dump import dump_toml
-from megatron_ring.durable import require_replaceable
+from megatron_ring.durable import require_replaceable, write_durably
 from megatron_ring.errors import DataError
 from megatron_ring.observe.progress import duration
 from megatron_ring.report import picture
@@ -110,15 +109,9 @@ def _write(out_html: str | Path, title: str, parts: Sequence[str], runs: Sequenc
     image = out.with_name("loss.png")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for path in (image, out):
-            require_replaceable(path)
-        for path, content in ((image, picture.to_png(picture.draw(runs, title))), (out, page.encode())):
-            whole = path.with_name(f".{path.name}.tmp")
-            try:
-                whole.write_bytes(content)
-                os.replace(whole, path)
-            finally:
-                whole.unlink(missing_ok=True)
+        require_replaceable(out)
+        write_durably(image, [picture.to_png(picture.draw(runs, title))])
+        write_durably(out, page)
     except OSError as error:
         raise DataError(
             f"report {out}: {error.strerror}; name a file that can be written with --out"

@@ -155,6 +155,8 @@ def _reward_of(rollout: Rollout) -> dict[str, Any]:
         "detail": reward.detail,
         "arrival": list(rollout.arrival),
         "has": [name for name in _LEARNT if getattr(rollout, f"{name}_R") is not None],
+        "start": rollout.start,
+        "carried": rollout.carried,
     }
 
 
@@ -189,5 +191,8 @@ def _rollout(entry: dict[str, Any], take: Callable[[str, int], np.ndarray]) -> R
         response=response,
         reward=RewardResult(score=score, status=status, detail=detail),
         arrival=(version, rounds, new),
+        # older checkpoints keep these two beside the rollouts
+        start=count_in(entry, "start") if "start" in entry else 0,
+        carried=count_in(entry, "carried") if "carried" in entry else 0,
         **{f"{name}_R": take(name, response.length) for name in entry["has"]},
     )

@@ -81,6 +81,9 @@ class Rollout:
     gained in that round. ``advantages_R`` is float32[R]: the same number everywhere for group-relative
     estimators. ``values_R`` and ``returns_R`` (float32[R], with a critic) are what the advantages were computed
     from and what the critic learns. They stay fixed, also for tokens that a later step trains on.
+
+    A step may train on a part and carry the rest over: the tokens before ``start`` were trained on in an earlier step, and
+    ``carried`` counts the steps since the response was first on offer.
     """
 
     prompt: Prompt
@@ -90,34 +93,26 @@ class Rollout:
     advantages_R: np.ndarray | None = None
     values_R: np.ndarray | None = None
     returns_R: np.ndarray | None = None
+    start: int = 0
+    carried: int = 0
 
     @property
     def num_tokens(self) -> int:
         """P + R."""
         return len(self.prompt.tokens) + self.response.length
 
-
-class CarryOver(NamedTuple):
-    """A rollout whose tokens from ``start`` on come first in the next step, on offer for the ``steps``-th
-    time."""
-
-    rollout: Rollout
-    start: int
-    steps: int
-
     @property
-    def num_tokens(self) -> int:
-        """Response tokens that are left."""
-        return self.rollout.response.length - self.start
+    def unused(self) -> int:
+        """Response tokens that no step has trained on."""
+        return self.response.length - self.start
 
 
 class RolloutMeta(NamedTuple):
     """What every rank knows of every rollout on offer; its index in the job's list is what a :class:`Pick` names.
 
     ``uid`` (of the prompt) and ``sample`` are the response's key: no two share one. ``length`` counts response
-    tokens; ``arrival`` orders finished responses. The tokens before ``start`` were trained on in an earlier step;
-    ``carried`` counts the steps since the response was first on offer. ``version`` is that of its oldest token.
-    ``rank`` has the rollout, at ``local_index`` of its own list.
+    tokens; ``arrival`` orders finished responses; ``start`` and ``carried`` are the rollout's. ``version`` is that of its
+    oldest token. ``rank`` has the rollout, at ``local_index`` of its own list.
 
     Example: ``RolloutMeta(uid=17, sample=3, length=118, arrival=5)``.
     """

@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from megatron_ring.config.train import TrainConfig
+from megatron_ring.data.json_text import numbers_in
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -98,9 +99,4 @@ class SpikeRule:
         return {"losses": list(self.losses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        losses: object = state["losses"]
-        numbers: list[Any] = cast("list[Any]", losses) if isinstance(losses, list) else [None]
-        if not all(type(number) in (int, float) for number in numbers):
-            shown = str(cast("object", losses))[:40]
-            raise ValueError(f"has losses={shown!r}, which is not a list of numbers")
-        self.losses = deque(numbers)
+        self.losses = deque(numbers_in(state, "losses"))

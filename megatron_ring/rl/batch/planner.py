@@ -8,7 +8,7 @@ them. A rollout has one index throughout: its place in the job's list of :class:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from megatron_ring.rl.batch.microbatch import RLMicrobatch, build_microbatch
 from megatron_ring.rl.batch.select import select
 from megatron_ring.rl.batch.selection import Selection
 from megatron_ring.rl.batch.selection_stats import selection_stats
-from megatron_ring.rl.types import CarryOver, Pick, Rollout, RolloutMeta
+from megatron_ring.rl.types import Pick, Rollout, RolloutMeta
 from megatron_ring.runtime.collectives import gather_json
 from megatron_ring.runtime.session import Session
 
@@ -38,7 +38,7 @@ class Plan:
     """
 
     grids: list[list[RLMicrobatch]]
-    carried: list[CarryOver]
+    carried: list[Rollout]
     metrics: dict[str, float]
     shortfall: int
     cut: int
@@ -99,7 +99,7 @@ class MinibatchPlanner:
         n, carries = self.budget.minibatches_per_step, self.budget.budget_overshoot == "carry"
         return n * self.token_budget + (0 if carries else (n - 1) * (self.max_response_length - 1))
 
-    def plan(self, rollouts: Sequence[Rollout], carried: Sequence[CarryOver], step: int) -> Plan:
+    def plan(self, rollouts: Sequence[Rollout], carried: Sequence[Rollout], step: int) -> Plan:
         """Choose this step's tokens from what all ranks have, and build this rank's microbatches.
 
         Args:
@@ -107,12 +107,12 @@ class MinibatchPlanner:
             carried: :attr:`Plan.carried` of the last step.
             step: the run's step. It seeds the order, and it is the version of the policy that is updated now.
         """
-        offers = [*carried, *(CarryOver(rollout, 0, 0) for rollout in rollouts if rollout.response.length)]
+        offers = [*carried, *(rollout for rollout in rollouts if rollout.response.length)]
         metas = gather_metadata(offers, self.group, self.device)
         selection = self._select(metas, step)
         grids = [self._pack(metas, picks) for picks in selection.minibatches]
         wanted = wanted_by_rank(selection.minibatches, grids, self.dp_size)
-        mine = self._exchange([offer.rollout for offer in offers], metas, wanted)
+        mine = self._exchange(offers, metas, wanted)
         microbatches = [
             self._build(mine, picks, grid, step, weights_moved=number > 0)
             for number, (picks, grid) in enumerate(zip(selection.minibatches, grids, strict=True))
@@ -176,7 +176,7 @@ class MinibatchPlanner:
         metas: Sequence[RolloutMeta],
         grids: Sequence[Grid],
         microbatches: list[list[RLMicrobatch]],
-        offers: Sequence[CarryOver],
+        offers: Sequence[Rollout],
         step: int,
     ) -> Plan:
         counts = selection.counts
@@ -192,9 +192,9 @@ class MinibatchPlanner:
         return Plan(
             grids=microbatches,
             carried=[
-                CarryOver(offers[metas[p.index].local_index].rollout, p.start, metas[p.index].carried + 1)
-                for p in kept
-                if metas[p.index].rank == self.dp_rank
+                replace(offers[meta.local_index], start=pick.start, carried=meta.carried + 1)
+                for pick, meta in ((pick, metas[pick.index]) for pick in kept)
+                if meta.rank == self.dp_rank
             ],
             metrics=metrics,
             shortfall=counts.shortfall,
@@ -207,7 +207,7 @@ class MinibatchPlanner:
 
 
 def gather_metadata(
-    offers: Sequence[CarryOver], group: dist.ProcessGroup, device: torch.device
+    offers: Sequence[Rollout], group: dist.ProcessGroup, device: torch.device
 ) -> list[RolloutMeta]:
     """Collective over ``group``: the offers of all ranks in rank order, the same list on every rank."""
     own = [
@@ -217,15 +217,15 @@ def gather_metadata(
             length=rollout.response.length,
             arrival=rollout.arrival,
             zero_advantage=not np.any(rollout.advantages_R),
-            start=start,
-            carried=steps,
+            start=rollout.start,
+            carried=rollout.carried,
             prompt_tokens=len(rollout.prompt.tokens),
             score=rollout.reward.score,
             version=int(rollout.response.versions_R.min()),
             rank=group.rank(),
             local_index=index,
         )
-        for index, (rollout, start, steps) in enumerate(offers)
+        for index, rollout in enumerate(offers)
     ]
     return [RolloutMeta(*values) for of_rank in gather_json(own, group, device) for values in of_rank]
 

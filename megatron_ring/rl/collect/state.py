@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ from megatron_ring.rl.rollout_io import (
     rollouts_from_bytes,
     rollouts_to_bytes,
 )
-from megatron_ring.rl.types import CarryOver
+from megatron_ring.rl.types import Rollout
 from megatron_ring.runtime.topology import Topology
 
 
@@ -50,14 +51,14 @@ class RolloutState:
     def __init__(self, prompts: Prompts, group_size: int):
         self.prompts = prompts
         self.pending = PendingGroups(group_size)
-        self.carried: list[CarryOver] = []
+        self.carried: list[Rollout] = []
         self.steps_without_signal = 0
         self.tokens_left: int | None = None
 
     @property
     def carried_tokens(self) -> int:
         """This rank's response tokens that the last step's budget left."""
-        return sum(carry.num_tokens for carry in self.carried)
+        return sum(rollout.unused for rollout in self.carried)
 
     def state_dict(self, dp_size: int) -> dict[str, Any]:
         """What all ranks share; JSON-able."""
@@ -76,11 +77,10 @@ class RolloutState:
             for group in self.pending.open.values()
         ]
         by_uid = {prompt.uid: prompt for prompt in prompts}
-        carried = [[carry.start, carry.steps] for carry in self.carried]
         return {
             _file("finished", dp_rank): rollouts_to_bytes(finished, note=groups),
             _file("unfinished", dp_rank): responses_to_bytes([(by_uid[r.prompt_uid], r) for r in unfinished]),
-            _file("carried", dp_rank): rollouts_to_bytes([c.rollout for c in self.carried], note=carried),
+            _file("carried", dp_rank): rollouts_to_bytes(self.carried),
         }
 
     def load_state_dict(
@@ -107,11 +107,8 @@ class RolloutState:
             with _of_file("unfinished", rank):
                 unfinished += responses_from_bytes(data["unfinished"])
             with _of_file("carried", rank):
-                places = [counts_in({"carried": place}, "carried") for place in note_of(data["carried"])]
-                rollouts = rollouts_from_bytes(data["carried"])
-            for rollout, (start, steps) in zip(rollouts, places, strict=True):
-                if topology.owns(rollout.prompt.uid):
-                    self.carried.append(CarryOver(rollout, start, steps))
+                rollouts = _carried(data["carried"])
+            self.carried += [rollout for rollout in rollouts if topology.owns(rollout.prompt.uid)]
         own = sorted(
             (group for group in groups if topology.owns(group[0].uid)), key=lambda group: group[0].uid
         )
@@ -125,12 +122,12 @@ class RolloutState:
     def waiting_prompts(self) -> list[Prompt]:
         """Prompts that were drawn and are not trained on yet."""
         begun = [group.prompt for group in self.pending.open.values()]
-        return [*begun, *(carry.rollout.prompt for carry in self.carried)]
+        return [*begun, *(rollout.prompt for rollout in self.carried)]
 
     def require_fit(self, microbatch_capacity: int, max_response_length: int) -> None:
         """Raise CheckpointError if a saved response, at its present or its largest possible length, exceeds a
         microbatch."""
-        slots = [carry.rollout.num_tokens - 1 for carry in self.carried]
+        slots = [rollout.num_tokens - 1 for rollout in self.carried]
         for group in self.pending.open.values():
             lengths = [r.response.length for r in group.finished.values()]
             lengths += [max_response_length] * bool(group.waiting)
@@ -143,7 +140,7 @@ class RolloutState:
 
     def require_logprobs(self, setting: str) -> None:
         """Raise CheckpointError where ``setting`` needs log p that an earlier run's engine did not know."""
-        waiting = [carry.rollout.response for carry in self.carried]
+        waiting = [rollout.response for rollout in self.carried]
         for group in self.pending.open.values():
             waiting += [rollout.response for rollout in group.finished.values()]
             waiting += group.unfinished.values()
@@ -152,6 +149,18 @@ class RolloutState:
                 f"{setting} needs log p of every token, and the checkpoint goes on with responses of a rollout engine that "
                 "does not give it; drop the setting, or start from the weights alone with --pretrained-checkpoint"
             )
+
+
+def _carried(data: bytes) -> list[Rollout]:
+    rollouts, places = rollouts_from_bytes(data), note_of(data)
+    if places is None:
+        return rollouts
+    # an older checkpoint's [start, carried] of each
+    pairs = [counts_in({"carried": place}, "carried") for place in places]
+    return [
+        replace(rollout, start=start, carried=carried)
+        for rollout, (start, carried) in zip(rollouts, pairs, strict=True)
+    ]
 
 
 @contextmanager

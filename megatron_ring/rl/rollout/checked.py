@@ -63,7 +63,9 @@ class Checked:
                 if why is not None:
                     self._refuse(f"gave a response to {_words(response.key)} {why}")
                 own = self._copy(response, request)
-                seen.update(repr((own.key, own.stop)).encode() + own.tokens_R.tobytes())
+                seen.update(repr((own.key, own.stop)).encode())
+                for array in (own.tokens_R, own.logprobs_R, own.versions_R, own.routes_SLK):
+                    seen.update(b"" if array is None else array.tobytes())
                 yield own
         if missing:
             self._refuse(

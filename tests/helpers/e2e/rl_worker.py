@@ -72,7 +72,7 @@ def record(trap: Trap, path: Path) -> Callable[..., Any]:
             [*r.response.key, r.response.stop, _digest(r.response.tokens_R), _digest(r.response.logprobs_R)]
             for r in rollouts
         ]
-        rows.append([[c.rollout.response.key, c.start, c.steps] for c in carried])
+        rows.append([[r.response.key, r.start, r.carried] for r in carried])
         with path.open("a") as file:
             file.write(json.dumps([step, rows]) + "\n")
         return original(self, rollouts, carried, step)

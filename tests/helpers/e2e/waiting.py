@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_ring.rl.rollout_io import note_of
+from megatron_ring.rl.rollout_io import note_of, rollouts_from_bytes
 
 
 def waiting_samples(checkpoint: Path) -> dict[int, list[int]]:
@@ -15,7 +15,8 @@ def waiting_samples(checkpoint: Path) -> dict[int, list[int]]:
 
 
 def carried_places(checkpoint: Path) -> list[list[int]]:
-    """[start, steps] of every carried response, of all data-parallel ranks."""
+    """[start, carried] of every carried response, of all data-parallel ranks."""
     paths = list(checkpoint.glob("rollouts-carried-*.safetensors"))
     assert paths
-    return [place for path in paths for place in note_of(path.read_bytes())]
+    carried = [rollout for path in paths for rollout in rollouts_from_bytes(path.read_bytes())]
+    return [[rollout.start, rollout.carried] for rollout in carried]

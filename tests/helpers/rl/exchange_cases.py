@@ -21,7 +21,8 @@ def words(rank: int) -> Any:
 def parcel(source: int, to: int) -> list[Rollout]:
     """Rank 0 sends two responses to itself, three to rank 1; rank 1 none to itself, one with routes to rank 0."""
     if source == 0:
-        return [rollout(8 + to, sample, 4 + sample) for sample in range(2 + to)]
+        # all but the first were cut in an earlier step
+        return [replace(rollout(8 + to, n, 4 + n), start=n, carried=2 * n) for n in range(2 + to)]
     if to == 1:
         return []
     plain = rollout(3, 0, 5)
@@ -39,4 +40,6 @@ def as_json(rollout: Rollout) -> list:
         response.versions_R.tolist(),
         None if rollout.advantages_R is None else rollout.advantages_R.tolist(),
         rollout.reward.detail,
+        rollout.start,
+        rollout.carried,
     ]

@@ -44,3 +44,11 @@ def test_one_rank_speaks_to_an_engine_and_the_others_hear_the_same(found):
     assert first == second and {row[-1] for row in first} == {"eos", "unfinished"}
     assert all(version == 4 for row in first for version in row[4])
     assert {heard["relayed_error"] for heard in found} == {"the server went away; start it again"}
+
+
+def test_an_engine_that_gives_the_ranks_of_a_group_different_responses_is_refused(found):
+    first, second = (heard["checked"] for heard in found)
+    assert first == second, "every rank ends"
+    assert first.pop("nothing") == "6"
+    line = "rollout_engine=own:Spoilt gave other responses, or another order, on other ranks of one model-parallel group; "
+    assert len(first) == 3 and all(said.startswith(line) for said in first.values())

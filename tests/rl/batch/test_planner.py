@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_ring.config.load import config_from_mapping
 from megatron_ring.config.run import RunConfig
 from megatron_ring.rl.batch.planner import MinibatchPlanner, Plan
-from megatron_ring.rl.types import CarryOver, Response, Rollout
+from megatron_ring.rl.types import Response, Rollout
 from tests.helpers.rl.collecting import session
 from tests.helpers.rl.rollouts import rollout, step_of
 
@@ -42,12 +42,10 @@ def trained(plan: Plan) -> list[list[int]]:
 @pytest.mark.parametrize("overshoot", ["token", "response", "carry"])
 def test_the_loss_masks_hold_exactly_phi_tokens_at_every_step(overshoot):
     planner = MinibatchPlanner.of(config(budget_overshoot=overshoot), session())
-    carried: list[CarryOver] = []
+    carried: list[Rollout] = []
     for step in range(4):
         new = step_of(step, groups=4)
-        offered = {r.response.key: (0, r) for r in new} | {
-            c.rollout.response.key: (c.start, c.rollout) for c in carried
-        }
+        offered = {r.response.key: (0, r) for r in new} | {r.response.key: (r.start, r) for r in carried}
         plan = planner.plan(new, carried, step=step)
         sizes = [len(part) for part in trained(plan)]
         if overshoot == "response":
@@ -60,11 +58,11 @@ def test_the_loss_masks_hold_exactly_phi_tokens_at_every_step(overshoot):
         unused = Counter(int(t) for start, r in offered.values() for t in r.response.tokens_R[start:])
         assert every <= unused
         if overshoot == "carry":
-            left = Counter(int(t) for c in plan.carried for t in c.rollout.response.tokens_R[c.start :])
+            left = Counter(int(t) for r in plan.carried for t in r.response.tokens_R[r.start :])
             assert every + left == unused, "a token was lost"
         else:
             assert plan.carried == []
-        carried = [c for c in plan.carried if c.steps < 2] if overshoot == "carry" else []
+        carried = [r for r in plan.carried if r.carried < 2] if overshoot == "carry" else []
 
 
 def test_a_shortfall_is_counted():
@@ -240,13 +238,13 @@ def test_the_carried_go_on_where_they_were_cut_until_they_are_too_old():
     )
     new = step_of(0, groups=5)
     plan = planner.plan(new, [], step=0)
-    cut = [c for c in plan.carried if c.start]
-    assert len(cut) == 1 and all(c.steps == 1 for c in plan.carried)
+    cut = [r for r in plan.carried if r.start]
+    assert len(cut) == 1 and all(r.carried == 1 for r in plan.carried)
     for step in (1, 2):
         before = plan
         plan = planner.plan([], plan.carried, step=step)
         first = trained(plan)[0]
-        rest = [int(t) for c in before.carried if c.start for t in c.rollout.response.tokens_R[c.start :]]
+        rest = [int(t) for r in before.carried if r.start for t in r.response.tokens_R[r.start :]]
         assert set(rest) <= set(first), "what was cut opens the next step"
         assert plan.metrics["c3po/carried_in"] == plan.metrics["c3po/sampled"]
         assert (plan.stale > 0) == (step == 2)
@@ -264,16 +262,16 @@ def test_a_response_is_as_old_as_its_oldest_token():
         each.response.versions_R[:] = 5
         each.response.versions_R[0] = 3 + place % 3
     plan = planner.plan(new, [], step=5)
-    kept = {c.rollout.response.versions_R[0] for c in plan.carried}
+    kept = {r.response.versions_R[0] for r in plan.carried}
     assert kept == {4, 5}, "at step 6 version 3 would be three versions old"
     assert plan.stale > 0
-    assert plan.carried_tokens == sum(c.rollout.response.length - c.start for c in plan.carried) > 0
+    assert plan.carried_tokens == sum(r.unused for r in plan.carried) > 0
 
 
 def test_context_before_the_cut_is_there_but_carries_no_loss():
     planner = MinibatchPlanner.of(config(budget_overshoot="carry", minibatches_per_step=1), session())
     whole = rollout(0, 1, 12)
-    (grid,) = planner.plan([], [CarryOver(whole, 7, 1)], step=0).grids
+    (grid,) = planner.plan([], [replace(whole, start=7, carried=1)], step=0).grids
     (microbatch,) = [m for m in grid if m.num_responses]
     sequence = [*whole.prompt.tokens, *whole.response.tokens_R.tolist()]
     assert microbatch.tokens_T[: len(sequence) - 1].tolist() == sequence[:-1]

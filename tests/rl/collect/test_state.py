@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from megatron_ring.errors import CheckpointError
 from megatron_ring.rl.collect.state import RolloutState
-from megatron_ring.rl.types import CarryOver
+from megatron_ring.rl.types import Rollout
 from tests.helpers.rl.collecting import Stream, session
 from tests.helpers.rl.rollouts import rollout
 
@@ -19,16 +21,16 @@ def filled(rank: int, ranks: int) -> RolloutState:
     state = RolloutState(Stream(), group_size=3)
     topology = session(ranks, rank).topology
     state.carried = [
-        CarryOver(rollout(uid, 0, 6 + uid), uid % 3, uid) for uid in range(6) if topology.owns(uid)
+        replace(rollout(uid, 0, 6 + uid), start=uid % 3, carried=uid)
+        for uid in range(6)
+        if topology.owns(uid)
     ]
     state.steps_without_signal, state.tokens_left = 2, 57
     return state
 
 
-def told(carried: list[CarryOver]) -> list:
-    return sorted(
-        (c.rollout.response.key, c.rollout.response.tokens_R.tolist(), c.start, c.steps) for c in carried
-    )
+def told(carried: list[Rollout]) -> list:
+    return sorted((r.response.key, r.response.tokens_R.tolist(), r.start, r.carried) for r in carried)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (1, 2), (2, 1), (2, 3)])
@@ -39,10 +41,26 @@ def test_every_carried_response_goes_on_on_the_rank_that_owns_it(before, after):
     for rank in range(after):
         state, topology = RolloutState(Stream(), group_size=3), session(after, rank).topology
         state.load_state_dict(saved[0].state_dict(before), files.__getitem__, topology)
-        assert all(topology.owns(c.rollout.prompt.uid) for c in state.carried)
+        assert all(topology.owns(r.prompt.uid) for r in state.carried)
         assert (state.steps_without_signal, state.tokens_left) == (2, 57)
         resumed += state.carried
-    assert told(resumed) == told([carry for state in saved for carry in state.carried])
+    assert told(resumed) == told([rollout for state in saved for rollout in state.carried])
+
+
+def test_a_checkpoint_that_keeps_places_beside_the_rollouts_is_read():
+    """Written before a rollout knew where it goes on."""
+    state = filled(0, 1)
+    files = state.files(0)
+    arrays = load(files["rollouts-carried-0.safetensors"])
+    entries = json.loads(arrays["entries"].tobytes())
+    places = [[entry.pop("start"), entry.pop("carried")] for entry in entries]
+    assert places[5] == [2, 5]
+    for name, value in (("entries", entries), ("note", places)):
+        arrays[name] = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    old = files | {"rollouts-carried-0.safetensors": save(arrays)}
+    resumed = RolloutState(Stream(), group_size=3)
+    resumed.load_state_dict(state.state_dict(1), old.__getitem__, session().topology)
+    assert told(resumed.carried) == told(state.carried)
 
 
 def test_a_state_that_lacks_a_part_is_refused():
@@ -67,8 +85,8 @@ def test_a_state_that_lacks_a_part_is_refused():
 def test_log_p_that_no_engine_knew_is_refused_where_a_setting_needs_it():
     state = filled(0, 1)
     state.require_logprobs("old_logprobs=rollout")
-    carry = state.carried[2]
-    response = replace(carry.rollout.response, logprobs_R=np.full(carry.rollout.response.length, np.nan))
-    state.carried[2] = carry._replace(rollout=replace(carry.rollout, response=response))
+    response = state.carried[2].response
+    unknown = replace(response, logprobs_R=np.full(response.length, np.nan))
+    state.carried[2] = replace(state.carried[2], response=unknown)
     with pytest.raises(CheckpointError, match=r"^old_logprobs=rollout needs log p of every token, and"):
         state.require_logprobs("old_logprobs=rollout")

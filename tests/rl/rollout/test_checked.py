@@ -9,7 +9,6 @@ import pytest
 
 from megatron_ring.config.model import ModelConfig
 from megatron_ring.errors import RolloutError
-from megatron_ring.rl.rollout import checked as checked_engine
 from megatron_ring.rl.rollout.checked import Checked
 from megatron_ring.rl.rollout.protocol import Guarantees, Request, RolloutBudget, SamplingParams
 from megatron_ring.rl.rollout_io import responses_to_bytes
@@ -181,26 +180,3 @@ def test_an_exception_of_it_is_one_line():
         RolloutError, match=f"^rollout_engine={NAME} raised ConnectionError: the server hung up"
     ):
         answers(Server(gone))
-
-
-@pytest.mark.parametrize("on_every_rank", [True, False])
-def test_ranks_that_train_together_are_given_the_same(monkeypatch, on_every_rank):
-    class Pair:
-        def size(self):
-            return 2
-
-    where = session()
-    where.topology.groups.mp = Pair()
-    engine = Server()
-    engine.on_every_rank = on_every_rank
-    own = Checked(engine, where, name=NAME, model=MODEL)
-    monkeypatch.setattr(checked_engine, "gather_json", lambda seen, group, device: [seen, seen])
-    assert len(list(own.generate(ASKED, SAMPLING))) == len(ASKED)
-    monkeypatch.setattr(checked_engine, "gather_json", lambda seen, group, device: [seen, "another"])
-    if not on_every_rank:
-        assert len(list(own.generate(ASKED, SAMPLING))) == len(ASKED)
-        return
-    with pytest.raises(
-        RolloutError, match="gave other responses, or another order, on other ranks of one model-"
-    ):
-        list(own.generate(ASKED, SAMPLING))
