@@ -44,8 +44,8 @@ def parse_command(argv: Sequence[str]) -> Command:
     """:func:`load_config` plus the options of an entry point: ``--dry-run`` and ``--world-size N``."""
     config, options = _config(_parser(run_options=True), argv)
     size = options["world_size"]
-    if size is not None and (not size.isdecimal() or int(size) < 1):
-        raise ConfigError(f"--world-size {size}: the value must be a positive integer")
+    if size is not None and (not size.isdecimal() or len(size) > 9 or int(size) < 1):
+        raise ConfigError(f"--world-size {size}: the value must be a positive integer of at most 9 digits")
     if size is not None and not options["dry_run"]:
         raise ConfigError(f"--world-size {size} needs --dry-run; a real run takes the launcher's count")
     return Command(config=config, dry_run=options["dry_run"], world_size=None if size is None else int(size))
@@ -72,8 +72,10 @@ def read_toml(path: str | Path) -> tuple[str | None, dict[str, Any]]:
         raise ConfigError(f"--config {path}: {error.strerror}; name a readable TOML file") from None
     except RecursionError:
         raise ConfigError(f"--config {path} is nested too deeply; write tables of settings only") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not valid TOML: {error}; correct that line") from None
+    except ValueError as error:
+        # for a number of over 4300 digits Python adds a remedy for programmers
+        why = str(error).partition("; use sys.")[0]
+        raise ConfigError(f"--config {path} is not valid TOML: {why}; correct that line") from None
     preset = tables.pop("preset", None)
     if preset is not None and not isinstance(preset, str):
         raise ConfigError(f"preset={preset!r} in {path} must be text; try one of {', '.join(PRESETS)}")
@@ -111,6 +113,8 @@ def _read_value(path: str | Path, key: str, value: Any, values: dict[str, Any]) 
 
 
 def _preset(name: str) -> dict[str, Any]:
+    if name == "":
+        raise ConfigError(f"preset is empty; name one of {', '.join(PRESETS)}, or leave it out")
     if name not in PRESETS:
         raise ConfigError(f"preset {name} does not exist; try one of {', '.join(PRESETS)}")
     return PRESETS[name]
@@ -130,9 +134,13 @@ def _config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[RunCo
     for name, words in flags.items():
         if not isinstance(words, bool):
             flags[name] = parse_flag(settings()[name], words)
-    preset, from_file = read_toml(given["config"]) if given["config"] else (None, {})
-    preset = given["preset"] or preset
-    return config_from_mapping({**(_preset(preset) if preset else {}), **from_file, **flags}), given
+    if given["config"] == "":
+        # an unset shell variable must not start a run of the defaults
+        raise ConfigError("--config is empty; name a TOML file, or leave the flag out")
+    preset, from_file = read_toml(given["config"]) if given["config"] is not None else (None, {})
+    preset = preset if given["preset"] is None else given["preset"]
+    from_preset = {} if preset is None else _preset(preset)
+    return config_from_mapping({**from_preset, **from_file, **flags}), given
 
 
 def named_path(word: str) -> Path:

@@ -18,6 +18,9 @@ from megatron_ring.config.ranges import OneOf, Range
 from megatron_ring.config.run import RunConfig
 from megatron_ring.errors import ConfigError
 
+LARGEST_INTEGER = 2**63 - 1
+"""Larger ones fit in no float and in no tensor."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
@@ -121,11 +124,9 @@ def from_toml(setting: Setting, value: Any) -> Any:
         value = _items(value)
     elif not _is_a(setting.kind, value):
         raise wrong
-    elif setting.kind is float:
-        value = float(value)
     try:
-        return _checked(setting, value)
-    except ValueError:
+        return _checked(setting, float(value) if setting.kind is float else value)
+    except (ValueError, OverflowError):
         raise wrong from None
 
 
@@ -167,6 +168,8 @@ def _value_problem(setting: Setting, value: Any) -> str | None:
         for allowed in setting.ranges:
             if not allowed.holds(item):
                 return f"{shown} must be {allowed.words}; {allowed.remedy or remedy}"
+        if isinstance(item, int) and abs(item) > LARGEST_INTEGER:
+            return f"{shown} must be an integer of 64 bits; {remedy}"
     return None
 
 

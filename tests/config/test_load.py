@@ -121,6 +121,8 @@ def test_none_is_a_value_of_optional_settings_only(tmp_path: Path):
             f"preset ring does not exist; try one of {', '.join(PRESETS)}",
         ),
         ("--config gone.toml", "--config gone.toml: No such file or directory; name a readable TOML file"),
+        ("--config=", "--config is empty; name a TOML file, or leave the flag out"),
+        ("--preset=", f"preset is empty; name one of {', '.join(PRESETS)}, or leave it out"),
         ("--dry-run", "flag --dry-run does not exist; see --help"),
     ],
 )
@@ -151,7 +153,10 @@ def test_a_wrong_command_line_is_one_line(argv: str, line: str):
         ("bf16 = 1", "bf16=1: the value must be true or false"),
         ('data_path = "a"', "data_path='a': the value must be a list of words"),
         ("preset = 3", "preset=3 in {path} must be text; try one of "),
+        ('preset = ""', "preset is empty; name one of "),
         ("lr = ", "--config {path} is not valid TOML: "),
+        (f"lr = {'9' * 400}", f"lr={'9' * 400}: the value must be a number"),
+        (f"num_layers = {'9' * 5000}", "--config {path} is not valid TOML: Exceeds the limit (4300 digits)"),
     ],
 )
 def test_a_wrong_file_is_one_line(text: str, line: str, tmp_path: Path):
@@ -159,7 +164,7 @@ def test_a_wrong_file_is_one_line(text: str, line: str, tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         load_config(argv)
     assert str(caught.value).startswith(line.format(path=argv[1]))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "sys." not in str(caught.value)
 
 
 def test_an_entry_point_reads_dry_run_and_world_size():
@@ -169,6 +174,8 @@ def test_an_entry_point_reads_dry_run_and_world_size():
     assert (plain.dry_run, plain.world_size, plain.config) == (False, None, RunConfig())
     with pytest.raises(ConfigError, match="--world-size 0: the value must be a positive integer"):
         parse_command(["--dry-run", "--world-size", "0"])
+    with pytest.raises(ConfigError, match="the value must be a positive integer of at most 9 digits"):
+        parse_command(["--dry-run", "--world-size", "9" * 5000])
     with pytest.raises(ConfigError, match="--world-size 8 needs --dry-run"):
         parse_command(["--world-size", "8"])
 

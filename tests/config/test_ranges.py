@@ -73,6 +73,14 @@ def test_what_is_outside_of_a_range_is_one_line_and_the_default_is_inside(settin
         assert list(value_problems(replace(section, **{setting.name: None}))) == []
 
 
+@pytest.mark.parametrize("setting", [s for s in NUMBERS if int in (s.kind, s.item)], ids=lambda s: s.name)
+def test_an_integer_that_no_float_holds_is_one_line(setting: Setting):
+    huge = 10**400
+    given = (huge,) * (setting.length or 1) if setting.kind is tuple else huge
+    with pytest.raises(ConfigError, match=f"^{setting.name}=.* must be .*; [^\n]*$"):
+        validate(config_from_mapping({setting.name: given}), 1)
+
+
 def test_help_shows_ranges():
     assert settings()["lr"].help == "Highest learning rate. (positive; default: 0.0003)"
     assert settings()["stop_token_ids"].help.endswith("(at least 0; default: empty)")
