@@ -63,6 +63,12 @@ def test_sizes_of_a_config_that_is_carried_over_are_the_trained_ones(name: str):
     assert made["temperature"] == 0.6
 
 
+def test_layer_types_of_a_config_that_is_carried_over_are_as_many_as_the_layers():
+    """transformers loads no model with another number of them than ``num_hidden_layers``."""
+    base = {**hf_config(ODD["qwen3"], {}, "float32"), "layer_types": ["full_attention"] * 28}
+    assert hf_config(ODD["qwen3"], base, "float32")["layer_types"] == ["full_attention"] * 3
+
+
 def test_a_base_with_an_adapter_is_not_taken_for_the_model(hf: dict[str, Path], tmp_path: Path):
     source = shutil.copytree(hf["v1"], tmp_path / "source")
     (source / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')

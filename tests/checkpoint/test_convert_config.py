@@ -94,6 +94,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "v2 with NormHead": ("v2", {"norm_head": True}, "norm_head=True"),
     "a window of its own": ("v2", {"sliding_window": 128}, "sliding_window=128"),
     "window layers": ("dense", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=["),
+    "a type too few": ("qwen3", {"layer_types": ["full_attention"] * 2}, "names 2 layers but num_hidden_layers=3"),
     "layers of text": ("dense", {"layer_types": "linear_attention"}, "layer_types='linear_attention'"),
     "logit scale": ("dense", {"logit_scale": 0.0625}, "logit_scale=0.0625"),
     "mup": ("v1", {"mup_multipliers": [0.5, 0.25]}, "mup_multipliers=[0.5, 0.25]"),

@@ -226,6 +226,12 @@ def hf_config(
     if model.moe_router_num_groups == 0:
         # the formats write "no groups" as one group of all experts
         config |= {family.fields[ours]: 1 for ours in _GROUPS if ours in family.fields}
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and kinds:
+        # one word per layer: transformers loads no model that has another number of them
+        config["layer_types"] = (
+            [kinds[0]] * model.num_layers if kinds.count(kinds[0]) == len(kinds) else kinds
+        )
     config["torch_dtype"] = torch_dtype
     config.pop("dtype", None)
     for block in ("rope_parameters", "rope_scaling"):

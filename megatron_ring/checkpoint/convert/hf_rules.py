@@ -100,6 +100,11 @@ def refuse_what_is_not_computed(theirs: dict[str, Any], family: Family, origin: 
         raise CheckpointError(
             f"{origin}: layer_types={shown(kinds)} is not supported; every layer must be 'full_attention'"
         )
+    layers = said_or_default("num_hidden_layers", theirs, family, origin)
+    if kinds is not None and len(kinds) != layers:
+        raise CheckpointError(
+            f"{origin}: layer_types names {len(kinds)} layers but num_hidden_layers={shown(layers)}; correct it"
+        )
     window = theirs.get("sliding_window")
     off = (False, None) if family.window_is_off_by_default else (False,)
     if window is not None and theirs.get("use_sliding_window") not in off:
