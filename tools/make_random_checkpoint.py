@@ -31,6 +31,7 @@ from megatron_ring.config.model import ModelConfig
 from megatron_ring.config.presets import PRESETS
 from megatron_ring.errors import CheckpointError
 from megatron_ring.families import FAMILIES
+from megatron_ring.launch.commands.convert import LARGEST_FILE_GB
 from megatron_ring.launch.entry import run_entry
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -51,8 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     if (args.mtp_num_layers or 0) < 0:
         raise CheckpointError(f"mtp_num_layers={args.mtp_num_layers} must not be negative; try 0")
-    if not 0 < args.max_file_gb < float("inf"):
-        raise CheckpointError(f"max_file_gb={args.max_file_gb} must be positive; try 2")
+    if not 0 < args.max_file_gb <= LARGEST_FILE_GB:
+        raise CheckpointError(
+            f"max_file_gb={args.max_file_gb} must be positive and at most {LARGEST_FILE_GB}; try 2"
+        )
     if args.output.exists():
         raise CheckpointError(f"{args.output}: exists already; name another folder or remove it")
     size = write_random_checkpoint(

@@ -27,6 +27,7 @@ from megatron_ring.checkpoint.run_lock import hold_run_folder
 from megatron_ring.config.load import preset_config
 from megatron_ring.config.presets import PRESETS
 from megatron_ring.errors import CheckpointError
+from megatron_ring.launch.commands import convert
 from tests.helpers.checkpoint.checkpoints import SMALL
 from tests.helpers.checkpoint.convert_cases import (
     ODD,
@@ -346,6 +347,34 @@ def test_a_mistake_is_one_line_and_code_2(words: list[str], message: str, tmp_pa
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("hf-to-megatron", "--max-file-gb 1e300", "max_file_gb=1e+300 must be positive and at most 1000000"),
+        ("megatron-to-hf", "--max-file-gb nan", "max_file_gb=nan must be positive"),
+        (
+            "hf-to-megatron",
+            "--make-vocab-size-divisible-by 0",
+            "make_vocab_size_divisible_by=0 must be at least 1",
+        ),
+        ("repad", "--make-vocab-size-divisible-by 0", "make_vocab_size_divisible_by=0 must be at least 1"),
+        ("repad", "--tensor-model-parallel-size -8", "tensor_model_parallel_size=-8 must be at least 1"),
+        (
+            "hf-to-megatron",
+            "--make-vocab-size-divisible-by 99999999999999",
+            "padded to a multiple of 99999999999999 rows, which must be at most 16777216; lower --make-vocab",
+        ),
+    ],
+)
+def test_a_number_that_fits_no_conversion_is_refused_first(
+    command: str, flags: str, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(convert, "exit_on_sigterm", lambda: None)
+    with pytest.raises(CheckpointError) as caught:
+        convert.main([command, "nowhere", "out", *flags.split()])
+    assert message in str(caught.value)
 
 
 def test_a_folder_in_which_a_run_writes_is_left_alone(hf: dict[str, Path], tmp_path: Path, monkeypatch):

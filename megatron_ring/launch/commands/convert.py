@@ -20,11 +20,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_ring.config.load import OneLineParser, named_path
+from megatron_ring.config.model import MOST, ModelConfig
 from megatron_ring.errors import CheckpointError
 from megatron_ring.launch.entry import exit_on_sigterm
 
 if TYPE_CHECKING:
     import torch
+
+LARGEST_FILE_GB = 1_000_000
+"""More than any file system's files, so that bytes are counted in an integer."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,12 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for part in parts_of(folder):
             reporter.say(f"{part}: {check_manifest(part) / 1e9:.2f} GB as written")
         return
-    if args.workers < 1:
-        raise CheckpointError(
-            f"workers={args.workers} must be at least 1; this machine has {os.cpu_count()} cores"
-        )
-    if not 0 < args.max_file_gb < float("inf"):
-        raise CheckpointError(f"max_file_gb={args.max_file_gb} must be positive; try 2")
+    _check_numbers(args)
     result = _convert(args, reporter)
     reporter.say(f"wrote {result}")
     if getattr(args, "check_logits", False):
@@ -56,6 +55,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         pair = (args.source, result) if args.command == "hf-to-megatron" else (result, args.source)
         reporter.say(check_logits(*pair, _dtype(args)))
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    if args.workers < 1:
+        raise CheckpointError(
+            f"workers={args.workers} must be at least 1; this machine has {os.cpu_count()} cores"
+        )
+    if not 0 < args.max_file_gb <= LARGEST_FILE_GB:
+        raise CheckpointError(
+            f"max_file_gb={args.max_file_gb} must be positive and at most {LARGEST_FILE_GB}; try 2"
+        )
+    multiple = 1
+    for name in ("tensor_model_parallel_size", "make_vocab_size_divisible_by"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise CheckpointError(f"{name}={value} must be at least 1; leave the flag out for its default")
+        multiple *= 1 if value is None else value
+    if multiple > MOST:
+        raise CheckpointError(
+            f"the vocabulary would be padded to a multiple of {multiple} rows, which must be at most {MOST}; "
+            "lower --make-vocab-size-divisible-by or --tensor-model-parallel-size"
+        )
 
 
 def _convert(args: argparse.Namespace, reporter: ConsoleReporter) -> Path:
@@ -78,18 +99,11 @@ def _convert(args: argparse.Namespace, reporter: ConsoleReporter) -> Path:
             without_mtp=args.without_mtp,
         )
         return megatron_to_hf(args.source, args.target, options, reporter, export)
-    tensor_size = args.tensor_model_parallel_size
-    if tensor_size < 1 or (args.make_vocab_size_divisible_by or 1) < 1:
-        raise CheckpointError(
-            "--tensor-model-parallel-size and --make-vocab-size-divisible-by must be at least 1; try 1"
-        )
+    tensor_size, divisible_by = args.tensor_model_parallel_size, args.make_vocab_size_divisible_by
     if args.command == "repad":
-        return repad(
-            args.source, args.target, options, reporter, args.make_vocab_size_divisible_by, tensor_size
-        )
-    return hf_to_megatron(
-        args.source, args.target, options, reporter, args.make_vocab_size_divisible_by or 128, tensor_size
-    )
+        return repad(args.source, args.target, options, reporter, divisible_by, tensor_size)
+    divisible_by = divisible_by or ModelConfig().make_vocab_size_divisible_by
+    return hf_to_megatron(args.source, args.target, options, reporter, divisible_by, tensor_size)
 
 
 def _dtype(args: argparse.Namespace) -> torch.dtype | None:
