@@ -28,7 +28,7 @@ def format_config(config: RunConfig, only: Collection[str] | None = None) -> str
     """A table by section, of all sections or ``only`` some; a star marks what differs from the default."""
     values = flat(config)
     shown = [section for section in sections() if only is None or section in only]
-    width = max(len(s.name) for s in settings().values() if s.section in shown)
+    width = max((len(s.name) for s in settings().values() if s.section in shown), default=0)
     lines: list[str] = []
     for section in shown:
         lines += [f"{section}"]

@@ -81,7 +81,13 @@ def stage_main(name: str) -> None:
     entry = stage_spec(name).entry
     require_module(f"stage {name}: entry={entry}", entry)
     module, _, function = entry.partition(":")
-    run = getattr(importlib.import_module(module), function, None)
+    try:
+        run = getattr(importlib.import_module(module), function, None)
+    except SystemExit:
+        # the process would end as if the stage were done
+        raise ConfigError(
+            f"stage {name}: entry={entry}: the import of {module} ends with sys.exit(); call it in a function"
+        ) from None
     if run is None:
         raise ConfigError(f"stage {name}: entry={entry}: module {module} has no {function}; correct the name")
     if not callable(run):

@@ -14,6 +14,7 @@ from megatron_ring.config.dump import format_config
 from megatron_ring.config.load import load_config
 from megatron_ring.config.stages import STAGES, register_stage, stage_spec
 from megatron_ring.errors import CheckpointError, ConfigError, DataError
+from megatron_ring.launch.dry_run import dry_run
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -171,6 +172,11 @@ def test_an_unknown_stage_is_one_line_and_a_name_is_given_once():
             register_stage(replace(STAGES["rl"], name=name))
 
 
+def test_a_stage_without_sections_prints_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(STAGES, "haiku", replace(STAGES["pretrain"], name="haiku", sections=()))
+    assert dry_run(load_config([]), 1, stage="haiku").startswith("Config (* differs from the default)\n\n")
+
+
 @pytest.mark.parametrize("spec", STAGES.values(), ids=list(STAGES))
 def test_an_entry_leads_to_a_function_of_its_module(spec):
     module, _, function = spec.entry.partition(":")
@@ -259,6 +265,10 @@ def test_a_stage_is_one_entry_and_one_file(tmp_path: Path):
     assert run(*here) == (2, "", f"error: stage haiku: {said}\n")
     (tmp_path / "own_stage.py").write_text(OWN_STAGE.replace("own_stage:haiku", "nowhere:haiku"))
     assert run(*here)[2].startswith("error: stage haiku: entry=nowhere:haiku: no module nowhere; install it")
+    (tmp_path / "own_stage.py").write_text(OWN_STAGE.replace("own_stage:haiku", "a_script:haiku"))
+    (tmp_path / "a_script.py").write_text("raise SystemExit(0)")
+    said = "entry=a_script:haiku: the import of a_script ends with sys.exit(); call it in a function"
+    assert run(*here) == (2, "", f"error: stage haiku: {said}\n")
     (tmp_path / "own_stage.py").write_text(OWN_STAGE)
     code_and_plan = run(*here, "--dry-run")
     assert code_and_plan[0] == 0 and "\nsft\n" in code_and_plan[1] and "\nrollout\n" not in code_and_plan[1]
