@@ -30,6 +30,7 @@ from megatron_ring.runtime.orphans import end_with_launcher
 from megatron_ring.runtime.ranks import (
     adopt_slurm_address,
     adopt_slurm_ranks,
+    local_rank_from_env,
     rank_from_env,
     world_size_from_env,
 )
@@ -160,7 +161,11 @@ def _prints(line: str) -> bool:
     """
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+        try:
+            return local_rank_from_env() == 0
+        except ConfigError:
+            # no number, so this process stands for itself
+            return True
     try:
         store: Any = torch.distributed.distributed_c10d._get_default_store()
         mine = str(rank_from_env())

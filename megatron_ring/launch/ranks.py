@@ -49,6 +49,7 @@ def _run(argv: list[str], prepare: Callable[[Any], None]) -> int:
     name_launcher()
     torchrun: Any = run
     arguments = _parse(torchrun, argv)
+    _check_numbers(arguments)
     prepare(arguments)
     try:
         torchrun.run(arguments)
@@ -82,10 +83,30 @@ def _parse(torchrun: Any, argv: list[str]) -> Any:
     return parser.parse_args(argv)
 
 
+def _check_numbers(arguments: Any) -> None:
+    """
+    Raises:
+        ConfigError: a number that torchrun meets with an assertion or its own traceback.
+    """
+    processes, port, seconds = (
+        str(arguments.nproc_per_node),
+        arguments.master_port,
+        arguments.monitor_interval,
+    )
+    if processes.removeprefix("-").isdecimal() and int(processes) < 1:
+        raise ConfigError(f"--nproc-per-node {processes} must be at least 1; name the processes of this node")
+    if port is not None and not 0 <= port < 1 << 16:
+        raise ConfigError(f"--master-port {port} must be from 0 to 65535; try 29500")
+    if not seconds > 0:
+        raise ConfigError(f"--monitor-interval {seconds} must be positive; try 0.1 seconds")
+
+
 def _is_of_a_flag(error: Exception) -> bool:
     """Did torchrun refuse the value of a flag? It parses some of them when it starts."""
-    functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-    return not functions.isdisjoint({"config_from_args", "parse_min_max_nnodes"})
+    functions = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    parsers = {"config_from_args", "parse_min_max_nnodes", "parse_rendezvous_endpoint"}
+    # with a known backend the same function calls what connects, whose errors are no flag's
+    return not parsers.isdisjoint(functions) or functions[-1] == "create_handler"
 
 
 def _follows(exit_code: int) -> bool:

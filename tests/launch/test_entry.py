@@ -152,6 +152,11 @@ def test_start_validates_against_the_launchers_count():
     assert done.stderr.count("\n") == 1
 
 
+def test_a_mistake_is_said_also_where_the_local_rank_is_no_number():
+    done = run(STARTS, "--nope", LOCAL_RANK="x")
+    assert (done.returncode, done.stderr) == (2, "error: flag --nope does not exist; see --help\n")
+
+
 def test_start_checks_inputs_and_gives_the_config(tmp_path: Path):
     argv = ["--preset", "ring_lite_tiny", "--data-path", str(tmp_path / "c")]
     missing = run(STARTS, *argv)

@@ -73,6 +73,14 @@ def test_what_runs_in_one_process_is_not_launched_in_several():
         ([], "the following arguments are required: what to run, behind the launcher's flags; see --help of"),
         (["--nope", "pretrain"], "unrecognized arguments: --nope; see --help of the launcher"),
         (["--nproc-per-node", "x", "rl"], "Unsupported nproc_per_node value: x; see --help of the launcher"),
+        (["--nproc-per-node", "0", "rl"], "--nproc-per-node 0 must be at least 1; name the processes of"),
+        (["--monitor-interval", "0", "rl"], "--monitor-interval 0.0 must be positive; try 0.1 seconds"),
+        (["--master-port", "65536", "rl"], "--master-port 65536 must be from 0 to 65535; try 29500"),
+        (
+            ["--rdzv-endpoint", "here:port", "rl"],
+            "The port number of the rendezvous endpoint 'here:port' must be",
+        ),
+        (["--rdzv-backend", "etcd9", "rl"], "The rendezvous backend 'etcd9' is not registered."),
         (
             ["--nnodes", "0", "rl"],
             "min_nodes must be > 0 and <= max_nodes, got min_nodes=0, max_nodes=0; see",
