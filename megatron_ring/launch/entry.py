@@ -162,7 +162,8 @@ def _prints(line: str) -> bool:
     torch = sys.modules.get("torch")
     if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         try:
-            return local_rank_from_env() == 0
+            # a process that is alone has nobody to print for it, whatever LOCAL_RANK a shell was left with
+            return world_size_from_env() == 1 or local_rank_from_env() == 0
         except ConfigError:
             # no number, so this process stands for itself
             return True

@@ -14,18 +14,28 @@ from megatron_ring.errors import ConfigError
 
 _PORTS = range(20000, 30000)
 """Below the ephemeral ports of Linux (32768 on) and of IANA (49152 on)."""
+_MOST_PORT = 65535
+_STEP_STRIDE = 1009
+"""Between the ports of a job's steps: jobs that run at the same time often have neighbouring numbers."""
+_NO_STEP = 0xFFFFFFF0
+"""Slurm's step numbers from here on are no ``srun``'s: the shell of ``salloc`` is 0xfffffffa, one process, and has the
+SLURM_NTASKS of the whole job."""
 _SCONTROL_SECONDS = 60
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
 def rank_from_env() -> int:
-    """This process's place in the job, from 0."""
-    return _number("RANK", 0)
+    """This process's place in the job, from 0 to below the number of its processes."""
+    world_size = world_size_from_env()
+    rank = _number("RANK", 0)
+    if rank >= world_size:
+        raise _wrong("RANK", rank, f"must be from 0 to below WORLD_SIZE={world_size}")
+    return rank
 
 
 def world_size_from_env() -> int:
     """Processes of the job; 1 without a launcher."""
-    return _number("WORLD_SIZE", 1)
+    return _number("WORLD_SIZE", 1, least=1)
 
 
 def local_rank_from_env() -> int:
@@ -33,32 +43,46 @@ def local_rank_from_env() -> int:
     return _number("LOCAL_RANK", 0)
 
 
+def master_port_from_env() -> int:
+    """Where rank 0 listens; 0, which would be another port at each process, is none."""
+    port = _number("MASTER_PORT", 0, least=1)
+    if port > _MOST_PORT:
+        raise _wrong("MASTER_PORT", port, f"must be from 1 to {_MOST_PORT}")
+    return port
+
+
 def adopt_slurm_ranks(env: MutableMapping[str, str] = os.environ) -> None:
     """Set torchrun's variables of rank and size in a process that ``srun`` started; elsewhere do nothing.
 
-    What is set already stays: under ``srun torchrun`` the ranks are torchrun's. A batch script's own process is not one of
-    the job's ranks.
+    What is set already stays: under ``srun torchrun`` the ranks are torchrun's. A batch script's own process and the shell
+    of ``salloc`` are none of the job's ranks.
 
     Raises:
-        ConfigError: one of Slurm's variables is missing.
+        ConfigError: one of Slurm's variables is missing, or a batch script has exported another ``WORLD_SIZE``.
     """
-    if not _is_task_of_srun(env) or any(name in env for name in _SLURM):
+    wanted = [name for name in _SLURM if name not in env]
+    if not wanted or not _is_task_of_srun(env):
         return
-    missing = [name for name in _SLURM.values() if name not in env]
+    missing = [_SLURM[name] for name in wanted if _SLURM[name] not in env]
     if missing:
         raise ConfigError(
             f"step {env['SLURM_STEP_ID']} of Slurm's job {env.get('SLURM_JOB_ID')} has no {', '.join(missing)}; "
             f"start the run with srun, or export {', '.join(_SLURM)} yourself"
         )
-    for ours, theirs in _SLURM.items():
-        env[ours] = env[theirs]
+    for name in wanted:
+        env[name] = env[_SLURM[name]]
+    if "RANK" in wanted and env["WORLD_SIZE"] != env["SLURM_NTASKS"]:
+        raise ConfigError(
+            f"WORLD_SIZE={env['WORLD_SIZE']} in the environment, but srun started SLURM_NTASKS={env['SLURM_NTASKS']} "
+            "processes; unset WORLD_SIZE, which follows from Slurm"
+        )
 
 
 def adopt_slurm_address(env: MutableMapping[str, str] = os.environ) -> None:
     """Set ``MASTER_ADDR`` and ``MASTER_PORT`` of several ranks that ``srun`` started, where they are not set.
 
     The address is Slurm's of the step's first node, for a node's name need not resolve on the others. The port follows
-    from the job's number.
+    from the numbers of job and step: two steps of a job may share a node.
 
     Raises:
         ConfigError: Slurm does not tell the address.
@@ -68,12 +92,16 @@ def adopt_slurm_address(env: MutableMapping[str, str] = os.environ) -> None:
     if "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = _first_address(env)
     if "MASTER_PORT" not in env:
-        env["MASTER_PORT"] = str(_PORTS[int(env.get("SLURM_JOB_ID", "0")) % len(_PORTS)])
+        number = _number("SLURM_JOB_ID", 0, env=env) + _STEP_STRIDE * _number("SLURM_STEP_ID", 0, env=env)
+        env["MASTER_PORT"] = str(_PORTS[number % len(_PORTS)])
 
 
 def _is_task_of_srun(env: MutableMapping[str, str]) -> bool:
     # a batch script has SLURM_PROCID as well, but is no task of a step
-    return "SLURM_STEP_ID" in env and "SLURM_PROCID" in env
+    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
+        return False
+    # older versions of Slurm write the largest numbers as negative ones
+    return 0 <= _number("SLURM_STEP_ID", 0, least=-(1 << 31), env=env) < _NO_STEP
 
 
 def _first_address(env: MutableMapping[str, str]) -> str:
@@ -104,11 +132,22 @@ def _scontrol(*words: str) -> str:
     return done.stdout
 
 
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
+def _number(name: str, default: int, *, least: int = 0, env: MutableMapping[str, str] = os.environ) -> int:
+    text = env.get(name, str(default))
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
-        raise ConfigError(
-            f"{name}={text!r} in the environment must be a whole number; start the run with ring launch, torchrun or srun"
-        ) from None
+        raise _wrong(name, repr(text), "must be a whole number") from None
+    if number < least:
+        raise _wrong(name, number, f"must be at least {least}")
+    return number
+
+
+def _wrong(name: str, value: object, rule: str) -> ConfigError:
+    error = ConfigError(
+        f"{name}={value} in the environment {rule}; start the run with ring launch, torchrun or srun"
+    )
+    if name in ("RANK", "LOCAL_RANK"):
+        # the other processes have another
+        error.speaks = True
+    return error

@@ -21,7 +21,7 @@ from megatron_ring.runtime import device
 from megatron_ring.runtime.bf16_matmul import bf16_products
 from megatron_ring.runtime.deterministic import deterministic_operations
 from megatron_ring.runtime.peers import Watch
-from megatron_ring.runtime.ranks import local_rank_from_env, world_size_from_env
+from megatron_ring.runtime.ranks import local_rank_from_env, master_port_from_env, world_size_from_env
 from megatron_ring.runtime.topology import Topology, close_topology, distributed_timeout, open_topology
 
 log = logging.getLogger("megatron_ring")
@@ -130,10 +130,10 @@ def _meet(timeout: timedelta) -> tuple[Any, int, int]:
     Raises:
         ConfigError: rank 0 cannot listen at ``MASTER_ADDR`` and ``MASTER_PORT``, or is not found there.
     """
+    port = master_port_from_env()
     try:
         return next(torch.distributed.rendezvous("env://", timeout=timeout))
     except torch.distributed.DistError as error:
-        port = os.environ["MASTER_PORT"]
         if "EADDRINUSE" in str(error) or "address already in use" in str(error):
             raise ConfigError(
                 f"MASTER_PORT={port} is in use on rank 0's node, perhaps by another run; export another MASTER_PORT"

@@ -87,6 +87,20 @@ def test_before_the_process_group_only_the_first_rank_of_a_node_speaks():
     assert run(code, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2").stderr == "error: x\n"
 
 
+@pytest.mark.parametrize(
+    "env", [{"LOCAL_RANK": "3"}, {"LOCAL_RANK": "third"}, {"LOCAL_RANK": "-1", "WORLD_SIZE": "2"}]
+)
+def test_a_line_is_said_whatever_local_rank_a_shell_was_left_with(env: dict[str, str]):
+    done = run(RAISES.format(body='raise DataError("x")'), **env)
+    assert (done.returncode, done.stderr) == (2, "error: x\n")
+
+
+def test_a_process_whose_own_rank_is_wrong_says_so():
+    body = "from megatron_ring.runtime.ranks import rank_from_env; rank_from_env()"
+    done = run(RAISES.format(body=body), RANK="5", LOCAL_RANK="1", WORLD_SIZE="2")
+    assert done.returncode == 2 and done.stderr.startswith("error: RANK=5 in the environment must be")
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_inside_the_process_group_one_rank_says_the_line_even_if_only_it_fails(shared: bool, tmp_path: Path):
     # the file's name is no UTF-8

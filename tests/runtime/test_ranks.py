@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from megatron_ring.errors import ConfigError
-from megatron_ring.runtime.ranks import adopt_slurm_address, adopt_slurm_ranks, world_size_from_env
+from megatron_ring.runtime.ranks import (
+    adopt_slurm_address,
+    adopt_slurm_ranks,
+    local_rank_from_env,
+    master_port_from_env,
+    rank_from_env,
+    world_size_from_env,
+)
 
 STEP = {
     "SLURM_JOB_ID": "612345",
@@ -74,6 +81,35 @@ def test_outside_a_step_nothing_is_taken_for_a_rank():
     assert adopted({}) == {}
 
 
+@pytest.mark.parametrize("step", ["4294967290", "4294967291", "-6"])
+def test_the_shell_of_salloc_is_one_process(step):
+    """Where Slurm starts it on the first node, it is a step with the SLURM_NTASKS of the job: a run in it waited for
+    ranks that nobody starts."""
+    shell = STEP | {"SLURM_STEP_ID": step, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    assert adopted(shell) == {}
+
+
+def test_two_steps_of_a_job_have_two_ports(scontrol):
+    first, second = (adopted(STEP | {"SLURM_STEP_ID": step})["MASTER_PORT"] for step in "01")
+    assert (first, second) == ("22345", "23354")
+
+
+@pytest.mark.parametrize(
+    "exported",
+    [{"WORLD_SIZE": "16"}, {"LOCAL_RANK": "1"}, {"RANK": "9", "WORLD_SIZE": "16"}, {"RANK": "9"}],
+)
+def test_what_a_script_does_not_export_follows_from_slurm(scontrol, exported):
+    """A batch script that exported WORLD_SIZE made every process rank 0."""
+    env = STEP | exported
+    assert env | adopted(env) == STEP | adopted(STEP)
+
+
+def test_another_size_than_srun_started_is_one_line():
+    line = r"^WORLD_SIZE=8 in the environment, but srun started SLURM_NTASKS=16 processes; unset WORLD_SIZE"
+    with pytest.raises(ConfigError, match=line):
+        adopt_slurm_ranks(STEP | {"WORLD_SIZE": "8"})
+
+
 def test_a_single_task_needs_no_address():
     assert adopted(STEP | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}).keys() == {
         "RANK",
@@ -101,7 +137,29 @@ def test_no_scontrol_is_one_line(tmp_path, monkeypatch):
         adopt_slurm_address(STEP | {"WORLD_SIZE": "16"})
 
 
-def test_a_size_that_is_no_number_is_one_line(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "many")
-    with pytest.raises(ConfigError, match=r"^WORLD_SIZE='many' in the environment must be a whole number; "):
-        world_size_from_env()
+@pytest.mark.parametrize(
+    ("ask", "env", "line"),
+    [
+        (
+            world_size_from_env,
+            {"WORLD_SIZE": "many"},
+            "WORLD_SIZE='many' in the environment must be a whole number",
+        ),
+        (world_size_from_env, {"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment must be at least 1"),
+        (rank_from_env, {"RANK": "-1"}, "RANK=-1 in the environment must be at least 0"),
+        (rank_from_env, {"RANK": "5", "WORLD_SIZE": "2"}, "RANK=5 .* must be from 0 to below WORLD_SIZE=2"),
+        (rank_from_env, {"RANK": "1"}, "RANK=1 .* must be from 0 to below WORLD_SIZE=1"),
+        (local_rank_from_env, {"LOCAL_RANK": ""}, "LOCAL_RANK='' in the environment must be a whole number"),
+        (master_port_from_env, {"MASTER_PORT": "http"}, "MASTER_PORT='http' .* must be a whole number"),
+        (master_port_from_env, {"MASTER_PORT": "0"}, "MASTER_PORT=0 .* must be at least 1"),
+        (master_port_from_env, {"MASTER_PORT": "99999"}, "MASTER_PORT=99999 .* must be from 1 to 65535"),
+    ],
+)
+def test_a_variable_that_no_launcher_sets_so_is_one_line(monkeypatch, ask, env, line):
+    """A rank beyond the last waited for the others, a port that is none was a traceback."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"^{line}; start the run with ring launch, torchrun or srun$"):
+        ask()
