@@ -7,13 +7,14 @@ import itertools
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Store
 
 from megatron_ring.config.parallel import ParallelConfig
 from megatron_ring.errors import ConfigError
@@ -112,6 +113,9 @@ def _init_process_group(parallel: ParallelConfig) -> Watch | None:
     store, rank, world_size = _meet(timeout)
     # the store outlives a session: a second session must not read the addresses of the first
     prefixed = torch.distributed.PrefixStore(f"session{next(_sessions)}", store)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        # torchrun's agents have met already, and a restart finds the places of the ranks before it
+        _take_place(prefixed, rank, world_size)
     with contextlib.ExitStack() as if_it_fails:
         # opened before the first collective, closed after the last
         watch = Watch.open(prefixed, rank, world_size) if world_size > 1 else None
@@ -143,6 +147,20 @@ def _meet(timeout: timedelta) -> tuple[Any, int, int]:
             f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={port}: rank 0 is not reached there ({reason}); "
             "export the address and a free port of its node"
         ) from None
+
+
+def _take_place(store: Store, rank: int, world_size: int) -> None:
+    """Raise ConfigError where ``store`` is that of another run: its rank 0 listened at the same port before ours."""
+    mine = f"{rank} of {world_size} (process {os.getpid()} on {socket.gethostname()})"
+    size = store.compare_set("size", "", str(world_size)).decode()
+    there = store.compare_set(f"place {rank}", "", mine).decode()
+    if (size, there) == (str(world_size), mine):
+        return
+    error = ConfigError(
+        f"MASTER_PORT={os.environ['MASTER_PORT']} is that of another run of {size} processes; export another MASTER_PORT"
+    )
+    error.speaks = store.compare_set("second run", "", mine).decode() == mine
+    raise error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -103,6 +104,26 @@ def test_a_port_that_is_in_use_is_one_line(monkeypatch):
 def test_an_address_where_nobody_answers_is_one_line(monkeypatch):
     line = meet_on_a_port_of_somebody_elses(monkeypatch, "1", still_there=False)
     assert line.startswith("MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: rank 0 is not reached there (")
+
+
+@pytest.mark.parametrize(("rank", "size"), [("1", "2"), ("2", "3")])
+def test_a_process_that_meets_another_run_leaves_it_alone(monkeypatch, rank, size):
+    """It waited for its own rank 0, and its end ended the other run."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    theirs = torch.distributed.PrefixStore("session0", store)
+    for n in range(2):
+        session_module._take_place(theirs, n, 2)
+    monkeypatch.setattr(session_module, "distributed_timeout", lambda _: timedelta(seconds=5))
+    monkeypatch.setattr(session_module, "_sessions", itertools.count())
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    for name, value in (address | {"RANK": rank, "WORLD_SIZE": size}).items():
+        monkeypatch.setenv(name, value)
+    line = f"^MASTER_PORT={store.port} is that of another run of 2 processes; export another MASTER_PORT$"
+    with pytest.raises(ConfigError, match=line) as caught, open_session(PLAIN, seed=1):
+        pass
+    assert caught.value.speaks and not torch.distributed.is_initialized()
 
 
 def test_a_world_without_an_address_is_one_line(monkeypatch):
