@@ -10,12 +10,14 @@ from pathlib import Path
 
 
 def write_durably(path: Path, contents: str | Iterable[bytes]) -> None:
-    """Replace ``path`` by ``contents`` so that a crash leaves the old file or the new one.
+    """Replace ``path`` by ``contents`` so that a crash leaves the old file or the new one. A link stays, and the file
+    that it names is replaced.
 
     Raises:
         OSError: it cannot be written, or is no regular file; the old file is as it was, and no temporary file is left.
     """
     require_replaceable(path)
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(path.name + ".tmp")
     try:
         write_synced(temporary, contents)

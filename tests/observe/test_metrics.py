@@ -20,7 +20,7 @@ import pytest
 from megatron_ring.errors import ConfigError, DataError
 from megatron_ring.observe import metrics as metrics_module
 from megatron_ring.observe.metrics import MetricsLogger, PhaseTimer
-from megatron_ring.observe.metrics_file import read_records
+from megatron_ring.observe.metrics_file import MetricsFile, read_records
 from megatron_ring.observe.progress import count, duration
 
 
@@ -374,3 +374,16 @@ def test_a_full_disk_ends_tensorboard_with_one_warning_and_not_the_run(tmp_path,
     assert len(lines) == 1 and "No space left on device; the run continues without them" in lines[0]
     assert "Traceback" not in capfd.readouterr().err and threading.excepthook is hook
     assert len(of_kind(tmp_path / "metrics.jsonl", "train")) == step + 1
+
+
+def test_a_resume_writes_on_behind_a_link(tmp_path):
+    """The link was replaced by a file, and the one that it names grew no more."""
+    target, link = tmp_path / "elsewhere" / "curve.jsonl", tmp_path / "metrics.jsonl"
+    target.parent.mkdir()
+    target.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}\n')
+    link.symlink_to(target)
+    file = MetricsFile(link, resume_step=1)
+    file.append({"kind": "train", "step": 2, "loss": 3.0})
+    file.close()
+    assert link.is_symlink()
+    assert [record.get("loss") for record in read_records(target)] == [None, 3.0]
