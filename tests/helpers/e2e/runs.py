@@ -118,8 +118,10 @@ def records(folder: Path, kind: str = "train") -> list[dict]:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    found = {record["step"]: record["loss"] for record in records(folder)}
-    assert len(found) == len(records(folder)), "a step is reported twice"
+    # read once: the run may write on meanwhile
+    rows = records(folder)
+    found = {record["step"]: record["loss"] for record in rows}
+    assert len(found) == len(rows), "a step is reported twice"
     return found
 
 
